@@ -1,0 +1,138 @@
+"""The contract of format drivers: a driver maps, the block layer moves bytes.
+
+A driver owns the metadata of one image and the lock that guards it. The block
+layer (`nbdqcow.block.node`) asks it where guest bytes are, and reads and
+writes them through ``data``, the storage driver that holds guest data.
+"""
+
+import asyncio
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from nbdqcow.block.inflight import Epochs
+from nbdqcow.block.storage import StorageDriver
+from nbdqcow.errors import NotSupported
+from nbdqcow.types import Buffer, Run
+
+
+@dataclass(slots=True, eq=False)
+class WritePlan:
+    """Where one piece of a guest write goes, and what goes with it.
+
+    Attributes:
+        guest_offset: first byte of the piece.
+        length: bytes of the piece; a shorter piece than asked for means
+            "write this one, then ask again for the rest".
+        host_offset: where ``guest_offset`` goes in ``driver.data``.
+        head: bytes of old content to copy before the piece, and
+        tail: behind it: copy-on-write, so that the clusters become whole.
+            Both are 0 for a write in place.
+        reads_zero: the new host range is known to read as zeroes, so zeroes
+            in head and tail need not be written.
+        private: the driver's own record.
+    """
+
+    guest_offset: int
+    length: int
+    host_offset: int
+    head: int = 0
+    tail: int = 0
+    reads_zero: bool = False
+    private: Any = None
+
+
+class FormatDriver(ABC):
+    """One open image of one format.
+
+    Attributes:
+        storage: the image file; data: the file with the guest's bytes (the
+            same unless the image has an external data file).
+        size: the virtual size in bytes.
+        cluster_size: the unit of allocation in bytes (1 for raw).
+        backing_filename, backing_format: as the image names them, or None.
+        lock: guards the metadata. Held to map, allocate and link; never
+            across guest data I/O.
+        epochs: the requests in flight on guest data, so that a freed cluster
+            is not handed out again under one of them.
+    """
+
+    name: ClassVar[str]
+    storage: StorageDriver
+    data: StorageDriver
+    size: int
+    cluster_size: int
+    read_only: bool
+    backing_filename: str | None = None
+    backing_format: str | None = None
+    lock: asyncio.Lock
+    epochs: Epochs
+
+    @classmethod
+    def probe(cls, head: bytes, filename: str) -> int:
+        """Score 0 to 100 for how surely ``head`` (the file's first 2 KiB, or
+        all of a shorter file) is of this format."""
+        return 0
+
+    # -- reading ---------------------------------------------------------
+
+    @abstractmethod
+    def try_map(self, offset: int, length: int) -> Run | None:
+        """Say what the bytes at ``offset`` are, from cached tables only."""
+
+    @abstractmethod
+    async def map(self, offset: int, length: int) -> Run:
+        """Say what the bytes at ``offset`` are, reading tables as needed."""
+
+    async def read_compressed(self, descriptor: int) -> Buffer:
+        """Return the whole cluster that a COMPRESSED run's descriptor names."""
+        raise AssertionError("this format has no compressed clusters")
+
+    # -- writing ---------------------------------------------------------
+
+    def try_map_write(self, offset: int, length: int) -> int:
+        """Return the host offset if all of the range can be overwritten in
+        place and nothing but its data changes, from cached tables only; else
+        -1. No allocation in flight overlaps the range."""
+        return -1
+
+    @abstractmethod
+    async def begin_write(self, offset: int, length: int) -> WritePlan:
+        """Find or allocate room for a guest write. Takes ``lock`` itself.
+
+        Waits for overlapping allocations. Every plan must be given back to
+        `end_write` or `abort_write`, whatever happens.
+        """
+
+    @abstractmethod
+    def end_write(self, plan: WritePlan) -> None:
+        """The data, head and tail are in the file: link the new clusters."""
+
+    @abstractmethod
+    def abort_write(self, plan: WritePlan) -> None:
+        """The data could not be written: the old mapping stays."""
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool
+    ) -> None:
+        """Make whole clusters read as zeroes by metadata alone.
+
+        The range is cluster-aligned (the end of the image counts as such).
+        Raises `NotSupported` if the format can't: the block layer then writes
+        zeroes, unless the caller wanted no fallback.
+        """
+        raise NotSupported("no zero clusters in this format")
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Free whole clusters. A hint; never exposes a backing file's data."""
+
+    # -- durability ------------------------------------------------------
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Make every write answered before this call durable."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Write back all metadata and release it. The block layer closes the
+        storage afterwards."""

@@ -1,0 +1,99 @@
+"""The contract of storage drivers: where the bytes of an image live.
+
+A storage driver is a byte-addressed file. Requests of any offset and length
+are welcome: a driver with coarser needs (O_DIRECT) bounces inside. Reading
+past the end gives zeroes; writing past the end grows the file, and what lies
+between the old end and the write reads as zeroes.
+
+``try_*`` methods are for the event loop: they never block, and None (or
+False) means "not now, take the coroutine". Errors are `OSError`s.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from nbdqcow.types import Buffer, Buffers
+
+
+class StorageDriver(ABC):
+    """A byte-addressed file with explicit durability.
+
+    Attributes:
+        name: the registry's name of the driver, such as ``file``.
+        filename: what messages call this file.
+        read_only: True if no request may change the file.
+        length: bytes in the file as far as this process knows: kept up to
+            date by our own writes, no system call to read it.
+        zero_beyond_end: True if bytes past the end are certain to read as
+            zeroes once the file grows over them (a regular file; not a disk).
+    """
+
+    name: ClassVar[str]
+    filename: str
+    read_only: bool
+    length: int
+    zero_beyond_end: bool
+
+    @abstractmethod
+    def try_pread(self, offset: int, length: int) -> bytes | None:
+        """Return exactly ``length`` bytes if they need no waiting."""
+
+    def try_view(self, offset: int, length: int) -> memoryview | None:
+        """Return resident bytes without copying them, or None.
+
+        The view shows the live file: while it is in use the caller keeps the
+        clusters under it from being reused, and never touches its bytes
+        itself, but hands them to the kernel (a shrunk file would fault).
+        """
+        return None
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        """Write ``data`` now if that has lately been cheap; False if not."""
+        return False
+
+    @abstractmethod
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """Return exactly ``length`` bytes."""
+
+    @abstractmethod
+    async def pwritev(
+        self, offset: int, buffers: Buffers, *, fua: bool = False
+    ) -> None:
+        """Write ``buffers`` one after the other from ``offset``.
+
+        ``fua``: the bytes (and what is needed to find them again) are durable
+        on return. The buffers must not change until then.
+        """
+
+    @abstractmethod
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool = False
+    ) -> None:
+        """Make a range read as zeroes, freeing its space if ``may_unmap``.
+
+        ``no_fallback``: raise `NotSupported` rather than write out zeroes.
+        """
+
+    @abstractmethod
+    async def discard(self, offset: int, length: int) -> None:
+        """Free the space of a range; what it reads as is undefined. A hint."""
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Make every write completed before this call durable."""
+
+    @abstractmethod
+    async def truncate(self, length: int) -> None:
+        """Set the file's length; a grown part reads as zeroes if it can."""
+
+    async def block_status(self, offset: int, length: int) -> tuple[bool, int]:
+        """Return ``(allocated, run)``: whether ``offset`` holds data, and for
+        how many bytes (1 to ``length``) that holds. Default: all data."""
+        return True, length
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Bring a range near, if the driver can. A hint."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Release the file and its locks. Does not flush."""

@@ -1,0 +1,70 @@
+"""The exceptions of the project. Whatever else escapes a request is a bug.
+
+::
+
+    NbdQcowError
+    +-- BlockError (also an OSError)   a request failed; carries an errno
+    |   +-- NotSupported               ENOTSUP: the caller may fall back
+    +-- ImageError                     the file is not an image we can use
+    |   +-- UnsupportedFeature         a valid image, but with a feature we lack
+    |   +-- ImageInUse                 another program holds the image's lock
+    +-- ProtocolError                  the peer broke the protocol: close
+    +-- OptionError                    an option failed: haggling goes on
+    +-- UsageError                     a wrong command line
+"""
+
+import errno as _errno
+
+
+class NbdQcowError(Exception):
+    """Base class of all errors that the project raises on purpose."""
+
+
+class BlockError(NbdQcowError, OSError):
+    """A block request failed. ``errno`` says how, ``strerror`` says why.
+
+    Storage drivers raise plain `OSError` too; both reach the client through
+    one table (`nbdqcow.nbd.errno_map`).
+    """
+
+    def __init__(self, errno: int, text: str) -> None:
+        OSError.__init__(self, errno, text)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+class NotSupported(BlockError):
+    """The driver can't do this efficiently; the block layer may fall back."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(_errno.ENOTSUP, text)
+
+
+class ImageError(NbdQcowError):
+    """The image can't be opened: not of this format, damaged, or refused."""
+
+
+class UnsupportedFeature(ImageError):
+    """The image is valid but uses a feature that is not implemented."""
+
+
+class ImageInUse(ImageError):
+    """Another process holds a conflicting lock on the image."""
+
+
+class ProtocolError(NbdQcowError):
+    """The peer broke the NBD protocol; the connection must be closed."""
+
+
+class OptionError(NbdQcowError):
+    """An NBD option failed. ``reply`` is the ``NBD_REP_ERR_*`` to send."""
+
+    def __init__(self, reply: int, text: str) -> None:
+        super().__init__(text)
+        self.reply = reply
+        self.text = text
+
+
+class UsageError(NbdQcowError):
+    """The command line is wrong; the message says what to write instead."""

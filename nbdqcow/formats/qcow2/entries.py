@@ -1,0 +1,48 @@
+"""The bits of qcow2's table entries, and what an L2 entry means.
+
+Source: qcow2.txt, "Cluster mapping" and "Host cluster management".
+"""
+
+from typing import Final
+
+from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO, ZERO_ALLOCATED
+
+OFLAG_COPIED: Final = 1 << 63
+"""L1 and L2: the refcount is exactly one, so writing in place is allowed."""
+OFLAG_COMPRESSED: Final = 1 << 62
+OFLAG_ZERO: Final = 1 << 0
+"""L2, version 3 without extended L2: the cluster reads as zeroes."""
+
+OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00
+"""Bits 9 to 55: the host offset in L1 and standard L2 entries."""
+L1_RESERVED_MASK: Final = 0x7F00_0000_0000_01FF
+L2_RESERVED_MASK: Final = 0x3F00_0000_0000_01FE
+REFTABLE_OFFSET_MASK: Final = 0xFFFF_FFFF_FFFF_FE00
+REFTABLE_RESERVED_MASK: Final = 0x1FF
+
+MAX_L1_BYTES: Final = 32 << 20
+"""QEMU's limit for the active L1 table; ours too."""
+MAX_REFTABLE_BYTES: Final = 8 << 20
+MIN_CLUSTER_BITS: Final = 9
+MAX_CLUSTER_BITS: Final = 21
+
+
+def classify(entry: int) -> int:
+    """Return the run kind (`nbdqcow.types`) of a standard L2 entry."""
+    if entry & OFLAG_COMPRESSED:
+        return COMPRESSED
+    if entry & OFLAG_ZERO:
+        return ZERO_ALLOCATED if entry & OFFSET_MASK else ZERO
+    return DATA if entry & OFFSET_MASK else UNALLOCATED
+
+
+def compressed_range(entry: int, cluster_bits: int) -> tuple[int, int]:
+    """Return ``(host_offset, length)`` of a compressed cluster's bytes.
+
+    The length reaches to the end of the last 512-byte sector, so it may hold
+    more than the compressed stream ("Compressed Clusters Descriptor").
+    """
+    offset_bits = 62 - (cluster_bits - 8)
+    host_offset = entry & ((1 << offset_bits) - 1)
+    additional = (entry >> offset_bits) & ((1 << (cluster_bits - 8)) - 1)
+    return host_offset, (additional + 1) * 512 - (host_offset & 511)
