@@ -1,0 +1,1 @@
+"""The format-neutral block layer: contracts, nodes, chains, splitting, probing."""

@@ -1,0 +1,1 @@
+"""Ciphers and key management of encrypted images."""

@@ -1,0 +1,1 @@
+"""Format drivers: they map guest offsets to places in a storage driver."""

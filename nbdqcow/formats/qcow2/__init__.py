@@ -1,0 +1,1 @@
+"""The qcow2 driver, one module for each concern of the format."""
