@@ -1,0 +1,398 @@
+"""The server's half of the fixed newstyle handshake, without input or output.
+
+The shell that owns the connection feeds bytes in and sends bytes out::
+
+    handshake = ServerHandshake(exports)
+    transport.write(handshake.data_to_send())         # the greeting
+    while handshake.state is HandshakeState.HANDSHAKING:
+        handshake.receive_data(...)                    # whatever arrived
+        transport.write(handshake.data_to_send())
+
+It ends in TRANSMISSION, with ``export`` chosen and the first bytes of that
+phase in ``trailing``, or in CLOSED, with the reason in ``error``. Bad input
+never raises: an option that is wrong gets an error reply and the haggling goes
+on; a client that broke the protocol is sent what is due to it and CLOSED. The
+shell sends what is queued, then closes.
+
+An option is a row of `_HANDLERS`. A handler gets the option's complete data,
+queues its replies, and raises `OptionError` to refuse it or `ProtocolError` to
+end the connection.
+
+What a client can make this hold: one option's data (``max_option_length``),
+one chunk of input, and ``_MAX_QUEUED`` plus one option's replies of output.
+"""
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from nbdqcow.errors import OptionError, ProtocolError
+from nbdqcow.nbd import codec
+from nbdqcow.nbd import constants as nbd
+from nbdqcow.types import Buffer
+
+_MAX_QUEUED: Final = 1 << 20
+"""Bytes of replies that may wait while the client already sends more."""
+_MAX_SKIPPED: Final = 32 << 20
+"""Bytes of data that a refused option may have; beyond, the client is closed."""
+_KNOWN_CLIENT_FLAGS: Final = nbd.FLAG_C_FIXED_NEWSTYLE | nbd.FLAG_C_NO_ZEROES
+
+
+class HandshakeState(enum.Enum):
+    """Where a connection is."""
+
+    HANDSHAKING = enum.auto()
+    TRANSMISSION = enum.auto()
+    CLOSED = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class ExportInfo:
+    """What a client learns of an export.
+
+    Attributes:
+        name: what clients ask for, and what LIST shows.
+        size: bytes.
+        flags: transmission flags (``FLAG_*``); HAS_FLAGS is added.
+        description: text for people; may be empty.
+        minimum_block_size, preferred_block_size, maximum_payload: bytes
+            (proto.md "Size constraints").
+        canonical_name: the answer to INFO_NAME if that is not ``name``.
+
+    Raises `ValueError` for a text that can't be sent (proto.md "Conventions").
+    """
+
+    name: str
+    size: int
+    flags: int
+    description: str = ""
+    minimum_block_size: int = nbd.DEFAULT_MINIMUM_BLOCK_SIZE
+    preferred_block_size: int = nbd.DEFAULT_PREFERRED_BLOCK_SIZE
+    maximum_payload: int = nbd.DEFAULT_MAXIMUM_PAYLOAD
+    canonical_name: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_string("export name", self.name)
+        _check_string("export name", self.canonical_name or "")
+        _check_string("export description", self.description)
+
+
+class ExportSource(Protocol):
+    """Where the handshake finds exports."""
+
+    def list_exports(self) -> Sequence[ExportInfo]:
+        """Return the exports that LIST shows."""
+
+    def find_export(self, name: str) -> ExportInfo | None:
+        """Return the export of that name ("" is the default one), or None."""
+
+
+class ServerHandshake:
+    """The handshake of one connection.
+
+    Attributes:
+        state: see `HandshakeState`.
+        export: the export chosen, once in TRANSMISSION.
+        trailing: bytes that came after the handshake's last option.
+        error: why the connection is CLOSED; None after an ABORT.
+        shutting_down: set by the shell: every option but ABORT is refused.
+    """
+
+    def __init__(
+        self,
+        exports: ExportSource,
+        *,
+        max_options: int = 4096,
+        max_option_length: int = 64 << 10,
+    ) -> None:
+        self.state = HandshakeState.HANDSHAKING
+        self.export: ExportInfo | None = None
+        self.trailing = b""
+        self.error: str | None = None
+        self.shutting_down = False
+        self._exports = exports
+        self._options_left = max_options
+        self._max_option_length = max_option_length
+        self._greeted = False
+        self._fixed = False
+        self._no_zeroes = False
+        self._in = bytearray()
+        self._out: list[bytes] = []
+        self._queued_length = 0
+        # A refused option whose data is still arriving: the reply that is due
+        # after it, and how many bytes are still to come.
+        self._skipping: OptionError | None = None
+        self._skipping_option = 0
+        self._skip_length = 0
+        self._queue(codec.greeting(nbd.FLAG_FIXED_NEWSTYLE | nbd.FLAG_NO_ZEROES))
+
+    def data_to_send(self) -> bytes:
+        """Return the bytes queued for the client, and forget them."""
+        data = b"".join(self._out)
+        self._out.clear()
+        self._queued_length = 0
+        return data
+
+    def receive_data(self, data: Buffer) -> None:
+        """Take bytes from the client. Look at ``state`` afterwards."""
+        if self.state is HandshakeState.CLOSED:
+            return
+        self._in += data
+        try:
+            while self.state is HandshakeState.HANDSHAKING and self._step():
+                pass
+        except ProtocolError as exc:
+            self.state = HandshakeState.CLOSED
+            self.error = str(exc)
+        if self.state is HandshakeState.TRANSMISSION:
+            self.trailing += bytes(self._in)
+        if self.state is not HandshakeState.HANDSHAKING:
+            self._in.clear()
+
+    def _step(self) -> bool:
+        """Take one message from the input; False if it is not complete."""
+        if not self._greeted:
+            return self._take_client_flags()
+        if self._skipping is not None:
+            return self._skip(self._skipping)
+        return self._take_option()
+
+    def _take_client_flags(self) -> bool:
+        if len(self._in) < codec.CLIENT_FLAGS.size:
+            return False
+        (flags,) = codec.CLIENT_FLAGS.unpack_from(self._in)
+        del self._in[: codec.CLIENT_FLAGS.size]
+        if flags & ~_KNOWN_CLIENT_FLAGS:
+            raise ProtocolError(f"unknown client flags {flags:#x}")
+        self._greeted = True
+        self._fixed = bool(flags & nbd.FLAG_C_FIXED_NEWSTYLE)
+        self._no_zeroes = bool(flags & nbd.FLAG_C_NO_ZEROES)
+        return True
+
+    def _skip(self, refusal: OptionError) -> bool:
+        length = min(self._skip_length, len(self._in))
+        del self._in[:length]
+        self._skip_length -= length
+        if self._skip_length:
+            return False
+        self._skipping = None
+        self._refuse(self._skipping_option, refusal)
+        return True
+
+    def _take_option(self) -> bool:
+        if len(self._in) < codec.OPTION.size:
+            return False
+        magic, option, length = codec.OPTION.unpack_from(self._in)
+        if magic != nbd.IHAVEOPT_MAGIC:
+            raise ProtocolError(f"bad option magic {magic:#018x}")
+        if self._queued_length > _MAX_QUEUED:
+            # "The client MUST NOT send any option until it has received a
+            # final reply": only one that ignores its replies gets here.
+            raise ProtocolError("the client sends options but reads no replies")
+        if option == nbd.OPT_ABORT and self._fixed:
+            # "A server SHOULD ignore any data", so there is no need for it.
+            self._reply(option, nbd.REP_ACK)
+            self.state = HandshakeState.CLOSED
+            return False
+        refusal = self._check(option, length)
+        end = codec.OPTION.size + length
+        if refusal is None and len(self._in) < end:
+            return False
+        if not self._options_left:
+            raise ProtocolError("too many options")
+        self._options_left -= 1
+        if refusal is not None:
+            del self._in[: codec.OPTION.size]
+            self._skipping = refusal
+            self._skipping_option = option
+            self._skip_length = length
+            return True
+        data = bytes(self._in[codec.OPTION.size : end])
+        del self._in[:end]
+        try:
+            _HANDLERS[option](self, option, data)
+        except OptionError as exc:
+            self._refuse(option, exc)
+        return True
+
+    def _check(self, option: int, length: int) -> OptionError | None:
+        """Judge an option by its header: None if its data is to be read.
+
+        Raises `ProtocolError` where the connection can't go on.
+        """
+        name = nbd.option_name(option)
+        if option == nbd.OPT_EXPORT_NAME:
+            if length > nbd.MAX_STRING_LENGTH:
+                raise ProtocolError(f"an export name of {length} bytes")
+            return None
+        if not self._fixed:
+            raise ProtocolError(f"{name} from a client without fixed newstyle")
+        if length > _MAX_SKIPPED:
+            text = f"{length} bytes of data for {name} are too many"
+            self._refuse(option, OptionError(nbd.REP_ERR_TOO_BIG, text))
+            raise ProtocolError(text)
+        if self.shutting_down:
+            return OptionError(nbd.REP_ERR_SHUTDOWN, "the server is shutting down")
+        if option not in _HANDLERS:
+            return OptionError(nbd.REP_ERR_UNSUP, f"{name} is not supported")
+        if length > self._max_option_length:
+            return OptionError(
+                nbd.REP_ERR_TOO_BIG, f"{length} bytes of data for {name} are too many"
+            )
+        return None
+
+    # -- replies -----------------------------------------------------------
+
+    def _queue(self, data: bytes) -> None:
+        self._out.append(data)
+        self._queued_length += len(data)
+
+    def _reply(self, option: int, reply: int, data: bytes = b"") -> None:
+        self._queue(codec.option_reply(option, reply, data))
+
+    def _refuse(self, option: int, refusal: OptionError) -> None:
+        self._reply(option, refusal.reply, refusal.text.encode())
+
+    # -- options -----------------------------------------------------------
+
+    def _export_name(self, option: int, data: bytes) -> None:
+        try:
+            export = self._find_export(data)
+        except OptionError as exc:
+            # No error reply exists: "it MUST terminate the session".
+            raise ProtocolError(exc.text) from None
+        if self.shutting_down:
+            raise ProtocolError("the server is shutting down")
+        self._queue(codec.EXPORT.pack(export.size, export.flags | nbd.FLAG_HAS_FLAGS))
+        if not self._no_zeroes:
+            self._queue(codec.EXPORT_PADDING)
+        self._enter_transmission(export)
+
+    def _list(self, option: int, data: bytes) -> None:
+        if data:
+            raise OptionError(nbd.REP_ERR_INVALID, "LIST takes no data")
+        for export in self._exports.list_exports():
+            self._reply(
+                option,
+                nbd.REP_SERVER,
+                codec.server_description(export.name, export.description),
+            )
+        self._reply(option, nbd.REP_ACK)
+
+    def _info(self, option: int, data: bytes) -> None:
+        name, infos = _parse_info_request(data)
+        export = self._find_export(name)
+        self._reply(
+            option,
+            nbd.REP_INFO,
+            codec.info_export(export.size, export.flags | nbd.FLAG_HAS_FLAGS),
+        )
+        for info in sorted(infos & _INFO_BUILDERS.keys()):
+            built = _INFO_BUILDERS[info](export)
+            if built is not None:
+                self._reply(option, nbd.REP_INFO, built)
+        self._reply(option, nbd.REP_ACK)
+        if option == nbd.OPT_GO:
+            self._enter_transmission(export)
+
+    def _find_export(self, name: bytes) -> ExportInfo:
+        decoded = _decode_name(name)
+        export = self._exports.find_export(decoded)
+        if export is None:
+            raise OptionError(nbd.REP_ERR_UNKNOWN, f"no export {_quote(decoded)}")
+        return export
+
+    def _enter_transmission(self, export: ExportInfo) -> None:
+        self.export = export
+        self.state = HandshakeState.TRANSMISSION
+
+
+_HANDLERS: Final[dict[int, Callable[[ServerHandshake, int, bytes], None]]] = {
+    nbd.OPT_EXPORT_NAME: ServerHandshake._export_name,
+    nbd.OPT_LIST: ServerHandshake._list,
+    nbd.OPT_INFO: ServerHandshake._info,
+    nbd.OPT_GO: ServerHandshake._info,
+}
+
+
+def _description_info(export: ExportInfo) -> bytes | None:
+    if not export.description:
+        return None
+    return codec.info_text(nbd.INFO_DESCRIPTION, export.description)
+
+
+def _name_info(export: ExportInfo) -> bytes:
+    name = export.name if export.canonical_name is None else export.canonical_name
+    return codec.info_text(nbd.INFO_NAME, name)
+
+
+def _block_size_info(export: ExportInfo) -> bytes:
+    return codec.info_block_size(
+        export.minimum_block_size, export.preferred_block_size, export.maximum_payload
+    )
+
+
+_INFO_BUILDERS: Final[dict[int, Callable[[ExportInfo], bytes | None]]] = {
+    nbd.INFO_NAME: _name_info,
+    nbd.INFO_DESCRIPTION: _description_info,
+    nbd.INFO_BLOCK_SIZE: _block_size_info,
+}
+"""What INFO and GO can be asked for; INFO_EXPORT is always sent."""
+
+
+def _parse_info_request(data: bytes) -> tuple[bytes, set[int]]:
+    """Return the name and the information types that INFO or GO asks for.
+
+    Raises `OptionError` unless the lengths fit the data exactly.
+    """
+    if len(data) < 6:
+        raise OptionError(nbd.REP_ERR_INVALID, "the option's data is too short")
+    (name_length,) = codec.U32.unpack_from(data)
+    if name_length > len(data) - 6:
+        raise OptionError(nbd.REP_ERR_INVALID, "the name is longer than the option")
+    infos_offset = 4 + name_length + 2
+    (nb_infos,) = codec.U16.unpack_from(data, infos_offset - 2)
+    if len(data) != infos_offset + 2 * nb_infos:
+        raise OptionError(
+            nbd.REP_ERR_INVALID,
+            f"{nb_infos} information requests do not fill the option's data",
+        )
+    infos = {
+        codec.U16.unpack_from(data, infos_offset + 2 * i)[0] for i in range(nb_infos)
+    }
+    return data[4 : 4 + name_length], infos
+
+
+def _decode_name(name: bytes) -> str:
+    """Return an export's name as text (proto.md "Conventions": strings)."""
+    if len(name) > nbd.MAX_STRING_LENGTH:
+        raise OptionError(
+            nbd.REP_ERR_TOO_BIG,
+            f"an export name of {len(name)} bytes; {nbd.MAX_STRING_LENGTH} are allowed",
+        )
+    try:
+        decoded = name.decode()
+    except UnicodeDecodeError:
+        raise OptionError(nbd.REP_ERR_INVALID, "the export name is not UTF-8") from None
+    if "\0" in decoded:
+        raise OptionError(nbd.REP_ERR_INVALID, "the export name contains a NUL")
+    return decoded
+
+
+def _check_string(what: str, text: str) -> None:
+    try:
+        length = len(text.encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"the {what} {text!a} is not UTF-8") from None
+    if length > nbd.MAX_STRING_LENGTH:
+        raise ValueError(f"the {what} is longer than {nbd.MAX_STRING_LENGTH} bytes")
+    if "\0" in text:
+        raise ValueError(f"the {what} {text!a} contains a NUL")
+
+
+def _quote(name: str) -> str:
+    """Return a client's name for a message: short, and safe in a log."""
+    if len(name) > 100:
+        name = name[:100] + "..."
+    return repr(name)
