@@ -1,0 +1,48 @@
+"""A pool of payload buffers: touching fresh memory costs more than a copy."""
+
+from typing import Final, cast
+
+from nbdqcow.units import KiB, MiB
+
+_SMALLEST: Final = 16 * KiB
+_LARGEST_KEPT: Final = 4 * MiB
+"""A larger buffer is given back to the system: it would hold its memory for
+one rare request."""
+
+
+class BufferPool:
+    """Recycles buffers. For one thread.
+
+    Buffers come in powers of two, so that one of each few requests' sizes is
+    idle. At most ``max_idle`` bytes are kept.
+    """
+
+    __slots__ = ("_idle", "_max_idle", "_nb_idle_bytes")
+
+    def __init__(self, max_idle: int = 32 * MiB) -> None:
+        self._max_idle = max_idle
+        self._nb_idle_bytes = 0
+        self._idle: dict[int, list[bytearray]] = {}
+
+    def acquire(self, length: int) -> memoryview:
+        """Return a writable view of ``length`` bytes of any content."""
+        capacity = _SMALLEST
+        if length > capacity:
+            capacity = 1 << (length - 1).bit_length()
+        idle = self._idle.get(capacity)
+        if idle:
+            self._nb_idle_bytes -= capacity
+            buffer = idle.pop()
+        else:
+            # Only the kept ones are worth their round-up.
+            buffer = bytearray(capacity if capacity <= _LARGEST_KEPT else length)
+        return memoryview(buffer)[:length]
+
+    def release(self, view: memoryview) -> None:
+        """Take back what `acquire` returned; nobody may use it any more."""
+        buffer = cast(bytearray, view.obj)
+        capacity = len(buffer)
+        if capacity > _LARGEST_KEPT or self._nb_idle_bytes + capacity > self._max_idle:
+            return
+        self._nb_idle_bytes += capacity
+        self._idle.setdefault(capacity, []).append(buffer)

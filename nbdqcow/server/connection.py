@@ -1,0 +1,148 @@
+"""One client: its socket, its handshake, and how it ends."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Final, cast
+
+from nbdqcow.nbd.handshake import ExportSource, HandshakeState, ServerHandshake
+from nbdqcow.nbd.requests import RequestReader
+from nbdqcow.server.dispatch import Shared
+from nbdqcow.server.export import Export
+from nbdqcow.server.inline import Transmission, peer_name
+from nbdqcow.server.options import ServerOptions
+from nbdqcow.units import KiB, MiB
+
+logger = logging.getLogger(__name__)
+
+_SEND_BUFFER: Final = 1 * MiB
+_HANDSHAKE_BUFFER: Final = 8 * KiB
+
+
+class Connection(asyncio.BufferedProtocol):
+    """The handshake of a client; hands the transport to a `Transmission`.
+
+    Attributes:
+        negotiated: whether the client has come to the transmission phase.
+    """
+
+    def __init__(
+        self,
+        exports: Mapping[str, Export],
+        source: ExportSource,
+        shared: Shared,
+        options: ServerOptions,
+        on_made: Callable[["Connection"], bool],
+        on_closed: Callable[["Connection"], None],
+    ) -> None:
+        """``on_made`` says whether the client is welcome. ``on_closed`` is
+        called once for each that is, when nothing of it is left."""
+        self.negotiated = False
+        self._exports = exports
+        self._shared = shared
+        self._options = options
+        self._on_made = on_made
+        self._on_closed = on_closed
+        self._handshake = ServerHandshake(source)
+        self._buffer = memoryview(bytearray(_HANDSHAKE_BUFFER))
+        self._transmission: Transmission | None = None
+        self._transport: asyncio.Transport | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._welcome = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Greet the client, or close one too many."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._welcome = self._on_made(self)
+        if not self._welcome:
+            self._transport.abort()
+            return
+        _tune(self._transport.get_extra_info("socket"))
+        self._timer = asyncio.get_running_loop().call_later(
+            self._options.handshake_timeout, self._time_out
+        )
+        self._transport.write(self._handshake.data_to_send())
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Say where the next bytes go: `asyncio.BufferedProtocol`."""
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Go on with the handshake: `asyncio.BufferedProtocol`."""
+        assert self._transport is not None
+        handshake = self._handshake
+        handshake.receive_data(self._buffer[:nbytes])
+        reply = handshake.data_to_send()
+        if reply:
+            self._transport.write(reply)
+        if handshake.state is HandshakeState.TRANSMISSION:
+            self._enter_transmission(self._transport)
+        elif handshake.state is HandshakeState.CLOSED:
+            if handshake.error:
+                self._log_closed(handshake.error)
+            self._transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget a client that never came to the transmission phase."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._welcome:
+            self._on_closed(self)
+
+    # -- ending ----------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Let requests in flight end, then close."""
+        if self._transmission is not None:
+            self._transmission.drain()
+        elif self._transport is not None:
+            self._transport.abort()
+
+    def abort(self) -> None:
+        """Close now, whatever is in flight."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _time_out(self) -> None:
+        assert self._transport is not None
+        self._log_closed("no handshake in time")
+        self._transport.abort()
+
+    def _log_closed(self, reason: str) -> None:
+        assert self._transport is not None
+        logger.warning("%s closed: %s", peer_name(self._transport), reason)
+
+    def _enter_transmission(self, transport: asyncio.Transport) -> None:
+        assert self._handshake.export is not None
+        assert self._timer is not None
+        self._timer.cancel()
+        export = self._exports[self._handshake.export.name]
+        reader = RequestReader(self._shared.pool, export.maximum_payload)
+        trailing = self._handshake.trailing
+        if trailing:
+            reader.get_buffer()[: len(trailing)] = trailing
+            reader.received(len(trailing))
+        self._transmission = Transmission(
+            transport,
+            reader,
+            export,
+            self._shared,
+            self._options,
+            lambda: self._on_closed(self),
+        )
+        self.negotiated = True
+        transport.set_protocol(self._transmission)
+        self._transmission.start()
+
+
+def _tune(sock: socket.socket) -> None:
+    with suppress(OSError):
+        if sock.family == socket.AF_UNIX:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        else:
+            # asyncio does not set it on sockets whose listener came from
+            # elsewhere; without it a reply in two pieces waits 40 ms.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -1,0 +1,345 @@
+"""The transmission phase of one connection, and its inline path.
+
+This is the hot path of the server. Everything that arrived with one read of
+the socket is served in one loop: plain reads and writes that need no waiting
+right here, without an object for the request; the rest goes to the
+`Dispatcher`. All replies of one callback leave in one write. What the loop
+does for each request is measured: see ``bench/micro``.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from nbdqcow.errors import ProtocolError
+from nbdqcow.nbd import constants as nbd
+from nbdqcow.nbd.requests import (
+    HEAD_LENGTH,
+    PLAIN_READ,
+    PLAIN_WRITE,
+    REPLY_OK,
+    REQUEST_HEAD,
+    STAGED_PAYLOAD,
+    Request,
+    RequestReader,
+    simple_reply,
+)
+from nbdqcow.server.dispatch import Dispatcher, Shared, request_error
+from nbdqcow.server.export import Export
+from nbdqcow.server.options import ServerOptions
+from nbdqcow.types import Buffer
+from nbdqcow.units import KiB, MiB
+
+logger = logging.getLogger(__name__)
+
+INLINE_READ: Final = 64 * KiB
+"""Bytes up to which a read is copied out of the page cache; from here on,
+mapping pages into the socket is cheaper."""
+
+_ALLOWANCE: Final = 2 * MiB
+_REQUEST_COST: Final = 4 * KiB
+"""One callback serves requests until their data, and this much for each of
+them, make up the allowance: about a millisecond, then others have a turn."""
+
+
+def peer_name(transport: asyncio.BaseTransport) -> str:
+    """Return what the log calls a client."""
+    address = transport.get_extra_info("peername")
+    if isinstance(address, tuple):
+        return f"client {address[0]}:{address[1]}"
+    return "client on a unix socket"
+
+
+class Transmission(asyncio.BufferedProtocol):
+    """Serves requests from a transport until either side ends it.
+
+    The transport's write limits are 0, so writing is paused as long as any
+    reply has not left, and nothing is parsed meanwhile: a client that does
+    not read its replies makes us hold those of one callback and of the tasks
+    in flight. Reading is paused once the receive buffer is full.
+    """
+
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        reader: RequestReader,
+        export: Export,
+        shared: Shared,
+        options: ServerOptions,
+        on_closed: Callable[[], None],
+    ) -> None:
+        """Bytes that came with the handshake are in ``reader`` already.
+
+        ``on_closed`` is called once the connection is lost and none of its
+        requests is in flight any more.
+        """
+        self._transport = transport
+        self._reader = reader
+        self._export = export
+        self._node = export.node
+        self._shared = shared
+        self._on_closed = on_closed
+        self._close_timeout = options.close_timeout
+        self._loop = asyncio.get_running_loop()
+        self._dispatcher = Dispatcher(
+            export.node,
+            self._reply,
+            shared,
+            max_requests=options.max_requests,
+            max_bytes=options.max_bytes,
+        )
+        self._inline_write = -1 if export.read_only else STAGED_PAYLOAD
+        self._out: list[Buffer] = []
+        # Views that may not have left yet: their tokens.
+        self._tokens: list[int] = []
+        self._run_scheduled = False
+        self._write_paused = False
+        self._reading_paused = False
+        self._eof = False
+        # New requests are refused; or none are looked at any more.
+        self._draining = False
+        self._closing = False
+        self._lost = False
+        self._abort_timer: asyncio.TimerHandle | None = None
+        transport.set_write_buffer_limits(high=0, low=0)
+
+    # -- the transport's callbacks -------------------------------------------
+
+    def start(self) -> None:
+        """Serve what came with the handshake."""
+        self._run()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Say where the next bytes go: `asyncio.BufferedProtocol`."""
+        return self._reader.get_buffer()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Serve what has arrived: `asyncio.BufferedProtocol`."""
+        self._reader.received(nbytes)
+        if not self._run_scheduled:
+            self._run()
+
+    def pause_writing(self) -> None:
+        """Stop serving: the client does not keep up with its replies."""
+        self._write_paused = True
+
+    def resume_writing(self) -> None:
+        """Go on: every reply has left."""
+        self._write_paused = False
+        self._release_views()
+        self._schedule_run()
+
+    def eof_received(self) -> bool:
+        """Serve what has arrived, then close."""
+        self._eof = True
+        self._schedule_run()
+        # Keep the other direction: the client may wait for its replies.
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let requests in flight end without anybody to tell."""
+        self._lost = True
+        self._out.clear()
+        self._release_views()
+        self._reader.close()
+        if self._abort_timer is not None:
+            self._abort_timer.cancel()
+        if not self._dispatcher.nb_requests:
+            self._on_closed()
+
+    # -- ending ----------------------------------------------------------------
+
+    def drain(self) -> None:
+        """Refuse new requests, and close once those in flight have ended."""
+        self._draining = True
+        self._reader.maximum_payload = 0
+        self._schedule_run()
+
+    def abort(self) -> None:
+        """Close now, whatever is in flight."""
+        self._transport.abort()
+
+    def _stop_reading(self) -> None:
+        """Look at nothing more from this client: finish, reply, close."""
+        self._closing = True
+        self._transport.pause_reading()
+
+    def _close(self) -> None:
+        """Send what is queued, then close; but do not wait for ever."""
+        if self._abort_timer is None:
+            self._transport.close()
+            self._abort_timer = self._loop.call_later(
+                self._close_timeout, self._transport.abort
+            )
+
+    # -- serving -----------------------------------------------------------------
+
+    def _schedule_run(self) -> None:
+        if not self._run_scheduled:
+            self._run_scheduled = True
+            self._loop.call_soon(self._run)
+
+    def _run(self) -> None:
+        """Serve what has arrived, send all replies there are."""
+        self._run_scheduled = False
+        if self._lost:
+            return
+        if not (self._write_paused or self._closing):
+            try:
+                self._serve()
+            except ProtocolError as exc:
+                logger.warning("%s closed: %s", peer_name(self._transport), exc)
+                self._stop_reading()
+        if self._out:
+            self._transport.writelines(self._out)
+            self._out.clear()
+            if self._tokens and not self._transport.get_write_buffer_size():
+                self._release_views()
+        if self._closing or self._draining or self._eof:
+            if self._finished:
+                self._close()
+        elif self._reader.full:
+            self._reading_paused = True
+            self._transport.pause_reading()
+        elif self._reading_paused:
+            self._reading_paused = False
+            self._transport.resume_reading()
+
+    @property
+    def _finished(self) -> bool:
+        """Whether an ending connection has nothing left to serve."""
+        if self._dispatcher.nb_requests:
+            return False
+        # At the end of input, what has arrived is still served.
+        return not self._eof or not (self._run_scheduled or self._write_paused)
+
+    def _serve(self) -> None:
+        """Serve the requests in the buffer until the allowance is used up.
+
+        Raises `ProtocolError` where the bytes are no requests.
+        """
+        reader = self._reader
+        dispatcher = self._dispatcher
+        buffer = reader.buffer
+        unpack = REQUEST_HEAD.unpack_from
+        append = self._out.append
+        try_pread = self._node.try_pread
+        try_pwrite = self._node.try_pwrite
+        inline_write = self._inline_write
+        size = self._export.size
+        ok = REPLY_OK
+        allowance = _ALLOWANCE
+        while allowance > 0:
+            if reader.at_header and not self._draining:
+                start = reader.start
+                # The last place where a header may begin.
+                last = reader.end - HEAD_LENGTH
+                try:
+                    while start <= last and allowance > 0:
+                        word, cookie, offset, length = unpack(buffer, start)
+                        if word == PLAIN_READ:
+                            if not 0 < length <= INLINE_READ or offset + length > size:
+                                break
+                            data = try_pread(offset, length)
+                            if data is None:
+                                break
+                            append(ok + cookie)
+                            append(data)
+                            start += HEAD_LENGTH
+                        elif word == PLAIN_WRITE and 0 < length <= inline_write:
+                            data_start = start + HEAD_LENGTH
+                            stop = data_start + length
+                            if (
+                                stop > reader.end
+                                or offset + length > size
+                                or not try_pwrite(offset, buffer[data_start:stop])
+                            ):
+                                break
+                            append(ok + cookie)
+                            start = stop
+                        else:
+                            break
+                        allowance -= length + _REQUEST_COST
+                except Exception as exc:
+                    append(simple_reply(cookie, request_error(exc)))
+                    start += HEAD_LENGTH + (length if word == PLAIN_WRITE else 0)
+                reader.start = start
+                if allowance <= 0:
+                    break
+            if dispatcher.full:
+                return
+            request = reader.next_request()
+            if request is None:
+                return
+            allowance -= _REQUEST_COST
+            if request.command <= nbd.CMD_WRITE:
+                allowance -= request.length
+            self._take(request)
+            if self._closing:
+                return
+        self._schedule_run()
+
+    def _take(self, request: Request) -> None:
+        """Serve a request that the inline loop did not."""
+        command, flags, cookie, offset, length, payload = request
+        if command == nbd.CMD_DISC:
+            self._stop_reading()
+            return
+        if self._draining:
+            error = nbd.ESHUTDOWN
+        else:
+            error = self._export.check(command, flags, offset, length)
+        if error or (not length and command != nbd.CMD_FLUSH):
+            self._out.append(simple_reply(cookie, error))
+        elif not self._try_large(request):
+            self._dispatcher.submit(request)
+            return
+        if payload is not None:
+            self._shared.pool.release(payload)
+
+    def _try_large(self, request: Request) -> bool:
+        """Serve a read or write above the inline loop's limits, if that needs
+        no waiting. Returns False if it was not served."""
+        command, flags, cookie, offset, length, payload = request
+        try:
+            if command == nbd.CMD_READ and length > INLINE_READ:
+                found = self._node.try_pread_views(offset, length)
+                if found is None:
+                    return False
+                views, token = found
+                self._tokens.append(token)
+                self._out.append(REPLY_OK + cookie)
+                self._out += views
+                return True
+            if payload is not None and length > STAGED_PAYLOAD and not flags:
+                if not self._node.try_pwrite(offset, payload):
+                    return False
+                self._out.append(REPLY_OK + cookie)
+                return True
+        except Exception as exc:
+            self._out.append(simple_reply(cookie, request_error(exc)))
+            return True
+        return False
+
+    def _reply(self, cookie: bytes, error: int, data: Buffer) -> None:
+        """A request of the dispatcher has ended."""
+        if self._lost:
+            if not self._dispatcher.nb_requests:
+                self._on_closed()
+            return
+        if error:
+            self._out.append(simple_reply(cookie, error))
+        else:
+            self._out.append(REPLY_OK + cookie)
+            if data:
+                self._out.append(data)
+        # Not at once: others that end in this turn of the loop join it.
+        self._schedule_run()
+
+    def _release_views(self) -> None:
+        """The transport holds no view any more."""
+        release = self._node.release
+        for token in self._tokens:
+            release(token)
+        self._tokens.clear()

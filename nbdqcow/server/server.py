@@ -1,0 +1,294 @@
+"""Listeners, exports, and an orderly end."""
+
+import asyncio
+import errno
+import logging
+import os
+import signal
+import socket
+import stat
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Final
+
+from nbdqcow.buffers import BufferPool
+from nbdqcow.nbd.handshake import ExportInfo
+from nbdqcow.server.connection import Connection
+from nbdqcow.server.dispatch import Shared
+from nbdqcow.server.export import Export, ExportedNode
+from nbdqcow.server.options import ServerOptions
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG: Final = 128
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_CANCEL_TIMEOUT: Final = 1.0
+"""Seconds that requests have to end once they are cancelled."""
+
+
+class Server:
+    """Serves exports on any number of listening sockets, on one event loop.
+
+    Create it on the loop that it will run on. The nodes stay the caller's: it
+    closes them after `run_until_stopped`.
+
+    Attributes:
+        on_last_disconnect: called when a client that had chosen an export
+            leaves and no client is left.
+    """
+
+    def __init__(self, options: ServerOptions | None = None) -> None:
+        self.on_last_disconnect: Callable[[], None] | None = None
+        self._options = options or ServerOptions()
+        self._shared = Shared(BufferPool(), self._options.max_total_bytes)
+        self._exports: dict[str, Export] = {}
+        self._source = _Exports(self._exports)
+        self._listeners: list[asyncio.Server] = []
+        # Unix sockets that we made: path, device, inode.
+        self._paths: list[tuple[str, int, int]] = []
+        self._connections: set[Connection] = set()
+        self._refusing = False
+        self._stopping = False
+        self._abandoned = False
+        self._signalled = False
+        # Set whenever one of these or the connections have changed.
+        self._changed = asyncio.Event()
+
+    # -- exports ---------------------------------------------------------------
+
+    def add_export(
+        self,
+        name: str,
+        node: ExportedNode,
+        *,
+        read_only: bool = False,
+        description: str = "",
+        multi_conn: bool = True,
+    ) -> None:
+        """Offer ``node`` under ``name``; "" is the default export, and a sole
+        export is the default one whatever its name.
+
+        Raises `ValueError` if the name is taken or can't be sent.
+        """
+        if name in self._exports:
+            raise ValueError(f"there is an export {name!r} already")
+        self._exports[name] = Export(
+            name,
+            node,
+            read_only=read_only,
+            description=description,
+            multi_conn=multi_conn,
+        )
+
+    # -- listening ---------------------------------------------------------------
+
+    async def listen_tcp(self, host: str | None, port: int) -> list[tuple[str, int]]:
+        """Listen on all addresses of ``host`` (None: of this machine).
+
+        Returns the address and port of each socket. Port 0 takes a free one,
+        perhaps a different one for each address. Raises `OSError`.
+        """
+        listener = await asyncio.get_running_loop().create_server(
+            self._make_connection, host, port, backlog=_BACKLOG
+        )
+        self._listeners.append(listener)
+        return [sock.getsockname()[:2] for sock in listener.sockets]
+
+    async def listen_unix(self, path: str) -> None:
+        """Listen on a unix socket, which is removed at the end.
+
+        A socket file that nobody listens on any more is replaced. Raises
+        `OSError` (EADDRINUSE if something else is there).
+        """
+        sock = await asyncio.to_thread(_bind_unix, path)
+        try:
+            status = os.stat(path)
+            listener = await asyncio.get_running_loop().create_unix_server(
+                self._make_connection, sock=sock, backlog=_BACKLOG
+            )
+        except BaseException:
+            sock.close()
+            raise
+        self._listeners.append(listener)
+        self._paths.append((path, status.st_dev, status.st_ino))
+
+    async def listen_socket(self, sock: socket.socket) -> None:
+        """Listen on a bound stream socket, which the server closes."""
+        sock.setblocking(False)
+        loop = asyncio.get_running_loop()
+        create = (
+            loop.create_unix_server
+            if sock.family == socket.AF_UNIX
+            else loop.create_server
+        )
+        self._listeners.append(
+            await create(self._make_connection, sock=sock, backlog=_BACKLOG)
+        )
+
+    # -- running -------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Ask for an orderly end."""
+        self._stopping = True
+        self._changed.set()
+
+    def abandon(self) -> None:
+        """Ask for an end at once, whatever is in flight."""
+        self._abandoned = True
+        self.stop()
+
+    async def run_until_stopped(self) -> None:
+        """Serve until `stop`, SIGTERM or SIGINT, then end in order.
+
+        No client is accepted any more, requests in flight are finished, and
+        all exports are flushed. A second signal (or `abandon`) cuts this
+        short: requests in flight are given up and nothing is flushed. Raises
+        `OSError` if an export could not be flushed.
+        """
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            while not self._stopping:
+                await self._wait_for_change()
+            self._close_listeners()
+            for connection in list(self._connections):
+                connection.drain()
+            while self._connections and not self._abandoned:
+                await self._wait_for_change()
+            if not self._abandoned:
+                await self._flush_exports()
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+            self._close_listeners()
+            await self._give_up()
+
+    def _on_signal(self) -> None:
+        if self._signalled:
+            self.abandon()
+        self._signalled = True
+        self.stop()
+
+    async def _wait_for_change(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    async def _give_up(self) -> None:
+        """Cancel whatever is left."""
+        for connection in self._connections:
+            connection.abort()
+        tasks = self._shared.tasks
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_CANCEL_TIMEOUT)
+
+    async def _flush_exports(self) -> None:
+        failure: OSError | None = None
+        for node in {id(e.node): e.node for e in self._exports.values()}.values():
+            try:
+                await node.flush()
+            except OSError as exc:
+                failure = failure or exc
+        if failure is not None:
+            raise failure
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        for path, device, inode in self._paths:
+            with suppress(OSError):
+                status = os.stat(path)
+                # Somebody may have put another socket there.
+                if (status.st_dev, status.st_ino) == (device, inode):
+                    os.unlink(path)
+        self._paths.clear()
+
+    # -- clients -----------------------------------------------------------------
+
+    def _make_connection(self) -> Connection:
+        return Connection(
+            self._exports,
+            self._source,
+            self._shared,
+            self._options,
+            self._on_made,
+            self._on_closed,
+        )
+
+    def _on_made(self, connection: Connection) -> bool:
+        if len(self._connections) >= self._options.max_connections:
+            if not self._refusing:
+                logger.warning(
+                    "client refused: there are %d already", len(self._connections)
+                )
+            # Once is enough: a client that tries again and again fills the log.
+            self._refusing = True
+            return False
+        if self._stopping:
+            return False
+        self._connections.add(connection)
+        return True
+
+    def _on_closed(self, connection: Connection) -> None:
+        self._refusing = False
+        self._connections.remove(connection)
+        self._changed.set()
+        if (
+            connection.negotiated
+            and not self._connections
+            and not self._stopping
+            and self.on_last_disconnect is not None
+        ):
+            self.on_last_disconnect()
+
+
+class _Exports:
+    """The exports as the handshake looks for them."""
+
+    def __init__(self, exports: dict[str, Export]) -> None:
+        self._exports = exports
+
+    def list_exports(self) -> Sequence[ExportInfo]:
+        return [export.info for export in self._exports.values()]
+
+    def find_export(self, name: str) -> ExportInfo | None:
+        export = self._exports.get(name)
+        if export is None and not name and len(self._exports) == 1:
+            (export,) = self._exports.values()
+        return None if export is None else export.info
+
+
+def _bind_unix(path: str) -> socket.socket:
+    """Return a socket bound to ``path``, in the place of a stale one."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        try:
+            sock.bind(path)
+        except OSError as exc:
+            if exc.errno != errno.EADDRINUSE or not _is_stale(path):
+                raise
+            os.unlink(path)
+            sock.bind(path)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _is_stale(path: str) -> bool:
+    """Tell whether ``path`` is a socket that nobody listens on."""
+    if not stat.S_ISSOCK(os.stat(path).st_mode):
+        return False
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
