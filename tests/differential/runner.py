@@ -94,8 +94,8 @@ class NbdTarget:
 
 
 @dataclass(slots=True)
-class _Record:
-    """One operation of the run, for the story told after a mismatch."""
+class Record:
+    """One operation of a test, for the story told after a mismatch."""
 
     number: int
     operation: Operation
@@ -115,6 +115,7 @@ class Runner:
     Attributes:
         overlap: how often a change may overlap another that is in flight.
         crash_safe: keep what `DiskModel.crash` needs, at some cost.
+        history: all operations on the image so far, of earlier runs too.
     """
 
     target: Target
@@ -124,9 +125,8 @@ class Runner:
     depth: int = 8
     overlap: float = 0.3
     crash_safe: bool = False
-    nb_done: int = 0
-    _in_flight: dict[int, _Record] = field(default_factory=dict)
-    _history: list[_Record] = field(default_factory=list)
+    history: list[Record] = field(default_factory=list)
+    _in_flight: dict[int, Record] = field(default_factory=dict)
 
     def run(self, nb_operations: int) -> None:
         """Run so many operations and wait for all of them."""
@@ -193,8 +193,8 @@ class Runner:
                 fua=operation.fua,
             )
         submitted_at = change.submitted_at if change else self.model.tick()
-        record = _Record(len(self._history), operation, submitted_at, change)
-        self._history.append(record)
+        record = Record(len(self.history), operation, submitted_at, change)
+        self.history.append(record)
         self._in_flight[self.target.submit(operation)] = record
 
     def _reap(self) -> None:
@@ -202,13 +202,12 @@ class Runner:
             record = self._in_flight[outcome.token]
             self._finish(record, outcome)
             del self._in_flight[outcome.token]
-            self.nb_done += 1
         oldest = min((r.submitted_at for r in self._in_flight.values()), default=NEVER)
         if self.crash_safe:
             oldest = min(oldest, self.model.flushed_at)
         self.model.fold(oldest)
 
-    def _finish(self, record: _Record, outcome: Outcome) -> None:
+    def _finish(self, record: Record, outcome: Outcome) -> None:
         operation = record.operation
         if outcome.error == ENOTSUP and operation.fast_only:
             # Some of the range may have been zeroed before the server saw
@@ -227,7 +226,7 @@ class Runner:
         if operation.kind is Kind.READ:
             self._check(record, outcome.data)
 
-    def _check(self, record: _Record, data: bytes) -> None:
+    def _check(self, record: Record, data: bytes) -> None:
         operation = record.operation
         assert len(data) == operation.length
         try:
@@ -237,13 +236,13 @@ class Runner:
 
     def _read(self, offset: int, length: int) -> bytes:
         """Read with nothing else in flight; checked."""
-        record = _Record(
-            len(self._history),
+        record = Record(
+            len(self.history),
             Operation(Kind.READ, offset, length),
             self.model.tick(),
             None,
         )
-        self._history.append(record)
+        self.history.append(record)
         self.target.submit(record.operation)
         (outcome,) = self.target.wait()
         assert not outcome.error, f"{record} failed with error {outcome.error}"
@@ -251,12 +250,12 @@ class Runner:
         self._check(record, outcome.data)
         return outcome.data
 
-    def _story(self, record: _Record, mismatch: Mismatch) -> str:
+    def _story(self, record: Record, mismatch: Mismatch) -> str:
         """Tell which operations touched the byte that is wrong."""
         at = mismatch.offset
         touched = [
             str(r)
-            for r in self._history
+            for r in self.history
             if r.operation.offset <= at < r.operation.offset + r.operation.length
         ]
         lines = [f"{record}: {mismatch}", "operations on that byte, oldest first:"]

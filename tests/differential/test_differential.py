@@ -20,7 +20,7 @@ from tests.differential.geometries import (
 )
 from tests.differential.model import DiskModel
 from tests.differential.operations import Generator, Weights
-from tests.differential.runner import NbdTarget, Runner
+from tests.differential.runner import NbdTarget, Record, Runner
 from tests.nbd_client import NbdClient
 from tests.serving import (
     REFERENCE,
@@ -78,6 +78,7 @@ def test_random_operations(geometry: Geometry, tmp_path: Path) -> None:
     source = fresh_source(geometry.name)
     image = build(geometry, tmp_path, source)
     model = DiskModel(content_by_qemu(image, geometry, tmp_path))
+    history: list[Record] = []
     for round_index in range(NB_ROUNDS):
         # Reads of what is there first, then more and more overlapping writes.
         overlap = (0.0, 0.3, 1.0)[round_index]
@@ -88,7 +89,13 @@ def test_random_operations(geometry: Geometry, tmp_path: Path) -> None:
             assert clients[0].size == model.size
             generator = Generator(source, model.size, geometry.cluster_size)
             runner = Runner(
-                NbdTarget(clients, source), model, generator, source, DEPTH, overlap
+                NbdTarget(clients, source),
+                model,
+                generator,
+                source,
+                DEPTH,
+                overlap,
+                history=history,
             )
             runner.run(NB_OPERATIONS // NB_ROUNDS)
             runner.settle()
@@ -109,11 +116,16 @@ def test_killed_server_keeps_what_was_flushed(
     geometry: Geometry, tmp_path: Path
 ) -> None:
     """SIGKILL with requests in flight: flushed and FUA writes are there, any
-    other byte holds one of its older or newer values, nothing is corrupt."""
+    other byte holds one of its older or newer values, nothing is corrupt.
+
+    qemu-nbd fails this now and then: it hands out a freed cluster before the
+    table that freed it is on disk, so that old mappings show other data.
+    """
     need("qemu-img", "qemu-io")
     source = fresh_source(f"crash {geometry.name}")
     image = build(geometry, tmp_path, source)
     model = DiskModel(content_by_qemu(image, geometry, tmp_path))
+    history: list[Record] = []
     for _ in range(NB_ROUNDS):
         with (
             serving(image, image_format=geometry.image_format) as server,
@@ -135,6 +147,7 @@ def test_killed_server_keeps_what_was_flushed(
                 source,
                 DEPTH,
                 crash_safe=True,
+                history=history,
             )
             runner.start(NB_CRASH_OPERATIONS // NB_ROUNDS)
             server.kill()
@@ -148,7 +161,12 @@ def test_killed_server_keeps_what_was_flushed(
         ):
             generator = Generator(source, model.size, geometry.cluster_size)
             runner = Runner(
-                NbdTarget(clients, source), model, generator, source, depth=1
+                NbdTarget(clients, source),
+                model,
+                generator,
+                source,
+                depth=1,
+                history=history,
             )
             runner.settle()
             runner.verify_all()
