@@ -28,11 +28,22 @@ need_command() {
 need_python() {
     local python version
     if ! python=$(tools/find-python.sh); then
-        # Debian 12 has 3.11 as python3; Ubuntu 22.04 has it beside its python3 3.10.
-        missing+=(python3.11 python3.11-venv)
+        missing+=(PYTHON)
     elif ! "$python" -c 'import venv, ensurepip' 2>/dev/null; then
         version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
         missing+=("python$version-venv")
+    fi
+}
+
+# What PYTHON above stands for, once the package lists are fresh: Ubuntu 22.04 has
+# 3.11 beside its python3, which is 3.10.
+python_packages() {
+    local version
+    version=$(apt-cache policy python3 | sed -n 's/^ *Candidate: \([0-9.]*\).*/\1/p')
+    if dpkg --compare-versions "${version:-0}" ge 3.11; then
+        echo python3 python3-venv
+    else
+        echo python3.11 python3.11-venv
     fi
 }
 
@@ -73,8 +84,7 @@ as_root() {
 update_lists() {
     [ -n "${lists_updated:-}" ] && return
     echo "setup: apt-get update"
-    as_root apt-get -qq update ||
-        fail "apt-get update failed (above); wanted: $*"
+    as_root apt-get -qq update || fail "apt-get update failed (above)"
     lists_updated=1
 }
 
@@ -83,11 +93,14 @@ install_missing() {
     packages=$(printf '%s\n' "${missing[@]}" | sort -u | tr '\n' ' ')
     packages=${packages% }
     type -P apt-get >/dev/null ||
-        fail "no apt-get here; install by hand what Debian calls: $packages"
+        fail "no apt-get here; install by hand what Debian calls:" \
+            "${packages/PYTHON/python3 (3.11 or later) python3-venv}"
     if [ "$(id -u)" != 0 ] && ! type -P sudo >/dev/null; then
-        fail "not root, and no sudo; as root, run: apt-get install $packages"
+        fail "not root, and no sudo; as root, run:" \
+            "apt-get install ${packages/PYTHON/$(python_packages)}"
     fi
-    update_lists "$packages"
+    update_lists
+    packages=${packages/PYTHON/$(python_packages)}
     for package in $packages; do
         apt-cache show "$package" >/dev/null 2>&1 || case $package in
         python3*) fail "this system has no package $package:" \
@@ -114,7 +127,7 @@ fetch_kernel() {
     *) meta=linux-image-amd64 ;;
     esac
     if ! apt-cache show "$meta" >/dev/null 2>&1; then
-        update_lists "$meta"
+        update_lists
     fi
     # The packages that hold the kernel and its modules, by way of the newest
     # version's dependencies (Ubuntu keeps the modules in a package of their own).
@@ -136,7 +149,7 @@ fetch_kernel() {
     mkdir -p "$work"
     (cd "$work" && apt-get -qq download "${packages[@]}" 2>apt.log) || {
         # The lists name a version that the archive has since replaced.
-        update_lists "${packages[*]}"
+        update_lists
         (cd "$work" && apt-get -qq download "${packages[@]}") ||
             fail "apt-get download ${packages[*]} failed (above)"
     }
