@@ -5,6 +5,7 @@
     NbdQcowError
     +-- BlockError (also an OSError)   a request failed; carries an errno
     |   +-- NotSupported               ENOTSUP: the caller may fall back
+    |   +-- CorruptImage               EIO: metadata of the image can't be right
     +-- ImageError                     the file is not an image we can use
     |   +-- UnsupportedFeature         a valid image, but with a feature we lack
     |   +-- ImageInUse                 another program holds the image's lock
@@ -39,6 +40,13 @@ class NotSupported(BlockError):
 
     def __init__(self, text: str) -> None:
         super().__init__(_errno.ENOTSUP, text)
+
+
+class CorruptImage(BlockError):
+    """Metadata found while serving can't be right; the request fails (EIO)."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(_errno.EIO, text)
 
 
 class ImageError(NbdQcowError):

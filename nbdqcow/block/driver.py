@@ -123,6 +123,15 @@ class FormatDriver(ABC):
         """
         raise NotSupported("no zero clusters in this format")
 
+    async def claim_zero(self, offset: int, backing_zero: bool) -> bool:
+        """Make the cluster at ``offset`` read as zeroes if, by its map entry,
+        it holds no data of its own; False if it does.
+
+        ``backing_zero``: what the backing image has there, outside of the
+        range that is being zeroed, reads as zeroes.
+        """
+        return False
+
     async def discard(self, offset: int, length: int) -> None:
         """Free whole clusters. A hint; never exposes a backing file's data."""
 

@@ -1,0 +1,58 @@
+# `make serve` and `make test` do all their set-up themselves, system packages
+# included (tools/setup-system.sh). PYTHON=... names the interpreter for .venv.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint types check bench differential-long clean setup-serve setup-test
+
+BIN := .venv/bin
+IMAGE ?= var/disk.qcow2
+LISTEN ?= 127.0.0.1:10809
+PYTEST := $(BIN)/python -m pytest
+export PYTHON
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | \
+	    while IFS=$$'\t' read -r target text; do \
+	        printf '  make %-18s %s\n' "$$target" "$$text"; done
+
+serve: setup-serve  ## serve IMAGE=path on LISTEN=host:port (a new 1 GiB qcow2 without IMAGE)
+	@if [ "$(IMAGE)" = var/disk.qcow2 ] && ! [ -e var/disk.qcow2 ]; then \
+	    mkdir -p var && $(BIN)/nbdqcow-img create -q -f qcow2 var/disk.qcow2 1G && \
+	    echo "made var/disk.qcow2, an empty image of 1 GiB"; fi
+	@exec $(BIN)/nbdqcow serve "$(IMAGE)" --listen "$(LISTEN)"
+
+test: setup-test  ## lint, types and every test but the slow ones
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(PYTEST) -m "not slow"
+
+lint: setup-test  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup-test  ## mypy --strict
+	$(BIN)/mypy
+
+check: setup-test  ## quick: lint, types, unit and block tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(PYTEST) -q tests/unit $(wildcard tests/block)
+
+bench: setup-test  ## fio against this server and its peers, side by side
+	$(BIN)/python -m bench $(BENCH)
+
+differential-long: setup-test  ## the differential tests for hours rather than minutes
+	$(PYTEST) -m slow tests/differential
+
+clean:  ## remove all that these targets made: .venv, var, caches
+	rm -rf .venv var build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+setup-serve:
+	@tools/setup-venv.sh serve
+
+setup-test:
+	@tools/setup-system.sh test
+	@tools/setup-venv.sh test

@@ -1,0 +1,404 @@
+"""A node: one open image with its backing chain, and the moving of bytes.
+
+The format driver says where bytes are; the node reads and writes them, fills
+in what is missing from the backing node, does copy-on-write, aligns what has
+to be aligned, and falls back where a driver can't do something.
+"""
+
+import errno
+from typing import Final, Self
+
+from nbdqcow.block.driver import FormatDriver, WritePlan
+from nbdqcow.errors import BlockError, NotSupported
+from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, Buffer
+from nbdqcow.units import MiB
+
+_ZEROES: Final = bytes(MiB)
+_ZERO_VIEW: Final = memoryview(_ZEROES)
+
+
+class Node:
+    """One open image. All offsets and lengths are bytes inside ``[0, size]``.
+
+    ``try_*`` methods never wait; None or False means "take the coroutine".
+
+    Attributes:
+        size: the virtual size.
+        read_only: True if no request may change the image.
+        filename: as messages and lists name it.
+        backing: the node below, or None; it may be shorter or longer.
+    """
+
+    def __init__(
+        self,
+        driver: FormatDriver,
+        *,
+        filename: str,
+        backing: "Node | None" = None,
+        writethrough: bool = False,
+        unsafe: bool = False,
+        discard: bool = True,
+        detect_zeroes: str = "off",
+    ) -> None:
+        self.driver = driver
+        self.size = driver.size
+        self.read_only = driver.read_only
+        self.filename = filename
+        self.backing = backing
+        self._writethrough = writethrough
+        self._unsafe = unsafe
+        self._discard = discard
+        self._detect_zeroes = detect_zeroes
+        self._inline_writes = not (
+            self.read_only or writethrough or detect_zeroes != "off"
+        )
+        # Bound once: the inline path pays for every attribute on the way.
+        self._try_map = driver.try_map
+        self._try_map_write = driver.try_map_write
+        self._storage_try_pread = driver.data.try_pread
+        self._storage_try_pwrite = driver.data.try_pwrite
+
+    @property
+    def format_name(self) -> str:
+        """The name of the format driver."""
+        return self.driver.name
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    # -- inline ----------------------------------------------------------
+
+    def try_pread(self, offset: int, length: int) -> Buffer | None:
+        """Return ``length`` bytes if all of them are in reach."""
+        run = self._try_map(offset, length)
+        if run is None:
+            return None
+        kind, host_offset, covered = run
+        if covered != length:
+            return self._try_pread_pieces(offset, length)
+        if kind == DATA:
+            return self._storage_try_pread(host_offset, length)
+        if kind == COMPRESSED:
+            return None
+        if kind == UNALLOCATED and self.backing is not None:
+            return self._try_pread_backing(offset, length)
+        return _ZERO_VIEW[:length] if length <= MiB else bytes(length)
+
+    def _try_pread_backing(self, offset: int, length: int) -> Buffer | None:
+        backing = self.backing
+        assert backing is not None
+        inside = backing.size - offset
+        if inside >= length:
+            return backing.try_pread(offset, length)
+        if inside <= 0:
+            return bytes(length)
+        data = backing.try_pread(offset, inside)
+        return None if data is None else bytes(data) + bytes(length - inside)
+
+    def _try_pread_pieces(self, offset: int, length: int) -> bytes | None:
+        pieces = []
+        end = offset + length
+        while offset < end:
+            run = self._try_map(offset, end - offset)
+            if run is None:
+                return None
+            piece = self.try_pread(offset, run[2])
+            if piece is None:
+                return None
+            pieces.append(piece)
+            offset += run[2]
+        return b"".join(pieces)
+
+    def try_pread_views(
+        self, offset: int, length: int
+    ) -> tuple[list[Buffer], int] | None:
+        """Return ``length`` bytes as buffers that need no copy, and a token.
+
+        The buffers may show the live file: hand them to the kernel, and give
+        the token to `release` once they have left or were copied.
+        """
+        views: list[Buffer] = []
+        end = offset + length
+        while offset < end:
+            run = self._try_map(offset, end - offset)
+            if run is None:
+                return None
+            kind, host_offset, covered = run
+            if kind == DATA:
+                piece: Buffer | None = self.driver.data.try_view(host_offset, covered)
+                if piece is None:
+                    piece = self._storage_try_pread(host_offset, covered)
+                if piece is None:
+                    return None
+                views.append(piece)
+            elif kind == COMPRESSED:
+                return None
+            elif kind == UNALLOCATED and self.backing is not None:
+                piece = self._try_pread_backing(offset, covered)
+                if piece is None:
+                    return None
+                views.append(piece)
+            else:
+                views += [
+                    _ZERO_VIEW[: min(MiB, covered - start)]
+                    for start in range(0, covered, MiB)
+                ]
+            offset += covered
+        return views, self.driver.epochs.enter()
+
+    def release(self, token: int) -> None:
+        """The buffers of `try_pread_views` have left the process."""
+        self.driver.epochs.leave(token)
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        """Overwrite bytes in place, if that is all it takes and cheap."""
+        if not self._inline_writes:
+            return False
+        host_offset = self._try_map_write(offset, len(data))
+        return host_offset >= 0 and self._storage_try_pwrite(host_offset, data)
+
+    # -- reading ---------------------------------------------------------
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """Return ``length`` bytes."""
+        driver = self.driver
+        epoch = driver.epochs.enter()
+        try:
+            if length == 0:
+                return b""
+            kind, host_offset, covered = await driver.map(offset, length)
+            if covered == length:
+                return await self._read_run(kind, host_offset, offset, length)
+            result = bytearray(length)
+            done = 0
+            while True:
+                piece = await self._read_run(kind, host_offset, offset + done, covered)
+                result[done : done + covered] = piece
+                done += covered
+                if done == length:
+                    return result
+                kind, host_offset, covered = await driver.map(
+                    offset + done, length - done
+                )
+        finally:
+            driver.epochs.leave(epoch)
+
+    async def _read_run(
+        self, kind: int, host_offset: int, offset: int, length: int
+    ) -> Buffer:
+        """Read one run; all of it is of one kind."""
+        if kind == DATA:
+            data = self._storage_try_pread(host_offset, length)
+            if data is None:
+                return await self.driver.data.pread(host_offset, length)
+            return data
+        if kind == COMPRESSED:
+            cluster = await self.driver.read_compressed(host_offset)
+            start = offset & (self.driver.cluster_size - 1)
+            return memoryview(cluster)[start : start + length]
+        if kind == UNALLOCATED and self.backing is not None:
+            inside = min(length, self.backing.size - offset)
+            if inside == length:
+                return await self.backing.pread(offset, length)
+            if inside > 0:
+                return bytes(await self.backing.pread(offset, inside)) + bytes(
+                    length - inside
+                )
+        return bytes(length)
+
+    async def reads_zero(self, offset: int, length: int) -> bool:
+        """Whether a range reads as zeroes by the look of the maps alone.
+
+        What is past the end of the image counts as zero.
+        """
+        end = min(offset + length, self.size)
+        while offset < end:
+            kind, _, covered = await self.driver.map(offset, end - offset)
+            if kind in (DATA, COMPRESSED):
+                return False
+            if (
+                kind == UNALLOCATED
+                and self.backing is not None
+                and not await self.backing.reads_zero(offset, covered)
+            ):
+                return False
+            offset += covered
+        return True
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Bring a range into the page cache and its map into memory."""
+        end = offset + length
+        while offset < end:
+            kind, host_offset, covered = await self.driver.map(offset, end - offset)
+            if kind == DATA:
+                await self.driver.data.prefetch(host_offset, covered)
+            elif kind == UNALLOCATED and self.backing is not None:
+                inside = min(covered, self.backing.size - offset)
+                if inside > 0:
+                    await self.backing.prefetch(offset, inside)
+            offset += covered
+
+    # -- writing ---------------------------------------------------------
+
+    async def pwrite(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+        """Write ``data``; with ``fua`` it is durable on return."""
+        self._check_writable()
+        length = len(data)
+        if (
+            self._detect_zeroes != "off"
+            and length
+            and bytes(data) == (_ZEROES[:length] if length <= MiB else bytes(length))
+        ):
+            await self.write_zeroes(
+                offset, length, may_unmap=self._detect_zeroes == "unmap", fua=fua
+            )
+            return
+        await self._write_data(offset, memoryview(data))
+        if fua or self._writethrough:
+            await self.flush()
+
+    async def _write_data(self, offset: int, view: memoryview) -> None:
+        driver = self.driver
+        done, length = 0, len(view)
+        while done < length:
+            plan = await driver.begin_write(offset + done, length - done)
+            try:
+                await self._write_piece(plan, view[done : done + plan.length])
+            except BaseException:
+                driver.abort_write(plan)
+                raise
+            driver.end_write(plan)
+            done += plan.length
+
+    async def _write_piece(self, plan: WritePlan, view: memoryview) -> None:
+        """Write one planned piece, with what copy-on-write adds around it."""
+        storage = self.driver.data
+        if not plan.head and not plan.tail:
+            await storage.pwritev(plan.host_offset, [view])
+            return
+        buffers: list[Buffer] = [view]
+        host_offset = plan.host_offset
+        if plan.head:
+            old = await self._old_content(
+                plan.guest_offset - plan.head, plan.head, plan.reads_zero
+            )
+            if old is not None:
+                buffers.insert(0, old)
+                host_offset -= plan.head
+        if plan.tail:
+            old = await self._old_content(
+                plan.guest_offset + plan.length, plan.tail, plan.reads_zero
+            )
+            if old is not None:
+                buffers.append(old)
+        await storage.pwritev(host_offset, buffers)
+
+    async def _old_content(
+        self, offset: int, length: int, skip_zeroes: bool
+    ) -> Buffer | None:
+        """Return what must stand beside new data in a new cluster.
+
+        None if that is zeroes and the place reads as zeroes already.
+        """
+        if await self.reads_zero(offset, length):
+            return None if skip_zeroes else bytes(length)
+        inside = min(length, self.size - offset)
+        old = await self.pread(offset, inside)
+        return old if inside == length else bytes(old) + bytes(length - inside)
+
+    async def write_zeroes(
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_unmap: bool = True,
+        no_fallback: bool = False,
+        fua: bool = False,
+    ) -> None:
+        """Make a range read as zeroes.
+
+        ``may_unmap``: its clusters may be freed. ``no_fallback``: raise
+        `NotSupported`, changing nothing, rather than write zeroes out.
+        """
+        self._check_writable()
+        may_unmap = may_unmap and self._discard
+        end = offset + length
+        cluster_size = self.driver.cluster_size
+        first = -(-offset // cluster_size) * cluster_size
+        last = end // cluster_size * cluster_size if end < self.size else end
+        if first > last:
+            first = last = end
+        for start, stop in ((offset, min(first, end)), (last, end)):
+            if start < stop and not await self._claim_zero(start, stop):
+                if no_fallback:
+                    raise NotSupported("the range does not cover whole clusters")
+                await self._write_zero_bytes(start, stop - start)
+        if first < last:
+            try:
+                await self.driver.write_zeroes(
+                    first, last - first, may_unmap=may_unmap, no_fallback=no_fallback
+                )
+            except NotSupported:
+                if no_fallback:
+                    raise
+                await self._write_zero_bytes(first, last - first)
+        if fua or self._writethrough:
+            await self.flush()
+
+    async def _claim_zero(self, start: int, end: int) -> bool:
+        """Zero part of a cluster by metadata, if its other bytes are zero.
+
+        Those of the backing node can be looked at beforehand: it is
+        read-only. What this image stores, the driver looks at under its lock.
+        """
+        size = self.driver.cluster_size
+        cluster_start = start // size * size
+        cluster_end = min(cluster_start + size, self.size)
+        backing = self.backing
+        backing_zero = backing is None or (
+            await backing.reads_zero(cluster_start, start - cluster_start)
+            and await backing.reads_zero(end, cluster_end - end)
+        )
+        return await self.driver.claim_zero(cluster_start, backing_zero)
+
+    async def _write_zero_bytes(self, offset: int, length: int) -> None:
+        end = offset + length
+        for start in range(offset, end, MiB):
+            await self._write_data(start, _ZERO_VIEW[: min(MiB, end - start)])
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Free the whole clusters of a range. A hint: parts of clusters are
+        left as they are."""
+        self._check_writable()
+        if not self._discard:
+            return
+        size = self.driver.cluster_size
+        start, end = -(-offset // size) * size, offset + length
+        if end < self.size:
+            end = end // size * size
+        if start < end:
+            await self.driver.discard(start, end - start)
+
+    async def flush(self) -> None:
+        """Make every write answered before this call durable."""
+        if self._unsafe or self.read_only:
+            return
+        await self.driver.flush()
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise BlockError(errno.EPERM, f"{self.filename} is open read-only")
+
+    async def close(self) -> None:
+        """Write back all metadata and close the whole chain."""
+        try:
+            await self.driver.close()
+        finally:
+            await self.driver.storage.close()
+            if self.driver.data is not self.driver.storage:
+                await self.driver.data.close()
+            if self.backing is not None:
+                await self.backing.close()

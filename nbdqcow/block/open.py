@@ -1,0 +1,233 @@
+"""Opening images: the one gate through which files come in.
+
+Backing files are found as QEMU finds them: relative to the directory of the
+image that names them.
+"""
+
+import os
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Final
+
+from nbdqcow.block.driver import FormatDriver
+from nbdqcow.block.node import Node
+from nbdqcow.block.registry import (
+    PROBE_LENGTH,
+    format_driver,
+    probe_format,
+    storage_driver,
+)
+from nbdqcow.block.storage import StorageDriver
+from nbdqcow.errors import ImageError
+
+MAX_CHAIN_DEPTH: Final = 256
+CACHE_MODES: Final = ("writeback", "none", "writethrough", "unsafe", "directsync")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOptions:
+    """How an image is opened. Sizes are bytes.
+
+    Attributes:
+        format: the driver's name; None probes, which is only for images that
+            no guest could have written.
+        cache: one of `CACHE_MODES`, with QEMU's meanings.
+        discard: ``unmap`` gives discarded space back, ``ignore`` does nothing.
+        detect_zeroes: ``off``, ``on`` or ``unmap``.
+        l2_cache_size: of each image of the chain; None for the default.
+        allowed_paths: directories and files that backing files may come
+            from, symbolic links resolved; None for any.
+        lock: False opens without image locks (QEMU's ``locking=off``).
+        force_share: opens read-only beside a writer (QEMU's ``-U``).
+    """
+
+    format: str | None = None
+    read_only: bool = False
+    cache: str = "writeback"
+    discard: str = "unmap"
+    detect_zeroes: str = "off"
+    l2_cache_size: int | None = None
+    allowed_paths: Sequence[str] | None = None
+    lock: bool = True
+    force_share: bool = False
+    backing: bool = False
+
+
+class Opening:
+    """What `open_image` returns: await it, or use it in ``async with``."""
+
+    def __init__(self, filename: str, options: OpenOptions) -> None:
+        self._filename = filename
+        self._options = options
+        self._node: Node | None = None
+
+    def __await__(self) -> Generator[object, None, Node]:
+        return _open_chain(self._filename, self._options, ()).__await__()
+
+    async def __aenter__(self) -> Node:
+        self._node = await self
+        return self._node
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._node is not None
+        await self._node.close()
+
+
+def open_image(
+    filename: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    read_only: bool = False,
+    cache: str = "writeback",
+    discard: str = "unmap",
+    detect_zeroes: str = "off",
+    l2_cache_size: int | None = None,
+    allowed_paths: Sequence[str] | None = None,
+    lock: bool = True,
+    force_share: bool = False,
+) -> Opening:
+    """Open an image with its backing chain; see `OpenOptions`.
+
+    Use ``async with open_image(...) as node`` or ``node = await
+    open_image(...)`` and close the node. Raises `ImageError` (`ImageInUse`
+    for a locked one) and `OSError`.
+    """
+    return Opening(
+        os.fspath(filename),
+        OpenOptions(
+            format, read_only, cache, discard, detect_zeroes, l2_cache_size,
+            allowed_paths, lock, force_share,
+        ),
+    )  # fmt: skip
+
+
+async def _open_chain(
+    filename: str, options: OpenOptions, above: tuple[str, ...]
+) -> Node:
+    """Open ``filename`` and what it is backed by; ``above`` are the real
+    paths of the overlays that led here."""
+    real = _real_path(filename)
+    if real in above:
+        raise ImageError(f"Backing chain of '{above[0]}' loops at '{filename}'")
+    if len(above) >= MAX_CHAIN_DEPTH:
+        raise ImageError(f"Backing chain of '{above[0]}' is too deep")
+    storage = await open_storage(filename, options)
+    try:
+        driver = await _open_driver(filename, storage, options)
+    except BaseException:
+        await storage.close()
+        raise
+    try:
+        backing = await _open_backing(filename, driver, options, (*above, real))
+    except BaseException:
+        # Nothing was written: there is nothing to write back.
+        await storage.close()
+        raise
+    return Node(
+        driver,
+        filename=filename,
+        backing=backing,
+        writethrough=options.cache in ("writethrough", "directsync"),
+        unsafe=options.cache == "unsafe",
+        discard=options.discard == "unmap",
+        detect_zeroes=options.detect_zeroes,
+    )
+
+
+async def open_storage(filename: str, options: OpenOptions) -> StorageDriver:
+    """Open the file under an image. ``file:`` may stand before its name."""
+    protocol, colon, rest = filename.partition(":")
+    if colon and "/" not in protocol:
+        if protocol != "file":
+            # A file whose name has a colon is written ./a:b, as in QEMU.
+            raise ImageError(f"Unknown protocol '{protocol}'")
+        filename = rest
+    storage: StorageDriver = await storage_driver("file").open(
+        filename,
+        read_only=options.read_only,
+        cache={"writethrough": "writeback", "directsync": "none"}.get(
+            options.cache, options.cache
+        ),
+        discard=options.discard,
+        locking=options.lock,
+        shared=options.force_share,
+        backing=options.backing,
+    )
+    return storage
+
+
+async def _open_driver(
+    filename: str, storage: StorageDriver, options: OpenOptions
+) -> FormatDriver:
+    name = options.format
+    if name is None:
+        head = await storage.pread(0, min(PROBE_LENGTH, storage.length))
+        name = probe_format(bytes(head), filename)
+    try:
+        driver: FormatDriver = await format_driver(name).open(
+            storage,
+            read_only=options.read_only,
+            options={
+                "l2_cache_size": options.l2_cache_size,
+                "discard": options.discard == "unmap",
+            },
+        )
+    except ImageError as error:
+        raise type(error)(f"Could not open '{filename}': {error}") from None
+    return driver
+
+
+async def _open_backing(
+    filename: str, driver: FormatDriver, options: OpenOptions, above: tuple[str, ...]
+) -> Node | None:
+    if driver.backing_filename is None:
+        return None
+    path = backing_path(filename, driver.backing_filename)
+    check_allowed(path, options.allowed_paths)
+    below = replace(
+        options,
+        format=driver.backing_format,
+        read_only=True,
+        detect_zeroes="off",
+        backing=True,
+    )
+    try:
+        return await _open_chain(path, below, above)
+    except (ImageError, OSError) as error:
+        text = error.strerror if isinstance(error, OSError) else str(error)
+        prefix = f"Could not open '{path}': "
+        if isinstance(error, OSError) or not str(error).startswith("Could not open"):
+            text = f"{prefix}{text}"
+        kind = type(error) if isinstance(error, ImageError) else ImageError
+        raise kind(f"Could not open backing file: {text}") from None
+
+
+def backing_path(image_filename: str, backing_filename: str) -> str:
+    """Return the path of a backing file that an image names."""
+    protocol, colon, rest = backing_filename.partition(":")
+    if colon and protocol == "file" and "/" not in protocol:
+        backing_filename = rest
+    elif colon and "/" not in protocol:
+        return backing_filename
+    return os.path.join(os.path.dirname(image_filename), backing_filename)
+
+
+def _real_path(path: str) -> str:
+    return os.path.realpath(path)
+
+
+def check_allowed(path: str, allowed_paths: Sequence[str] | None) -> None:
+    """Refuse a path outside ``allowed_paths``. Raises `ImageError`."""
+    if allowed_paths is None:
+        return
+    real = os.path.realpath(path)
+    for allowed in map(os.path.realpath, allowed_paths):
+        if real == allowed or real.startswith(allowed.rstrip("/") + "/"):
+            return
+    raise ImageError(f"'{path}' is outside the allowed paths")

@@ -1,0 +1,334 @@
+"""The qcow2 driver: one open image, its parts and its life."""
+
+import asyncio
+import errno
+import logging
+from array import array
+from collections.abc import Coroutine
+from collections.abc import Mapping as Options
+from typing import Any, Final, Self
+
+from nbdqcow.block.driver import FormatDriver, WritePlan
+from nbdqcow.block.inflight import Epochs, InFlightRanges
+from nbdqcow.block.storage import StorageDriver
+from nbdqcow.errors import BlockError, CorruptImage, ImageError
+from nbdqcow.formats.qcow2 import discard, write
+from nbdqcow.formats.qcow2 import header as qcow2_header
+from nbdqcow.formats.qcow2.compress import CompressedClusters
+from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES, OFFSET_MASK
+from nbdqcow.formats.qcow2.header import Header
+from nbdqcow.formats.qcow2.mapping import Mapping
+from nbdqcow.formats.qcow2.refcount import Refcounts
+from nbdqcow.formats.qcow2.tables import Tables, load_be64
+from nbdqcow.formats.qcow2.writeback import Freed, Writeback
+from nbdqcow.types import Buffer, Run
+from nbdqcow.units import MiB, round_up
+
+log = logging.getLogger(__name__)
+
+DEFAULT_L2_CACHE: Final = 32 * MiB
+"""Bytes of L2 slices kept by default, as QEMU has it: enough for 256 GiB with
+clusters of 64 KiB."""
+
+_MAX_FREED_BYTES: Final = 256 * MiB
+"""Freed space that may wait for a write-back before one is started for it."""
+
+
+class Qcow2Driver(FormatDriver):
+    """One open qcow2 image.
+
+    Attributes:
+        tables, refcounts, mapping, writeback: the parts, see their modules.
+        in_flight: guest ranges of allocations that are not linked yet.
+        freed: clusters that lost a reference since the last write-back.
+        metadata: indices of host clusters that hold metadata.
+        reads_zero_from: nothing at or after this host offset was ever
+            written, so it reads as zeroes.
+        discard_freed: a guest's discard gives space back to the file system.
+    """
+
+    name = "qcow2"
+
+    def __init__(
+        self,
+        storage: StorageDriver,
+        header: Header,
+        l1: "array[int]",
+        refcount_table: "array[int]",
+        *,
+        read_only: bool,
+        l2_cache_size: int,
+        discard_freed: bool,
+    ) -> None:
+        self.storage = self.data = storage
+        self.header = header
+        self.read_only = read_only
+        self.size = header.size
+        self.cluster_bits = header.cluster_bits
+        self.cluster_size = header.cluster_size
+        self.backing_filename = header.backing_filename
+        self.backing_format = header.backing_format
+        self.discard_freed = discard_freed
+        self.lock = asyncio.Lock()
+        self.epochs = Epochs()
+        self.in_flight = InFlightRanges()
+        self.freed = Freed()
+        self.metadata: set[int] = set()
+        self.tables = Tables(
+            storage, l1, header.l1_table_offset, header.cluster_bits, l2_cache_size
+        )
+        self.refcounts = Refcounts(storage, header, refcount_table, self.metadata)
+        self.mapping = Mapping(self.tables, self.metadata, header.version >= 3)
+        self.compressed = CompressedClusters(self)
+        self.writeback = Writeback(self)
+        self.try_map = self.mapping.try_map  # type: ignore[method-assign]
+        self.map = self.mapping.map  # type: ignore[method-assign]
+        self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
+        end = round_up(storage.length, self.cluster_size)
+        self.reads_zero_from = end if storage.zero_beyond_end else 1 << 63
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # -- opening ---------------------------------------------------------
+
+    @classmethod
+    def probe(cls, head: bytes, filename: str) -> int:
+        """See `FormatDriver.probe`."""
+        version = int.from_bytes(head[4:8], "big")
+        return 100 if head[:4] == b"QFI\xfb" and version >= 2 else 0
+
+    @classmethod
+    async def open(
+        cls, storage: StorageDriver, *, read_only: bool, options: Options[str, Any]
+    ) -> Self:
+        """Open the image in ``storage``.
+
+        Options: ``l2_cache_size`` in bytes; ``discard``, True if a guest's
+        discard goes down to the file. Raises `ImageError`.
+        """
+        head = bytes(await storage.pread(0, qcow2_header.HEADER_READ_LENGTH))
+        wanted = qcow2_header.needed(head)
+        if wanted > len(head):
+            head = bytes(await storage.pread(0, wanted))
+        header = Header.parse(head)
+        header.check_supported(read_only=read_only)
+        l1 = await _read_table(storage, header.l1_table_offset, header.l1_size, "L1")
+        # Nothing below the size needs the entries behind it (VM state does),
+        # but they are references all the same and stay in the file.
+        table_entries = header.refcount_table_clusters * header.cluster_size // 8
+        refcount_table = array("Q")
+        if not read_only:
+            refcount_table = await _read_table(
+                storage, header.refcount_table_offset, table_entries, "refcount"
+            )
+        image = cls(
+            storage,
+            header,
+            l1,
+            refcount_table,
+            read_only=read_only,
+            l2_cache_size=options.get("l2_cache_size") or DEFAULT_L2_CACHE,
+            discard_freed=bool(options.get("discard", True)),
+        )
+        if not read_only:
+            await image._prepare_for_writing()
+        return image
+
+    async def _prepare_for_writing(self) -> None:
+        header, bits, size = self.header, self.cluster_bits, self.cluster_size
+        metadata = self.metadata
+        metadata.add(0)
+        ranges = [
+            (header.l1_table_offset, header.l1_size * 8),
+            (header.refcount_table_offset, header.refcount_table_clusters * size),
+        ]
+        if header.nb_snapshots:
+            ranges += await self._snapshot_ranges()
+        for offset, length in ranges:
+            metadata.update(range(offset >> bits, (offset + length + size - 1) >> bits))
+        for table in (self.refcounts.table, self.tables.l1):
+            metadata.update((entry & OFFSET_MASK) >> bits for entry in table if entry)
+        unknown = header.autoclear_features & ~qcow2_header.AUTOCLEAR_BITMAPS
+        if unknown:
+            # "An implementation may only write to an image with unknown
+            # auto-clear features if it clears the respective bits first."
+            header.autoclear_features &= ~unknown
+            await self._write_header_field(
+                qcow2_header.AUTOCLEAR_FEATURES_OFFSET, header.autoclear_features
+            )
+
+    async def _snapshot_ranges(self) -> list[tuple[int, int]]:
+        """Return where the snapshot table and the snapshots' L1 tables are.
+
+        Source: qcow2.txt, "Snapshots".
+        """
+        header = self.header
+        offset = header.snapshots_offset
+        ranges = []
+        for _ in range(header.nb_snapshots):
+            fixed = bytes(await self.storage.pread(offset, 40))
+            l1_offset, l1_size = int.from_bytes(fixed[:8]), int.from_bytes(fixed[8:12])
+            if l1_size * 8 > MAX_L1_BYTES or l1_offset % self.cluster_size:
+                raise ImageError("Snapshot L1 table is invalid")
+            ranges.append((l1_offset, l1_size * 8))
+            variable = int.from_bytes(fixed[12:14]) + int.from_bytes(fixed[14:16])
+            variable += int.from_bytes(fixed[36:40])
+            if offset + 40 + variable - header.snapshots_offset > 64 * MiB:
+                raise ImageError("Snapshot table is too large")
+            offset += round_up(40 + variable, 8)
+        ranges.append((header.snapshots_offset, offset - header.snapshots_offset))
+        return ranges
+
+    async def _write_header_field(self, offset: int, value: int) -> None:
+        await self.storage.pwritev(offset, [value.to_bytes(8, "big")])
+        await self.storage.flush()
+
+    # -- reading ---------------------------------------------------------
+
+    def try_map(self, offset: int, length: int) -> Run | None:
+        """See `FormatDriver.try_map`; `Mapping.try_map` takes its place."""
+        return self.mapping.try_map(offset, length)
+
+    async def map(self, offset: int, length: int) -> Run:
+        """See `FormatDriver.map`; `Mapping.map` takes its place."""
+        return await self.mapping.map(offset, length)
+
+    async def read_compressed(self, descriptor: int) -> Buffer:
+        """See `FormatDriver.read_compressed`."""
+        return await self.compressed.read(descriptor)
+
+    # -- writing ---------------------------------------------------------
+
+    async def begin_write(self, offset: int, length: int) -> WritePlan:
+        """See `FormatDriver.begin_write`."""
+        self._check_writable()
+        try:
+            return await write.begin_write(self, offset, length)
+        except CorruptImage as error:
+            await self.mark_corrupt(str(error))
+            raise
+
+    def end_write(self, plan: WritePlan) -> None:
+        """See `FormatDriver.end_write`."""
+        write.end_write(self, plan)
+
+    def abort_write(self, plan: WritePlan) -> None:
+        """See `FormatDriver.abort_write`."""
+        write.abort_write(self, plan)
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool
+    ) -> None:
+        """See `FormatDriver.write_zeroes`."""
+        self._check_writable()
+        try:
+            await discard.write_zeroes(self, offset, length, may_unmap=may_unmap)
+        except CorruptImage as error:
+            await self.mark_corrupt(str(error))
+            raise
+
+    async def claim_zero(self, offset: int, backing_zero: bool) -> bool:
+        """See `FormatDriver.claim_zero`."""
+        self._check_writable()
+        return await discard.claim_zero(self, offset, backing_zero)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """See `FormatDriver.discard`."""
+        self._check_writable()
+        try:
+            await discard.discard(self, offset, length)
+        except CorruptImage as error:
+            await self.mark_corrupt(str(error))
+            raise
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            raise BlockError(
+                errno.EIO if self.header.corrupt else errno.EROFS,
+                "the image is marked corrupt" if self.header.corrupt
+                else "the image is read-only",
+            )  # fmt: skip
+
+    async def mark_corrupt(self, text: str) -> None:
+        """Metadata can't be right: stop writing before more is lost.
+
+        Source: qcow2.txt, "Corrupt bit".
+        """
+        if self.header.corrupt:
+            return
+        log.error("%s: image is corrupt: %s", self.storage.filename, text)
+        self.read_only = True
+        if self.header.version >= 3:
+            self.header.incompatible_features |= qcow2_header.INCOMPAT_CORRUPT
+            await self._write_header_field(
+                qcow2_header.INCOMPATIBLE_FEATURES_OFFSET,
+                self.header.incompatible_features,
+            )
+
+    def check_not_metadata(self, cluster_index: int) -> None:
+        """Refuse to write guest data to a cluster of metadata."""
+        if cluster_index in self.metadata:
+            raise CorruptImage(
+                f"Preventing invalid write on metadata (overlaps with cluster at"
+                f" {cluster_index << self.cluster_bits:#x})"
+            )
+
+    def note_used(self, host_end: int) -> None:
+        """Clusters below ``host_end`` may hold bytes from now on."""
+        self.reads_zero_from = max(self.reads_zero_from, host_end)
+
+    # -- durability ------------------------------------------------------
+
+    @property
+    def metadata_dirty(self) -> bool:
+        """Whether a flush has more to do than to flush guest data."""
+        refcounts = self.refcounts
+        return bool(self.tables.is_dirty or refcounts.dirty or refcounts.fresh)
+
+    def take_freed(self) -> Freed:
+        """Return what was freed so far; the image starts a new list."""
+        freed, self.freed = self.freed, Freed()
+        return freed
+
+    def start_writeback_if_due(self) -> None:
+        """Begin a write-back if much freed space waits for one."""
+        if self.freed.nb_clusters > max(64, _MAX_FREED_BYTES >> self.cluster_bits):
+            self.writeback.start()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run background work of the image; `settle` waits for it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._background_done)
+
+    def _background_done(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s: %s", self.storage.filename, error)
+
+    async def settle(self) -> None:
+        """Wait until no background work is left."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def flush(self) -> None:
+        """See `FormatDriver.flush`."""
+        if self.header.corrupt:
+            raise BlockError(errno.EIO, "the image is marked corrupt")
+        await self.writeback.flush()
+
+    async def close(self) -> None:
+        """See `FormatDriver.close`."""
+        if not self.read_only:
+            await self.writeback.finish()
+        await self.settle()
+
+
+async def _read_table(
+    storage: StorageDriver, offset: int, nb_entries: int, what: str
+) -> "array[int]":
+    """Read a table of the header's; the header has bounded its length."""
+    # A sparse tail is legal (the table reads as zeroes there), a table that
+    # lies wholly behind the end is not.
+    if nb_entries and offset >= storage.length:
+        raise ImageError(f"Could not read {what} table: it is past the file's end")
+    return load_be64(await storage.pread(offset, nb_entries * 8))

@@ -1,0 +1,170 @@
+"""Where guest bytes are: the lookup that every request goes through.
+
+Source: qcow2.txt, "Cluster mapping".
+"""
+
+from typing import Final
+
+from nbdqcow.errors import CorruptImage
+from nbdqcow.formats.qcow2.entries import (
+    OFFSET_MASK,
+    OFLAG_COMPRESSED,
+    OFLAG_COPIED,
+    OFLAG_ZERO,
+    classify,
+)
+from nbdqcow.formats.qcow2.tables import L2Slice, Tables
+from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO_ALLOCATED, Run
+
+
+class Mapping:
+    """Answers lookups from the cached tables, or reads them first.
+
+    ``metadata`` holds the indices of host clusters that guest data must never
+    be written to; it is the image's own set, which grows and shrinks.
+    """
+
+    def __init__(self, tables: Tables, metadata: set[int], zero_flag: bool) -> None:
+        self._tables = tables
+        self._young = tables.young
+        self._metadata = metadata
+        self._slice_shift = tables.slice_shift
+        self._cluster_bits = tables.cluster_bits
+        self._cluster_size = tables.cluster_size
+        self._cluster_mask = tables.cluster_size - 1
+        self._index_mask = tables.slice_entries - 1
+        # Version 2 has no zero flag: bit 0 is reserved there and ignored.
+        self._zero_flag: Final = OFLAG_ZERO if zero_flag else 0
+        # No bit of these: a plain cluster, well aligned.
+        self._not_plain = (
+            OFLAG_COMPRESSED | self._zero_flag | (self._cluster_mask & OFFSET_MASK)
+        )
+
+    def try_map(self, offset: int, length: int) -> Run | None:
+        """See `FormatDriver.try_map`."""
+        found = self._young.get(offset >> self._slice_shift)
+        if found is not None:
+            entry = found.words[(offset >> self._cluster_bits) & self._index_mask]
+            host_offset = entry & OFFSET_MASK
+            if host_offset and not entry & self._not_plain:
+                in_cluster = offset & self._cluster_mask
+                if in_cluster + length <= self._cluster_size:
+                    return DATA, host_offset + in_cluster, length
+        elif not self._reach(offset):
+            return None
+        return self._run(offset, length)
+
+    async def map(self, offset: int, length: int) -> Run:
+        """See `FormatDriver.map`."""
+        while (run := self.try_map(offset, length)) is None:
+            await self._tables.load(offset >> self._slice_shift)
+        return run
+
+    def try_map_write(self, offset: int, length: int) -> int:
+        """See `FormatDriver.try_map_write`."""
+        found = self._young.get(offset >> self._slice_shift)
+        if found is None:
+            if not self._reach(offset):
+                return -1
+            found = self._young.get(offset >> self._slice_shift)
+            if found is None:
+                return -1
+        index = (offset >> self._cluster_bits) & self._index_mask
+        entry = found.words[index]
+        host_offset = entry & OFFSET_MASK
+        if not host_offset or entry & self._not_plain or entry < OFLAG_COPIED:
+            return -1
+        if host_offset >> self._cluster_bits in self._metadata:
+            return -1
+        in_cluster = offset & self._cluster_mask
+        if (
+            in_cluster + length > self._cluster_size
+            and self.in_place_length(found, index, in_cluster, length) < length
+        ):
+            return -1
+        return host_offset + in_cluster
+
+    def in_place_length(
+        self, found: L2Slice, index: int, in_cluster: int, length: int
+    ) -> int:
+        """Return how many of ``length`` bytes lie in one contiguous run of
+        plain, unshared clusters of a slice; 0 if the first does not."""
+        words = found.words
+        entry = words[index]
+        if not entry & OFFSET_MASK or entry & self._not_plain or entry < OFLAG_COPIED:
+            return 0
+        covered = self._cluster_size - in_cluster
+        first_host = (entry & OFFSET_MASK) >> self._cluster_bits
+        nb_clusters = 1
+        while covered < length and index + nb_clusters < len(words):
+            entry += self._cluster_size
+            if words[index + nb_clusters] != entry:
+                break
+            nb_clusters += 1
+            covered += self._cluster_size
+        for host_index in range(first_host, first_host + nb_clusters):
+            if host_index in self._metadata:
+                raise CorruptImage(
+                    f"Preventing invalid write on metadata (guest data maps to"
+                    f" metadata cluster {host_index << self._cluster_bits:#x})"
+                )
+        return min(covered, length)
+
+    def _reach(self, offset: int) -> bool:
+        """Bring the slice of a guest offset into ``young`` without waiting.
+
+        True also if there is no L2 table: nothing is needed then.
+        """
+        tables = self._tables
+        key = offset >> self._slice_shift
+        if not tables.table_offset(tables.l1_index(key)):
+            return True
+        return tables.try_load(key) is not None
+
+    def _run(self, offset: int, length: int) -> Run | None:
+        """Return the longest run that is in reach; None if nothing is."""
+        kind, host_offset, covered = self._run_in_slice(offset, length)
+        while covered < length:
+            if not self._reach(offset + covered):
+                break
+            next_kind, next_host, more = self._run_in_slice(
+                offset + covered, length - covered
+            )
+            if next_kind != kind or kind == COMPRESSED:
+                break
+            if kind in (DATA, ZERO_ALLOCATED) and next_host != host_offset + covered:
+                break
+            covered += more
+        return kind, host_offset, covered
+
+    def _run_in_slice(self, offset: int, length: int) -> Run:
+        tables = self._tables
+        key = offset >> self._slice_shift
+        l1_index = tables.l1_index(key)
+        if not tables.table_offset(l1_index):
+            end = (l1_index + 1) << tables.l1_shift
+            return UNALLOCATED, 0, min(length, end - offset)
+        words = self._young[key].words
+        index = (offset >> self._cluster_bits) & self._index_mask
+        in_cluster = offset & self._cluster_mask
+        covered = self._cluster_size - in_cluster
+        flags = OFLAG_COMPRESSED | self._zero_flag | OFFSET_MASK
+        entry = words[index] & flags
+        kind = classify(entry)
+        if kind == COMPRESSED:
+            return kind, words[index], min(covered, length)
+        host_offset = entry & OFFSET_MASK
+        if host_offset & self._cluster_mask:
+            raise CorruptImage(
+                f"Cluster allocation offset {host_offset:#x} unaligned (L2 entry for"
+                f" guest offset {offset & ~self._cluster_mask:#x})"
+            )
+        step = self._cluster_size if kind in (DATA, ZERO_ALLOCATED) else 0
+        while covered < length and (index := index + 1) <= self._index_mask:
+            entry += step
+            if words[index] & flags != entry:
+                break
+            covered += self._cluster_size
+        if host_offset:
+            host_offset += in_cluster
+        return kind, host_offset, min(covered, length)

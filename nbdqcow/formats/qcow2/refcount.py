@@ -1,0 +1,395 @@
+"""Host cluster reference counts: the refcount table, its blocks, allocation.
+
+Counts change in memory first; `nbdqcow.formats.qcow2.writeback` brings them
+to disk in the right order. All methods are called with the image's lock held
+and touch only counts: what a cluster is for is the caller's business.
+
+Source: qcow2.txt, "Host cluster management".
+"""
+
+import asyncio
+import errno
+import heapq
+from array import array
+from sys import byteorder
+from typing import Final
+
+from nbdqcow.block.storage import StorageDriver
+from nbdqcow.errors import BlockError, CorruptImage
+from nbdqcow.formats.qcow2.entries import (
+    MAX_REFTABLE_BYTES,
+    REFTABLE_OFFSET_MASK,
+    REFTABLE_RESERVED_MASK,
+)
+from nbdqcow.formats.qcow2.header import Header
+from nbdqcow.formats.qcow2.tables import dump_be64
+from nbdqcow.types import Buffer
+
+_TYPECODES: Final = {3: "B", 4: "H", 5: "I", 6: "Q"}
+_MAX_FREE_RUNS: Final = 1 << 16
+_CACHE_BYTES: Final = 4 << 20
+
+
+def unpack_counts(data: Buffer, refcount_order: int) -> "array[int]":
+    """Return the counts of a refcount block, one array item each.
+
+    Counts narrower than a byte lie in it from the least significant bit up.
+    """
+    if refcount_order >= 3:
+        counts = array(_TYPECODES[refcount_order])
+        counts.frombytes(data)
+        if byteorder == "little":
+            counts.byteswap()
+        return counts
+    bits = 1 << refcount_order
+    mask = (1 << bits) - 1
+    return array("B", [b >> s & mask for b in bytes(data) for s in range(0, 8, bits)])
+
+
+def pack_counts(counts: "array[int]", refcount_order: int) -> bytes:
+    """Return ``counts`` as a refcount block has them on disk."""
+    if refcount_order >= 3:
+        if byteorder == "little":
+            counts = counts[:]
+            counts.byteswap()
+        return counts.tobytes()
+    bits = 1 << refcount_order
+    packed = bytearray(len(counts) * bits // 8)
+    per_byte = 8 // bits
+    for shift in range(per_byte):
+        for i, count in enumerate(counts[shift::per_byte]):
+            packed[i] |= count << (shift * bits)
+    return bytes(packed)
+
+
+class RefcountBlock:
+    """One refcount block in memory.
+
+    ``changed_first`` and ``changed_end`` bound the counts that differ from
+    the disk, half-open; equal when there are none.
+    """
+
+    __slots__ = ("changed_end", "changed_first", "counts", "pins")
+
+    def __init__(self, counts: "array[int]") -> None:
+        self.counts = counts
+        self.changed_first = 0
+        self.changed_end = 0
+        self.pins = 0
+
+
+class Refcounts:
+    """The reference counts of an image, and the search for free clusters.
+
+    Free clusters come from two places: ranges that this process has freed,
+    kept in a heap, and a scan position that moves once from the start of the
+    file upwards. No cluster is looked at twice by the scan.
+
+    Attributes:
+        table: offsets of the refcount blocks, native order.
+        dirty: block index to block, with counts that are not on disk.
+        fresh: indices of blocks that the table on disk does not know yet.
+        metadata: cluster indices of tables, blocks and header: guest data is
+            never written there. Shared with the driver.
+        table_lock: held while entries of the table are written or the table
+            moves; taken inside the image's lock, or without it.
+    """
+
+    def __init__(
+        self,
+        storage: StorageDriver,
+        header: Header,
+        table: "array[int]",
+        metadata: set[int],
+    ) -> None:
+        self.storage = storage
+        self.header = header
+        self.table = table
+        self.metadata = metadata
+        self.cluster_bits = header.cluster_bits
+        self.cluster_size = 1 << header.cluster_bits
+        self.order = header.refcount_order
+        self.max_count = (1 << (1 << self.order)) - 1
+        self.block_entries = self.cluster_size * 8 >> self.order
+        self.blocks: dict[int, RefcountBlock] = {}
+        # A count of 1, 2 or 4 bits takes a whole byte in memory.
+        in_memory = self.cluster_size << max(0, 3 - self.order)
+        self._max_blocks = max(4, _CACHE_BYTES // in_memory)
+        self.dirty: dict[int, RefcountBlock] = {}
+        self.fresh: set[int] = set()
+        self.table_lock = asyncio.Lock()
+        self._scan_index = 0
+        self._free_runs: list[tuple[int, int]] = []
+
+    # -- reading ---------------------------------------------------------
+
+    async def count(self, cluster_index: int) -> int:
+        """Return the refcount of a host cluster."""
+        block_index, entry_index = divmod(cluster_index, self.block_entries)
+        block = await self._block(block_index)
+        return 0 if block is None else block.counts[entry_index]
+
+    async def _block(self, block_index: int) -> RefcountBlock | None:
+        """Return a block, None if it does not exist."""
+        block = self.blocks.get(block_index)
+        if block is not None:
+            return block
+        if block_index >= len(self.table) or not self.table[block_index]:
+            return None
+        offset = self.table[block_index]
+        if offset & REFTABLE_RESERVED_MASK or offset & (self.cluster_size - 1):
+            raise CorruptImage(
+                f"Refblock offset {offset:#x} unaligned"
+                f" (reftable index: {block_index:#x})"
+            )
+        data = await self.storage.pread(
+            offset & REFTABLE_OFFSET_MASK, self.cluster_size
+        )
+        return self._keep(block_index, RefcountBlock(unpack_counts(data, self.order)))
+
+    def _keep(self, block_index: int, block: RefcountBlock) -> RefcountBlock:
+        while len(self.blocks) >= self._max_blocks:
+            victim = next(
+                (
+                    index
+                    for index, b in self.blocks.items()
+                    if index not in self.dirty and not b.pins
+                ),
+                None,
+            )
+            if victim is None:
+                break
+            del self.blocks[victim]
+        self.blocks[block_index] = block
+        return block
+
+    # -- changing --------------------------------------------------------
+
+    def _mark(
+        self, block_index: int, block: RefcountBlock, first: int, end: int
+    ) -> None:
+        if block.changed_first == block.changed_end:
+            block.changed_first, block.changed_end = first, end
+            self.dirty[block_index] = block
+        else:
+            block.changed_first = min(block.changed_first, first)
+            block.changed_end = max(block.changed_end, end)
+
+    def mark_whole(self, block_index: int, block: RefcountBlock) -> None:
+        """All counts of a block must be written (again)."""
+        self._mark(block_index, block, 0, self.block_entries)
+
+    async def add(self, cluster_index: int, nb_clusters: int, change: int) -> None:
+        """Add ``change`` (1 or -1) to the counts of a range of clusters.
+
+        Raises `BlockError` before changing anything if a count would leave
+        its limits; a count below 0 means that the image is corrupt.
+        """
+        pieces = []
+        index, end = cluster_index, cluster_index + nb_clusters
+        while index < end:
+            block_index, first = divmod(index, self.block_entries)
+            last = min(self.block_entries, first + end - index)
+            block = await self._block(block_index)
+            if block is None:
+                raise BlockError(
+                    errno.EIO, f"host cluster {index:#x} has no refcount block"
+                )
+            counts = block.counts[first:last]
+            if change < 0 and 0 in counts:
+                raise CorruptImage(
+                    f"refcount of a cluster in use is 0"
+                    f" (host cluster {index + counts.index(0):#x}): image is corrupt"
+                )
+            if change > 0 and max(counts) >= self.max_count:
+                raise BlockError(
+                    errno.EINVAL, f"refcount would exceed {self.max_count}"
+                )
+            block.pins += 1
+            pieces.append((block_index, block, first, last))
+            index += last - first
+        for block_index, block, first, last in pieces:
+            block.pins -= 1
+            counts = block.counts
+            for i in range(first, last):
+                counts[i] += change
+            self._mark(block_index, block, first, last)
+            if change < 0:
+                self._note_free(block_index, counts, first, last)
+
+    def _note_free(
+        self, block_index: int, counts: "array[int]", first: int, last: int
+    ) -> None:
+        base = block_index * self.block_entries
+        start = None
+        for i in range(first, last + 1):
+            if i < last and counts[i] == 0:
+                if start is None:
+                    start = i
+            elif start is not None:
+                if base + start < self._scan_index:
+                    heapq.heappush(self._free_runs, (base + start, i - start))
+                start = None
+        if len(self._free_runs) > _MAX_FREE_RUNS:
+            self._scan_index = self._free_runs[0][0]
+            self._free_runs.clear()
+
+    # -- allocating ------------------------------------------------------
+
+    async def allocate(self, nb_clusters: int) -> tuple[int, int]:
+        """Take 1 to ``nb_clusters`` contiguous free clusters.
+
+        Returns ``(cluster_index, count)``; their refcounts are 1 now.
+        """
+        while self._free_runs:
+            index, length = heapq.heappop(self._free_runs)
+            block_index, first = divmod(index, self.block_entries)
+            block = await self._block(block_index)
+            # The scan may have turned back and used what is listed here.
+            if block is None or block.counts[first]:
+                continue
+            got = self._take(block_index, block, first, min(nb_clusters, length))
+            if got < length:
+                heapq.heappush(self._free_runs, (index + got, length - got))
+            self._check_free(index, got)
+            return index, got
+        while True:
+            block_index, first = divmod(self._scan_index, self.block_entries)
+            block = await self._block_for_allocation(block_index)
+            try:
+                first = block.counts.index(0, first)
+            except ValueError:
+                self._scan_index = (block_index + 1) * self.block_entries
+                continue
+            got = self._take(block_index, block, first, nb_clusters)
+            index = block_index * self.block_entries + first
+            self._scan_index = index + got
+            self._check_free(index, got)
+            return index, got
+
+    def _check_free(self, index: int, nb_clusters: int) -> None:
+        """Refuse clusters whose count of 0 can't be right."""
+        if not self.metadata.isdisjoint(range(index, index + nb_clusters)):
+            raise CorruptImage(
+                f"Preventing invalid allocation of metadata cluster at offset"
+                f" {index << self.cluster_bits:#x}; image is corrupt"
+            )
+
+    def _take(
+        self, block_index: int, block: RefcountBlock, first: int, nb_clusters: int
+    ) -> int:
+        """Set up to ``nb_clusters`` zero counts from ``first`` on to 1."""
+        counts = block.counts
+        end = first
+        limit = min(first + nb_clusters, self.block_entries)
+        while end < limit and counts[end] == 0:
+            counts[end] = 1
+            end += 1
+        self._mark(block_index, block, first, end)
+        return end - first
+
+    async def allocate_contiguous(self, nb_clusters: int) -> int:
+        """Take exactly ``nb_clusters`` clusters in a row; return the first."""
+        index = self._scan_index
+        run_start = index
+        while index - run_start < nb_clusters:
+            block_index, first = divmod(index, self.block_entries)
+            block = await self._block_for_allocation(block_index)
+            limit = min(self.block_entries, first + nb_clusters - (index - run_start))
+            while first < limit:
+                if block.counts[first]:
+                    run_start = index + 1
+                    limit = min(self.block_entries, first + 1 + nb_clusters)
+                first += 1
+                index += 1
+        self._check_free(run_start, nb_clusters)
+        await self.add(run_start, nb_clusters, 1)
+        return run_start
+
+    async def _block_for_allocation(self, block_index: int) -> RefcountBlock:
+        """Return a block, making it (and room in the table) if need be."""
+        block = await self._block(block_index)
+        if block is not None:
+            return block
+        if block_index >= len(self.table):
+            async with self.table_lock:
+                await self._grow_table(block_index)
+            block = await self._block(block_index)
+            if block is not None:
+                return block
+        # All clusters that a missing block covers are free: it describes
+        # itself from the first of them.
+        counts = array(_TYPECODES.get(self.order, "B"), [0]) * self.block_entries
+        counts[0] = 1
+        block = RefcountBlock(counts)
+        self._keep(block_index, block)
+        self._add_block(block_index, block_index * self.block_entries, block)
+        return block
+
+    def _add_block(
+        self, block_index: int, cluster_index: int, block: RefcountBlock
+    ) -> None:
+        self.mark_whole(block_index, block)
+        self.fresh.add(block_index)
+        self.metadata.add(cluster_index)
+        self.table[block_index] = cluster_index << self.cluster_bits
+
+    async def _grow_table(self, block_index: int) -> None:
+        """Move the refcount table to a larger place that covers a block.
+
+        The new table and the blocks that describe it go to the start of the
+        range that the old table could not describe, where all is free. The
+        switch is one write of 12 header bytes between two flushes.
+        """
+        old_offset = self.header.refcount_table_offset
+        old_clusters = self.header.refcount_table_clusters
+        per_cluster = self.cluster_size // 8
+        entries = max(block_index + 1, len(self.table) * 2)
+        first_block = len(self.table)
+        start = first_block * self.block_entries
+        while True:
+            table_clusters = -(-entries // per_cluster)
+            nb_blocks = 1
+            while nb_blocks * self.block_entries < nb_blocks + table_clusters:
+                nb_blocks += 1
+            if first_block + nb_blocks <= table_clusters * per_cluster:
+                break
+            entries = first_block + nb_blocks
+        if table_clusters * self.cluster_size > MAX_REFTABLE_BYTES:
+            raise BlockError(errno.EFBIG, "refcount table would be too large")
+        table = self.table[:]
+        table.extend([0] * (table_clusters * per_cluster - len(table)))
+        used = nb_blocks + table_clusters
+        blocks = []
+        for i in range(nb_blocks):
+            counts = array(_TYPECODES.get(self.order, "B"), [0]) * self.block_entries
+            for j in range(min(self.block_entries, used - i * self.block_entries)):
+                counts[j] = 1
+            blocks.append(RefcountBlock(counts))
+            table[first_block + i] = (start + i) << self.cluster_bits
+        # Blocks that the old table on disk has no entry for yet go out with
+        # the new table: it must never point at garbage.
+        for index in self.fresh:
+            await self.storage.pwritev(
+                table[index], [pack_counts(self.blocks[index].counts, self.order)]
+            )
+        for i, block in enumerate(blocks):
+            await self.storage.pwritev(
+                table[first_block + i], [pack_counts(block.counts, self.order)]
+            )
+        new_offset = (start + nb_blocks) << self.cluster_bits
+        await self.storage.pwritev(new_offset, [dump_be64(table)])
+        await self.storage.flush()
+        pointer = new_offset.to_bytes(8, "big") + table_clusters.to_bytes(4, "big")
+        await self.storage.pwritev(48, [pointer])
+        await self.storage.flush()
+        self.fresh.clear()
+        self.table = table
+        self.header.refcount_table_offset = new_offset
+        self.header.refcount_table_clusters = table_clusters
+        for i, block in enumerate(blocks):
+            self._keep(first_block + i, block)
+        self.metadata.update(range(start, start + used))
+        old_first = old_offset >> self.cluster_bits
+        self.metadata.difference_update(range(old_first, old_first + old_clusters))
+        await self.add(old_first, old_clusters, -1)

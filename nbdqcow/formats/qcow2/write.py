@@ -1,0 +1,239 @@
+"""Guest writes: in place, or into new clusters with copy-on-write.
+
+A writer that allocates registers the guest clusters it works on before it
+lets go of the image's lock, and links them when all their bytes are in the
+file. Whoever overlaps it waits and then looks everything up again.
+"""
+
+from typing import TYPE_CHECKING, Final
+
+from nbdqcow.block.driver import WritePlan
+from nbdqcow.block.inflight import InFlightRange
+from nbdqcow.formats.qcow2.entries import (
+    OFFSET_MASK,
+    OFLAG_COMPRESSED,
+    OFLAG_COPIED,
+    OFLAG_ZERO,
+    compressed_range,
+)
+from nbdqcow.formats.qcow2.tables import L2Slice
+from nbdqcow.units import MiB
+
+if TYPE_CHECKING:
+    from nbdqcow.formats.qcow2.driver import Qcow2Driver
+
+_MAX_PIECE: Final = 32 * MiB
+"""Guest bytes of one allocation: bounds what one request holds at a time."""
+
+
+class Allocation:
+    """New host clusters for a range of guest clusters, not linked yet.
+
+    ``reused``: the clusters belong to the guest range already (preallocated
+    zero clusters): nothing is given back if the write fails.
+    """
+
+    __slots__ = (
+        "cluster_index",
+        "epoch",
+        "in_flight",
+        "l2",
+        "l2_index",
+        "nb_clusters",
+        "reused",
+    )
+
+    def __init__(
+        self,
+        in_flight: InFlightRange,
+        l2: L2Slice,
+        l2_index: int,
+        cluster_index: int,
+        nb_clusters: int,
+        reused: bool,
+        epoch: int,
+    ) -> None:
+        self.in_flight = in_flight
+        self.l2 = l2
+        self.l2_index = l2_index
+        self.cluster_index = cluster_index
+        self.nb_clusters = nb_clusters
+        self.reused = reused
+        self.epoch = epoch
+
+
+async def begin_write(image: "Qcow2Driver", offset: int, length: int) -> WritePlan:
+    """See `FormatDriver.begin_write`."""
+    if image.tables.dirty_bytes > image.tables.dirty_limit:
+        await image.writeback.flush()
+    cluster_mask = image.cluster_size - 1
+    length = min(length, _MAX_PIECE)
+    while True:
+        async with image.lock:
+            start = offset & ~cluster_mask
+            end = (offset + length + cluster_mask) & ~cluster_mask
+            busy = image.in_flight.first_overlap(start, end)
+            if busy is None or busy.start > start:
+                if busy is not None:
+                    length = busy.start - offset
+                return await _plan(image, offset, length)
+        await busy.wait()
+
+
+async def _plan(image: "Qcow2Driver", offset: int, length: int) -> WritePlan:
+    """Find or allocate clusters. The lock is held; nothing overlaps."""
+    l2 = await slice_for_change(image, offset)
+    l2.pins += 1
+    try:
+        return await _plan_in_slice(image, l2, offset, length)
+    finally:
+        l2.pins -= 1
+
+
+async def _plan_in_slice(
+    image: "Qcow2Driver", l2: L2Slice, offset: int, length: int
+) -> WritePlan:
+    tables, cluster_size = image.tables, image.cluster_size
+    index = (offset >> image.cluster_bits) & (tables.slice_entries - 1)
+    in_cluster = offset & (cluster_size - 1)
+    covered = image.mapping.in_place_length(l2, index, in_cluster, length)
+    if covered:
+        host_offset = (l2.words[index] & OFFSET_MASK) + in_cluster
+        epoch = image.epochs.enter()
+        return WritePlan(offset, covered, host_offset, private=epoch)
+
+    words = l2.words
+    wanted = min(-(-(in_cluster + length) // cluster_size), len(words) - index)
+    nb_clusters = 1
+    reused = _is_own_zero(image, words[index])
+    if reused:
+        cluster_index = (words[index] & OFFSET_MASK) >> image.cluster_bits
+        image.check_not_metadata(cluster_index)
+    else:
+        while nb_clusters < wanted and _needs_cluster(words[index + nb_clusters]):
+            nb_clusters += 1
+        cluster_index, nb_clusters = await image.refcounts.allocate(nb_clusters)
+    host_start = cluster_index << image.cluster_bits
+    reads_zero = not reused and image.reads_zero_from <= host_start
+    if not reused:
+        image.note_used(host_start + nb_clusters * cluster_size)
+    length = min(length, nb_clusters * cluster_size - in_cluster)
+    start = offset - in_cluster
+    allocation = Allocation(
+        image.in_flight.add(start, start + nb_clusters * cluster_size),
+        l2, index, cluster_index, nb_clusters, reused, image.epochs.enter(),
+    )  # fmt: skip
+    l2.pins += 1
+    return WritePlan(
+        guest_offset=offset,
+        length=length,
+        host_offset=host_start + in_cluster,
+        head=in_cluster,
+        tail=nb_clusters * cluster_size - in_cluster - length,
+        reads_zero=reads_zero,
+        private=allocation,
+    )
+
+
+def _is_own_zero(image: "Qcow2Driver", entry: int) -> bool:
+    """Whether an entry is a preallocated zero cluster that is ours alone."""
+    own_zero = OFLAG_COPIED | OFLAG_ZERO
+    return (
+        image.header.version >= 3
+        and entry & (own_zero | OFLAG_COMPRESSED) == own_zero
+        and bool(entry & OFFSET_MASK)
+    )
+
+
+def _needs_cluster(entry: int) -> bool:
+    """Whether a write to the cluster of this entry must allocate.
+
+    Not if it is unshared: a plain cluster is written in place then, and a
+    preallocated zero cluster used.
+    """
+    return (
+        bool(entry & OFLAG_COMPRESSED)
+        or not entry & OFFSET_MASK
+        or entry < OFLAG_COPIED
+    )
+
+
+async def slice_for_change(image: "Qcow2Driver", offset: int) -> L2Slice:
+    """Return the slice of a guest offset, in a table that is ours to change.
+
+    Makes the L2 table if there is none, and a copy of one that a snapshot
+    shares. The lock is held.
+    """
+    tables = image.tables
+    key = offset >> tables.slice_shift
+    l1_index = tables.l1_index(key)
+    table_offset = tables.table_offset(l1_index)
+    if not table_offset or tables.l1[l1_index] < OFLAG_COPIED:
+        cluster_index, _ = await image.refcounts.allocate(1)
+        image.metadata.add(cluster_index)
+        new_offset = cluster_index << image.cluster_bits
+        image.note_used(new_offset + image.cluster_size)
+        entry = new_offset | OFLAG_COPIED
+        if table_offset:
+            await tables.copy_table(l1_index, entry)
+            # The old table stays metadata: a snapshot still has it.
+            image.freed.add(table_offset >> image.cluster_bits, 1, False)
+        else:
+            tables.add_table(l1_index, entry)
+    return await tables.load(key)
+
+
+def end_write(image: "Qcow2Driver", plan: WritePlan) -> None:
+    """See `FormatDriver.end_write`. One block without awaits: a lookup sees
+    all of the old mapping or all of the new."""
+    allocation = plan.private
+    if isinstance(allocation, int):
+        image.epochs.leave(allocation)
+        return
+    l2, first = allocation.l2, allocation.l2_index
+    entry = (allocation.cluster_index << image.cluster_bits) | OFLAG_COPIED
+    words = l2.words
+    for index in range(first, first + allocation.nb_clusters):
+        if not allocation.reused:
+            free_entry(image, words[index])
+        words[index] = entry
+        entry += image.cluster_size
+    image.tables.mark_dirty(l2, first, first + allocation.nb_clusters)
+    _finish(image, allocation)
+
+
+def abort_write(image: "Qcow2Driver", plan: WritePlan) -> None:
+    """See `FormatDriver.abort_write`."""
+    allocation = plan.private
+    if isinstance(allocation, int):
+        image.epochs.leave(allocation)
+        return
+    if not allocation.reused:
+        # Nothing on disk names these clusters, so no write-back is needed
+        # before they are free again; but they are dirty with our bytes now.
+        image.freed.add(allocation.cluster_index, allocation.nb_clusters, False)
+    _finish(image, allocation)
+
+
+def _finish(image: "Qcow2Driver", allocation: Allocation) -> None:
+    allocation.l2.pins -= 1
+    image.epochs.leave(allocation.epoch)
+    image.in_flight.remove(allocation.in_flight)
+    image.start_writeback_if_due()
+
+
+def free_entry(image: "Qcow2Driver", entry: int, *, discard: bool = False) -> None:
+    """Note that the active L2 table no longer has this entry.
+
+    ``discard``: give the space back to the file system, not only to the
+    image, where the next allocation would want it.
+    """
+    if entry & OFLAG_COMPRESSED:
+        host_offset, length = compressed_range(entry, image.cluster_bits)
+        first = host_offset >> image.cluster_bits
+        last = (host_offset + length - 1) >> image.cluster_bits
+        image.compressed.forget(entry)
+        image.freed.add(first, last - first + 1, discard)
+    elif entry & OFFSET_MASK:
+        index = (entry & OFFSET_MASK) >> image.cluster_bits
+        image.freed.add(index, 1, discard)

@@ -1,0 +1,210 @@
+"""What all tests share: the rules of a run, and the server as a process.
+
+``CI`` in the environment makes every skip a failure: a run that could not
+test something must not look like one that did.
+"""
+
+import asyncio
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+IN_CI = os.environ.get("CI", "") not in ("", "0", "false")
+SEED = int(os.environ.get("NBDQCOW_SEED") or random.SystemRandom().getrandbits(32))
+
+START_SECONDS = 20.0
+STOP_SECONDS = 30.0
+
+
+# -- the rules of a run --------------------------------------------------------
+
+
+def pytest_report_header() -> str:
+    return f"seed: {SEED} (NBDQCOW_SEED={SEED} repeats it)"
+
+
+def _fail_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if not IN_CI or report.outcome != "skipped" or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr
+    report.outcome = "failed"
+    report.longrepr = (
+        f"skipped, which CI counts as a failure: "
+        f"{reason[2] if isinstance(reason, tuple) else reason}"
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    report = yield
+    _fail_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Iterator[None]:
+    report = yield
+    _fail_skip(report)
+    return report
+
+
+def pytest_asyncio_loop_factories() -> Mapping[
+    str, Callable[[], asyncio.AbstractEventLoop]
+]:
+    """Run every asyncio test on both loops that the server runs on.
+
+    A test for one of them says so:
+    ``@pytest.mark.asyncio(loop_factories=["asyncio"])``.
+    """
+    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+# -- fixtures ------------------------------------------------------------------
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    """A seed for this test, drawn from the run's; shown if the test fails."""
+    value = zlib.crc32(request.node.nodeid.encode(), SEED)
+    print(f"seed {value}; NBDQCOW_SEED={SEED} repeats it")
+    return value
+
+
+def find_tool(name: str) -> str:
+    """Return the path of a program, or skip the test (in CI: fail it)."""
+    path = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if path is None:
+        pytest.skip(f"{name} is not installed (tools/setup-system.sh test)")
+    return path
+
+
+@pytest.fixture
+def tool() -> Callable[[str], str]:
+    """`find_tool`, as a fixture: ``tool("qemu-img")`` is a path."""
+    return find_tool
+
+
+def find_free_port() -> int:
+    """Return a TCP port on 127.0.0.1 that nobody listened on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def free_port() -> int:
+    """`find_free_port`, as a fixture, for a test that needs one."""
+    return find_free_port()
+
+
+class ServedProcess:
+    """``python -m nbdqcow serve`` (or another command) in a process of its own.
+
+    Attributes:
+        process: the process; its pid is the only one that is ever signalled.
+        stdout, stderr: files with what it has printed so far.
+    """
+
+    def __init__(self, command: list[str], directory: Path) -> None:
+        self.command = command
+        self.stdout = directory / "stdout"
+        self.stderr = directory / "stderr"
+        with self.stdout.open("wb") as stdout, self.stderr.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            )
+
+    def describe(self) -> str:
+        """Return the command, its exit status and what it printed."""
+        return (
+            f"{' '.join(self.command)}\n"
+            f"exit status {self.process.poll()}\n"
+            f"-- stdout --\n{self.stdout.read_text(errors='replace')}"
+            f"-- stderr --\n{self.stderr.read_text(errors='replace')}"
+        )
+
+    def wait_ready(self, is_ready: Callable[[], bool] | None = None) -> None:
+        """Wait for the first whole line on stdout, or for ``is_ready``."""
+        if is_ready is None:
+
+            def is_ready() -> bool:
+                return b"\n" in self.stdout.read_bytes()
+
+        deadline = time.monotonic() + START_SECONDS
+        while not is_ready():
+            assert self.process.poll() is None, f"no start: {self.describe()}"
+            assert time.monotonic() < deadline, f"not ready: {self.describe()}"
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """SIGTERM: it must finish what is in flight and exit 0, untroubled."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            pytest.fail(f"still there after SIGTERM: {self.describe()}")
+        assert self.process.returncode == 0, self.describe()
+        assert "Traceback" not in self.stderr.read_text(errors="replace"), (
+            self.describe()
+        )
+
+    def kill(self) -> None:
+        """SIGKILL: nothing gets a chance to be written back."""
+        self.process.kill()
+        self.process.wait(STOP_SECONDS)
+
+
+@pytest.fixture
+def served(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., ServedProcess]]:
+    """``served("disk.qcow2", "--unix", path)`` starts our server.
+
+    Returns once it is ready. At the end of the test a server that still runs
+    must end well on SIGTERM. ``command=`` starts another program instead, and
+    ``is_ready=`` then says when it is up.
+    """
+    started: list[ServedProcess] = []
+
+    def start(
+        *arguments: Any,
+        command: list[str] | None = None,
+        is_ready: Callable[[], bool] | None = None,
+    ) -> ServedProcess:
+        if command is None:
+            command = [sys.executable, "-m", "nbdqcow", "serve"]
+        server = ServedProcess(
+            [*command, *map(str, arguments)], tmp_path_factory.mktemp("served")
+        )
+        started.append(server)
+        server.wait_ready(is_ready)
+        return server
+
+    try:
+        yield start
+        for server in started:
+            if server.process.returncode is None:
+                server.stop()
+    finally:
+        for server in started:
+            if server.process.poll() is None:
+                server.kill()
+            print(server.describe())
