@@ -51,7 +51,6 @@ class OpenOptions:
     allowed_paths: Sequence[str] | None = None
     lock: bool = True
     force_share: bool = False
-    backing: bool = False
 
 
 class Opening:
@@ -157,7 +156,6 @@ async def open_storage(filename: str, options: OpenOptions) -> StorageDriver:
         discard=options.discard,
         locking=options.lock,
         shared=options.force_share,
-        backing=options.backing,
     )
     return storage
 
@@ -195,7 +193,6 @@ async def _open_backing(
         format=driver.backing_format,
         read_only=True,
         detect_zeroes="off",
-        backing=True,
     )
     try:
         return await _open_chain(path, below, above)
