@@ -119,6 +119,9 @@ class Transmission(asyncio.BufferedProtocol):
         self._reader.received(nbytes)
         if not self._run_scheduled:
             self._run()
+        elif self._reader.full:
+            self._reading_paused = True
+            self._transport.pause_reading()
 
     def pause_writing(self) -> None:
         """Stop serving: the client does not keep up with its replies."""
@@ -196,13 +199,12 @@ class Transmission(asyncio.BufferedProtocol):
             self._out.clear()
             if self._tokens and not self._transport.get_write_buffer_size():
                 self._release_views()
-        if self._closing or self._draining or self._eof:
-            if self._finished:
-                self._close()
+        if (self._closing or self._draining or self._eof) and self._finished:
+            self._close()
         elif self._reader.full:
             self._reading_paused = True
             self._transport.pause_reading()
-        elif self._reading_paused:
+        elif self._reading_paused and not (self._closing or self._eof):
             self._reading_paused = False
             self._transport.resume_reading()
 

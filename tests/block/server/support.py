@@ -1,0 +1,268 @@
+"""A node without a file, and a client that checks nothing, for the server."""
+
+import asyncio
+import errno
+import struct
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from nbdqcow.errors import BlockError, NotSupported
+from nbdqcow.nbd import codec
+from nbdqcow.nbd import constants as nbd
+from nbdqcow.server.options import ServerOptions
+from nbdqcow.server.server import Server
+from nbdqcow.types import Buffer, Buffers
+
+
+class FakeNode:
+    """An image in memory. What it does besides can be switched.
+
+    Attributes:
+        inline: whether ``try_*`` work.
+        gate: requests in coroutines wait for it.
+        delays: seconds that reads at these offsets take.
+        failure: raised by every request.
+        log: what was asked, in order: a name and arguments each.
+        tokens: views given out and not released.
+    """
+
+    def __init__(self, size: int = 1 << 20, *, read_only: bool = False) -> None:
+        self.data = bytearray(bytes(range(251)) * (size // 251 + 1))[:size]
+        self.read_only = read_only
+        self.inline = True
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.delays: dict[int, float] = {}
+        self.failure: BaseException | None = None
+        self.log: list[tuple[object, ...]] = []
+        self.tokens: set[int] = set()
+        self.nb_tokens = 0
+        self.nb_waiting = 0
+        self.max_waiting = 0
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def _note(self, *what: object) -> None:
+        self.log.append(what)
+        if self.failure is not None:
+            raise self.failure
+
+    async def _wait(self, *what: object) -> None:
+        self.nb_waiting += 1
+        self.max_waiting = max(self.max_waiting, self.nb_waiting)
+        try:
+            await self.gate.wait()
+            self._note(*what)
+        finally:
+            self.nb_waiting -= 1
+
+    def try_pread(self, offset: int, length: int) -> Buffer | None:
+        if not self.inline:
+            return None
+        self._note("try_pread", offset, length)
+        return bytes(self.data[offset : offset + length])
+
+    def try_pread_views(self, offset: int, length: int) -> tuple[Buffers, int] | None:
+        if not self.inline:
+            return None
+        self._note("try_pread_views", offset, length)
+        self.nb_tokens += 1
+        self.tokens.add(self.nb_tokens)
+        middle = offset + length // 2
+        view = memoryview(self.data)
+        return [view[offset:middle], view[middle : offset + length]], self.nb_tokens
+
+    def release(self, token: int) -> None:
+        self.tokens.remove(token)
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        if not self.inline:
+            return False
+        self._note("try_pwrite", offset, len(data))
+        self.data[offset : offset + len(data)] = data
+        return True
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        await asyncio.sleep(self.delays.get(offset, 0))
+        await self._wait("pread", offset, length)
+        return bytes(self.data[offset : offset + length])
+
+    async def pwrite(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+        await self._wait("pwrite", offset, len(data), fua)
+        self.data[offset : offset + len(data)] = data
+
+    async def write_zeroes(
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_unmap: bool = True,
+        no_fallback: bool = False,
+        fua: bool = False,
+    ) -> None:
+        await self._wait("write_zeroes", offset, length, may_unmap, no_fallback, fua)
+        if no_fallback and length % 512:
+            raise NotSupported("not whole sectors")
+        self.data[offset : offset + length] = bytes(length)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self._wait("discard", offset, length)
+
+    async def flush(self) -> None:
+        await self._wait("flush")
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        await self._wait("prefetch", offset, length)
+
+
+EIO_ERROR = BlockError(errno.EIO, "the disk is broken")
+
+
+class Client:
+    """A client on a unix socket. Replies are read one by one, by hand."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.size = 0
+        self.flags = 0
+        self.nb_cookies = 0
+
+    async def greet(self) -> None:
+        greeting = await self.reader.readexactly(codec.GREETING.size)
+        assert codec.GREETING.unpack(greeting)[:2] == (
+            nbd.INIT_PASSWD,
+            nbd.IHAVEOPT_MAGIC,
+        )
+        self.writer.write(codec.CLIENT_FLAGS.pack(3))
+
+    async def go(self, name: str, trailing: bytes = b"") -> None:
+        """Choose an export; ``trailing`` goes along in the same packet."""
+        self.writer.write(
+            codec.option_request(nbd.OPT_GO, codec.info_request(name)) + trailing
+        )
+        while True:
+            head = await self.reader.readexactly(codec.OPTION_REPLY.size)
+            _, option, reply, length = codec.OPTION_REPLY.unpack(head)
+            data = await self.reader.readexactly(length)
+            assert option == nbd.OPT_GO
+            if reply == nbd.REP_ACK:
+                return
+            assert reply == nbd.REP_INFO, data
+            if data[:2] == bytes(2):
+                _, self.size, self.flags = codec.INFO_EXPORT.unpack(data)
+
+    def request(
+        self, command: int, offset: int = 0, length: int = 0, flags: int = 0
+    ) -> bytes:
+        """Return a request's header with the next cookie (1, 2, ...)."""
+        self.nb_cookies += 1
+        return codec.request(command, self.nb_cookies, offset, length, flags)
+
+    async def reply(self, length: int = 0) -> tuple[int, int, bytes]:
+        """Return the next reply's cookie, error, and data if it has no error."""
+        head = await self.reader.readexactly(codec.SIMPLE_REPLY.size)
+        magic, error, cookie = codec.SIMPLE_REPLY.unpack(head)
+        assert magic == nbd.SIMPLE_REPLY_MAGIC
+        data = b"" if error else await self.reader.readexactly(length)
+        return cookie, error, data
+
+    async def call(
+        self,
+        command: int,
+        offset: int = 0,
+        length: int = 0,
+        flags: int = 0,
+        payload: bytes = b"",
+    ) -> int:
+        """Send one request without data in its reply; return its error."""
+        self.writer.write(self.request(command, offset, length, flags) + payload)
+        cookie, error, _ = await self.reply()
+        assert cookie == self.nb_cookies
+        return error
+
+    async def read(self, offset: int, length: int, flags: int = 0) -> bytes | int:
+        """Return the data of a read, or its error."""
+        self.writer.write(self.request(nbd.CMD_READ, offset, length, flags))
+        cookie, error, data = await self.reply(length)
+        assert cookie == self.nb_cookies
+        return error or data
+
+    async def write(self, offset: int, data: bytes, flags: int = 0) -> int:
+        """Write and return the error."""
+        return await self.call(nbd.CMD_WRITE, offset, len(data), flags, data)
+
+    async def disconnect(self) -> None:
+        """Send DISC and wait for the server to close."""
+        self.writer.write(self.request(nbd.CMD_DISC))
+        assert await self.reader.read() == b""
+        self.close()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Served:
+    """A server with its task; clients connect by `connect`."""
+
+    def __init__(self, server: Server, path: Path) -> None:
+        self.server = server
+        self.path = path
+        self.running: asyncio.Task[None] | None = None
+        self.clients: list[Client] = []
+
+    async def connect_raw(self) -> Client:
+        reader, writer = await asyncio.open_unix_connection(
+            str(self.path), limit=1 << 20
+        )
+        client = Client(reader, writer)
+        self.clients.append(client)
+        return client
+
+    async def connect(self, name: str = "", trailing: bytes = b"") -> Client:
+        client = await self.connect_raw()
+        await client.greet()
+        await client.go(name, trailing)
+        return client
+
+    async def stop(self) -> None:
+        self.server.stop()
+        assert self.running is not None
+        await asyncio.wait_for(asyncio.shield(self.running), 30)
+
+
+@asynccontextmanager
+async def serving(
+    path: Path, *nodes: FakeNode, options: ServerOptions | None = None
+) -> AsyncIterator[Served]:
+    """Serve nodes: the first as the default export, others as "1", "2", ..."""
+    server = Server(options)
+    for index, node in enumerate(nodes):
+        server.add_export(str(index or ""), node)
+    socket_path = path / "socket"
+    await server.listen_unix(str(socket_path))
+    served = Served(server, socket_path)
+    served.running = asyncio.create_task(server.run_until_stopped())
+    try:
+        yield served
+    finally:
+        for node in nodes:
+            node.gate.set()
+            node.failure = None
+        for client in served.clients:
+            client.close()
+        await served.stop()
+        # Let transports that are being closed go.
+        await asyncio.sleep(0.01)
+        for node in nodes:
+            assert not node.tokens
+
+
+def struct_error(data: bytes) -> int:
+    """Return the error field of a simple reply."""
+    return int(struct.unpack_from(">I", data, 4)[0])

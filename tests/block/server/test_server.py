@@ -1,0 +1,273 @@
+"""Listeners, clients coming and going, and the end of a server."""
+
+import asyncio
+import errno
+import os
+import signal
+import socket
+
+import pytest
+
+from nbdqcow.nbd import codec
+from nbdqcow.nbd import constants as nbd
+from nbdqcow.server.options import ServerOptions
+from nbdqcow.server.server import Server
+from tests.block.server.support import EIO_ERROR, Client, FakeNode, serving
+from tests.block.server.test_flow import settle
+
+MiB = 1 << 20
+pytestmark = pytest.mark.asyncio
+
+
+async def test_exports_by_name(tmp_path):
+    nodes = [FakeNode(1000 * n) for n in (1, 2, 3)]
+    async with serving(tmp_path, *nodes) as served:
+        assert [(await served.connect(name)).size for name in ("", "1", "2")] == [
+            1000,
+            2000,
+            3000,
+        ]
+        with pytest.raises(ValueError, match="there is an export '1' already"):
+            served.server.add_export("1", nodes[0])
+        client = await served.connect_raw()
+        await client.greet()
+        client.writer.write(
+            codec.option_request(nbd.OPT_GO, codec.info_request("none"))
+        )
+        head = await client.reader.readexactly(codec.OPTION_REPLY.size)
+        assert codec.OPTION_REPLY.unpack(head)[2] == nbd.REP_ERR_UNKNOWN
+
+
+async def test_a_sole_export_is_the_default_one(tmp_path):
+    async with serving(tmp_path) as served:
+        served.server.add_export("disk", FakeNode(555))
+        assert (await served.connect()).size == 555
+        assert (await served.connect("disk")).size == 555
+        served.server.add_export("other", FakeNode(556))
+        with pytest.raises(AssertionError):
+            await served.connect()
+
+
+async def test_an_export_may_be_read_only_without_multi_conn(tmp_path):
+    async with serving(tmp_path) as served:
+        node = FakeNode()
+        served.server.add_export("", node, read_only=True, multi_conn=False)
+        client = await served.connect()
+        assert client.flags & nbd.FLAG_READ_ONLY
+        assert not client.flags & nbd.FLAG_CAN_MULTI_CONN
+        assert await client.write(0, b"x") == nbd.EPERM
+
+
+async def test_tcp(tmp_path):
+    node = FakeNode()
+    async with serving(tmp_path, node) as served:
+        ((host, port),) = await served.server.listen_tcp("127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(host, port)
+        client = Client(reader, writer)
+        served.clients.append(client)
+        await client.greet()
+        await client.go("")
+        assert await client.read(1, 100) == node.data[1:101]
+        with pytest.raises(OSError) as caught:
+            await served.server.listen_tcp("127.0.0.1", port)
+        assert caught.value.errno == errno.EADDRINUSE
+
+
+async def test_a_given_socket(tmp_path):
+    node = FakeNode()
+    async with serving(tmp_path, node) as served:
+        for family, address in (
+            (socket.AF_INET, ("127.0.0.1", 0)),
+            (socket.AF_UNIX, str(tmp_path / "given")),
+        ):
+            sock = socket.socket(family)
+            sock.bind(address)
+            bound = sock.getsockname()
+            await served.server.listen_socket(sock)
+            if family == socket.AF_INET:
+                streams = await asyncio.open_connection(*bound)
+            else:
+                streams = await asyncio.open_unix_connection(bound)
+            client = Client(*streams)
+            served.clients.append(client)
+            await client.greet()
+            await client.go("")
+            assert await client.read(1, 9) == node.data[1:10]
+
+
+async def test_a_stale_socket_is_replaced_and_ours_removed(tmp_path):
+    path = tmp_path / "socket"
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(str(path))
+    stale.close()
+    async with serving(tmp_path, FakeNode()) as served:
+        assert (await served.connect()).size == MiB
+        server = Server()
+        with pytest.raises(OSError) as caught:
+            await server.listen_unix(str(path))
+        assert caught.value.errno == errno.EADDRINUSE
+        assert (await served.connect()).size == MiB
+    assert not path.exists()
+    path.write_text("precious")
+    with pytest.raises(OSError) as caught:
+        await Server().listen_unix(str(path))
+    assert caught.value.errno == errno.EADDRINUSE
+    assert path.read_text() == "precious"
+    with pytest.raises(OSError) as caught:
+        await Server().listen_unix(str(tmp_path / "none" / "socket"))
+    assert caught.value.errno == errno.ENOENT
+
+
+async def test_a_socket_of_somebody_else_is_not_removed(tmp_path):
+    path = tmp_path / "socket"
+    async with serving(tmp_path, FakeNode()):
+        path.unlink()
+        other = socket.socket(socket.AF_UNIX)
+        other.bind(str(path))
+    assert path.exists()
+    other.close()
+
+
+async def test_too_many_connections(tmp_path, caplog):
+    options = ServerOptions(max_connections=2)
+    async with serving(tmp_path, FakeNode(), options=options) as served:
+        first = await served.connect()
+        second = await served.connect_raw()
+        await second.greet()
+        for _ in range(3):
+            third = await served.connect_raw()
+            with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+                await third.greet()
+        assert caplog.text.count("client refused: there are 2 already") == 1
+        await first.disconnect()
+        await settle(lambda: len(served.server._connections) == 1)
+        assert (await served.connect()).size == MiB
+
+
+async def test_handshake_timeout(tmp_path, caplog):
+    options = ServerOptions(handshake_timeout=0.05)
+    async with serving(tmp_path, FakeNode(), options=options) as served:
+        ready = await served.connect()
+        silent = await served.connect_raw()
+        await silent.greet()
+        assert await silent.reader.read() == b""
+        assert "closed: no handshake in time" in caplog.text
+        await asyncio.sleep(0.1)
+        assert await ready.read(0, 1) == b"\0"
+
+
+async def test_a_bad_handshake_closes(tmp_path, caplog):
+    async with serving(tmp_path, FakeNode()) as served:
+        client = await served.connect_raw()
+        client.writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        await client.reader.read()
+        assert client.reader.at_eof()
+        assert "client on a unix socket closed:" in caplog.text
+
+
+async def test_last_disconnect(tmp_path):
+    async with serving(tmp_path, FakeNode()) as served:
+        calls = []
+        served.server.on_last_disconnect = lambda: calls.append(1)
+        first, second = await served.connect(), await served.connect()
+        lister = await served.connect_raw()
+        await first.disconnect()
+        second.close()
+        await settle(lambda: len(served.server._connections) == 1)
+        # One that chose no export does not count, but it is a client.
+        lister.close()
+        await settle(lambda: not served.server._connections)
+        assert calls == []
+        third = await served.connect()
+        await third.disconnect()
+        await settle(lambda: calls == [1])
+
+
+async def test_stop_finishes_requests_and_flushes(tmp_path):
+    node, other = FakeNode(), FakeNode()
+    async with serving(tmp_path, node, other) as served:
+        served.server.on_last_disconnect = served.server.stop
+        served.server.add_export("again", node)
+        idle = await served.connect()
+        haggling = await served.connect_raw()
+        await haggling.greet()
+        client = await served.connect()
+        node.inline = False
+        node.gate.clear()
+        client.writer.write(client.request(nbd.CMD_WRITE, 0, 4) + b"data")
+        await settle(lambda: node.nb_waiting == 1)
+        served.server.stop()
+        assert await idle.reader.read() == b""
+        assert await haggling.reader.read() == b""
+        with pytest.raises((ConnectionError, FileNotFoundError)):
+            await served.connect_raw()
+        # Whatever comes now is refused, and leaves the connection in sync.
+        node.inline = True
+        assert await client.read(0, 512) == nbd.ESHUTDOWN
+        for length in (512, 100000, 33 * MiB):
+            assert await client.write(0, bytes(length)) == nbd.ESHUTDOWN
+        assert await client.call(nbd.CMD_FLUSH) == nbd.ESHUTDOWN
+        assert node.log == []
+        node.gate.set()
+        assert await client.reply() == (1, 0, b"")
+        assert await client.reader.read() == b""
+        await served.stop()
+        assert node.data[:4] == b"data"
+        assert [entry[0] for entry in node.log] == ["pwrite", "flush"]
+        assert other.log == [("flush",)]
+
+
+async def test_a_failing_last_flush_is_told(tmp_path):
+    server = Server()
+    nodes = [FakeNode(), FakeNode()]
+    nodes[0].failure = EIO_ERROR
+    for index, node in enumerate(nodes):
+        server.add_export(str(index), node)
+    server.stop()
+    with pytest.raises(OSError, match="the disk is broken"):
+        await server.run_until_stopped()
+    assert nodes[1].log == [("flush",)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_signals(tmp_path, number):
+    node = FakeNode()
+    async with serving(tmp_path, node) as served:
+        client = await served.connect()
+        os.kill(os.getpid(), number)
+        assert await client.reader.read() == b""
+        await served.running
+        assert node.log == [("flush",)]
+
+
+async def test_a_second_signal_gives_up(tmp_path):
+    node = FakeNode()
+    node.inline = False
+    node.gate.clear()
+    async with serving(tmp_path, node) as served:
+        client = await served.connect()
+        client.writer.write(client.request(nbd.CMD_READ, 0, 512))
+        await settle(lambda: node.nb_waiting == 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await settle(lambda: served.server._signalled)
+        await asyncio.sleep(0.02)
+        assert not served.running.done()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await served.running
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await client.reply(512)
+        assert node.log == []
+        assert node.nb_waiting == 0
+
+
+async def test_stop_does_not_wait_for_a_client_that_reads_nothing(tmp_path):
+    node = FakeNode()
+    options = ServerOptions(close_timeout=0.05)
+    async with serving(tmp_path, node, options=options) as served:
+        client = await served.connect()
+        client.reader._transport.pause_reading()
+        for n in range(64):
+            client.writer.write(client.request(nbd.CMD_READ, n, 512 << 10))
+        await settle(lambda: node.tokens)
+        await served.stop()
+        assert not node.tokens
