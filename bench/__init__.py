@@ -1,0 +1,1 @@
+"""Benchmarks: the server against its peers, and the parts of its hot path."""

@@ -1,0 +1,157 @@
+"""The images that the cells run on, kept in one directory between runs."""
+
+import os
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from bench.cells import GiB, KiB, MiB
+from bench.peers import BenchError
+
+FULL_SIZE = GiB
+HUGE_SIZE = 1024 * GiB
+_CLUSTER_SIZE = 64 * KiB
+_COPIED = 1 << 63
+
+
+def qemu_img(*words: str | Path) -> None:
+    """Run qemu-img; its own message becomes the error."""
+    try:
+        subprocess.run(
+            ["qemu-img", *map(str, words)], check=True, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        raise BenchError("qemu-img is needed to make the images") from None
+    except subprocess.CalledProcessError as error:
+        raise BenchError(error.stderr.strip().splitlines()[-1]) from None
+
+
+def full_raw(directory: Path) -> Path:
+    """Return a raw file of random data."""
+    path = directory / "full.raw"
+    if not path.exists() or path.stat().st_size != FULL_SIZE:
+        partial = path.with_suffix(".partial")
+        with partial.open("wb") as file:
+            for _ in range(FULL_SIZE // MiB):
+                file.write(os.urandom(MiB))
+            os.fsync(file.fileno())
+        partial.rename(path)
+    return path
+
+
+def full_qcow2(directory: Path) -> Path:
+    """Return a qcow2 image with the data of `full_raw`, all allocated."""
+    path = directory / "full.qcow2"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        source = full_raw(directory)
+        qemu_img("convert", "-f", "raw", "-O", "qcow2", source, partial)
+        partial.rename(path)
+    return path
+
+
+def fresh_empty(directory: Path) -> Path:
+    """Return an image without a single data cluster."""
+    path = directory / "empty.qcow2"
+    path.unlink(missing_ok=True)
+    qemu_img("create", "-q", "-f", "qcow2", path, str(4 * FULL_SIZE))
+    return path
+
+
+def fresh_overlay(directory: Path) -> Path:
+    """Return an empty overlay over `full_qcow2`."""
+    path = directory / "overlay.qcow2"
+    path.unlink(missing_ok=True)
+    backing = full_qcow2(directory)
+    qemu_img("create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", backing, path)
+    return path
+
+
+def huge_qcow2(directory: Path) -> Path:
+    """Return a 1 TiB image with every cluster mapped.
+
+    Only the metadata is written, straight into a sparse file; data clusters
+    are holes, in guest order behind it. qcow2.txt "Header", "Host cluster
+    management", "Cluster mapping".
+    """
+    path = directory / "huge.qcow2"
+    if path.exists():
+        return path
+    nb_data = HUGE_SIZE // _CLUSTER_SIZE
+    l2_entries = _CLUSTER_SIZE // 8
+    nb_l2 = nb_data // l2_entries
+    refcounts_each = _CLUSTER_SIZE // 2
+    # Header, refcount table and L1 table take one cluster each.
+    nb_blocks = 0
+    while nb_blocks * refcounts_each < 3 + nb_blocks + nb_l2 + nb_data:
+        nb_blocks += 1
+    blocks_at, l1_at = 2, 2 + nb_blocks
+    l2_at = l1_at + 1
+    data_at = l2_at + nb_l2
+    nb_clusters = data_at + nb_data
+    assert nb_blocks <= l2_entries
+    assert nb_l2 <= l2_entries
+
+    def table(first_cluster: int, count: int, flags: int) -> bytes:
+        clusters = np.arange(first_cluster, first_cluster + count, dtype=np.uint64)
+        entries = clusters * np.uint64(_CLUSTER_SIZE) | np.uint64(flags)
+        return entries.astype(">u8").tobytes()
+
+    header = struct.pack(
+        ">4sIQIIQIIQQIIQQQQII",
+        b"QFI\xfb",
+        3,
+        0,
+        0,
+        _CLUSTER_SIZE.bit_length() - 1,
+        HUGE_SIZE,
+        0,
+        nb_l2,
+        l1_at * _CLUSTER_SIZE,
+        1 * _CLUSTER_SIZE,
+        1,
+        0,
+        0,
+        0,
+        0,
+        0,
+        4,
+        104,
+    )
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        file.write(header)
+        file.seek(1 * _CLUSTER_SIZE)
+        file.write(table(blocks_at, nb_blocks, 0))
+        file.seek(blocks_at * _CLUSTER_SIZE)
+        refcounts = np.zeros(nb_blocks * refcounts_each, dtype=">u2")
+        refcounts[:nb_clusters] = 1
+        file.write(refcounts.tobytes())
+        file.seek(l1_at * _CLUSTER_SIZE)
+        file.write(table(l2_at, nb_l2, _COPIED))
+        for index in range(nb_l2):
+            file.seek((l2_at + index) * _CLUSTER_SIZE)
+            file.write(table(data_at + index * l2_entries, l2_entries, _COPIED))
+        file.truncate(nb_clusters * _CLUSTER_SIZE)
+        os.fsync(file.fileno())
+    partial.rename(path)
+    return path
+
+
+def warm_up(path: Path) -> None:
+    """Bring a file into the page cache."""
+    with path.open("rb", buffering=0) as file:
+        buffer = bytearray(MiB)
+        while file.readinto(buffer):
+            pass
+
+
+def write_back(path: Path) -> None:
+    """Wait until a file has no dirty pages: one run's are not the next one's."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

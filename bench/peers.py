@@ -1,0 +1,156 @@
+"""The servers that are compared: how each is started, watched and stopped."""
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.cells import NBDKIT, OURS, QEMU, QEMU_URING
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+_START_SECONDS = 30.0
+_STOP_SECONDS = 60.0
+
+
+class BenchError(Exception):
+    """The benchmark can't go on; the text says why, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One server; ``raw`` means that it serves the raw copy of the data."""
+
+    name: str
+    program: str
+    raw: bool = False
+
+    def missing(self) -> bool:
+        """Say whether this machine lacks the program."""
+        return shutil.which(self.program) is None
+
+    def command(
+        self, image: Path, socket: Path, l2_cache_size: int | None
+    ) -> list[str]:
+        """Return the command that serves ``image`` on a unix socket."""
+        if self.name == OURS:
+            command = [sys.executable, "-m", "nbdqcow", "serve", str(image)]
+            command += ["--unix", str(socket), "--format", "qcow2"]
+            if l2_cache_size is not None:
+                command += ["--l2-cache-size", str(l2_cache_size)]
+            return command
+        if self.name == NBDKIT:
+            return ["nbdkit", "-f", "-U", str(socket), "file", str(image)]
+        command = ["qemu-nbd", "-t", "-e", "0", "-k", str(socket)]
+        aio = "threads"
+        if self.name == QEMU_URING:
+            aio = "io_uring"
+            command += ["--aio=io_uring", "--cache=writeback"]
+        if l2_cache_size is None:
+            return [*command, "-f", "qcow2", str(image)]
+        options = f"driver=qcow2,l2-cache-size={l2_cache_size},file.driver=file"
+        options += f",file.aio={aio},file.filename={image}"
+        return [*command, "--image-opts", options]
+
+
+PEERS = (
+    Peer(OURS, sys.executable),
+    Peer(QEMU, "qemu-nbd"),
+    Peer(QEMU_URING, "qemu-nbd"),
+    Peer(NBDKIT, "nbdkit", raw=True),
+)
+
+
+class Server:
+    """A running peer."""
+
+    def __init__(self, process: subprocess.Popen[str], socket: Path) -> None:
+        self._process = process
+        self.socket = socket
+
+    @property
+    def uri(self) -> str:
+        return f"nbd+unix:///?socket={self.socket}"
+
+    def cpu_seconds(self) -> float:
+        """Return user and system time so far, of children too."""
+        return sum(_cpu_ticks(pid) for pid in _family(self._process.pid)) / _TICKS
+
+    def memory(self) -> dict[str, int]:
+        """Return VmRSS, VmHWM, RssAnon and RssFile in bytes, children added."""
+        totals: dict[str, int] = {}
+        for pid in _family(self._process.pid):
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+                key, _, value = line.partition(":")
+                if key in ("VmRSS", "VmHWM", "RssAnon", "RssFile"):
+                    totals[key] = totals.get(key, 0) + int(value.split()[0]) * 1024
+        return totals
+
+
+def _family(pid: int) -> list[int]:
+    """Return a process and all its descendants."""
+    pids = [pid]
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            pids += _family(int(child))
+    return pids
+
+
+def _cpu_ticks(pid: int) -> int:
+    # The name, in parentheses, may contain spaces; utime is the 14th field.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def _wait_until_ready(
+    peer: Peer, process: subprocess.Popen[str], socket: Path, log: Path
+) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        if peer.name != OURS:
+            if socket.exists():
+                return
+            time.sleep(0.01)
+        elif process.stdout is not None:
+            ready = select.select([process.stdout], [], [], 0.1)[0]
+            if ready and process.stdout.readline():
+                return
+    process.kill()
+    process.wait()
+    text = log.read_text(errors="replace").strip().splitlines()
+    raise BenchError(f"{peer.name} did not start: {text[-1] if text else 'no message'}")
+
+
+@contextlib.contextmanager
+def running(
+    peer: Peer, image: Path, *, l2_cache_size: int | None = None
+) -> Iterator[Server]:
+    """Serve ``image`` with a peer while the block runs."""
+    with tempfile.TemporaryDirectory(prefix="nbdq-bench-") as directory:
+        socket, log = Path(directory) / "s", Path(directory) / "log"
+        with log.open("w") as errors:
+            process = subprocess.Popen(
+                peer.command(image, socket, l2_cache_size),
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        try:
+            _wait_until_ready(peer, process, socket, log)
+            yield Server(process, socket)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
