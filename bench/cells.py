@@ -143,4 +143,5 @@ class Claim:
 
     @property
     def met(self) -> bool:
+        """Say whether the value keeps its limit."""
         return self.value <= self.limit

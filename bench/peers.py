@@ -77,6 +77,7 @@ class Server:
 
     @property
     def uri(self) -> str:
+        """Return what libnbd and qemu call the export."""
         return f"nbd+unix:///?socket={self.socket}"
 
     def cpu_seconds(self) -> float:

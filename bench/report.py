@@ -16,7 +16,7 @@ class Table:
 
     title: str
     heading: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
     def plain(self) -> str:
         """Return the table for a terminal."""
