@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import select
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import pytest
+from tests.conftest import find_tool
 
 REFERENCE = os.environ.get("NBDQCOW_TEST_SERVER", "") == "qemu-nbd"
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -29,8 +28,7 @@ STOP_SECONDS = 30.0
 def need(*tools: str) -> None:
     """Skip the calling test where one of the programs is missing."""
     for tool in tools:
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed")
+        find_tool(tool)
 
 
 def run(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,8 @@
 """Random operations over NBD, every answer compared with a model.
 
-``NBDQCOW_SEED`` repeats a run, ``NBDQCOW_OPERATIONS`` is the number for each
-geometry, ``NBDQCOW_DEPTH`` the requests in flight: depth 1 repeats exactly.
+``NBDQCOW_SEED`` repeats a run, ``NBDQCOW_OPERATIONS`` (in `make
+differential-long`: ``NBDQCOW_LONG_OPERATIONS``) is the number for each geometry,
+``NBDQCOW_DEPTH`` the requests in flight: depth 1 repeats exactly.
 """
 
 import contextlib
@@ -34,17 +35,9 @@ from tests.serving import (
 
 NB_OPERATIONS = int(os.environ.get("NBDQCOW_OPERATIONS", "1200"))
 NB_CRASH_OPERATIONS = int(os.environ.get("NBDQCOW_CRASH_OPERATIONS", "300"))
+NB_LONG_OPERATIONS = int(os.environ.get("NBDQCOW_LONG_OPERATIONS", "30000"))
 DEPTH = int(os.environ.get("NBDQCOW_DEPTH", "10"))
-NB_ROUNDS = 3
-
-pytestmark = pytest.mark.timeout(max(120, NB_OPERATIONS // 10))
-
-
-def fresh_source(name: str) -> random.Random:
-    """Return the source of randomness of one test, its seed printed."""
-    seed = os.environ.get("NBDQCOW_SEED") or str(random.SystemRandom().getrandbits(32))
-    print(f"NBDQCOW_SEED={seed} NBDQCOW_DEPTH={DEPTH} for {name}")
-    return random.Random(f"{seed} {name}")
+ROUND_OPERATIONS = 400
 
 
 @contextlib.contextmanager
@@ -70,38 +63,50 @@ def check_and_compare(image: Path, geometry: Geometry, model: DiskModel) -> None
     compare_images(expected, image, second_format=geometry.image_format)
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-def test_random_operations(geometry: Geometry, tmp_path: Path) -> None:
+def run_rounds(
+    geometry: Geometry, tmp_path: Path, seed: int, nb_operations: int
+) -> None:
+    """Run the operations on one image, which QEMU checks after each round."""
     need("qemu-img", "qemu-io")
     if REFERENCE and geometry.size % 512:
         pytest.skip("qemu-nbd 7.2 rounds the size of a raw image up to 512")
-    source = fresh_source(geometry.name)
+    source = random.Random(seed)
     image = build(geometry, tmp_path, source)
     model = DiskModel(content_by_qemu(image, geometry, tmp_path))
     history: list[Record] = []
-    for round_index in range(NB_ROUNDS):
-        # Reads of what is there first, then more and more overlapping writes.
-        overlap = (0.0, 0.3, 1.0)[round_index]
+    for round_index in range(max(1, nb_operations // ROUND_OPERATIONS)):
         with (
             serving(image, image_format=geometry.image_format) as server,
             connected(server, geometry.nb_connections) as clients,
         ):
             assert clients[0].size == model.size
-            generator = Generator(source, model.size, geometry.cluster_size)
             runner = Runner(
                 NbdTarget(clients, source),
                 model,
-                generator,
+                Generator(source, model.size, geometry.cluster_size),
                 source,
                 DEPTH,
-                overlap,
+                overlap=(0.0, 0.3, 1.0)[round_index % 3],
                 history=history,
             )
-            runner.run(NB_OPERATIONS // NB_ROUNDS)
-            runner.settle()
-            if round_index == 0:
+            runner.run(min(nb_operations, ROUND_OPERATIONS))
+            if round_index % 3 == 0:
                 runner.verify_all()
+            else:
+                runner.settle()
         check_and_compare(image, geometry, model)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_random_operations(geometry: Geometry, tmp_path: Path, seed: int) -> None:
+    run_rounds(geometry, tmp_path, seed, NB_OPERATIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_many_random_operations(geometry: Geometry, tmp_path: Path, seed: int) -> None:
+    run_rounds(geometry, tmp_path, seed, NB_LONG_OPERATIONS)
 
 
 CRASH_GEOMETRIES = tuple(
@@ -113,7 +118,7 @@ CRASH_GEOMETRIES = tuple(
 
 @pytest.mark.parametrize("geometry", CRASH_GEOMETRIES, ids=str)
 def test_killed_server_keeps_what_was_flushed(
-    geometry: Geometry, tmp_path: Path
+    geometry: Geometry, tmp_path: Path, seed: int
 ) -> None:
     """SIGKILL with requests in flight: flushed and FUA writes are there, any
     other byte holds one of its older or newer values, nothing is corrupt.
@@ -122,11 +127,11 @@ def test_killed_server_keeps_what_was_flushed(
     table that freed it is on disk, so that old mappings show other data.
     """
     need("qemu-img", "qemu-io")
-    source = fresh_source(f"crash {geometry.name}")
+    source = random.Random(seed)
     image = build(geometry, tmp_path, source)
     model = DiskModel(content_by_qemu(image, geometry, tmp_path))
     history: list[Record] = []
-    for _ in range(NB_ROUNDS):
+    for _ in range(3):
         with (
             serving(image, image_format=geometry.image_format) as server,
             contextlib.ExitStack() as stack,
@@ -149,7 +154,7 @@ def test_killed_server_keeps_what_was_flushed(
                 crash_safe=True,
                 history=history,
             )
-            runner.start(NB_CRASH_OPERATIONS // NB_ROUNDS)
+            runner.start(NB_CRASH_OPERATIONS // 3)
             server.kill()
         model.crash()
         if geometry.image_format == "qcow2":
