@@ -1,0 +1,673 @@
+"""Files and block devices of this machine.
+
+Reads go inline by ``preadv(RWF_NOWAIT)``, which takes what is in page cache
+and refuses to wait for the rest. Small writes go inline by ``pwrite`` for as
+long as that is cheap. All else runs in worker threads (`nbdqcow.storage.pool`).
+"""
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import struct
+import time
+from collections.abc import Callable
+from typing import ClassVar, Final, TypeVar, TypeVarTuple
+
+from nbdqcow.block.storage import StorageDriver
+from nbdqcow.errors import BlockError, ImageError, NotSupported, UsageError
+from nbdqcow.storage import locks
+from nbdqcow.storage.linux import (
+    BLKDISCARD,
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+    TMPFS_MAGIC,
+    fallocate,
+    filesystem_type,
+)
+from nbdqcow.storage.mapped import MappedFile
+from nbdqcow.storage.opening import (
+    CacheMode,
+    open_blocking,
+    parse_cache_mode,
+    parse_discard_mode,
+)
+from nbdqcow.storage.pool import Pool
+from nbdqcow.types import Buffer, Buffers
+from nbdqcow.units import KiB, MiB, round_up
+
+MAX_INLINE_READ: Final = 128 * KiB
+MAX_INLINE_WRITE: Final = 64 * KiB
+
+# An inline write that took this long (seconds) has waited for the device. The
+# next ones go to threads for a while, twice as long each time that the first
+# one afterwards is slow again.
+SLOW_WRITE: Final = 0.002
+MIN_PAUSE: Final = 0.05
+MAX_PAUSE: Final = 1.0
+
+_PUNCH_HOLE: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+_ZEROES: Final = bytes(MiB)
+_DEVICE_ALIGNMENT: Final = 4 * KiB
+# IOV_MAX of Linux.
+_MAX_BUFFERS: Final = 1024
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+class FileStorage(StorageDriver):
+    """A regular file or a block device.
+
+    If the kernel once fails to make written data durable, it may have dropped
+    that data, and the next fdatasync(2) would succeed over the loss. So from
+    then on every `flush` and FUA write fails, until the file is opened anew.
+
+    A block device has a fixed length: writing past it is ENOSPC.
+    """
+
+    name: ClassVar[str] = "file"
+
+    def __init__(
+        self,
+        fd: int,
+        filename: str,
+        *,
+        read_only: bool,
+        cache: CacheMode,
+        unmap: bool,
+        pool: Pool,
+    ) -> None:
+        """Take over ``fd``, which is open and locked. Use `open` instead.
+
+        Runs in a worker thread: on a network file system even a look at the
+        length may wait.
+        """
+        status = os.fstat(fd)
+        self.filename = filename
+        self.read_only = read_only
+        self.length = os.lseek(fd, 0, os.SEEK_END)
+        self._is_device = stat.S_ISBLK(status.st_mode)
+        self.zero_beyond_end = not self._is_device
+        self._fd = fd
+        self._pool = pool
+        self._cache = cache
+        self._unmap = unmap
+
+        self._read_flags = 0
+        self._max_inline_read = 0
+        if not cache.direct:
+            self._probe_inline_reads()
+        self._scratch_memory = memoryview(b"")
+        self._scratch = (self._scratch_memory,)
+        self._scratch_length = -1
+
+        self._mapped: MappedFile | None = None
+        if not (cache.direct or self._is_device) and _tells_residency(fd, status):
+            # Without /proc there are no views; copies do as well.
+            with contextlib.suppress(OSError):
+                self._mapped = MappedFile(fd)
+
+        inline = not (cache.direct or cache.write_through or read_only)
+        self._max_inline_write = MAX_INLINE_WRITE if inline else -1
+        self._inline_resume_at = 0.0 if inline else float("inf")
+        self._pause = MIN_PAUSE
+
+        self._unsupported: set[int] = set()
+        self._has_dsync = True
+        # Writes that have ended, and how many of them are known durable.
+        self._write_sequence = 0
+        self._durable_sequence = 0
+        self._sync_waiters: list[asyncio.Future[None]] | None = None
+        self._sync_error: OSError | None = None
+
+    # -- opening -----------------------------------------------------------
+
+    @classmethod
+    async def open(
+        cls,
+        filename: str,
+        *,
+        read_only: bool = False,
+        cache: str = "writeback",
+        discard: str = "unmap",
+        locking: bool = True,
+        shared: bool = False,
+    ) -> "FileStorage":
+        """Open a file that exists.
+
+        Args:
+            filename: a path.
+            read_only: open it without the right to write.
+            cache: a key of `nbdqcow.storage.opening.CACHE_MODES`.
+            discard: ``unmap`` frees the space of discarded ranges, ``ignore``
+                does not.
+            locking: take QEMU's image locks (`nbdqcow.storage.locks`).
+            shared: let others write to the file meanwhile (``-U``); only with
+                ``read_only``.
+
+        Raises `ImageError` (`ImageInUse` for a lock) with one clear message.
+        """
+        permissions = None
+        if locking:
+            permissions = locks.READ_ONLY if read_only else locks.READ_WRITE
+            if shared:
+                permissions = locks.FORCE_SHARE
+        if shared and not read_only:
+            raise UsageError("an image can be shared with writers only read-only")
+        flags = os.O_RDONLY if read_only else os.O_RDWR
+        return await _open(filename, flags, permissions, read_only, cache, discard)
+
+    @classmethod
+    async def create(
+        cls,
+        filename: str,
+        length: int = 0,
+        *,
+        cache: str = "writeback",
+        discard: str = "unmap",
+        locking: bool = True,
+    ) -> "FileStorage":
+        """Create a file of ``length`` zero bytes and open it read-write.
+
+        A file that is there loses its content, unless somebody has it locked.
+        A block device must be long enough, and keeps its content.
+        """
+        permissions = locks.READ_WRITE if locking else None
+        flags = os.O_RDWR | os.O_CREAT
+        storage = await _open(filename, flags, permissions, False, cache, discard)
+        try:
+            if not storage._is_device:
+                await storage.truncate(0)
+            await storage.truncate(length)
+        except BaseException as error:
+            await storage.close()
+            if isinstance(error, OSError):
+                raise ImageError(
+                    f"Could not resize '{filename}': {error.strerror}"
+                ) from error
+            raise
+        return storage
+
+    def _probe_inline_reads(self) -> None:
+        """Find out how to read without waiting, if at all.
+
+        tmpfs refuses RWF_NOWAIT, but a plain read of it is a copy in memory.
+        Other file systems that refuse it (some network ones) are read in
+        threads only.
+        """
+        try:
+            os.preadv(self._fd, (bytearray(1),), 0, os.RWF_NOWAIT)
+        except BlockingIOError:
+            pass
+        except OSError:
+            if filesystem_type(self._fd) == TMPFS_MAGIC:
+                self._max_inline_read = MAX_INLINE_READ
+            return
+        self._read_flags = os.RWF_NOWAIT
+        self._max_inline_read = MAX_INLINE_READ
+
+    # -- inline ------------------------------------------------------------
+
+    def try_pread(self, offset: int, length: int) -> bytes | None:
+        """Return exactly ``length`` bytes if they are in page cache."""
+        if length != self._scratch_length and not self._fit_scratch(length):
+            return None
+        try:
+            nb_read = os.preadv(self._fd, self._scratch, offset, self._read_flags)
+        except BlockingIOError:
+            return None
+        if nb_read == length:
+            return self._scratch[0].tobytes()
+        if offset + nb_read < self.length:
+            # What follows is not in page cache.
+            return None
+        return self._scratch[0][:nb_read].tobytes().ljust(length, b"\0")
+
+    def _fit_scratch(self, length: int) -> bool:
+        """Make the scratch buffer ``length`` bytes; whether that is allowed.
+
+        preadv(2) needs memory to read into and the caller wants bytes. One
+        buffer for all reads is touched already; and requests are mostly as
+        long as the one before.
+        """
+        if length > self._max_inline_read:
+            return False
+        if len(self._scratch_memory) < length:
+            self._scratch_memory = memoryview(bytearray(max(length, 64 * KiB)))
+        self._scratch = (self._scratch_memory[:length],)
+        self._scratch_length = length
+        return True
+
+    def try_view(self, offset: int, length: int) -> memoryview | None:
+        """Return page cache itself; see `nbdqcow.storage.mapped`."""
+        if self._mapped is None:
+            return None
+        return self._mapped.try_view(offset, length, self.length)
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        """Write ``data`` to page cache, unless that has lately been slow."""
+        length = len(data)
+        if length > self._max_inline_write and not self._resume_inline(length):
+            return False
+        started = time.perf_counter()
+        nb_written = os.pwrite(self._fd, data, offset)
+        ended = time.perf_counter()
+        if ended - started > SLOW_WRITE:
+            self._pause_inline(ended)
+        self._write_sequence += 1
+        end = offset + nb_written
+        if end > self.length:
+            self.length = end
+        return nb_written == length
+
+    def _resume_inline(self, length: int) -> bool:
+        """Whether a write of ``length`` bytes may go inline after all."""
+        if length > MAX_INLINE_WRITE or time.perf_counter() < self._inline_resume_at:
+            return False
+        self._max_inline_write = MAX_INLINE_WRITE
+        return True
+
+    def _pause_inline(self, now: float) -> None:
+        relapsed = now - self._inline_resume_at < MAX_PAUSE
+        self._pause = min(self._pause * 2, MAX_PAUSE) if relapsed else MIN_PAUSE
+        self._inline_resume_at = now + self._pause
+        self._max_inline_write = -1
+
+    # -- reading and writing -------------------------------------------------
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """Return exactly ``length`` bytes."""
+        return await self._pool.run(self._pread_blocking, offset, length)
+
+    def _pread_blocking(self, offset: int, length: int) -> Buffer:
+        data = os.pread(self._fd, length, offset)
+        if len(data) == length:
+            return data
+        pieces = [data]
+        nb_read = len(data)
+        while data and nb_read < length:
+            data = os.pread(self._fd, length - nb_read, offset + nb_read)
+            pieces.append(data)
+            nb_read += len(data)
+        return b"".join(pieces).ljust(length, b"\0")
+
+    async def pwritev(
+        self, offset: int, buffers: Buffers, *, fua: bool = False
+    ) -> None:
+        """Write ``buffers`` from ``offset``; durable if ``fua``."""
+        durable = (fua or self._cache.write_through) and not self._cache.no_flush
+        end = offset + sum(map(len, buffers))
+        await self._change(
+            offset, end, durable, self._pwritev_blocking, offset, buffers, durable
+        )
+
+    def _pwritev_blocking(self, offset: int, buffers: Buffers, durable: bool) -> None:
+        if not durable:
+            _pwrite_all(self._fd, offset, buffers)
+            return
+        self._raise_sync_error()
+        failure = None
+        if self._has_dsync:
+            try:
+                _pwrite_all(self._fd, offset, buffers, os.RWF_DSYNC)
+                return
+            except OSError as error:
+                if error.errno == errno.EOPNOTSUPP:
+                    self._has_dsync = False
+                else:
+                    failure = error
+        if failure is not None and failure.errno == errno.EIO:
+            raise self._fail_syncs(failure)
+        # Did the write fail, which harms nobody else, or the syncing of it?
+        _pwrite_all(self._fd, offset, buffers)
+        if failure is not None:
+            raise self._fail_syncs(failure)
+        self._sync_blocking()
+
+    async def _change(
+        self,
+        offset: int,
+        end: int,
+        durable: bool,
+        function: Callable[[*Ts], T],
+        *arguments: *Ts,
+    ) -> T:
+        """Run a call that changes ``[offset, end)``, keeping account of it.
+
+        ``durable``: nothing is left for `flush` to do.
+        """
+        if self.read_only:
+            raise BlockError(errno.EBADF, f"'{self.filename}' is open read-only")
+        try:
+            result = await self._pool.run(function, *arguments)
+        except OSError:
+            if end > self.length:
+                # Some of it may be there.
+                length = await self._pool.run(self._find_length)
+                self.length = max(self.length, length)
+            raise
+        except asyncio.CancelledError:
+            self._note_growth(end)
+            raise
+        finally:
+            if not durable:
+                self._write_sequence += 1
+        self._note_growth(end)
+        return result
+
+    def _note_growth(self, end: int) -> None:
+        if end > self.length and not self._is_device:
+            self.length = end
+
+    def _find_length(self) -> int:
+        return os.lseek(self._fd, 0, os.SEEK_END)
+
+    # -- durability ----------------------------------------------------------
+
+    async def flush(self) -> None:
+        """Make every write completed before this call durable.
+
+        Once this has failed it keeps failing: see the class.
+        """
+        if self._cache.no_flush:
+            return
+        target = self._write_sequence
+        self._raise_sync_error()
+        while self._durable_sequence < target:
+            if self._sync_waiters is None:
+                await self._sync()
+            else:
+                # It may have begun too early for us; then we go round again,
+                # and all who wait with us share the next one.
+                waiter = asyncio.get_running_loop().create_future()
+                self._sync_waiters.append(waiter)
+                await waiter
+            self._raise_sync_error()
+
+    async def _sync(self) -> None:
+        """Run one fdatasync, then wake those who came meanwhile."""
+        sequence = self._write_sequence
+        waiters: list[asyncio.Future[None]] = []
+        self._sync_waiters = waiters
+        try:
+            await self._pool.run(self._sync_blocking)
+            self._durable_sequence = sequence
+        finally:
+            self._sync_waiters = None
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def _sync_blocking(self) -> None:
+        # The thread keeps the error itself: the task may have been cancelled,
+        # and the kernel reports it only once.
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            raise self._fail_syncs(error) from error
+
+    def _fail_syncs(self, error: OSError) -> OSError:
+        self._sync_error = error
+        return self._make_sync_error(error)
+
+    def _make_sync_error(self, error: OSError) -> OSError:
+        return BlockError(
+            error.errno or errno.EIO,
+            f"'{self.filename}': written data may be lost ({error.strerror});"
+            " no flush can succeed until it is opened anew",
+        )
+
+    def _raise_sync_error(self) -> None:
+        if self._sync_error is not None:
+            raise self._make_sync_error(self._sync_error)
+
+    # -- zeroes, holes, length -------------------------------------------------
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool = False
+    ) -> None:
+        """Make a range read as zeroes, by fallocate(2) where that works."""
+        if not length:
+            return
+        end = offset + length
+        unmap = may_unmap and self._unmap
+        durable = self._cache.write_through
+        try:
+            await self._change(
+                offset,
+                end,
+                durable,
+                self._zero_blocking,
+                offset,
+                length,
+                unmap,
+                no_fallback,
+            )
+            return
+        except NotSupported:
+            if no_fallback:
+                raise
+        for start in range(offset, end, 8 * MiB):
+            count = min(8 * MiB, end - start)
+            zeroes = [_ZEROES] * (count // len(_ZEROES))
+            zeroes.append(_ZEROES[: count % len(_ZEROES)])
+            await self.pwritev(start, zeroes)
+
+    def _zero_blocking(
+        self, offset: int, length: int, unmap: bool, no_fallback: bool
+    ) -> None:
+        end = offset + length
+        if unmap and self._try_fallocate(_PUNCH_HOLE, offset, length):
+            self._grow_blocking(end)
+        elif self._is_device and no_fallback:
+            # The kernel would write out the zeroes by itself.
+            raise NotSupported("the device can't zero without writing")
+        elif not self._try_fallocate(FALLOC_FL_ZERO_RANGE, offset, length) and not (
+            # tmpfs has no ZERO_RANGE: free the pages, then reserve new ones.
+            not self._is_device
+            and self._try_fallocate(_PUNCH_HOLE, offset, length)
+            and self._try_fallocate(0, offset, length)
+        ):
+            raise NotSupported("the file system can't zero without writing")
+        if self._cache.write_through:
+            self._sync_blocking()
+
+    def _try_fallocate(self, mode: int, offset: int, length: int) -> bool:
+        """Whether the file system could do it; remembers what it can't."""
+        if mode in self._unsupported:
+            return False
+        try:
+            fallocate(self._fd, mode, offset, length)
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+                self._unsupported.add(mode)
+                return False
+            if self._is_device and error.errno == errno.EINVAL:
+                # Not a multiple of the device's blocks.
+                return False
+            raise
+        return True
+
+    def _grow_blocking(self, end: int) -> None:
+        """Make a regular file at least ``end`` long.
+
+        Not by ftruncate(2), which would cut off what a write in another
+        thread appends at the same time.
+        """
+        if (
+            not self._is_device
+            and self._find_length() < end
+            and not self._try_fallocate(0, end - 1, 1)
+        ):
+            self._pwritev_blocking(end - 1, [b"\0"], False)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Free the space of a range, unless opened with ``discard=ignore``."""
+        end = min(offset + length, self.length)
+        if self._unmap and offset < end:
+            await self._change(offset, end, False, self._discard_blocking, offset, end)
+
+    def _discard_blocking(self, offset: int, end: int) -> None:
+        if not self._is_device:
+            self._try_fallocate(_PUNCH_HOLE, offset, end - offset)
+            return
+        start = round_up(offset, _DEVICE_ALIGNMENT)
+        length = end // _DEVICE_ALIGNMENT * _DEVICE_ALIGNMENT - start
+        if length <= 0:
+            return
+        try:
+            fcntl.ioctl(self._fd, BLKDISCARD, struct.pack("QQ", start, length))
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY):
+                raise
+
+    async def truncate(self, length: int) -> None:
+        """Set the file's length. No write past ``length`` is in flight.
+
+        A block device can't grow; a shorter length leaves it as it is.
+        """
+        if self._is_device:
+            if length > self.length:
+                raise BlockError(
+                    errno.ENOTSUP, f"'{self.filename}' is a device and can't grow"
+                )
+            return
+        if length < self.length and self._mapped is not None:
+            self._mapped.forget()
+        start, end = sorted((length, self.length))
+        # Views keep off the lost part from here on.
+        self.length = start
+        try:
+            await self._change(start, end, False, os.ftruncate, self._fd, length)
+        except OSError:
+            length = await self._pool.run(self._find_length)
+            raise
+        finally:
+            self.length = length
+
+    async def block_status(self, offset: int, length: int) -> tuple[bool, int]:
+        """Tell data from holes, by SEEK_DATA and SEEK_HOLE."""
+        if self._is_device:
+            return True, length
+        return await self._pool.run(self._block_status_blocking, offset, length)
+
+    def _block_status_blocking(self, offset: int, length: int) -> tuple[bool, int]:
+        try:
+            data = os.lseek(self._fd, offset, os.SEEK_DATA)
+            if data > offset:
+                return False, min(data - offset, length)
+            hole = os.lseek(self._fd, offset, os.SEEK_HOLE)
+        except OSError as error:
+            # ENXIO: nothing but a hole from here to the end of the file.
+            if error.errno not in (errno.ENXIO, errno.EINVAL):
+                raise
+            return error.errno == errno.EINVAL, length
+        return True, min(max(hole - offset, 1), length)
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Start reading a range into page cache."""
+        if length and not self._cache.direct:
+            await self._pool.run(
+                os.posix_fadvise, self._fd, offset, length, os.POSIX_FADV_WILLNEED
+            )
+
+    async def close(self) -> None:
+        """Wait for what is in flight, then close the file and drop its locks."""
+        if self._fd < 0:
+            return
+        await self._pool.wait_idle()
+        fd, self._fd = self._fd, -1
+        if self._mapped is not None:
+            self._mapped.close()
+            self._mapped = None
+        try:
+            await self._pool.run(os.close, fd)
+        finally:
+            await self._pool.close()
+
+
+async def _open(
+    filename: str,
+    flags: int,
+    permissions: locks.Permissions | None,
+    read_only: bool,
+    cache: str,
+    discard: str,
+) -> FileStorage:
+    """Open and lock a file in a thread."""
+    mode = parse_cache_mode(cache)
+    unmap = parse_discard_mode(discard)
+    kind: type[FileStorage] = FileStorage
+    if mode.direct:
+        # Not above: it builds on this module.
+        from nbdqcow.storage.direct import DirectFileStorage
+
+        kind = DirectFileStorage
+        flags |= os.O_DIRECT
+    pool = Pool()
+    fds: list[int] = []
+    opened: list[FileStorage] = []
+
+    def open_in_thread() -> None:
+        fd = open_blocking(filename, flags)
+        fds.append(fd)
+        if permissions is not None:
+            locks.lock_blocking(fd, filename, permissions)
+        opened.append(
+            kind(
+                fd,
+                filename,
+                read_only=read_only,
+                cache=mode,
+                unmap=unmap,
+                pool=pool,
+            )
+        )
+
+    try:
+        await pool.run(open_in_thread)
+    except BaseException as error:
+        # The thread may have finished for a task that was cancelled meanwhile.
+        if opened:
+            await opened[0].close()
+        else:
+            for fd in fds:
+                os.close(fd)
+            await pool.close()
+        if isinstance(error, OSError):
+            raise ImageError(
+                f"Could not open '{filename}': {error.strerror}"
+            ) from error
+        raise
+    return opened[0]
+
+
+def _tells_residency(fd: int, status: os.stat_result) -> bool:
+    """Whether mincore(2) tells us the truth about the file.
+
+    Of a file that we neither own nor may write it says that all is resident.
+    """
+    return status.st_uid == os.geteuid() or os.access(f"/proc/self/fd/{fd}", os.W_OK)
+
+
+def _pwrite_all(fd: int, offset: int, buffers: Buffers, flags: int = 0) -> None:
+    """Write all of ``buffers``, however many they are, in as many calls as it
+    takes."""
+    pending = [memoryview(buffer) for buffer in buffers if len(buffer)]
+    index = 0
+    while index < len(pending):
+        nb_written = os.pwritev(
+            fd, pending[index : index + _MAX_BUFFERS], offset, flags
+        )
+        if not nb_written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        offset += nb_written
+        while index < len(pending) and nb_written >= len(pending[index]):
+            nb_written -= len(pending[index])
+            index += 1
+        if nb_written:
+            pending[index] = pending[index][nb_written:]

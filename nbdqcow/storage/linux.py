@@ -1,0 +1,79 @@
+"""System calls of Linux that Python's ``os`` does not have."""
+
+import ctypes
+import os
+from typing import Final
+
+FALLOC_FL_KEEP_SIZE: Final = 0x01
+FALLOC_FL_PUNCH_HOLE: Final = 0x02
+FALLOC_FL_ZERO_RANGE: Final = 0x10
+
+TMPFS_MAGIC: Final = 0x01021994
+
+# <linux/fs.h>: forget a range of a block device; u64 start, u64 length.
+BLKDISCARD: Final = 0x1277
+
+PAGE_SIZE: Final = os.sysconf("SC_PAGE_SIZE")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_fallocate = _libc.fallocate64
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_fallocate.restype = ctypes.c_int
+
+_fstatfs = _libc.fstatfs64
+_fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
+_fstatfs.restype = ctypes.c_int
+
+mincore = _libc.mincore
+"""``mincore(address, length, vector_address)``: see mincore(2)."""
+mincore.argtypes = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p)
+mincore.restype = ctypes.c_int
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """Do what the system call does; raises `OSError`."""
+    if _fallocate(fd, mode, offset, length) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+
+
+def filesystem_type(fd: int) -> int:
+    """Return the magic number of the file system that ``fd`` is on."""
+    # struct statfs is 120 bytes on 64-bit Linux and begins with f_type.
+    statfs = (ctypes.c_long * 32)()
+    if _fstatfs(fd, statfs) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return int(statfs[0])
+
+
+class _PyBuffer(ctypes.Structure):
+    """CPython's ``Py_buffer``."""
+
+    _fields_ = (
+        ("buf", ctypes.c_void_p),
+        ("obj", ctypes.py_object),
+        ("len", ctypes.c_ssize_t),
+        ("itemsize", ctypes.c_ssize_t),
+        ("readonly", ctypes.c_int),
+        ("ndim", ctypes.c_int),
+        ("format", ctypes.c_char_p),
+        ("shape", ctypes.c_void_p),
+        ("strides", ctypes.c_void_p),
+        ("suboffsets", ctypes.c_void_p),
+        ("internal", ctypes.c_void_p),
+    )
+
+
+def address_of(buffer: object) -> int:
+    """Return where the bytes of a buffer (such as an ``mmap``) are.
+
+    Valid as long as the object neither moves nor goes. `ctypes` itself gives
+    the address of writable buffers only.
+    """
+    view = _PyBuffer()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(buffer), ctypes.byref(view), 0)
+    address = view.buf
+    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(view))
+    return int(address)

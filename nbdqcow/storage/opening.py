@@ -1,0 +1,86 @@
+"""How files are opened: the words of the options, and what is not a disk."""
+
+import contextlib
+import errno
+import os
+import stat
+from typing import Final, NamedTuple
+
+from nbdqcow.errors import ImageError, UsageError
+
+
+class CacheMode(NamedTuple):
+    """What a ``cache`` option means, in qemu's words and with its meaning.
+
+    Attributes:
+        direct: past the page cache (O_DIRECT).
+        write_through: every write is durable when it returns.
+        no_flush: flushes and FUA are ignored; a power cut may take anything.
+    """
+
+    direct: bool
+    write_through: bool
+    no_flush: bool
+
+
+CACHE_MODES: Final = {
+    "writeback": CacheMode(False, False, False),
+    "writethrough": CacheMode(False, True, False),
+    "none": CacheMode(True, False, False),
+    "directsync": CacheMode(True, True, False),
+    "unsafe": CacheMode(False, False, True),
+}
+
+
+def parse_cache_mode(name: str) -> CacheMode:
+    """Return what a ``cache`` option says; raises `UsageError`."""
+    try:
+        return CACHE_MODES[name]
+    except KeyError:
+        raise UsageError(
+            f"invalid cache mode '{name}' (it is one of {', '.join(CACHE_MODES)})"
+        ) from None
+
+
+def parse_discard_mode(name: str) -> bool:
+    """Return whether a ``discard`` option wants space to be freed; raises
+    `UsageError`."""
+    if name not in ("unmap", "on", "ignore", "off"):
+        raise UsageError(f"invalid discard mode '{name}' (it is unmap or ignore)")
+    return name in ("unmap", "on")
+
+
+def open_blocking(filename: str, flags: int) -> int:
+    """Return a descriptor of a regular file or block device.
+
+    A pipe is refused without waiting for its other end, and a tape without
+    winding it. Raises `ImageError` for these, `OSError` for the rest.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            _check_kind(filename, os.stat(filename))
+        # Should the name become a pipe's just now, it doesn't wait either. A
+        # disk's file does not know the flag.
+        fd = os.open(filename, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
+        try:
+            _check_kind(filename, os.fstat(fd))
+        except ImageError:
+            os.close(fd)
+            raise
+    except ValueError as error:
+        # A null byte, which Python refuses.
+        raise ImageError(f"Could not open {filename!r}: {error}") from None
+    except OSError as error:
+        if error.errno == errno.EINVAL and flags & os.O_DIRECT:
+            raise ImageError(
+                f"Could not open '{filename}': filesystem does not support O_DIRECT"
+            ) from error
+        raise
+    return fd
+
+
+def _check_kind(filename: str, status: os.stat_result) -> None:
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+        raise ImageError(
+            f"Could not open '{filename}': not a regular file or block device"
+        )
