@@ -1,0 +1,304 @@
+"""New qcow2 images.
+
+The layout is computed as a whole first, so that the refcounts are written
+once and right: header, refcount table, the first refcount block, the L1
+table, the other refcount blocks, then with preallocation each L2 table with
+the data clusters that it maps. The header is written last: what is left of an
+interrupted creation is not an image.
+"""
+
+import struct
+import sys
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from nbdqcow.block.storage import StorageDriver
+from nbdqcow.errors import ImageError, UnsupportedFeature
+from nbdqcow.formats.qcow2 import header as h
+from nbdqcow.formats.qcow2.entries import (
+    MAX_L1_BYTES,
+    MAX_REFTABLE_BYTES,
+    OFLAG_COPIED,
+)
+from nbdqcow.formats.qcow2.header import Extension, Header
+from nbdqcow.formats.qcow2.refcount_codec import filled_block
+from nbdqcow.units import SECTOR_SIZE, round_up
+
+PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
+COMPRESSION_TYPES: Final = ("zlib", "zstd")
+
+_FEATURE_NAMES: Final = (
+    (0, 0, b"dirty bit"),
+    (0, 1, b"corrupt bit"),
+    (0, 2, b"external data file"),
+    (0, 3, b"compression type"),
+    (0, 4, b"extended L2 entries"),
+    (1, 0, b"lazy refcounts"),
+    (2, 0, b"bitmaps"),
+    (2, 1, b"raw external data"),
+)
+_FEATURE_NAMES_MIN_CLUSTER: Final = 4096
+"""Below this, QEMU spares the names: the backing name needs the room."""
+
+_ZEROES_CHUNK: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreateOptions:
+    """What a new image is to be like; sizes in bytes.
+
+    Attributes:
+        size: the virtual size; rounded up to whole 512-byte sectors.
+        version: 2 or 3.
+        backing_file: stored as given; None for none.
+        preallocation: ``off``, ``metadata`` (everything is mapped, no space is
+            taken), ``falloc`` (space is taken too), ``full`` (by writing).
+    """
+
+    size: int
+    version: int = 3
+    cluster_size: int = 65536
+    backing_file: str | None = None
+    backing_format: str | None = None
+    refcount_bits: int = 16
+    lazy_refcounts: bool = False
+    preallocation: str = "off"
+    compression_type: str = "zlib"
+    extended_l2: bool = False
+    data_file: str | None = None
+    data_file_raw: bool = False
+    encrypted: bool = False
+
+    def check(self) -> None:
+        """Refuse what no image can be, or ours can't be yet.
+
+        Raises `ImageError` or `UnsupportedFeature`, in QEMU's words where it
+        refuses too.
+        """
+        newer = "compatibility level 1.1 and above (use version=v3 or greater)"
+        cluster_size = self.cluster_size
+        if cluster_size & (cluster_size - 1) or not 512 <= cluster_size <= 2 << 20:
+            raise ImageError(
+                "Cluster size must be a power of two between 512 and 2048k"
+            )
+        if self.extended_l2 and self.version < 3:
+            raise ImageError(f"Extended L2 entries are only supported with {newer}")
+        if self.extended_l2 and cluster_size < 16384:
+            raise ImageError(
+                "Extended L2 entries are only supported with cluster sizes of at "
+                "least 16384 bytes"
+            )
+        if (
+            self.preallocation != "off"
+            and self.backing_file is not None
+            and not self.extended_l2
+        ):
+            raise ImageError(
+                "Backing file and preallocation can only be used at the same time if "
+                "extended_l2 is on"
+            )
+        if self.lazy_refcounts and self.version < 3:
+            raise ImageError(f"Lazy refcounts only supported with {newer}")
+        bits = self.refcount_bits
+        if not 1 <= bits <= 64 or bits & (bits - 1):
+            raise ImageError(
+                "Refcount width must be a power of two and may not exceed 64 bits"
+            )
+        if self.version < 3 and bits != 16:
+            raise ImageError(
+                "Different refcount widths than 16 bits require compatibility level "
+                "1.1 or above (use version=v3 or greater)"
+            )
+        if self.data_file_raw and self.data_file is None:
+            raise ImageError("data-file-raw requires data-file")
+        if self.compression_type != "zlib" and self.version < 3:
+            raise ImageError(
+                f"Non-zlib compression type is only supported with {newer}"
+            )
+        lacking = {
+            "encryption": self.encrypted,
+            "an external data file (data_file)": self.data_file is not None,
+            "extended L2 entries (extended_l2)": self.extended_l2,
+            "zstd compression (compression_type)": self.compression_type != "zlib",
+        }
+        names = [name for name, wanted in lacking.items() if wanted]
+        if names:
+            raise UnsupportedFeature("qcow2: not supported yet: " + ", ".join(names))
+        if self.backing_format is not None and self.backing_file is None:
+            raise ImageError("Backing format cannot be used without backing file")
+
+
+@dataclass(frozen=True, slots=True)
+class CreatePlan:
+    """A new image's bytes and where they go.
+
+    Attributes:
+        header: complete, its offsets set.
+        file_length: bytes that the file gets.
+        data_start: where the tables and clusters of preallocation begin.
+        nb_data_clusters: preallocated guest clusters; 0 without.
+    """
+
+    header: Header
+    packed_header: bytes
+    file_length: int
+    nb_refcount_blocks: int
+    data_start: int
+    nb_data_clusters: int
+
+    def writes(self) -> Iterator[tuple[int, bytes]]:
+        """Yield ``(offset, bytes)`` for all that is not zero, header last."""
+        yield from self._refcount_writes()
+        yield from self._mapping_writes()
+        yield 0, self.packed_header
+
+    def _block_offset(self, index: int) -> int:
+        """The first block precedes the L1 table, the others follow it."""
+        header = self.header
+        first = header.refcount_table_offset + (
+            header.refcount_table_clusters << header.cluster_bits
+        )
+        if index == 0:
+            return first
+        return self.data_start - (
+            (self.nb_refcount_blocks - index) << header.cluster_bits
+        )
+
+    def _refcount_writes(self) -> Iterator[tuple[int, bytes]]:
+        header = self.header
+        cluster_size = header.cluster_size
+        per_block = cluster_size * 8 // header.refcount_bits
+        nb_clusters = -(-self.file_length // cluster_size)
+        offsets = [self._block_offset(i) for i in range(self.nb_refcount_blocks)]
+        for index, offset in enumerate(offsets):
+            nb_used = min(per_block, nb_clusters - index * per_block)
+            yield offset, filled_block(cluster_size, header.refcount_order, nb_used)
+        yield (
+            header.refcount_table_offset,
+            struct.pack(f">{len(offsets)}Q", *offsets),
+        )
+
+    def _mapping_writes(self) -> Iterator[tuple[int, bytes]]:
+        header = self.header
+        step = header.cluster_size
+        l1 = array("Q")
+        offset = self.data_start
+        remaining = self.nb_data_clusters
+        while remaining:
+            nb = min(remaining, header.l2_entries)
+            first = (offset + step) | OFLAG_COPIED
+            yield offset, _big_endian(array("Q", range(first, first + nb * step, step)))
+            l1.append(offset | OFLAG_COPIED)
+            offset += (nb + 1) * step
+            remaining -= nb
+        if l1:
+            yield header.l1_table_offset, _big_endian(l1)
+
+
+def plan_create(options: CreateOptions) -> CreatePlan:
+    """Compute the layout of a new image. Raises as `CreateOptions.check`."""
+    options.check()
+    cluster_size = options.cluster_size
+    header = Header(
+        size=round_up(options.size, SECTOR_SIZE),
+        version=options.version,
+        cluster_bits=cluster_size.bit_length() - 1,
+        refcount_order=options.refcount_bits.bit_length() - 1,
+        header_length=(
+            h.V3_HEADER_LENGTH if options.version >= 3 else h.V2_HEADER_LENGTH
+        ),
+        compatible_features=h.COMPAT_LAZY_REFCOUNTS if options.lazy_refcounts else 0,
+        backing_filename=options.backing_file,
+    )
+    _add_extensions(header, options)
+    header.l1_size = header.l1_entries_needed
+    if header.l1_size * 8 > MAX_L1_BYTES:
+        raise ImageError(
+            "The image size is too large for file format 'qcow2' (try using a larger "
+            "cluster size)"
+        )
+    nb_data = nb_l2 = 0
+    if options.preallocation != "off":
+        nb_data = -(-header.size // cluster_size)
+        nb_l2 = header.l1_size
+    l1_clusters = -(-header.l1_size * 8 // cluster_size)
+    table_clusters, nb_blocks = _refcount_structures(
+        1 + l1_clusters + nb_l2 + nb_data, cluster_size, options.refcount_bits
+    )
+    header.refcount_table_offset = cluster_size
+    header.refcount_table_clusters = table_clusters
+    l1_offset = (2 + table_clusters) * cluster_size
+    header.l1_table_offset = l1_offset if header.l1_size else 0
+    data_start = l1_offset + (l1_clusters + nb_blocks - 1) * cluster_size
+    file_length = data_start + (nb_l2 + nb_data) * cluster_size
+    if nb_blocks == 1 and nb_l2 == 0:
+        # The L1 table ends the file; the rest of its cluster is no one's.
+        file_length = l1_offset + header.l1_size * 8
+    return CreatePlan(
+        header, header.pack(), file_length, nb_blocks, data_start, nb_data
+    )
+
+
+def _add_extensions(header: Header, options: CreateOptions) -> None:
+    if options.backing_format is not None:
+        raw = options.backing_format.encode("utf-8", "surrogateescape")
+        header.extensions.append(Extension(h.EXT_BACKING_FORMAT, raw))
+    if options.version >= 3 and options.cluster_size >= _FEATURE_NAMES_MIN_CLUSTER:
+        names = b"".join(
+            bytes((type_, bit)) + name.ljust(46, b"\0")
+            for type_, bit, name in _FEATURE_NAMES
+        )
+        header.extensions.append(Extension(h.EXT_FEATURE_NAMES, names))
+
+
+def _refcount_structures(
+    nb_clusters: int, cluster_size: int, refcount_bits: int
+) -> tuple[int, int]:
+    """Return clusters of the refcount table and number of blocks that cover
+    ``nb_clusters`` other clusters and themselves."""
+    per_block = cluster_size * 8 // refcount_bits
+    table_clusters = nb_blocks = 1
+    while True:
+        total = nb_clusters + table_clusters + nb_blocks
+        blocks = -(-total // per_block)
+        tables = -(-blocks * 8 // cluster_size)
+        if (tables, blocks) == (table_clusters, nb_blocks):
+            break
+        table_clusters, nb_blocks = tables, blocks
+    if table_clusters * cluster_size > MAX_REFTABLE_BYTES:
+        raise ImageError(
+            "The preallocated image is too large for its refcount table (try using a "
+            "larger cluster size)"
+        )
+    return table_clusters, nb_blocks
+
+
+def _big_endian(entries: "array[int]") -> bytes:
+    if sys.byteorder == "little":
+        entries.byteswap()
+    return entries.tobytes()
+
+
+async def create(storage: StorageDriver, options: CreateOptions) -> None:
+    """Write a new image into ``storage``, whatever was there before.
+
+    Raises `ImageError` before anything is touched, `OSError` later.
+    """
+    plan = plan_create(options)
+    await storage.truncate(0)
+    await storage.truncate(plan.file_length)
+    if not storage.zero_beyond_end:
+        await storage.write_zeroes(0, plan.file_length, may_unmap=True)
+    data_length = plan.file_length - plan.data_start
+    if options.preallocation == "falloc":
+        await storage.write_zeroes(plan.data_start, data_length, may_unmap=False)
+    elif options.preallocation == "full":
+        zeroes = bytes(_ZEROES_CHUNK)
+        for offset in range(plan.data_start, plan.file_length, _ZEROES_CHUNK):
+            length = min(_ZEROES_CHUNK, plan.file_length - offset)
+            await storage.pwritev(offset, [memoryview(zeroes)[:length]])
+    for offset, data in plan.writes():
+        await storage.pwritev(offset, [data])
+    await storage.flush()
