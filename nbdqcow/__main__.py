@@ -1,0 +1,7 @@
+"""``python -m nbdqcow``."""
+
+import sys
+
+from nbdqcow.cli.main import main
+
+sys.exit(main())

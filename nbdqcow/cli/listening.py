@@ -1,0 +1,55 @@
+"""Listeners, with errors that say which one failed and why."""
+
+import asyncio
+import os
+import socket
+
+from nbdqcow.errors import UsageError
+from nbdqcow.server.server import Server
+
+_MAX_PATH_LENGTH = 107
+"""Bytes of a unix socket's path on Linux, without its NUL."""
+
+
+async def listen_tcp(
+    server: Server, host: str, port: int | str
+) -> list[tuple[str, int]]:
+    """Listen on ``host`` ("" is every address); ``port`` may be a service.
+
+    Returns the addresses. Raises `UsageError`.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (socket.gaierror, UnicodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "Name is not valid"
+        raise UsageError(
+            f"address resolution failed for {host}:{port}: {reason}"
+        ) from None
+    number = int(found[0][4][1])
+    try:
+        return await server.listen_tcp(host or None, number)
+    except OSError as exc:
+        raise UsageError(
+            f"Failed to listen on {host or '*'}:{port}: {_reason(exc)}"
+        ) from None
+
+
+async def listen_unix(server: Server, path: str) -> None:
+    """Listen on a unix socket. Raises `UsageError`."""
+    if len(os.fsencode(path)) > _MAX_PATH_LENGTH:
+        raise UsageError(
+            f"UNIX socket path '{path}' is too long\n"
+            f"Path must be less than {_MAX_PATH_LENGTH + 1} bytes"
+        )
+    try:
+        await server.listen_unix(path)
+    except OSError as exc:
+        raise UsageError(f"Failed to bind socket to {path}: {_reason(exc)}") from None
+
+
+def _reason(exc: OSError) -> str:
+    # asyncio puts a sentence of its own in strerror.
+    return os.strerror(exc.errno) if exc.errno else str(exc)

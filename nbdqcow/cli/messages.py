@@ -1,0 +1,39 @@
+"""How the commands speak: every line of an error starts with their name.
+
+The name is argv[0]'s, so that a link called ``qemu-nbd`` speaks as qemu-nbd
+does. This module imports nothing that a ``--version`` need wait for.
+"""
+
+import os
+import sys
+
+
+def program_name() -> str:
+    """Return what messages call this program."""
+    name = os.path.basename(sys.argv[0])
+    return "nbdqcow" if name in ("__main__.py", "-c", "") else name
+
+
+def error(text: str) -> None:
+    """Print an error to stderr."""
+    print(f"{program_name()}: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def warning(text: str) -> None:
+    """Print a warning to stderr, in the form of QEMU's tools."""
+    print(f"WARNING: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with what can't be printed escaped (file names are any
+    bytes; UTF-8 in them that is broken comes as lone surrogates)."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def describe(exc: BaseException) -> str:
+    """Return what an exception says, without Python's own decoration."""
+    if isinstance(exc, OSError) and exc.strerror:
+        if exc.filename is not None:
+            return f"{os.fsdecode(exc.filename)}: {exc.strerror}"
+        return exc.strerror
+    return str(exc) or type(exc).__name__

@@ -1,0 +1,435 @@
+"""``nbdqcow-nbd``: one image as an NBD export, with the options of qemu-nbd."""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from nbdqcow.cli.getopt_long import getopt_long
+from nbdqcow.cli.messages import describe, error, printable, program_name
+from nbdqcow.errors import ImageError, NbdQcowError, UsageError
+
+_MAX_STRING_LENGTH: Final = 4096
+_NO_LIMIT: Final = 1 << 31
+
+_SHORT: Final = "hVb:o:p:rsnc:dvk:e:f:tl:x:T:D:AB:L"
+# Long options: what has a short form returns that.
+_LONG: Final = {
+    "help": "h",
+    "version": "V",
+    "port=": "p",
+    "bind=": "b",
+    "socket=": "k",
+    "shared=": "e",
+    "persistent": "t",
+    "verbose": "v",
+    "export-name=": "x",
+    "description=": "D",
+    "offset=": "o",
+    "allocation-depth": "A",
+    "bitmap=": "B",
+    "list": "L",
+    "object=": "",
+    "tls-creds=": "",
+    "tls-hostname=": "",
+    "tls-authz=": "",
+    "trace=": "T",
+    "fork": "",
+    "pid-file=": "",
+    "selinux-label=": "",
+    "connect=": "c",
+    "disconnect": "d",
+    "format=": "f",
+    "read-only": "r",
+    "snapshot": "s",
+    "load-snapshot=": "l",
+    "nocache": "n",
+    "cache=": "",
+    "aio=": "",
+    "discard=": "",
+    "detect-zeroes=": "",
+    "image-opts": "",
+}
+# Options of qemu-nbd that are known and refused: what messages call them.
+_REFUSED: Final = {
+    "o": "--offset is not supported yet",
+    "A": "--allocation-depth is not supported yet",
+    "B": "--bitmap is not supported yet",
+    "T": "--trace is not supported: there are no trace points",
+    "c": "--connect is not supported: this program opens no kernel device; "
+    "serve the image with --socket=PATH, and attach it with "
+    "'nbd-client -unix PATH DEVICE'",
+    "d": "--disconnect is not supported: this program opens no kernel device; "
+    "use 'nbd-client -d DEVICE'",
+    "s": "--snapshot is not supported yet",
+    "l": "--load-snapshot is not supported yet",
+    "object": "--object is not supported yet",
+    "tls-creds": "--tls-creds is not supported yet",
+    "tls-hostname": "--tls-hostname is not supported yet",
+    "tls-authz": "--tls-authz is not supported yet",
+    "selinux-label": "--selinux-label is not supported yet",
+}
+_CACHE_MODES: Final = {
+    "none": "none",
+    "off": "none",
+    "directsync": "directsync",
+    "writeback": "writeback",
+    "unsafe": "unsafe",
+    "writethrough": "writethrough",
+}
+_DISCARD_MODES: Final = {
+    "ignore": "ignore",
+    "off": "ignore",
+    "unmap": "unmap",
+    "on": "unmap",
+}
+_AIO_MODES: Final = ("threads", "native", "io_uring")
+_DETECT_ZEROES_MODES: Final = ("off", "on", "unmap")
+
+_HELP: Final = """\
+Usage: {program} [OPTION]... FILE
+  or:  {program} -L [OPTION]...
+Serve a disk image over NBD, with the options of qemu-nbd.
+
+  -h, --help                 show this text
+  -V, --version              show the version
+
+The server:
+  -p, --port=PORT            TCP port (default: 10809)
+  -b, --bind=ADDRESS         address to listen on (default: 0.0.0.0)
+  -k, --socket=PATH          listen on a unix socket instead
+  -e, --shared=NUM           clients at a time, 0 for any number (default: 1)
+  -t, --persistent           go on after the last client has left
+  -x, --export-name=NAME     name of the export (default: the empty name)
+  -D, --description=TEXT     description of the export
+      --fork                 return when the server is ready; it runs on
+      --pid-file=PATH        write the server's process ID to a file
+  -v, --verbose              log what clients do
+
+The image:
+  -f, --format=FORMAT        raw or qcow2 (default: guessed)
+  -r, --read-only            refuse all writes
+  -n, --nocache              the same as --cache=none
+      --cache=MODE           none, writeback (default), writethrough,
+                             directsync or unsafe
+      --aio=MODE             threads, native or io_uring: accepted, no effect
+      --discard=MODE         ignore (default) or unmap
+      --detect-zeroes=MODE   off (default), on or unmap
+      --image-opts           FILE is driver=FORMAT,file.filename=NAME,...
+
+The client:
+  -L, --list                 list the exports of the server that -b, -p or -k
+                             names
+
+Not supported yet: -A -B -l -o -s --object --tls-* --selinux-label.
+"""
+
+
+@dataclass(slots=True)
+class Settings:
+    """What the command line asks for.
+
+    Attributes:
+        host, port: TCP address; the port may be a service's name.
+        socket: path of a unix socket, which takes the place of TCP.
+        shared: clients at a time; 0 is any number.
+        open_options: of `nbdqcow.block.open.open_image`, where given.
+        given: options that were given, by the name getopt_long returns.
+    """
+
+    host: str = "0.0.0.0"
+    port: str = "10809"
+    socket: str | None = None
+    shared: int = 1
+    persistent: bool = False
+    verbose: bool = False
+    export_name: str = ""
+    description: str = ""
+    list: bool = False
+    fork: bool = False
+    pid_file: str | None = None
+    image_opts: bool = False
+    filename: str = ""
+    open_options: dict[str, Any] = field(default_factory=dict)
+    given: set[str] = field(default_factory=set)
+
+
+class _TryHelp(UsageError):
+    """A wrong command line, after which --help is pointed at."""
+
+
+def main() -> int:
+    """Run the command; return its exit status."""
+    try:
+        settings = parse_arguments(sys.argv[1:])
+    except _TryHelp as exc:
+        error(str(exc))
+        error(f"Try `{program_name()} --help' for more information.")
+        return 1
+    except UsageError as exc:
+        error(str(exc))
+        return 1
+    if "h" in settings.given:
+        print(_HELP.format(program=program_name()), end="")
+        return 0
+    if "V" in settings.given:
+        from nbdqcow import __version__
+
+        print(f"{program_name()} {__version__} (nbdqcow)")
+        return 0
+    if settings.list:
+        return _list(settings)
+    if settings.fork:
+        return _serve_in_background(settings)
+    return _serve(settings, -1)
+
+
+# -- the command line --------------------------------------------------------
+
+
+def parse_arguments(arguments: list[str]) -> Settings:
+    """Return what ``arguments`` ask for. Raises `UsageError`."""
+    try:
+        options, operands = getopt_long(
+            arguments, _SHORT, {k: v or k.rstrip("=") for k, v in _LONG.items()}
+        )
+    except UsageError as exc:
+        raise _TryHelp(str(exc)) from None
+    settings = Settings()
+    for name, value in options:
+        if name in _REFUSED:
+            raise UsageError(_REFUSED[name])
+        if name in ("h", "V"):
+            settings.given = {name}
+            return settings
+        _apply(settings, name, value)
+        settings.given.add(name)
+    _check(settings, operands)
+    return settings
+
+
+def _apply(settings: Settings, name: str, value: str) -> None:
+    """Take one option into ``settings``."""
+    match name:
+        case "p":
+            settings.port = value
+        case "b":
+            settings.host = value
+        case "k":
+            if not value.startswith("/"):
+                raise UsageError("socket path must be absolute")
+            settings.socket = value
+        case "e":
+            settings.shared = _parse_shared(value)
+        case "t":
+            settings.persistent = True
+        case "v":
+            settings.verbose = True
+        case "x":
+            settings.export_name = _string("export name", value)
+        case "D":
+            settings.description = _string("export description", value)
+        case "L":
+            settings.list = True
+        case "fork":
+            settings.fork = True
+        case "pid-file":
+            settings.pid_file = value
+        case "image-opts":
+            settings.image_opts = True
+        case _:
+            _apply_image_option(settings, name, value)
+
+
+def _apply_image_option(settings: Settings, name: str, value: str) -> None:
+    """Take an option about how the image is opened into ``settings``."""
+    options = settings.open_options
+    match name:
+        case "f":
+            options["format"] = value
+        case "r":
+            options["read_only"] = True
+        case "n" | "cache":
+            if settings.given & {"n", "cache"}:
+                raise UsageError("-n and --cache can only be specified once")
+            mode = "none" if name == "n" else value
+            if mode not in _CACHE_MODES:
+                raise UsageError(f"Invalid cache mode `{mode}'")
+            options["cache"] = _CACHE_MODES[mode]
+        case "aio":
+            if "aio" in settings.given:
+                raise UsageError("--aio can only be specified once")
+            if value not in _AIO_MODES:
+                raise UsageError(f"Invalid aio mode '{value}'")
+        case "discard":
+            if "discard" in settings.given:
+                raise UsageError("--discard can only be specified once")
+            if value not in _DISCARD_MODES:
+                raise UsageError(f"Invalid discard mode `{value}'")
+            options["discard"] = _DISCARD_MODES[value]
+        case "detect-zeroes":
+            if value not in _DETECT_ZEROES_MODES:
+                raise UsageError(f"Invalid detect-zeroes mode '{value}'")
+            if value == "unmap" and options.get("discard") != "unmap":
+                raise UsageError(
+                    "setting detect-zeroes to unmap is not allowed without setting "
+                    "discard operation to unmap"
+                )
+            options["detect_zeroes"] = value
+        case _:
+            raise AssertionError(f"no such option: {name}")
+
+
+def _check(settings: Settings, operands: list[str]) -> None:
+    """Judge the options together, and take the image's name."""
+    if settings.list:
+        if operands:
+            raise UsageError("List mode is incompatible with a file name")
+        if settings.given & {"x", "D", "f", "n", "cache", "aio", "discard"}:
+            raise UsageError("List mode is incompatible with per-device settings")
+        if settings.fork:
+            raise UsageError("List mode is incompatible with forking")
+        return
+    if len(operands) != 1:
+        raise UsageError(
+            "Invalid number of arguments\n"
+            f"Try `{program_name()} --help' for more information."
+        )
+    (settings.filename,) = operands
+    if settings.image_opts and "f" in settings.given:
+        raise UsageError("--image-opts and -f are mutually exclusive")
+
+
+def _parse_shared(text: str) -> int:
+    try:
+        shared = int(text, 0)
+    except ValueError:
+        shared = -1
+    if not 0 <= shared < _NO_LIMIT:
+        raise UsageError(f"Invalid shared device number '{text}'")
+    return shared
+
+
+def _string(what: str, text: str) -> str:
+    if len(os.fsencode(text)) > _MAX_STRING_LENGTH:
+        raise UsageError(f"{what} '{text}' too long")
+    return text
+
+
+# -- the client --------------------------------------------------------------
+
+
+def _list(settings: Settings) -> int:
+    from nbdqcow.cli.remote import connect, format_exports, list_exports
+
+    place = settings.socket or f"{settings.host}:{settings.port}"
+    try:
+        sock = connect(settings.host, settings.port, settings.socket)
+    except (OSError, UnicodeError) as exc:
+        error(f"Failed to connect to '{place}': {describe(exc)}")
+        return 1
+    with sock:
+        try:
+            exports = list_exports(sock)
+        except (NbdQcowError, OSError) as exc:
+            error(describe(exc))
+            return 1
+    print(printable(format_exports(exports)))
+    return 0
+
+
+# -- the server --------------------------------------------------------------
+
+
+def _serve_in_background(settings: Settings) -> int:
+    """Serve in a child; return once it is ready, or has failed and said why."""
+    ready, ready_for_child = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(ready)
+        os.setsid()
+        status = _serve(settings, ready_for_child)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    os.close(ready_for_child)
+    if os.read(ready, 1):
+        return 0
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status) or 1
+
+
+def _tell_parent(ready_fd: int, *, keep_stderr: bool) -> None:
+    """Let the parent of a `_serve_in_background` go, and its terminal too."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1) if keep_stderr else (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)
+    os.write(ready_fd, b"\0")
+    os.close(ready_fd)
+
+
+def _serve(settings: Settings, ready_fd: int) -> int:
+    """Serve until the end; ``ready_fd`` is the parent's pipe, or -1."""
+    from nbdqcow.cli.runner import run
+
+    return run(lambda: _serve_image(settings, ready_fd), verbose=settings.verbose)
+
+
+async def _serve_image(settings: Settings, ready_fd: int) -> None:
+    from nbdqcow.cli.images import open_node
+    from nbdqcow.cli.listening import listen_tcp, listen_unix
+    from nbdqcow.cli.pid_file import write_pid_file
+    from nbdqcow.server.options import ServerOptions
+    from nbdqcow.server.server import Server
+
+    filename, options = settings.filename, {"discard": "ignore"}
+    options |= settings.open_options
+    if settings.image_opts:
+        from nbdqcow.cli.image_opts import parse_image_opts
+
+        filename, image_options = parse_image_opts(settings.filename)
+        options |= image_options
+    try:
+        node = await open_node(filename, **options)
+    except ImageError as exc:
+        raise type(exc)(_as_qemu_says(filename, exc)) from None
+    server = Server(ServerOptions(max_connections=settings.shared or _NO_LIMIT))
+    try:
+        try:
+            server.add_export(
+                settings.export_name,
+                node,
+                read_only=node.read_only,
+                description=settings.description,
+                multi_conn=settings.shared != 1,
+            )
+        except ValueError as exc:
+            raise UsageError(str(exc)) from None
+        if not settings.persistent:
+            server.on_last_disconnect = server.stop
+        try:
+            if settings.socket is not None:
+                await listen_unix(server, settings.socket)
+            else:
+                await listen_tcp(server, settings.host, settings.port)
+            if settings.pid_file is not None:
+                write_pid_file(settings.pid_file)
+        except BaseException:
+            server.stop()
+            await server.run_until_stopped()
+            raise
+        if ready_fd >= 0:
+            _tell_parent(ready_fd, keep_stderr=settings.verbose)
+        await server.run_until_stopped()
+    finally:
+        await node.close()
+
+
+def _as_qemu_says(filename: str, exc: ImageError) -> str:
+    """Return why an image can't be opened, as qemu-nbd has it: the file is
+    named a second time only if the file itself is what can't be opened."""
+    reason = str(exc)
+    if not isinstance(exc.__cause__, OSError):
+        reason = reason.removeprefix(f"Could not open '{filename}': ")
+    return f"Failed to blk_new_open '{filename}': {reason}"

@@ -1,0 +1,137 @@
+"""What a server offers: ``nbdqcow-nbd --list``."""
+
+import socket
+from dataclasses import dataclass
+from typing import Final
+
+from nbdqcow.errors import NbdQcowError, ProtocolError
+from nbdqcow.nbd import constants as nbd
+from nbdqcow.nbd.client import (
+    ClientHandshake,
+    ClientState,
+    OptionResult,
+    RemoteExport,
+)
+
+_TIMEOUT: Final = 30.0
+"""Seconds without a byte from the server."""
+_ALL_INFOS: Final = (nbd.INFO_NAME, nbd.INFO_DESCRIPTION, nbd.INFO_BLOCK_SIZE)
+# What qemu-nbd calls the transmission flags.
+_FLAG_WORDS: Final = {
+    nbd.FLAG_READ_ONLY: "readonly",
+    nbd.FLAG_SEND_FLUSH: "flush",
+    nbd.FLAG_SEND_FUA: "fua",
+    nbd.FLAG_ROTATIONAL: "rotational",
+    nbd.FLAG_SEND_TRIM: "trim",
+    nbd.FLAG_SEND_WRITE_ZEROES: "zeroes",
+    nbd.FLAG_SEND_DF: "df",
+    nbd.FLAG_CAN_MULTI_CONN: "multi",
+    nbd.FLAG_SEND_RESIZE: "resize",
+    nbd.FLAG_SEND_CACHE: "cache",
+    nbd.FLAG_SEND_FAST_ZERO: "fast-zero",
+}
+
+
+@dataclass(slots=True)
+class ListedExport:
+    """One export of a server.
+
+    Attributes:
+        name, description: as LIST says.
+        details: what INFO says, if the server knows that option.
+        contexts: the metadata contexts that it offers.
+    """
+
+    name: str
+    description: str
+    details: RemoteExport | None
+    contexts: list[str]
+
+
+def connect(host: str, port: str, path: str | None) -> socket.socket:
+    """Connect to a unix socket, or else to a TCP port. Raises `OSError`."""
+    if path is None:
+        sock = socket.create_connection((host, port), timeout=_TIMEOUT)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(_TIMEOUT)
+        sock.connect(path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def list_exports(sock: socket.socket) -> list[ListedExport]:
+    """Ask a server for its exports, and all about each of them.
+
+    Raises `NbdQcowError` if it refuses or breaks the protocol, and `OSError`.
+    """
+    client = ClientHandshake()
+    _wait(sock, client)
+    if not client.server_flags & nbd.FLAG_FIXED_NEWSTYLE:
+        raise ProtocolError("the server is too old to list its exports")
+    client.structured_reply()
+    structured = not _answer(sock, client).error
+    client.list_exports()
+    listed = _answer(sock, client)
+    if listed.error:
+        raise NbdQcowError(
+            f"the server does not list its exports: "
+            f"{nbd.reply_name(listed.error)} {listed.text}".rstrip()
+        )
+    exports = []
+    for name, description in listed.exports:
+        client.info(name, _ALL_INFOS)
+        details = _answer(sock, client).export
+        contexts: list[str] = []
+        if structured and details is not None:
+            client.list_meta_contexts(name)
+            contexts = _answer(sock, client).contexts
+        exports.append(ListedExport(name, description, details, contexts))
+    client.abort()
+    sock.sendall(client.data_to_send())
+    return exports
+
+
+def _answer(sock: socket.socket, client: ClientHandshake) -> OptionResult:
+    _wait(sock, client)
+    assert client.result is not None
+    return client.result
+
+
+def _wait(sock: socket.socket, client: ClientHandshake) -> None:
+    """Send what is queued and receive until the client may ask again."""
+    sock.sendall(client.data_to_send())
+    while client.state is not ClientState.IDLE:
+        data = sock.recv(1 << 16)
+        if not data:
+            raise ProtocolError("the server closed the connection")
+        client.receive_data(data)
+    sock.sendall(client.data_to_send())
+
+
+def format_exports(exports: list[ListedExport]) -> str:
+    """Return the list as ``qemu-nbd --list`` prints it."""
+    lines = [f"exports available: {len(exports)}"]
+    for export in exports:
+        lines.append(f" export: '{export.name}'")
+        details = export.details
+        description = export.description or (details and details.description)
+        if description:
+            lines.append(f"  description: {description}")
+        if details is not None:
+            words = [w for flag, w in _FLAG_WORDS.items() if details.flags & flag]
+            lines.append(f"  size:  {details.size}")
+            lines.append(f"  flags: {details.flags:#x} ( {' '.join((*words, ')'))}")
+            if details.block_sizes is not None:
+                minimum, preferred, maximum = details.block_sizes
+                lines.append(f"  min block: {minimum}")
+                lines.append(f"  opt block: {preferred}")
+                lines.append(f"  max block: {maximum}")
+        if export.contexts:
+            lines.append(f"  available meta contexts: {len(export.contexts)}")
+            lines += [f"   {context}" for context in export.contexts]
+    return "\n".join(lines)
