@@ -2,7 +2,7 @@
 
 Reads go inline by ``preadv(RWF_NOWAIT)``, which takes what is in page cache
 and refuses to wait for the rest. Small writes go inline by ``pwrite`` for as
-long as that is cheap. All else runs in worker threads (`nbdqcow.storage.pool`).
+long as that is cheap. All else runs in worker threads (`nbdqcow.pool`).
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from typing import ClassVar, Final, TypeVar, TypeVarTuple
 
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import BlockError, ImageError, NotSupported, UsageError
+from nbdqcow.pool import Pool
 from nbdqcow.storage import locks
 from nbdqcow.storage.linux import (
     BLKDISCARD,
@@ -35,7 +36,6 @@ from nbdqcow.storage.opening import (
     parse_cache_mode,
     parse_discard_mode,
 )
-from nbdqcow.storage.pool import Pool
 from nbdqcow.types import Buffer, Buffers
 from nbdqcow.units import KiB, MiB, round_up
 

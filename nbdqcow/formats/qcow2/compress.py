@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow2.entries import compressed_range
+from nbdqcow.pool import Pool
 from nbdqcow.types import Buffer
 from nbdqcow.units import MiB
-from nbdqcow.workers import run_blocking
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
@@ -62,6 +62,7 @@ class CompressedClusters:
         self._image = image
         self._cache: dict[int, bytes] = {}
         self._forgotten = 0
+        self._pool: Pool | None = None
         self._capacity = max(1, _CACHE_BYTES // image.cluster_size)
 
     def cached(self, descriptor: int) -> bytes | None:
@@ -80,7 +81,9 @@ class CompressedClusters:
         data: Buffer | None = storage.try_pread(offset, length)
         if data is None:
             data = await storage.pread(offset, length)
-        plain = await run_blocking(inflate_blocking, data, image.cluster_size)
+        if self._pool is None:
+            self._pool = Pool()
+        plain = await self._pool.run(inflate_blocking, data, image.cluster_size)
         if forgotten != self._forgotten:
             return plain  # the clusters may have changed hands meanwhile
         while len(self._cache) >= self._capacity:
@@ -92,3 +95,9 @@ class CompressedClusters:
         """The descriptor's clusters may be used for something else now."""
         self._forgotten += 1
         self._cache.pop(descriptor, None)
+
+    async def close(self) -> None:
+        """Let go of the worker threads."""
+        if self._pool is not None:
+            await self._pool.close()
+            self._pool = None

@@ -318,9 +318,12 @@ class Qcow2Driver(FormatDriver):
 
     async def close(self) -> None:
         """See `FormatDriver.close`."""
-        if not self.read_only:
-            await self.writeback.finish()
-        await self.settle()
+        try:
+            if not self.read_only:
+                await self.writeback.finish()
+            await self.settle()
+        finally:
+            await self.compressed.close()
 
 
 async def _read_table(

@@ -9,8 +9,8 @@ import weakref
 
 import pytest
 
-from nbdqcow.storage import pool as pool_module
-from nbdqcow.storage.pool import NB_THREADS, Pool
+from nbdqcow import pool as pool_module
+from nbdqcow.pool import NB_THREADS, Pool
 
 
 def nb_io_threads() -> int:
