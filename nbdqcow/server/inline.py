@@ -33,9 +33,9 @@ from nbdqcow.units import KiB, MiB
 
 logger = logging.getLogger(__name__)
 
-INLINE_READ: Final = 64 * KiB
-"""Bytes up to which a read is copied out of the page cache; from here on,
-mapping pages into the socket is cheaper."""
+_VIEW_READ: Final = 64 * KiB
+"""Bytes from which a read is sent out of the page cache itself: below, a copy
+is cheaper than looking whether all pages are there."""
 
 _ALLOWANCE: Final = 2 * MiB
 _REQUEST_COST: Final = 4 * KiB
@@ -241,7 +241,7 @@ class Transmission(asyncio.BufferedProtocol):
                     while start <= last and allowance > 0:
                         word, cookie, offset, length = unpack(buffer, start)
                         if word == PLAIN_READ:
-                            if not 0 < length <= INLINE_READ or offset + length > size:
+                            if not 0 < length < _VIEW_READ or offset + length > size:
                                 break
                             data = try_pread(offset, length)
                             if data is None:
@@ -305,7 +305,7 @@ class Transmission(asyncio.BufferedProtocol):
         no waiting. Returns False if it was not served."""
         command, flags, cookie, offset, length, payload = request
         try:
-            if command == nbd.CMD_READ and length > INLINE_READ:
+            if command == nbd.CMD_READ and length >= _VIEW_READ:
                 found = self._node.try_pread_views(offset, length)
                 if found is None:
                     return False
