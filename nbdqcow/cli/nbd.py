@@ -397,7 +397,9 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
         node = await open_node(filename, **options)
     except ImageError as exc:
         raise type(exc)(_as_qemu_says(filename, exc)) from None
-    server = Server(ServerOptions(max_connections=settings.shared or _NO_LIMIT))
+    server = Server(
+        ServerOptions(max_connections=settings.shared or _NO_LIMIT, wait_when_full=True)
+    )
     try:
         try:
             server.add_export(
