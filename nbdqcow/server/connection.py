@@ -103,6 +103,16 @@ class Connection(asyncio.BufferedProtocol):
                 self._log_closed(handshake.error)
             self._transport.close()
 
+    def pause_writing(self) -> None:
+        """Take no more options from a client that does not read replies."""
+        assert self._transport is not None
+        self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """The client has read its replies."""
+        assert self._transport is not None
+        self._transport.resume_reading()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget a client that never came to the transmission phase."""
         if self._timer is not None:

@@ -194,6 +194,22 @@ async def test_handshake_timeout(tmp_path, caplog):
         assert await ready.read(0, 1) == b"\0"
 
 
+async def test_options_without_reading_replies_are_bounded(tmp_path):
+    async with serving(tmp_path) as served:
+        for index in range(50):
+            served.server.add_export(f"{index}{'x' * 4000}", FakeNode())
+        client = await served.connect_raw()
+        client.writer.write(codec.CLIENT_FLAGS.pack(nbd.FLAG_C_FIXED_NEWSTYLE))
+        # Each of these is answered with 200 kB.
+        for _ in range(100):
+            client.writer.write(codec.option_request(nbd.OPT_LIST))
+            await asyncio.sleep(0.01)
+        (connection,) = served.server._connections
+        assert connection._transport.get_write_buffer_size() < 3 * MiB
+        head = await client.reader.readexactly(codec.GREETING.size)
+        assert head.startswith(b"NBDMAGIC")
+
+
 async def test_a_bad_handshake_closes(tmp_path, caplog):
     async with serving(tmp_path, FakeNode()) as served:
         client = await served.connect_raw()
