@@ -22,7 +22,7 @@ async def open_node(filename: str, **options: Any) -> Node:
         text = str(exc)
         if not text.startswith(opening):
             text = f"{opening}: {text}"
-        raise type(exc)(text) from None
+        raise type(exc)(text) from exc.__cause__
     except OSError as exc:
         raise ImageError(f"{opening}: {exc.strerror or exc}") from exc
     if options.get("format") is None and node.driver.name == "raw":

@@ -269,7 +269,10 @@ def _apply_image_option(settings: Settings, name: str, value: str) -> None:
             options["discard"] = _DISCARD_MODES[value]
         case "detect-zeroes":
             if value not in _DETECT_ZEROES_MODES:
-                raise UsageError(f"Invalid detect-zeroes mode '{value}'")
+                raise UsageError(
+                    "Failed to parse detect_zeroes mode: "
+                    f"invalid parameter value: {value}"
+                )
             if value == "unmap" and options.get("discard") != "unmap":
                 raise UsageError(
                     "setting detect-zeroes to unmap is not allowed without setting "
@@ -394,7 +397,9 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
         node = await open_node(filename, **options)
     except ImageError as exc:
         raise type(exc)(_as_qemu_says(filename, exc)) from None
-    server = Server(ServerOptions(max_connections=settings.shared or _NO_LIMIT))
+    server = Server(
+        ServerOptions(max_connections=settings.shared or _NO_LIMIT, wait_when_full=True)
+    )
     try:
         try:
             server.add_export(

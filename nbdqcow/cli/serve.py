@@ -2,8 +2,9 @@
 
 import contextlib
 import os
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
@@ -273,21 +274,27 @@ def _announcement(
 ) -> str:
     """Return a ready line for each listener, and how to attach to it."""
     mode = ", read-only" if settings.read_only else ""
-    lines = [f"{program_name()}: ready on {place}" for place, _ in places]
-    for (name, filename), size in zip(settings.images, sizes, strict=True):
-        lines.append(f"export '{name}': {filename}, {format_size(size)}{mode}")
-        for _, place in places:
-            uri = NbdUri(
-                place.transport, place.host, place.port, place.socket, export=name
-            )
-            lines.append(f"    nbdinfo '{uri}'")
-            lines.append(f"    qemu-img info '{uri}'")
-            lines.append(f"    {_nbd_client_command(uri)}")
+    lines = []
+    for text, place in places:
+        lines.append(f"{program_name()}: ready on {text}")
+        lines += [
+            f"    {replace(place, export=name)}  {filename}, {format_size(size)}{mode}"
+            for (name, filename), size in zip(settings.images, sizes, strict=True)
+        ]
+    uri = replace(places[0][1], export=settings.images[0][0])
+    lines += [
+        "attach with, for example:",
+        f"    nbdinfo {shlex.quote(str(uri))}",
+        f"    qemu-io -f raw {shlex.quote(str(uri))}",
+        f"    {_nbd_client_command(uri)}",
+    ]
     return printable("\n".join(lines))
 
 
 def _nbd_client_command(uri: NbdUri) -> str:
-    where = f"-unix {uri.socket}" if uri.transport == "unix" else uri.host
-    port = "" if uri.transport == "unix" else f" {uri.port}"
-    name = f" -name '{uri.export}'" if uri.export else ""
-    return f"nbd-client {where}{port} /dev/nbd0{name}"
+    words = ["nbd-client"]
+    words += ["-unix", uri.socket] if uri.transport == "unix" else [uri.host]
+    words += [] if uri.transport == "unix" else [str(uri.port)]
+    words += ["/dev/nbd0"]
+    words += ["-name", uri.export] if uri.export else []
+    return shlex.join(words)

@@ -37,8 +37,9 @@ class Connection(asyncio.BufferedProtocol):
         on_made: Callable[["Connection"], bool],
         on_closed: Callable[["Connection"], None],
     ) -> None:
-        """``on_made`` says whether the client is welcome. ``on_closed`` is
-        called once for each that is, when nothing of it is left."""
+        """``on_made`` says whether the client is welcome, and calls `start` at
+        once or, after `wait`, later. ``on_closed`` is called once for each that
+        is welcome, when nothing of it is left."""
         self.negotiated = False
         self._exports = exports
         self._shared = shared
@@ -51,19 +52,37 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._welcome = False
+        self._waiting = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Greet the client, or close one too many."""
+        """Let the server `start` the client, or close one too many."""
         self._transport = cast(asyncio.Transport, transport)
         self._welcome = self._on_made(self)
         if not self._welcome:
             self._transport.abort()
-            return
+
+    def start(self) -> None:
+        """Greet the client."""
+        assert self._transport is not None
+        if self._waiting:
+            self._waiting = False
+            self._transport.resume_reading()
         _tune(self._transport.get_extra_info("socket"))
         self._timer = asyncio.get_running_loop().call_later(
             self._options.handshake_timeout, self._time_out
         )
         self._transport.write(self._handshake.data_to_send())
+
+    def wait(self) -> None:
+        """Leave the client alone until `start`."""
+        self._waiting = True
+        # Not now: a transport starts to read after `connection_made`.
+        asyncio.get_running_loop().call_soon(self._pause)
+
+    def _pause(self) -> None:
+        assert self._transport is not None
+        if self._waiting:
+            self._transport.pause_reading()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Say where the next bytes go: `asyncio.BufferedProtocol`."""
@@ -83,6 +102,16 @@ class Connection(asyncio.BufferedProtocol):
             if handshake.error:
                 self._log_closed(handshake.error)
             self._transport.close()
+
+    def pause_writing(self) -> None:
+        """Take no more options from a client that does not read replies."""
+        assert self._transport is not None
+        self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        """The client has read its replies."""
+        assert self._transport is not None
+        self._transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget a client that never came to the transmission phase."""

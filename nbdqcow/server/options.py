@@ -10,7 +10,8 @@ class ServerOptions:
     """Limits and timeouts.
 
     Attributes:
-        max_connections: clients at a time; more are closed at once.
+        max_connections: clients at a time; more are closed at once,
+        wait_when_full: unless this has them wait until another one leaves.
         handshake_timeout: seconds from connecting to the transmission phase.
         close_timeout: seconds that a client has to read its last replies.
         max_requests: requests in flight of one connection.
@@ -21,6 +22,7 @@ class ServerOptions:
     """
 
     max_connections: int = 100
+    wait_when_full: bool = False
     handshake_timeout: float = 10.0
     close_timeout: float = 10.0
     max_requests: int = 128

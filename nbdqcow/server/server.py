@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import stat
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
@@ -47,6 +48,8 @@ class Server:
         # Unix sockets that we made: path, device, inode.
         self._paths: list[tuple[str, int, int]] = []
         self._connections: set[Connection] = set()
+        # Clients that have a place to wait for, longest first.
+        self._waiting: deque[Connection] = deque()
         self._refusing = False
         self._stopping = False
         self._abandoned = False
@@ -152,7 +155,7 @@ class Server:
             while not self._stopping:
                 await self._wait_for_change()
             self._close_listeners()
-            for connection in list(self._connections):
+            for connection in (*self._connections, *self._waiting):
                 connection.drain()
             while self._connections and not self._abandoned:
                 await self._wait_for_change()
@@ -176,7 +179,7 @@ class Server:
 
     async def _give_up(self) -> None:
         """Cancel whatever is left."""
-        for connection in self._connections:
+        for connection in (*self._connections, *self._waiting):
             connection.abort()
         tasks = self._shared.tasks
         for task in tasks:
@@ -219,23 +222,31 @@ class Server:
         )
 
     def _on_made(self, connection: Connection) -> bool:
-        if len(self._connections) >= self._options.max_connections:
-            if not self._refusing:
-                logger.warning(
-                    "client refused: there are %d already", len(self._connections)
-                )
-            # Once is enough: a client that tries again and again fills the log.
-            self._refusing = True
-            return False
         if self._stopping:
             return False
-        self._connections.add(connection)
-        return True
+        if len(self._connections) < self._options.max_connections:
+            self._connections.add(connection)
+            connection.start()
+            return True
+        if self._options.wait_when_full and len(self._waiting) < _BACKLOG:
+            self._waiting.append(connection)
+            connection.wait()
+            return True
+        if not self._refusing:
+            logger.warning(
+                "client refused: there are %d already", len(self._connections)
+            )
+        # Once is enough: a client that tries again and again fills the log.
+        self._refusing = True
+        return False
 
     def _on_closed(self, connection: Connection) -> None:
         self._refusing = False
-        self._connections.remove(connection)
         self._changed.set()
+        if connection not in self._connections:
+            self._waiting.remove(connection)
+            return
+        self._connections.remove(connection)
         if (
             connection.negotiated
             and not self._connections
@@ -243,6 +254,10 @@ class Server:
             and self.on_last_disconnect is not None
         ):
             self.on_last_disconnect()
+        if self._waiting and not self._stopping:
+            waiting = self._waiting.popleft()
+            self._connections.add(waiting)
+            waiting.start()
 
 
 class _Exports:

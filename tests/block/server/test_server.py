@@ -144,6 +144,44 @@ async def test_too_many_connections(tmp_path, caplog):
         assert (await served.connect()).size == MiB
 
 
+async def test_clients_wait_for_a_place(tmp_path):
+    options = ServerOptions(
+        max_connections=1, wait_when_full=True, handshake_timeout=0.2
+    )
+    async with serving(tmp_path, FakeNode(), options=options) as served:
+        first = await served.connect()
+        eager, patient, gone = [await served.connect_raw() for _ in range(3)]
+        eager.writer.write(
+            codec.CLIENT_FLAGS.pack(nbd.FLAG_C_FIXED_NEWSTYLE)
+            + codec.option_request(nbd.OPT_LIST)
+        )
+        gone.close()
+        # Longer than the handshake may take: that time has not begun.
+        await asyncio.sleep(0.4)
+        assert await first.read(0, 1) == b"\0"
+        await first.disconnect()
+        greeting = await eager.reader.readexactly(codec.GREETING.size)
+        assert greeting.startswith(b"NBDMAGICIHAVEOPT")
+        await eager.reader.readexactly(codec.OPTION_REPLY.size)
+        eager.writer.write(codec.option_request(nbd.OPT_ABORT))
+        await patient.greet()
+        await patient.go("")
+        await patient.disconnect()
+        assert (await served.connect()).size == MiB
+
+
+async def test_clients_that_wait_do_not_hold_up_the_end(tmp_path):
+    options = ServerOptions(max_connections=1, wait_when_full=True)
+    async with serving(tmp_path, FakeNode(), options=options) as served:
+        served.server.on_last_disconnect = served.server.stop
+        first = await served.connect()
+        waiting = await served.connect_raw()
+        await settle(lambda: len(served.server._waiting) == 1)
+        await first.disconnect()
+        assert await waiting.reader.read() == b""
+        await served.stop()
+
+
 async def test_handshake_timeout(tmp_path, caplog):
     options = ServerOptions(handshake_timeout=0.05)
     async with serving(tmp_path, FakeNode(), options=options) as served:
@@ -154,6 +192,22 @@ async def test_handshake_timeout(tmp_path, caplog):
         assert "closed: no handshake in time" in caplog.text
         await asyncio.sleep(0.1)
         assert await ready.read(0, 1) == b"\0"
+
+
+async def test_options_without_reading_replies_are_bounded(tmp_path):
+    async with serving(tmp_path) as served:
+        for index in range(50):
+            served.server.add_export(f"{index}{'x' * 4000}", FakeNode())
+        client = await served.connect_raw()
+        client.writer.write(codec.CLIENT_FLAGS.pack(nbd.FLAG_C_FIXED_NEWSTYLE))
+        # Each of these is answered with 200 kB.
+        for _ in range(100):
+            client.writer.write(codec.option_request(nbd.OPT_LIST))
+            await asyncio.sleep(0.01)
+        (connection,) = served.server._connections
+        assert connection._transport.get_write_buffer_size() < 3 * MiB
+        head = await client.reader.readexactly(codec.GREETING.size)
+        assert head.startswith(b"NBDMAGIC")
 
 
 async def test_a_bad_handshake_closes(tmp_path, caplog):
