@@ -59,9 +59,13 @@ def held_by_qemu_io(
         process.communicate("quit\n", timeout=30)
 
 
-def refusal(image: Path, image_format: str, socket: Path, **options: bool) -> str:
+def refusal(
+    image: Path, image_format: str, socket: Path, *, read_only: bool = False
+) -> str:
     """Serve an image that is in use: exit 1, and the one line it said."""
-    command = server_command(image, socket, image_format=image_format, **options)
+    command = server_command(
+        image, socket, image_format=image_format, read_only=read_only
+    )
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=60, env=server_environment()
     )
