@@ -83,7 +83,11 @@ class NbdClient:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         else:
             self._socket = socket.socket(socket.AF_UNIX)
-            self._socket.connect(str(address))
+            try:
+                self._socket.connect(str(address))
+            except OSError:
+                self._socket.close()
+                raise
         self._socket.setblocking(False)
         self._timeout = timeout
         self._inbox = bytearray()

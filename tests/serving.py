@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tests.conftest import find_tool
+from tests.nbd_client import NbdClient
 
 REFERENCE = os.environ.get("NBDQCOW_TEST_SERVER", "") == "qemu-nbd"
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -45,6 +46,12 @@ def run(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess
             f"{command} exited {done.returncode}\n{done.stdout}{done.stderr}"
         )
     return done
+
+
+def nbdqcow_img(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run our own image tool; its failure fails the test."""
+    program = "import sys; from nbdqcow.cli.img import main; sys.exit(main())"
+    return run(sys.executable, "-c", program, *words)
 
 
 def server_environment() -> dict[str, str]:
@@ -114,7 +121,9 @@ def _wait_until_ready(server: Server) -> None:
         if server.process.poll() is not None:
             break
         if REFERENCE:
-            if server.socket.exists():
+            # It binds before it listens, and loses a SIGTERM that comes before
+            # its main loop runs: only an answer shows that it is up.
+            with contextlib.suppress(OSError), NbdClient(server.socket):
                 return
             time.sleep(0.01)
         elif select.select([server.process.stdout], [], [], 0.1)[0]:

@@ -1,5 +1,6 @@
 """Runs random operations against a target and its model, several in flight."""
 
+import contextlib
 import random
 import select
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from tests.differential.operations import Generator, Kind, Operation
 from tests.nbd_client import NbdClient
 
 ENOTSUP = 95
+ESHUTDOWN = 108
 
 # A settled disk is cheap to check; past so many open changes, settle.
 _MAXIMUM_OPEN_CHANGES = 60
@@ -92,6 +94,17 @@ class NbdTarget:
             outcomes.append(Outcome(token, reply.error, reply.data))
         return outcomes
 
+    def rest(self) -> list[Outcome]:
+        """Return all that still arrives before the server closes."""
+        outcomes = []
+        for index, client in enumerate(self._clients):
+            with contextlib.suppress(ConnectionError):
+                while client.nb_in_flight:
+                    reply = client.receive()
+                    token = self._tokens.pop((index, reply.cookie))
+                    outcomes.append(Outcome(token, reply.error, reply.data))
+        return outcomes
+
 
 @dataclass(slots=True)
 class Record:
@@ -147,6 +160,19 @@ class Runner:
         """Wait for everything in flight."""
         while self._in_flight:
             self._reap()
+
+    def collect_rest(self) -> None:
+        """After the server went away: take in the replies that it still sent.
+
+        What it refused because it was about to end may or may not be done,
+        like what it never answered.
+        """
+        assert isinstance(self.target, NbdTarget)
+        for outcome in self.target.rest():
+            record = self._in_flight.pop(outcome.token, None)
+            if record is not None and outcome.error != ESHUTDOWN:
+                self._finish(record, outcome)
+        self._in_flight.clear()
 
     def settle(self) -> None:
         """Wait for everything, and read what could not be known."""

@@ -38,6 +38,9 @@ NB_CRASH_OPERATIONS = int(os.environ.get("NBDQCOW_CRASH_OPERATIONS", "300"))
 NB_LONG_OPERATIONS = int(os.environ.get("NBDQCOW_LONG_OPERATIONS", "30000"))
 DEPTH = int(os.environ.get("NBDQCOW_DEPTH", "10"))
 ROUND_OPERATIONS = 400
+# QEMU 7.2 may hand a cluster out again that was freed while a request on it was
+# in flight, which these tests find as wrong data or a broken refcount.
+WEIGHTS = Weights(trim=0, zero=0) if REFERENCE and DEPTH > 1 else Weights()
 
 
 @contextlib.contextmanager
@@ -83,7 +86,7 @@ def run_rounds(
             runner = Runner(
                 NbdTarget(clients, source),
                 model,
-                Generator(source, model.size, geometry.cluster_size),
+                Generator(source, model.size, geometry.cluster_size, WEIGHTS),
                 source,
                 DEPTH,
                 overlap=(0.0, 0.3, 1.0)[round_index % 3],

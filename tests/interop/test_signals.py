@@ -1,0 +1,144 @@
+"""SIGTERM and SIGKILL under load: what was flushed is there afterwards."""
+
+import contextlib
+import random
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.differential.geometries import Geometry, content_by_qemu
+from tests.differential.model import NEVER, DiskModel
+from tests.differential.operations import Generator, Weights
+from tests.differential.runner import NbdTarget, Runner
+from tests.nbd_client import NbdClient
+from tests.serving import check_image, need, run, serving
+
+MiB = 1 << 20
+
+
+def create(path: Path, size: int, options: str = "cluster_size=64k") -> Path:
+    need("qemu-img")
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, str(size))
+    return path
+
+
+FIO_VERIFY = (
+    "--rw=randwrite",
+    "--bsrange=4k-64k",
+    "--verify=crc32c",
+    "--verify_interval=4k",
+    "--verify_fatal=1",
+    "--iodepth=16",
+    "--numjobs=4",
+    "--size=12M",
+    "--offset_increment=12M",
+    "--fsync=100",
+    "--group_reporting",
+)
+
+
+def test_fio_verifies_checksums_over_four_connections(tmp_path: Path) -> None:
+    need("fio")
+    image = create(tmp_path / "a.qcow2", 48 * MiB)
+    for verify in ("--do_verify=1", "--verify_only"):
+        # The second time a new server must find what the first one wrote.
+        with serving(image) as server:
+            engine = ("--ioengine=nbd", f"--uri={server.uri}")
+            run("fio", "--name=verify", *engine, *FIO_VERIFY, verify)
+        check_image(image)
+
+
+def test_sigterm_under_load_loses_no_answered_write(tmp_path: Path, seed: int) -> None:
+    """Requests in flight are drained, the image is closed clean, exit is 0.
+
+    Every write that was answered is there, flushed or not; one that got no
+    answer is there or not, byte by byte.
+    """
+    source = random.Random(seed)
+    geometry = Geometry("term", 8 * MiB + 512)
+    image = create(tmp_path / "a.qcow2", geometry.size)
+    model = DiskModel(content_by_qemu(image, geometry, tmp_path))
+    for _ in range(3):
+        with serving(image) as server, contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(NbdClient(server.socket)) for _ in range(4)]
+            target = NbdTarget(clients, source)
+            weights = Weights(read=10, write=70, zero=8, trim=8, flush=4, cache=0)
+            generator = Generator(source, model.size, 64 << 10, weights)
+            runner = Runner(target, model, generator, source, depth=24)
+            timer = threading.Timer(
+                source.uniform(0.1, 0.6),
+                server.process.send_signal,
+                [signal.SIGTERM],
+            )
+            timer.start()
+            with pytest.raises(ConnectionError):
+                runner.run(1_000_000)
+            runner.collect_rest()
+            timer.join()
+            assert server.process.wait(30) == 0, server.errors()
+            assert "Traceback" not in server.errors()
+        check_image(image)
+        content = content_by_qemu(image, geometry, tmp_path).tobytes()
+        model.check_read(0, content, model.tick())
+        model.settle([(0, content)])
+
+
+def test_sigkill_keeps_what_another_connection_flushed(
+    tmp_path: Path, seed: int
+) -> None:
+    """CAN_MULTI_CONN: a flush on B covers what was answered on A."""
+    source = random.Random(seed)
+    image = create(tmp_path / "a.qcow2", 64 * MiB)
+    written: dict[int, bytes] = {}
+    for _ in range(4):
+        with (
+            serving(image) as server,
+            NbdClient(server.socket) as first,
+            NbdClient(server.socket) as second,
+        ):
+            for _ in range(25):
+                slot = source.randrange(400)
+                written[slot] = source.randbytes(source.randint(1, 150_000))
+                first.write(slot * 160_000, written[slot])
+            second.flush()
+            server.kill()
+        check_image(image, leaks_allowed=True)
+        with serving(image) as server, NbdClient(server.socket) as client:
+            for slot, data in written.items():
+                assert client.read(slot * 160_000, len(data)) == data, slot
+
+
+def test_sigkill_keeps_what_was_written_with_fua(tmp_path: Path, seed: int) -> None:
+    source = random.Random(seed)
+    geometry = Geometry("fua", 4 * MiB)
+    image = create(tmp_path / "a.qcow2", geometry.size, "cluster_size=4k")
+    with serving(image) as server, NbdClient(server.socket) as client:
+        pieces = []
+        for _ in range(40):
+            offset, data = source.randrange(4 * MiB - 9000), source.randbytes(8999)
+            client.write(offset, data, flags=1)
+            pieces.append((offset, data))
+        server.kill()
+    check_image(image, leaks_allowed=True)
+    content = content_by_qemu(image, geometry, tmp_path)
+    model = DiskModel(content * 0)
+    for offset, data in pieces:
+        model.end(model.begin(offset, len(data), data))
+    model.fold(NEVER)
+    model.check_read(0, content.tobytes(), model.tick())
+
+
+def test_sigint_and_a_second_sigterm_end_it_as_well(tmp_path: Path) -> None:
+    image = create(tmp_path / "a.qcow2", MiB)
+    for signals in ([signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]):
+        with serving(image) as server, NbdClient(server.socket) as client:
+            client.write(0, b"kept")
+            for number in signals:
+                server.process.send_signal(number)
+            server.process.wait(30)
+            assert "Traceback" not in server.errors()
+        check_image(image)
+        with serving(image) as server, NbdClient(server.socket) as client:
+            assert client.read(0, 4) == b"kept"
