@@ -169,20 +169,20 @@ class Node:
         try:
             if length == 0:
                 return b""
-            kind, host_offset, covered = await driver.map(offset, length)
+            run = self._try_map(offset, length)
+            kind, host_offset, covered = run or await driver.map(offset, length)
             if covered == length:
                 return await self._read_run(kind, host_offset, offset, length)
             result = bytearray(length)
-            done = 0
             while True:
-                piece = await self._read_run(kind, host_offset, offset + done, covered)
+                piece = await self._read_run(kind, host_offset, offset, covered)
+                done = len(result) - length
                 result[done : done + covered] = piece
-                done += covered
-                if done == length:
+                if covered == length:
                     return result
-                kind, host_offset, covered = await driver.map(
-                    offset + done, length - done
-                )
+                offset, length = offset + covered, length - covered
+                run = self._try_map(offset, length)
+                kind, host_offset, covered = run or await driver.map(offset, length)
         finally:
             driver.epochs.leave(epoch)
 
