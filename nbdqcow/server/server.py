@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Final
 
-from nbdqcow.buffers import BufferPool
+from nbdqcow.buffers import BufferPool, keep_freed_memory
 from nbdqcow.nbd.handshake import ExportInfo
 from nbdqcow.server.connection import Connection
 from nbdqcow.server.dispatch import Shared
@@ -148,6 +148,7 @@ class Server:
         short: requests in flight are given up and nothing is flushed. Raises
         `OSError` if an export could not be flushed.
         """
+        keep_freed_memory()
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
