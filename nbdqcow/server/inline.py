@@ -267,6 +267,8 @@ class Transmission(asyncio.BufferedProtocol):
                     append(simple_reply(cookie, request_error(exc)))
                     start += HEAD_LENGTH + (length if word == PLAIN_WRITE else 0)
                 reader.start = start
+                if start > last:
+                    return
                 if allowance <= 0:
                     break
             if dispatcher.full:

@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -255,14 +254,9 @@ async def serving(
             node.gate.set()
             node.failure = None
         for client in served.clients:
-            client.close()
+            client.writer.transport.abort()
         await served.stop()
         # Let transports that are being closed go.
         await asyncio.sleep(0.01)
         for node in nodes:
             assert not node.tokens
-
-
-def struct_error(data: bytes) -> int:
-    """Return the error field of a simple reply."""
-    return int(struct.unpack_from(">I", data, 4)[0])
