@@ -1,0 +1,308 @@
+"""``nbdqcow-nbd`` beside qemu-nbd: the same command, the same outcome."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import REPOSITORY, find_tool
+from tests.interop.test_cli_serve import info, run
+
+MAIN = "import sys; from nbdqcow.cli.nbd import main; sys.exit(main())"
+
+
+@pytest.fixture
+def ours(tmp_path):
+    """A program called qemu-nbd that is ours."""
+    path = tmp_path / "bin" / "qemu-nbd"
+    path.parent.mkdir()
+    path.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
+        "from nbdqcow.cli.nbd import main\nsys.exit(main())\n"
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def theirs():
+    return find_tool("qemu-nbd")
+
+
+@pytest.fixture(params=["ours", "theirs"])
+def program(request):
+    """Either of the two: what is asserted of ours must hold of qemu-nbd."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "disk.qcow2"
+    run(find_tool("qemu-img"), "create", "-q", "-f", "qcow2", path, "10M")
+    return path
+
+
+@pytest.fixture
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp("s") / "s"
+
+
+@pytest.fixture
+def start(program, path):
+    """``start(*arguments)`` starts the program on the unix socket ``path``."""
+    processes = []
+
+    def begin(*arguments):
+        process = subprocess.Popen(
+            [program, "-k", str(path), *map(str, arguments)],
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        deadline = time.monotonic() + 20
+        while not path.exists():
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return process
+
+    yield begin
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait(20)
+        process.stderr.close()
+
+
+# -- wrong command lines, word for word --------------------------------------------
+
+SAME = [
+    [],
+    ["a", "b"],
+    ["/none"],
+    ["--bogus"],
+    ["--bogus=1"],
+    ["-Z"],
+    ["-p"],
+    ["--port"],
+    ["--p=1"],
+    ["--fork=1"],
+    ["-k", "relative", "IMAGE"],
+    ["-k", "/" + "x" * 120, "IMAGE"],
+    ["-e", "-1", "IMAGE"],
+    ["-e", "x", "IMAGE"],
+    ["-e", "0x", "IMAGE"],
+    ["--cache=x", "IMAGE"],
+    ["--cache", "none", "--cache=none", "IMAGE"],
+    ["-n", "--cache=none", "IMAGE"],
+    ["--aio=x", "IMAGE"],
+    ["--aio=native", "--aio=native", "IMAGE"],
+    ["--discard=x", "IMAGE"],
+    ["--discard=unmap", "--discard=unmap", "IMAGE"],
+    ["--detect-zeroes=x", "IMAGE"],
+    ["--detect-zeroes=unmap", "IMAGE"],
+    ["-f", "nonsense", "IMAGE"],
+    ["-f", "", "IMAGE"],
+    ["-f", "qcow2", "RAW"],
+    ["-x", "x" * 4097, "IMAGE"],
+    ["-D", "x" * 4097, "IMAGE"],
+    ["-L", "IMAGE"],
+    ["-L", "-x", "x"],
+    ["-L", "-D", "x"],
+    ["-L", "--cache=none"],
+    ["-L", "--fork"],
+    ["-L", "-k", "/none/s"],
+    ["-L", "-b", "127.0.0.1", "-p", "1"],
+    ["--image-opts", "-f", "raw", "IMAGE"],
+    ["-k", "/none/s", "IMAGE"],
+    ["-p", "nonsense", "IMAGE"],
+    ["--fork", "/none"],
+    ["--fork", "-k", "/none/s", "IMAGE"],
+    ["-k", "SOCKET", "--pid-file=/none/p", "IMAGE"],
+]
+
+
+@pytest.mark.parametrize("arguments", SAME, ids=lambda a: " ".join(a)[:40] or "none")
+def test_same_message_and_status(ours, theirs, image, path, tmp_path, arguments):
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(bytes(1 << 20))
+    names = {"IMAGE": str(image), "RAW": str(raw), "SOCKET": str(path)}
+    results = []
+    for program in (ours, theirs):
+        done = subprocess.run(
+            [program, *(names.get(a, a) for a in arguments)],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            stdin=subprocess.DEVNULL,
+        )
+        # Of argv[0] qemu-nbd shows all here, the last part there.
+        err = done.stderr.replace(program, "qemu-nbd")
+        results.append((done.returncode, done.stdout, err))
+    assert results[0] == results[1]
+
+
+# -- the life of a server --------------------------------------------------------
+
+
+def test_ends_after_the_last_client(start, image, path):
+    process = start("-f", "qcow2", image)
+    assert info(f"nbd+unix:///?socket={path}")["export-size"] == 10 << 20
+    assert process.wait(20) == 0
+    assert not path.exists()
+
+
+def test_persistent_until_sigterm(start, image, path):
+    process = start("-t", "-f", "qcow2", image)
+    for _ in range(3):
+        info(f"nbd+unix:///?socket={path}")
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(20) == 0
+    assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "multi_conn", "read_only"),
+    [
+        ((), False, False),
+        (("-r",), False, True),
+        (("-e", "2"), True, False),
+        (("-e", "0", "-r"), True, True),
+    ],
+)
+def test_multi_conn(start, image, path, options, multi_conn, read_only):
+    start("-t", *options, "-f", "qcow2", "-x", "a name", "-D", "what it is", image)
+    export = info(f"nbd+unix:///a%20name?socket={path}")
+    assert export["can_multi_conn"] is multi_conn
+    assert export["is_read_only"] is read_only
+    assert export["description"] == "what it is"
+
+
+def test_one_client_more_than_shared_waits(start, image, path):
+    start("-t", "-f", "qcow2", image)
+    uri = f"nbd+unix:///?socket={path}"
+    qemu_io = [find_tool("qemu-io"), "-f", "raw", uri]
+    with subprocess.Popen(
+        qemu_io, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        first.stdin.write("read 0 512\n")
+        first.stdin.flush()
+        while "512" not in first.stdout.readline():
+            pass
+        with subprocess.Popen(
+            [*qemu_io, "-c", "write 0 512"], stdout=subprocess.DEVNULL
+        ) as second:
+            with pytest.raises(subprocess.TimeoutExpired):
+                second.wait(1)
+            first.communicate("quit\n", timeout=20)
+            assert second.wait(20) == 0
+
+
+def test_discard_is_ignored_unless_asked_for(start, image, path):
+    qemu_img = find_tool("qemu-img")
+    run(find_tool("qemu-io"), "-c", "write 0 1M", image)
+    start("-f", "qcow2", image).stderr.fileno()
+    run(find_tool("qemu-io"), "-f", "raw", f"nbd+unix:///?socket={path}",
+        "-c", "discard 0 1M")  # fmt: skip
+    wait_gone(path)
+    assert '"data": true' in run(qemu_img, "map", "--output=json", image)[0]
+    start("-f", "qcow2", "--discard=unmap", image)
+    run(find_tool("qemu-io"), "-f", "raw", f"nbd+unix:///?socket={path}",
+        "-c", "discard 0 1M")  # fmt: skip
+    wait_gone(path)
+    assert '"data": true' not in run(qemu_img, "map", "--output=json", image)[0]
+
+
+def wait_gone(path):
+    deadline = time.monotonic() + 20
+    while path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    # The image is closed a little after its socket is.
+    time.sleep(0.3)
+
+
+def test_image_opts(start, image, path):
+    start("--image-opts", f"driver=qcow2,file.driver=file,file.filename={image}")
+    assert info(f"nbd+unix:///?socket={path}")["export-size"] == 10 << 20
+
+
+def test_probed_raw_is_warned_of(start, tmp_path, path):
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(bytes(1 << 20))
+    process = start(raw)
+    info(f"nbd+unix:///?socket={path}")
+    assert process.wait(20) == 0
+    assert process.stderr.readline() == (
+        f"WARNING: Image format was not specified for '{raw}' and probing guessed "
+        "raw.\n"
+    )
+
+
+def test_fork(program, image, path, tmp_path):
+    pid_file = tmp_path / "pid"
+    done = subprocess.run(
+        [program, "--fork", "-t", f"--pid-file={pid_file}", "-k", path, image],
+        capture_output=True,
+        timeout=20,
+    )
+    # Had the server kept our pipes, this run would not have ended.
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    pid = int(pid_file.read_text())
+    try:
+        assert info(f"nbd+unix:///?socket={path}")["export-size"] == 10 << 20
+        assert os.getsid(pid) != os.getsid(0)
+    finally:
+        os.kill(pid, signal.SIGTERM)
+    wait_gone(path)
+
+
+def test_image_in_use(start, program, image, path, tmp_path):
+    start("-t", "-f", "qcow2", image)
+    out, err = run(program, "-k", tmp_path / "t", image, status=1)
+    assert out == ""
+    lines = err.splitlines()
+    assert lines[0] == (
+        f"qemu-nbd: Failed to blk_new_open '{image}': Failed to get \"write\" lock"
+    )
+    assert lines[1].startswith(f"Is another process using the image [{image}]?")
+
+
+# -- the client -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [("-x", "n", "-D", "d"), ("-r",), ("-e", "0")])
+def test_lists_what_qemu_nbd_lists(start, ours, theirs, image, path, options):
+    start("-t", *options, "-f", "qcow2", image)
+    assert run(ours, "-L", "-k", path) == run(theirs, "-L", "-k", path)
+
+
+def test_lists_nbdkit(ours, theirs, path, tmp_path):
+    nbdkit = find_tool("nbdkit")
+    with subprocess.Popen([nbdkit, "-f", "-U", path, "memory", "5M"]) as process:
+        try:
+            deadline = time.monotonic() + 20
+            while not path.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            assert run(ours, "-L", "-k", path) == run(theirs, "-L", "-k", path)
+        finally:
+            process.terminate()
+
+
+def test_version_does_not_load_the_loop(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", MAIN, "--version"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=REPOSITORY,
+    )
+    assert done.stdout.startswith("nbdqcow 0.")
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not loaded & {"asyncio", "click", "uvloop", "numpy", "socket", "logging"}

@@ -1,0 +1,72 @@
+import pytest
+
+from nbdqcow.cli.image_opts import parse_image_opts, parse_keyval
+from nbdqcow.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("text", "pairs"),
+    [
+        ("", {}),
+        ("a=b", {"a": "b"}),
+        ("a=b,c.d=e", {"a": "b", "c.d": "e"}),
+        ("a=b,,c,d=e", {"a": "b,c", "d": "e"}),
+        ("a=b=c", {"a": "b=c"}),
+        ("a", {"a": "on"}),
+        ("a=1,a=2,", {"a": "2"}),
+        ("a=", {"a": ""}),
+    ],
+)
+def test_keyval(text, pairs):
+    assert parse_keyval(text) == pairs
+
+
+@pytest.mark.parametrize(
+    ("text", "filename", "options"),
+    [
+        ("file.filename=/a", "/a", {}),
+        (
+            "driver=qcow2,file.driver=file,file.filename=/a,,b",
+            "/a,b",
+            {"format": "qcow2"},
+        ),
+        ("driver=file,filename=x", "x", {"format": "raw"}),
+        (
+            "filename=x,read-only=on,discard=unmap,detect-zeroes=on,"
+            "l2-cache-size=2M,file.locking=off",
+            "x",
+            {
+                "read_only": True,
+                "discard": "unmap",
+                "detect_zeroes": "on",
+                "l2_cache_size": 2 << 20,
+                "lock": False,
+            },
+        ),
+        ("filename=x,file.locking=auto", "x", {"lock": True}),
+        ("filename=x,cache.direct=on", "x", {"cache": "none"}),
+        ("filename=x,cache.no-flush=on", "x", {"cache": "unsafe"}),
+        ("filename=x,cache.direct=off", "x", {"cache": "writeback"}),
+    ],
+)
+def test_image_opts(text, filename, options):
+    assert parse_image_opts(text) == (filename, options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "file.filename"),
+        ("=x", "key=value"),
+        ("disk.qcow2", "file.filename"),
+        ("driver=qcow2,file=node0", "file.filename"),
+        ("filename=x,file.driver=nbd", "only file.driver"),
+        ("filename=x,backing.driver=raw", "'backing.driver' is not supported"),
+        ("filename=x,read-only=maybe", "'read-only' expects"),
+        ("filename=x,l2-cache-size=lots", "l2-cache-size"),
+        ("filename=x,cache.direct=on,cache.no-flush=on", "not supported"),
+    ],
+)
+def test_image_opts_refused(text, message):
+    with pytest.raises(UsageError, match=message):
+        parse_image_opts(text)

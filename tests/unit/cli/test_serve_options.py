@@ -1,0 +1,117 @@
+"""The command line of nbdqcow serve, and the words of its announcement."""
+
+import click
+import pytest
+
+from nbdqcow.cli import serve
+from nbdqcow.cli.main import main
+from nbdqcow.errors import UsageError
+from nbdqcow.nbd.uri import NbdUri
+
+
+@pytest.mark.parametrize(
+    ("arguments", "images"),
+    [
+        (["a.qcow2"], [("", "a.qcow2")]),
+        (["/d/a.qcow2"], [("", "/d/a.qcow2")]),
+        (["disk=/d/a"], [("disk", "/d/a")]),
+        (["disk=a=b"], [("disk", "a=b")]),
+        (["/d/a=b"], [("", "/d/a=b")]),
+        (["./a=b"], [("", "./a=b")]),
+        (["/d/a", "b"], [("a", "/d/a"), ("b", "b")]),
+        (["=a", "b"], [("", "a"), ("b", "b")]),
+    ],
+)
+def test_export_names(arguments, images):
+    assert serve.export_names(arguments) == images
+
+
+@pytest.mark.parametrize("arguments", [["a", "/d/a"], ["x=a", "x=b"], ["x="]])
+def test_bad_export_names(arguments):
+    with pytest.raises(UsageError):
+        serve.export_names(arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1:1", ("127.0.0.1", 1)),
+        ("host", ("host", 10809)),
+        ("host:0", ("host", 0)),
+        ("[::1]:65535", ("::1", 65535)),
+        ("[::1]", ("::1", 10809)),
+        ("*:5", ("", 5)),
+        (":5", ("", 5)),
+    ],
+)
+def test_addresses(text, address):
+    assert serve.address(text) == address
+
+
+@pytest.mark.parametrize(
+    "text", ["::1", "::1:99", "h:", "h:x", "h:65536", "h:-1", "h:" + "9" * 9999]
+)
+def test_bad_addresses(text):
+    with pytest.raises(click.BadParameter):
+        serve.address(text)
+
+
+def test_announcement(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["nbdqcow"])
+    settings = serve.ServeSettings(
+        images=[("my disk", "a.qcow2"), ("b", "b\udcff.raw")],
+        listen=(), unix=(), read_only=True, open_options={},
+        max_connections=1, handshake_timeout=1.0, pid_file=None,
+    )  # fmt: skip
+    places = [
+        serve._tcp_place("::", 10809),
+        serve._tcp_place("0.0.0.0", 99),
+        ("s", NbdUri("unix", socket="/s")),
+    ]
+    assert serve._announcement(settings, [1 << 30, 5], places).splitlines() == [
+        "nbdqcow: ready on [::]:10809",
+        "    nbd://[::1]/my%20disk  a.qcow2, 1 GiB, read-only",
+        "    nbd://[::1]/b  b\\udcff.raw, 5 B, read-only",
+        "nbdqcow: ready on 0.0.0.0:99",
+        "    nbd://127.0.0.1:99/my%20disk  a.qcow2, 1 GiB, read-only",
+        "    nbd://127.0.0.1:99/b  b\\udcff.raw, 5 B, read-only",
+        "nbdqcow: ready on s",
+        "    nbd+unix:///my%20disk?socket=/s  a.qcow2, 1 GiB, read-only",
+        "    nbd+unix:///b?socket=/s  b\\udcff.raw, 5 B, read-only",
+        "attach with, for example:",
+        "    nbdinfo 'nbd://[::1]/my%20disk'",
+        "    qemu-io -f raw 'nbd://[::1]/my%20disk'",
+        "    nbd-client ::1 10809 /dev/nbd0 -name 'my disk'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["--version"], 0, "nbdqcow 0."),
+        (["--help"], 0, "serve"),
+        (["serve", "--help"], 0, "--listen"),
+        ([], 2, "Usage: nbdqcow"),
+        (["bogus"], 2, "nbdqcow: No such command 'bogus'"),
+        (["serve"], 2, "nbdqcow: Missing argument"),
+        (["serve", "--bogus", "a"], 2, "nbdqcow: No such option"),
+        (["serve", "--listen", "h:x", "a"], 2, "a port is a number"),
+        (["serve", "--l2-cache-size", "x", "a"], 2, "invalid size 'x'"),
+        (["serve", "--max-connections", "0", "a"], 2, "max-connections"),
+        (["serve", "--detect-zeroes=unmap", "--discard=ignore", "a"], 2, "needs"),
+        (["serve", "a", "a"], 1, "nbdqcow: there are two exports named 'a'"),
+    ],
+    ids=str,
+)
+def test_main(monkeypatch, capsys, arguments, status, text):
+    monkeypatch.setattr("sys.argv", ["/x/nbdqcow", *arguments])
+    assert main() == status
+    captured = capsys.readouterr()
+    assert text in (captured.out if status == 0 else captured.err)
+    assert "Traceback" not in captured.err
+
+
+def test_nbd_is_passed_on(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["nbdqcow", "nbd", "--version"])
+    assert main() == 0
+    assert capsys.readouterr().out.startswith("nbdqcow-nbd 0.")
