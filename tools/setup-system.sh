@@ -130,11 +130,14 @@ fetch_kernel() {
         update_lists
     fi
     # The packages that hold the kernel and its modules, by way of the newest
-    # version's dependencies (Ubuntu keeps the modules in a package of their own).
-    local packages=() queue=("$meta")
+    # version's dependencies (Ubuntu keeps the modules in a package of their own,
+    # and the two depend on each other).
+    local packages=() queue=("$meta") seen=" "
     while [ ${#queue[@]} -gt 0 ]; do
         package=${queue[0]}
         queue=("${queue[@]:1}")
+        case $seen in *" $package "*) continue ;; esac
+        seen+="$package "
         [ "$package" = "$meta" ] || packages+=("$package")
         for next in $(apt-cache depends --no-recommends --no-suggests --important "$package" |
             sed -n 's/^ *|\?Depends: \(linux-\(image\|modules\)-[0-9].*\)$/\1/p'); do
