@@ -79,10 +79,11 @@ def refusal(
 
 def test_qemu_img_is_kept_out_while_we_serve(image: Path, image_format: str) -> None:
     with serving(image, image_format=image_format) as server:
-        done = run("qemu-img", "info", "-f", image_format, image, check=False)
-        assert done.returncode == 1
-        assert 'Failed to get shared "write" lock' in done.stderr
-        assert "Is another process using the image" in done.stderr
+        if image_format != "raw":  # of a raw image info reads nothing
+            done = run("qemu-img", "info", "-f", image_format, image, check=False)
+            assert done.returncode == 1
+            assert 'Failed to get shared "write" lock' in done.stderr
+            assert "Is another process using the image" in done.stderr
         run("qemu-img", "info", "-U", "-f", image_format, image)
         done = run("qemu-io", "-f", image_format, "-c", "length", image, check=False)
         assert "lock" in done.stderr
