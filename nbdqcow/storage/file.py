@@ -101,7 +101,7 @@ class FileStorage(StorageDriver):
         self._max_inline_read = 0
         if not cache.direct:
             self._probe_inline_reads()
-        self._scratch_memory = memoryview(b"")
+        self._scratch_memory = memoryview(bytearray())
         self._scratch = (self._scratch_memory,)
         self._scratch_length = -1
 
@@ -260,7 +260,7 @@ class FileStorage(StorageDriver):
             self._pause_inline(ended)
         self._write_sequence += 1
         end = offset + nb_written
-        if end > self.length:
+        if end > self.length and nb_written:
             self.length = end
         return nb_written == length
 
@@ -301,6 +301,8 @@ class FileStorage(StorageDriver):
         """Write ``buffers`` from ``offset``; durable if ``fua``."""
         durable = (fua or self._cache.write_through) and not self._cache.no_flush
         end = offset + sum(map(len, buffers))
+        if offset == end:
+            return
         await self._change(
             offset, end, durable, self._pwritev_blocking, offset, buffers, durable
         )
