@@ -93,6 +93,7 @@ class FileStorage(StorageDriver):
         self._is_device = stat.S_ISBLK(status.st_mode)
         self.zero_beyond_end = not self._is_device
         self._fd = fd
+        self._closed = False
         self._pool = pool
         self._cache = cache
         self._unmap = unmap
@@ -578,18 +579,24 @@ class FileStorage(StorageDriver):
             )
 
     async def close(self) -> None:
-        """Wait for what is in flight, then close the file and drop its locks."""
-        if self._fd < 0:
+        """Wait for what is in flight, then close the file and drop its locks.
+
+        Closing twice is harmless; a cancelled close is complete.
+        """
+        if self._closed:
             return
-        await self._pool.wait_idle()
-        fd, self._fd = self._fd, -1
-        if self._mapped is not None:
-            self._mapped.close()
-            self._mapped = None
+        self._closed = True
         try:
-            await self._pool.run(os.close, fd)
+            await self._pool.wait_idle()
         finally:
-            await self._pool.close()
+            fd, self._fd = self._fd, -1
+            if self._mapped is not None:
+                self._mapped.close()
+                self._mapped = None
+            try:
+                await self._pool.run(os.close, fd)
+            finally:
+                await self._pool.close()
 
 
 async def _open(
