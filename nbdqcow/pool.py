@@ -183,11 +183,17 @@ class Pool:
         self._idle_waiters.clear()
 
     async def wait_idle(self) -> None:
-        """Wait until no call of this pool is running."""
+        """Wait until no call of this pool is running, cancelled or not."""
+        cancelled: asyncio.CancelledError | None = None
         while self._nb_running:
             waiter = self._workers.loop.create_future()
             self._idle_waiters.append(waiter)
-            await waiter
+            try:
+                await waiter
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            raise cancelled
 
     async def close(self) -> None:
         """Wait for this pool's calls, then let go of the threads.
@@ -198,16 +204,11 @@ class Pool:
         if self._closed:
             return
         self._closed = True
-        cancelled: asyncio.CancelledError | None = None
-        while self._nb_running:
-            try:
-                await self.wait_idle()
-            except asyncio.CancelledError as error:
-                cancelled = error
-        workers = self._workers
-        workers.nb_users -= 1
-        if not workers.nb_users:
-            del _workers[workers.loop]
-            workers.shut_down()
-        if cancelled is not None:
-            raise cancelled
+        try:
+            await self.wait_idle()
+        finally:
+            workers = self._workers
+            workers.nb_users -= 1
+            if not workers.nb_users:
+                del _workers[workers.loop]
+                workers.shut_down()

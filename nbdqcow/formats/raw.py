@@ -1,4 +1,4 @@
-"""The raw driver: the guest's bytes are the file's."""
+"""The raw driver: the guest's bytes are the file's, or a window of it."""
 
 import asyncio
 from collections.abc import Mapping
@@ -7,21 +7,30 @@ from typing import Any, Self
 from nbdqcow.block.driver import FormatDriver, WritePlan
 from nbdqcow.block.inflight import Epochs
 from nbdqcow.block.storage import StorageDriver
+from nbdqcow.errors import ImageError
 from nbdqcow.types import DATA, ZERO, Run
+from nbdqcow.units import parse_size
 
 
 class RawDriver(FormatDriver):
-    """A file as a disk. Its size is the file's length when it was opened."""
+    """A file as a disk. Its size is fixed when it is opened.
+
+    Options: ``offset``, where in the file the disk begins, and ``size``, how
+    long it is; without them it is the file, or the rest of it.
+    """
 
     name = "raw"
     cluster_size = 1
 
-    def __init__(self, storage: StorageDriver, *, read_only: bool) -> None:
+    def __init__(
+        self, storage: StorageDriver, *, read_only: bool, offset: int, size: int
+    ) -> None:
         self.storage = self.data = storage
-        self.size = storage.length
+        self.size = size
         self.read_only = read_only
         self.lock = asyncio.Lock()
         self.epochs = Epochs()
+        self._offset = offset
 
     @classmethod
     def probe(cls, head: bytes, filename: str) -> int:
@@ -32,25 +41,41 @@ class RawDriver(FormatDriver):
     async def open(
         cls, storage: StorageDriver, *, read_only: bool, options: Mapping[str, Any]
     ) -> Self:
-        """Open ``storage`` as it is; there are no options."""
-        return cls(storage, read_only=read_only)
+        """Open ``storage`` as it is, or the window that ``options`` name.
+
+        Raises `ImageError` if the window is not within the file.
+        """
+        offset = _parse_bytes(options, "offset", 0)
+        if offset > storage.length:
+            raise ImageError(
+                f"the raw image's offset {offset} is past the end of"
+                f" '{storage.filename}' ({storage.length} bytes)"
+            )
+        size = _parse_bytes(options, "size", storage.length - offset)
+        if offset + size > storage.length:
+            raise ImageError(
+                f"the raw image's {size} bytes from offset {offset} end past the"
+                f" end of '{storage.filename}' ({storage.length} bytes)"
+            )
+        return cls(storage, read_only=read_only, offset=offset, size=size)
 
     def try_map(self, offset: int, length: int) -> Run | None:
         """All of it counts as data here: holes read as fast."""
-        return DATA, offset, length
+        return DATA, self._offset + offset, length
 
     async def map(self, offset: int, length: int) -> Run:
         """Tell data from holes where the file system can."""
-        allocated, run = await self.storage.block_status(offset, length)
-        return (DATA, offset, run) if allocated else (ZERO, 0, run)
+        host_offset = self._offset + offset
+        allocated, run = await self.storage.block_status(host_offset, length)
+        return (DATA, host_offset, run) if allocated else (ZERO, 0, run)
 
     def try_map_write(self, offset: int, length: int) -> int:
         """Every write is in place."""
-        return offset
+        return self._offset + offset
 
     async def begin_write(self, offset: int, length: int) -> WritePlan:
         """Every write is in place."""
-        return WritePlan(offset, length, offset)
+        return WritePlan(offset, length, self._offset + offset)
 
     def end_write(self, plan: WritePlan) -> None:
         """There is nothing to link."""
@@ -63,12 +88,15 @@ class RawDriver(FormatDriver):
     ) -> None:
         """The storage driver zeroes a range, or writes zeroes out."""
         await self.storage.write_zeroes(
-            offset, length, may_unmap=may_unmap, no_fallback=no_fallback
+            self._offset + offset,
+            length,
+            may_unmap=may_unmap,
+            no_fallback=no_fallback,
         )
 
     async def discard(self, offset: int, length: int) -> None:
         """The storage driver frees the range's space."""
-        await self.storage.discard(offset, length)
+        await self.storage.discard(self._offset + offset, length)
 
     async def flush(self) -> None:
         """Make the file's data durable."""
@@ -78,3 +106,18 @@ class RawDriver(FormatDriver):
         """There is nothing to write back but what a flush has to."""
         if not self.read_only:
             await self.storage.flush()
+
+
+def _parse_bytes(options: Mapping[str, Any], name: str, default: int) -> int:
+    """Return an option that is a number of bytes, or text as people write it."""
+    value = options.get(name)
+    if value is None:
+        return default
+    if isinstance(value, str):
+        try:
+            value = parse_size(value)
+        except ValueError as error:
+            raise ImageError(f"option '{name}' of the raw image: {error}") from None
+    if not isinstance(value, int) or value < 0:
+        raise ImageError(f"option '{name}' of the raw image: invalid size '{value}'")
+    return value

@@ -68,8 +68,6 @@ class DirectFileStorage(FileStorage):
 
     def _pwritev_blocking(self, offset: int, buffers: Buffers, durable: bool) -> None:
         end = offset + sum(map(len, buffers))
-        if offset == end:
-            return
         start, stop = self._align(offset, end)
         bounce = _make_buffer(stop - start)
         size = self._alignment

@@ -93,6 +93,7 @@ class FileStorage(StorageDriver):
         self._is_device = stat.S_ISBLK(status.st_mode)
         self.zero_beyond_end = not self._is_device
         self._fd = fd
+        self._closed = False
         self._pool = pool
         self._cache = cache
         self._unmap = unmap
@@ -101,7 +102,7 @@ class FileStorage(StorageDriver):
         self._max_inline_read = 0
         if not cache.direct:
             self._probe_inline_reads()
-        self._scratch_memory = memoryview(b"")
+        self._scratch_memory = memoryview(bytearray())
         self._scratch = (self._scratch_memory,)
         self._scratch_length = -1
 
@@ -260,7 +261,7 @@ class FileStorage(StorageDriver):
             self._pause_inline(ended)
         self._write_sequence += 1
         end = offset + nb_written
-        if end > self.length:
+        if end > self.length and nb_written:
             self.length = end
         return nb_written == length
 
@@ -301,6 +302,8 @@ class FileStorage(StorageDriver):
         """Write ``buffers`` from ``offset``; durable if ``fua``."""
         durable = (fua or self._cache.write_through) and not self._cache.no_flush
         end = offset + sum(map(len, buffers))
+        if offset == end:
+            return
         await self._change(
             offset, end, durable, self._pwritev_blocking, offset, buffers, durable
         )
@@ -576,18 +579,24 @@ class FileStorage(StorageDriver):
             )
 
     async def close(self) -> None:
-        """Wait for what is in flight, then close the file and drop its locks."""
-        if self._fd < 0:
+        """Wait for what is in flight, then close the file and drop its locks.
+
+        Closing twice is harmless; a cancelled close is complete.
+        """
+        if self._closed:
             return
-        await self._pool.wait_idle()
-        fd, self._fd = self._fd, -1
-        if self._mapped is not None:
-            self._mapped.close()
-            self._mapped = None
+        self._closed = True
         try:
-            await self._pool.run(os.close, fd)
+            await self._pool.wait_idle()
         finally:
-            await self._pool.close()
+            fd, self._fd = self._fd, -1
+            if self._mapped is not None:
+                self._mapped.close()
+                self._mapped = None
+            try:
+                await self._pool.run(os.close, fd)
+            finally:
+                await self._pool.close()
 
 
 async def _open(

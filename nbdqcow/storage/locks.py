@@ -16,6 +16,7 @@ import errno
 import fcntl
 import os
 import struct
+import time
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
@@ -34,6 +35,7 @@ _NAMES: Final = {
 }
 _HELD_BYTE: Final = 100
 _UNSHARED_BYTE: Final = 200
+_SEARCH_SECONDS: Final = 1.0
 
 # <linux/fcntl.h>; the fcntl module does not have them before Python 3.13.
 _F_OFD_GETLK: Final = 36
@@ -118,14 +120,25 @@ def _find_holders(fd: int, byte: int) -> Iterator[str]:
     """Yield ``command (pid N)`` for each process seen to have ``byte`` locked.
 
     The kernel does not say who holds such a lock, but each descriptor's
-    ``fdinfo`` lists its own. Processes of other users stay hidden.
+    ``fdinfo`` lists its own. Processes of other users stay hidden, and a
+    crowded machine is not searched for long: an error should come at once.
     """
+    deadline = time.monotonic() + _SEARCH_SECONDS
+    # Only descriptors of this file's name are looked at closely: listing the
+    # locks of one is slow if the file has many.
+    name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+    own = (str(os.getpid()), str(fd))
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
-            for number in os.listdir(f"/proc/{pid}/fdinfo"):
-                if int(pid) == os.getpid() and int(number) == fd:
-                    continue
-                if _descriptor_holds(pid, number, fd, byte):
+            for number in os.listdir(f"/proc/{pid}/fd"):
+                if time.monotonic() > deadline:
+                    return
+                link = os.readlink(f"/proc/{pid}/fd/{number}")
+                if (
+                    os.path.basename(link) == name
+                    and (pid, number) != own
+                    and _descriptor_holds(pid, number, fd, byte)
+                ):
                     yield f"{_command_of(pid)} (pid {pid})"
                     break
         except OSError:
@@ -134,20 +147,16 @@ def _find_holders(fd: int, byte: int) -> Iterator[str]:
 
 
 def _descriptor_holds(pid: str, number: str, fd: int, byte: int) -> bool:
-    """Whether another process's descriptor is the same file with ``byte``
-    locked."""
-    try:
-        with open(f"/proc/{pid}/fdinfo/{number}") as file:
-            locks = [line.split() for line in file if line.startswith("lock:")]
-    except FileNotFoundError:
+    """Whether a process's descriptor is the same file with ``byte`` locked."""
+    if not os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), os.fstat(fd)):
         return False
+    with open(f"/proc/{pid}/fdinfo/{number}") as file:
+        locks = [line.split() for line in file if line.startswith("lock:")]
     # lock: 1: OFDLCK ADVISORY READ -1 fe:00:2171649 100 101
-    if not any(
+    return any(
         int(fields[-2]) <= byte and (fields[-1] == "EOF" or byte <= int(fields[-1]))
         for fields in locks
-    ):
-        return False
-    return os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), os.fstat(fd))
+    )
 
 
 def _command_of(pid: str) -> str:

@@ -21,10 +21,13 @@ from nbdqcow.units import KiB, MiB
 MIN_LENGTH: Final = 64 * KiB
 MAX_LENGTH: Final = 32 * MiB
 
-# A mapping that has served this much is dropped for a new one, so that the
-# pages which count as this process's resident memory stay bounded. A new
-# mapping costs 5 us, and each of its pages one entry to fill again.
+# A mapping through which this much has been touched is dropped for a new one,
+# so that the pages which count as this process's resident memory stay bounded.
+# A new mapping costs 5 us, and each of its pages one entry to fill again.
 BUDGET: Final = 64 * MiB
+
+# What one touched byte may bring in: a large folio is mapped as one page.
+_HUGE_PAGE: Final = 2 * MiB
 
 
 class MappedFile:
@@ -39,6 +42,7 @@ class MappedFile:
         self._length = 0
         self._address = 0
         self._budget = 0
+        self._last_page = -1
         # One byte a page, written by mincore(2).
         self._residency = bytearray(MAX_LENGTH // PAGE_SIZE + 1)
         self._residency_address = ctypes.addressof(
@@ -54,7 +58,7 @@ class MappedFile:
         end = offset + length
         if not MIN_LENGTH <= length <= MAX_LENGTH or end > file_length:
             return None
-        if (end > self._length or self._budget < length) and not self._remap(end):
+        if (end > self._length or self._budget <= 0) and not self._remap(end):
             return None
         page_offset = offset % PAGE_SIZE
         if mincore(
@@ -66,7 +70,9 @@ class MappedFile:
         nb_pages = (page_offset + length + PAGE_SIZE - 1) // PAGE_SIZE
         if self._residency.find(0, 0, nb_pages) >= 0:
             return None
-        self._budget -= length
+        first, last = offset // _HUGE_PAGE, (end - 1) // _HUGE_PAGE
+        self._budget -= (last - first + (first != self._last_page)) * _HUGE_PAGE
+        self._last_page = last
         return self._view[offset:end]
 
     def _remap(self, end: int) -> bool:
@@ -81,6 +87,7 @@ class MappedFile:
         self._view = memoryview(mapping)
         self._length = len(mapping)
         self._budget = BUDGET
+        self._last_page = -1
         return end <= self._length
 
     def close(self) -> None:

@@ -46,7 +46,7 @@ class MemoryStorage(StorageDriver):
         """Write ``data``; never False."""
         self._check_writable()
         end = offset + len(data)
-        if end > self.length:
+        if end > self.length and data:
             self._resize(end)
         self.data[offset:end] = data
         return True

@@ -1,9 +1,12 @@
 import asyncio
 import errno
+import fcntl
 import gc
 import os
 import random
 import resource
+import stat
+import struct
 import threading
 import time
 from pathlib import Path
@@ -12,9 +15,10 @@ import pytest
 
 from nbdqcow.errors import ImageError, NotSupported, UsageError
 from nbdqcow.storage import file as file_module
+from nbdqcow.storage import mapped
 from nbdqcow.storage.file import FileStorage
-from nbdqcow.storage.linux import PAGE_SIZE
-from nbdqcow.storage.mapped import BUDGET, MIN_LENGTH
+from nbdqcow.storage.linux import BLKDISCARD, PAGE_SIZE
+from nbdqcow.storage.mapped import MIN_LENGTH
 from nbdqcow.storage.opening import CACHE_MODES
 
 MODES = list(CACHE_MODES)
@@ -314,22 +318,29 @@ async def test_views_do_not_wait_for_the_disk(tmp_path: Path):
 
 
 @pytest.mark.asyncio
-async def test_views_leave_no_mappings_and_bounded_memory(directory: Path):
-    filename = make_file(directory)
-    os.truncate(filename, 4 * BUDGET)
+async def test_views_leave_no_mappings_and_bounded_memory(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(mapped, "BUDGET", 8 << 20)
+    filename = make_file(directory, bytes(32 << 20))
     storage = await FileStorage.open(filename)
     name = os.path.realpath(filename)
 
     def mappings() -> int:
         return Path("/proc/self/maps").read_text().count(name)
 
-    await storage.pwritev(0, [bytes(1 << 20)])
-    kept = []
-    for _ in range(4 * BUDGET >> 20):
-        view = storage.try_view(0, 1 << 20)
+    def take(offset: int, length: int) -> memoryview:
+        view = storage.try_view(offset, length)
         assert view is not None
-        kept.append(view)
-    del view
+        return view
+
+    # What is touched over and over counts once.
+    kept = [take(offset, 1 << 16) for offset in range(0, 2 << 20, 1 << 16)]
+    assert mappings() == 1
+    # A little of each large page is as much as all of it.
+    kept = [take(offset, 1 << 16) for offset in range(0, 32 << 20, 2 << 20)]
+    assert mappings() == 4
+    kept = [take(offset, 4 << 20) for offset in range(0, 32 << 20, 4 << 20)]
     assert mappings() == 4
     kept.clear()
     assert mappings() == 1
@@ -907,3 +918,118 @@ async def test_close_waits_for_writes_in_flight(
     assert Path(filename).read_bytes() == b"late"
     with pytest.raises(OSError, match="Bad file descriptor"):
         storage.try_pread(0, 1)
+
+
+@pytest.mark.asyncio
+async def test_a_cancelled_close_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    filename = make_file(tmp_path)
+    fds = len(os.listdir("/proc/self/fd"))
+    storage = await FileStorage.open(filename)
+    gate, real = threading.Event(), os.pwritev
+
+    def slow(fd, buffers, offset, flags=0):
+        gate.wait(10)
+        return real(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "pwritev", slow)
+    write = asyncio.ensure_future(storage.pwritev(0, [b"late"]))
+    await asyncio.sleep(0.01)
+    closing = [asyncio.ensure_future(storage.close()) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    for _ in range(2):
+        closing[0].cancel()
+        await asyncio.sleep(0.01)
+        assert not closing[0].done()
+    gate.set()
+    await write
+    with pytest.raises(asyncio.CancelledError):
+        await closing[0]
+    await asyncio.gather(*closing[1:])
+    assert len(os.listdir("/proc/self/fd")) == fds
+    # And its locks are gone.
+    await (await FileStorage.open(filename)).close()
+
+
+# -- block devices ------------------------------------------------------------------
+
+
+@pytest.fixture
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A file that passes for a block device."""
+    monkeypatch.setattr(stat, "S_ISBLK", lambda mode: True)
+    monkeypatch.setattr(stat, "S_ISREG", lambda mode: False)
+    return make_file(tmp_path, b"x" * 65536)
+
+
+@pytest.mark.asyncio
+async def test_a_device_keeps_its_length(device: str):
+    storage = await FileStorage.open(device)
+    assert not storage.zero_beyond_end
+    assert storage.length == 65536
+    await storage.truncate(65536)
+    await storage.truncate(5)
+    assert storage.length == 65536
+    with pytest.raises(OSError, match="can't grow") as caught:
+        await storage.truncate(65537)
+    assert caught.value.errno == errno.ENOTSUP
+    with pytest.raises(ImageError, match="is a device and can't grow"):
+        await FileStorage.create(device, 65537, locking=False)
+    assert await storage.block_status(5, 100) == (True, 100)
+    assert storage.try_view(0, 65536) is None
+    await storage.close()
+    storage = await FileStorage.create(device, 4096)
+    assert await storage.pread(0, 65536) == b"x" * 65536
+    await storage.close()
+
+
+@pytest.mark.asyncio
+async def test_a_device_discards_whole_blocks(
+    device: str, monkeypatch: pytest.MonkeyPatch
+):
+    calls = []
+
+    def ioctl(fd: int, request: int, argument: bytes) -> None:
+        calls.append((request, struct.unpack("QQ", argument)))
+        if failing:
+            raise OSError(failing, os.strerror(failing))
+
+    failing = 0
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    storage = await FileStorage.open(device)
+    await storage.discard(1, 10_000)
+    await storage.discard(4097, 8190)
+    await storage.discard(61440, 1 << 20)
+    assert calls == [(BLKDISCARD, (4096, 4096)), (BLKDISCARD, (61440, 4096))]
+    failing = errno.EOPNOTSUPP
+    await storage.discard(0, 4096)
+    failing = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        await storage.discard(0, 4096)
+    await storage.close()
+
+
+@pytest.mark.asyncio
+async def test_a_device_zeroes(device: str, monkeypatch: pytest.MonkeyPatch):
+    modes = []
+
+    def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+        modes.append(mode)
+        if offset % 512 or length % 512:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        os.pwrite(fd, bytes(length), offset)
+
+    monkeypatch.setattr(file_module, "fallocate", fallocate)
+    storage = await FileStorage.open(device)
+    await storage.write_zeroes(0, 512, may_unmap=True, no_fallback=True)
+    await storage.write_zeroes(512, 512, may_unmap=False)
+    with pytest.raises(NotSupported):
+        await storage.write_zeroes(1024, 512, may_unmap=False, no_fallback=True)
+    with pytest.raises(NotSupported):
+        await storage.write_zeroes(1024, 1, may_unmap=True, no_fallback=True)
+    await storage.write_zeroes(1024, 1, may_unmap=True)
+    # The first is a hole, the second stays allocated; odd ranges try both.
+    assert modes == [3, 16, 3, 3, 16]
+    assert await storage.pread(0, 1026) == bytes(1025) + b"x"
+    await storage.close()
