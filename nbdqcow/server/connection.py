@@ -163,6 +163,9 @@ class Connection(asyncio.BufferedProtocol):
         )
         self.negotiated = True
         transport.set_protocol(self._transmission)
+        # `pause_writing` may have stopped it, and `resume_writing` goes to the
+        # new protocol.
+        transport.resume_reading()
         self._transmission.start()
 
 

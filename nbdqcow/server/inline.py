@@ -102,12 +102,14 @@ class Transmission(asyncio.BufferedProtocol):
         self._closing = False
         self._lost = False
         self._abort_timer: asyncio.TimerHandle | None = None
-        transport.set_write_buffer_limits(high=0, low=0)
 
     # -- the transport's callbacks -------------------------------------------
 
     def start(self) -> None:
-        """Serve what came with the handshake."""
+        """Serve what came with the handshake, on a transport that is ours."""
+        self._transport.set_write_buffer_limits(high=0, low=0)
+        # It may have been paused already, and then it does not say so again.
+        self._write_paused = self._transport.get_write_buffer_size() > 0
         self._run()
 
     def get_buffer(self, sizehint: int) -> memoryview:

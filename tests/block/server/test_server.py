@@ -210,6 +210,36 @@ async def test_options_without_reading_replies_are_bounded(tmp_path):
         assert head.startswith(b"NBDMAGIC")
 
 
+async def test_a_handshake_whose_replies_have_not_left(tmp_path):
+    node = FakeNode()
+    async with serving(tmp_path, node) as served:
+        for index in range(50):
+            served.server.add_export(f"{index}{'x' * 4000}", node)
+        client = await served.connect_raw()
+        await client.greet()
+        client.reader._transport.pause_reading()
+        (connection,) = served.server._connections
+        sock = connection._transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        client.writer.write(
+            codec.option_request(nbd.OPT_LIST) * 5
+            + codec.option_request(nbd.OPT_GO, codec.info_request(""))
+            + client.request(nbd.CMD_READ, 5, 5)
+        )
+        await settle(lambda: connection.negotiated)
+        assert connection._transport.get_write_buffer_size() > 0
+        assert node.log == []
+        client.reader._transport.resume_reading()
+        nb_acks = 0
+        while nb_acks < 6:
+            head = await client.reader.readexactly(codec.OPTION_REPLY.size)
+            _, _, reply, length = codec.OPTION_REPLY.unpack(head)
+            await client.reader.readexactly(length)
+            nb_acks += reply == nbd.REP_ACK
+        assert await client.reply(5) == (1, 0, node.data[5:10])
+        assert await client.read(1, 9) == node.data[1:10]
+
+
 async def test_a_bad_handshake_closes(tmp_path, caplog):
     async with serving(tmp_path, FakeNode()) as served:
         client = await served.connect_raw()
