@@ -84,7 +84,7 @@ def kernel() -> Kernel:
 
 
 @pytest.mark.guest
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(240)
 def test_linux_attaches_and_keeps_a_file_system(
     kernel: Kernel, served: Callable[..., ServedProcess], tmp_path: Path
 ) -> None:
@@ -99,7 +99,7 @@ def test_linux_attaches_and_keeps_a_file_system(
     initramfs.write_bytes(guest.pack())
 
     server = served(image, "--listen", f"127.0.0.1:{port}")
-    lines = run_guest(qemu, kernel, initramfs, timeout=100)
+    lines = run_guest(qemu, kernel, initramfs, timeout=180)
     print("\n".join(lines))
     server.stop()
 
