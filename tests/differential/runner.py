@@ -1,6 +1,7 @@
 """Runs random operations against a target and its model, several in flight."""
 
 import contextlib
+import copy
 import random
 import select
 from collections.abc import Sequence
@@ -153,7 +154,9 @@ class Runner:
             while len(self._in_flight) >= self.source.randint(1, self.depth):
                 self._reap()
             self._submit(self._draw())
-            if len(self.model.changes) > _MAXIMUM_OPEN_CHANGES and not self.crash_safe:
+            if len(self.model.changes) > _MAXIMUM_OPEN_CHANGES:
+                if self.crash_safe:
+                    self.flush()
                 self.settle()
 
     def drain(self) -> None:
@@ -175,7 +178,11 @@ class Runner:
         self._in_flight.clear()
 
     def settle(self) -> None:
-        """Wait for everything, and read what could not be known."""
+        """Wait for everything, and read what could not be known.
+
+        With ``crash_safe`` only after `flush`: the model forgets what else the
+        disk may hold.
+        """
         self.drain()
         contents = [
             (offset, self._read(offset, min(_READ_LENGTH, end - offset)))
@@ -189,6 +196,21 @@ class Runner:
         self.settle()
         for offset in range(0, self.model.size, _READ_LENGTH):
             self._read(offset, min(_READ_LENGTH, self.model.size - offset))
+
+    def check_left(self, content: bytes) -> None:
+        """Compare what a kill at this moment would leave; needs ``crash_safe``."""
+        record = Record(
+            len(self.history),
+            Operation(Kind.READ, 0, len(content)),
+            self.model.tick(),
+            None,
+        )
+        after = copy.deepcopy(self.model)
+        after.crash()
+        try:
+            after.check_read(0, content, record.submitted_at)
+        except Mismatch as mismatch:
+            raise AssertionError(self._story(record, mismatch)) from mismatch
 
     def flush(self) -> None:
         """Wait for everything, then flush it."""
