@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from nbdqcow.block.inflight import Epochs
+from nbdqcow.block.status import Kinds
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import NotSupported
 from nbdqcow.types import Buffer, Run
@@ -87,6 +88,28 @@ class FormatDriver(ABC):
     async def read_compressed(self, descriptor: int) -> Buffer:
         """Return the whole cluster that a COMPRESSED run's descriptor names."""
         raise AssertionError("this format has no compressed clusters")
+
+    async def extents(self, offset: int, length: int, limit: int) -> Kinds:
+        """Return at most ``limit`` extents of this image from ``offset`` on.
+
+        They may cover less than ``length``, never more, and at least a byte.
+        """
+        import numpy as np
+
+        lengths: list[int] = []
+        kinds: list[int] = []
+        end = offset + length
+        while offset < end:
+            kind, _, covered = await self.map(offset, end - offset)
+            if kinds and kinds[-1] == kind:
+                lengths[-1] += covered
+            elif len(kinds) == limit:
+                break
+            else:
+                lengths.append(covered)
+                kinds.append(kind)
+            offset += covered
+        return Kinds(np.array(lengths, np.uint64), np.array(kinds, np.uint8))
 
     # -- writing ---------------------------------------------------------
 

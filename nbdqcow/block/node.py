@@ -9,6 +9,7 @@ import errno
 from typing import Final, Self
 
 from nbdqcow.block.driver import FormatDriver, WritePlan
+from nbdqcow.block.status import DEFAULT_LIMIT, Extents, block_status
 from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, Buffer
 from nbdqcow.units import MiB
@@ -227,6 +228,12 @@ class Node:
                 return False
             offset += covered
         return True
+
+    async def block_status(
+        self, offset: int, length: int, limit: int = DEFAULT_LIMIT
+    ) -> Extents:
+        """Return at most ``limit`` extents from ``offset`` on; see `Extents`."""
+        return await block_status(self, offset, length, limit)
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring a range into the page cache and its map into memory."""

@@ -10,9 +10,10 @@ from typing import Any, Final, Self
 
 from nbdqcow.block.driver import FormatDriver, WritePlan
 from nbdqcow.block.inflight import Epochs, InFlightRanges
+from nbdqcow.block.status import Kinds
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import BlockError, CorruptImage, ImageError
-from nbdqcow.formats.qcow2 import discard, write
+from nbdqcow.formats.qcow2 import discard, extents, write
 from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.formats.qcow2.compress import CompressedClusters
 from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES, OFFSET_MASK
@@ -195,6 +196,10 @@ class Qcow2Driver(FormatDriver):
     async def read_compressed(self, descriptor: int) -> Buffer:
         """See `FormatDriver.read_compressed`."""
         return await self.compressed.read(descriptor)
+
+    async def extents(self, offset: int, length: int, limit: int) -> Kinds:
+        """See `FormatDriver.extents`."""
+        return await extents.extents(self, offset, length, limit)
 
     # -- writing ---------------------------------------------------------
 

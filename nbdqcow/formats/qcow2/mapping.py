@@ -140,10 +140,8 @@ class Mapping:
     def _run_in_slice(self, offset: int, length: int) -> Run:
         tables = self._tables
         key = offset >> self._slice_shift
-        l1_index = tables.l1_index(key)
-        if not tables.table_offset(l1_index):
-            end = (l1_index + 1) << tables.l1_shift
-            return UNALLOCATED, 0, min(length, end - offset)
+        if not tables.table_offset(tables.l1_index(key)):
+            return UNALLOCATED, 0, tables.empty_until(offset, offset + length) - offset
         words = self._young[key].words
         index = (offset >> self._cluster_bits) & self._index_mask
         in_cluster = offset & self._cluster_mask

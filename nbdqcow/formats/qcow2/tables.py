@@ -128,6 +128,17 @@ class Tables:
             )
         return offset
 
+    def empty_until(self, offset: int, end: int) -> int:
+        """Return how far (at most ``end``) no L2 table maps guest bytes from
+        ``offset`` on; ``offset`` itself if one does."""
+        l1, l1_index = self.l1, offset >> self.l1_shift
+        first, last = l1_index, (end - 1) >> self.l1_shift
+        while l1_index <= last and not l1[l1_index] & OFFSET_MASK:
+            l1_index += 1
+        if l1_index == first:
+            return offset
+        return min(end, l1_index << self.l1_shift)
+
     def cached(self, key: int) -> L2Slice | None:
         """Return a slice if it is in memory."""
         found = self.young.get(key)

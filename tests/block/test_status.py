@@ -1,0 +1,97 @@
+"""Block status through backing chains, against what qemu-img map says."""
+
+import asyncio
+import json
+import random
+import subprocess
+
+import pytest
+
+from nbdqcow import open_image
+
+
+def qemu_io(path, *commands, image_format="qcow2"):
+    arguments = [a for c in commands for a in ("-c", c)]
+    subprocess.run(
+        ["qemu-io", "-f", image_format, *arguments, path],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def create(path, size, cluster_size, base=None):
+    backing = ["-b", base, "-F", "qcow2"] if base else []
+    subprocess.run(
+        ["qemu-img", "create", "-qf", "qcow2", "-o", f"cluster_size={cluster_size}",
+         *backing, path, str(size)],
+        check=True,
+    )  # fmt: skip
+
+
+async def our_map(path, limit):
+    found = []
+    async with open_image(path, format="qcow2", read_only=True) as node:
+        offset = 0
+        while offset < node.size:
+            extents = await node.block_status(offset, node.size - offset, limit)
+            assert 1 <= len(extents.lengths) <= limit
+            for length, state, depth in zip(
+                extents.lengths, extents.states, extents.depths, strict=True
+            ):
+                if found and found[-1][1:] == (state, depth):
+                    found[-1] = (found[-1][0] + int(length), *found[-1][1:])
+                else:
+                    found.append((int(length), int(state), int(depth)))
+                offset += int(length)
+        assert offset == node.size
+    return found
+
+
+def qemu_map(path):
+    output = subprocess.run(
+        ["qemu-img", "map", "--output=json", path],
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    found = []
+    for extent in json.loads(output):
+        state = 0 if extent["data"] else 3 if extent["zero"] else 1
+        present = extent.get("present", True)
+        row = (state, extent["depth"] + 1 if present else 0)
+        if found and found[-1][1:] == row:
+            found[-1] = (found[-1][0] + extent["length"], *row)
+        else:
+            found.append((extent["length"], *row))
+    return found
+
+
+@pytest.mark.parametrize("cluster_size", [512, 4096, 65536])
+@pytest.mark.parametrize("limit", [1, 7, 1 << 17])
+def test_chain_of_three_as_qemu_sees_it(tmp_path, cluster_size, limit):
+    rnd = random.Random(cluster_size + limit)
+    sizes = [cluster_size * n for n in (300, 200, 400)]
+    base = None
+    for level, size in enumerate(sizes):
+        path = tmp_path / f"{level}.qcow2"
+        create(path, size, cluster_size, base)
+        clusters = size // cluster_size
+        commands = []
+        for _ in range(30):
+            start = rnd.randrange(clusters)
+            length = rnd.randrange(1, min(20, clusters - start) + 1) * cluster_size
+            verb = rnd.choice(("write", "write", "write -z", "write -zu"))
+            commands.append(f"{verb} {start * cluster_size} {length}")
+        qemu_io(path, *commands)
+        base = path
+    assert asyncio.run(our_map(path, limit)) == qemu_map(path)
+
+
+def test_sparse_and_compressed(tmp_path):
+    raw, path = tmp_path / "a.raw", tmp_path / "a.qcow2"
+    raw.write_bytes(b"abc" * 100_000)
+    subprocess.run(
+        ["qemu-img", "convert", "-cf", "raw", "-O", "qcow2", raw, path], check=True
+    )
+    subprocess.run(["qemu-img", "resize", "-q", path, "16T"], check=True)
+    extents = asyncio.run(our_map(path, 1 << 17))
+    assert [e[1:] for e in extents] == [(0, 1), (3, 0)]
+    assert sum(e[0] for e in extents) == 16 << 40
