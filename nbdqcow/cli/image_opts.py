@@ -7,6 +7,8 @@ from nbdqcow.errors import UsageError
 from nbdqcow.units import parse_size
 
 _BOOLEANS = {"on": True, "yes": True, "off": False, "no": False}
+_DISCARD_MODES = {"unmap": "unmap", "on": "unmap", "ignore": "ignore", "off": "ignore"}
+_DETECT_ZEROES_MODES = {mode: mode for mode in ("off", "on", "unmap")}
 
 
 def parse_keyval(text: str) -> dict[str, str]:
@@ -44,8 +46,10 @@ def parse_image_opts(text: str) -> tuple[str, dict[str, Any]]:
                 options["format"] = "raw" if value == "file" else value
             case "read-only":
                 options["read_only"] = _boolean(key, value)
-            case "discard" | "detect-zeroes":
-                options[key.replace("-", "_")] = value
+            case "discard":
+                options["discard"] = _choice(key, value, _DISCARD_MODES)
+            case "detect-zeroes":
+                options["detect_zeroes"] = _choice(key, value, _DETECT_ZEROES_MODES)
             case "l2-cache-size":
                 options["l2_cache_size"] = _size(key, value)
             case "file.locking":
@@ -74,6 +78,12 @@ def _boolean(key: str, value: str) -> bool:
     if value not in _BOOLEANS:
         raise UsageError(f"Parameter '{key}' expects 'on' or 'off'")
     return _BOOLEANS[value]
+
+
+def _choice(key: str, value: str, choices: Mapping[str, str]) -> str:
+    if value not in choices:
+        raise UsageError(f"Parameter '{key}' does not accept value '{value}'")
+    return choices[value]
 
 
 def _size(key: str, value: str) -> int:

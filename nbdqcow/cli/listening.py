@@ -1,14 +1,33 @@
-"""Listeners, with errors that say which one failed and why."""
+"""A server's listeners, with errors that say which one failed and why."""
 
 import asyncio
 import os
 import socket
+from collections.abc import Awaitable, Callable
 
 from nbdqcow.errors import UsageError
 from nbdqcow.server.server import Server
 
 _MAX_PATH_LENGTH = 107
 """Bytes of a unix socket's path on Linux, without its NUL."""
+
+
+async def run_server(server: Server, set_up: Callable[[], Awaitable[None]]) -> None:
+    """Run ``server`` until it is told to stop.
+
+    ``set_up`` makes its listeners and says that it is ready: by then SIGTERM
+    already means an orderly end. If that raises, the listeners go away.
+    """
+    running = asyncio.create_task(server.run_until_stopped())
+    # The task takes the signals over before it first waits.
+    await asyncio.sleep(0)
+    try:
+        await set_up()
+    except BaseException:
+        server.stop()
+        await running
+        raise
+    await running
 
 
 async def listen_tcp(

@@ -25,9 +25,15 @@ def warning(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Return ``text`` with what can't be printed escaped (file names are any
-    bytes; UTF-8 in them that is broken comes as lone surrogates)."""
-    return text.encode(errors="backslashreplace").decode()
+    """Return ``text`` with what is no text escaped: control characters, which
+    a terminal would obey, and lone surrogates, which stand for the bytes of
+    file names that are not UTF-8."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 def describe(exc: BaseException) -> str:

@@ -381,7 +381,7 @@ def _serve(settings: Settings, ready_fd: int) -> int:
 
 async def _serve_image(settings: Settings, ready_fd: int) -> None:
     from nbdqcow.cli.images import open_node
-    from nbdqcow.cli.listening import listen_tcp, listen_unix
+    from nbdqcow.cli.listening import listen_tcp, listen_unix, run_server
     from nbdqcow.cli.pid_file import write_pid_file
     from nbdqcow.server.options import ServerOptions
     from nbdqcow.server.server import Server
@@ -413,20 +413,18 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
             raise UsageError(str(exc)) from None
         if not settings.persistent:
             server.on_last_disconnect = server.stop
-        try:
+
+        async def set_up() -> None:
             if settings.socket is not None:
                 await listen_unix(server, settings.socket)
             else:
                 await listen_tcp(server, settings.host, settings.port)
             if settings.pid_file is not None:
                 write_pid_file(settings.pid_file)
-        except BaseException:
-            server.stop()
-            await server.run_until_stopped()
-            raise
-        if ready_fd >= 0:
-            _tell_parent(ready_fd, keep_stderr=settings.verbose)
-        await server.run_until_stopped()
+            if ready_fd >= 0:
+                _tell_parent(ready_fd, keep_stderr=settings.verbose)
+
+        await run_server(server, set_up)
     finally:
         await node.close()
 

@@ -203,7 +203,7 @@ def export_names(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 async def _serve(settings: ServeSettings) -> None:
     from nbdqcow.cli.images import open_node
-    from nbdqcow.cli.listening import listen_tcp, listen_unix
+    from nbdqcow.cli.listening import listen_tcp, listen_unix, run_server
     from nbdqcow.cli.pid_file import write_pid_file
     from nbdqcow.server.options import ServerOptions
     from nbdqcow.server.server import Server
@@ -229,8 +229,9 @@ async def _serve(settings: ServeSettings) -> None:
                 )
             except ValueError as exc:
                 raise UsageError(str(exc)) from None
-        places: list[tuple[str, NbdUri]] = []
-        try:
+
+        async def set_up() -> None:
+            places: list[tuple[str, NbdUri]] = []
             for host, port in settings.listen:
                 places += [
                     _tcp_place(*found) for found in await listen_tcp(server, host, port)
@@ -241,13 +242,9 @@ async def _serve(settings: ServeSettings) -> None:
             if settings.pid_file is not None:
                 write_pid_file(settings.pid_file)
                 stack.callback(_remove, settings.pid_file)
-        except BaseException:
-            # It has no clients yet: this only takes the listeners away.
-            server.stop()
-            await server.run_until_stopped()
-            raise
-        print(_announcement(settings, sizes, places), flush=True)
-        await server.run_until_stopped()
+            print(_announcement(settings, sizes, places), flush=True)
+
+        await run_server(server, set_up)
 
 
 def _remove(path: str) -> None:

@@ -23,9 +23,12 @@ def test_program_name(monkeypatch, argv0, name):
 
 def test_what_cannot_be_printed_is_escaped(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["x"])
-    error("no '\udcff'")
+    error("no '\udcff' é\x1b[2J\n\tmore")
     warning("no '\udcfe'")
-    assert capsys.readouterr().err == "x: no '\\udcff'\nWARNING: no '\\udcfe'\n"
+    assert (
+        capsys.readouterr().err
+        == "x: no '\\udcff' é\\x1b[2J\n\tmore\nWARNING: no '\\udcfe'\n"
+    )
 
 
 @pytest.mark.parametrize(
