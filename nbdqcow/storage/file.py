@@ -45,7 +45,7 @@ MAX_INLINE_WRITE: Final = 64 * KiB
 # An inline write that took this long (seconds) has waited for the device. The
 # next ones go to threads for a while, twice as long each time that the first
 # one afterwards is slow again.
-SLOW_WRITE: Final = 0.002
+SLOW_WRITE: Final = 0.005
 MIN_PAUSE: Final = 0.05
 MAX_PAUSE: Final = 1.0
 
