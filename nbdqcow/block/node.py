@@ -5,7 +5,9 @@ in what is missing from the backing node, does copy-on-write, aligns what has
 to be aligned, and falls back where a driver can't do something.
 """
 
+import asyncio
 import errno
+from collections.abc import Callable
 from typing import Final, Self
 
 from nbdqcow.block.driver import FormatDriver, WritePlan
@@ -14,6 +16,7 @@ from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, Buffer
 from nbdqcow.units import MiB
 
+GUARD_LENGTH: Final = 2048
 _ZEROES: Final = bytes(MiB)
 _ZERO_VIEW: Final = memoryview(_ZEROES)
 
@@ -40,7 +43,12 @@ class Node:
         unsafe: bool = False,
         discard: bool = True,
         detect_zeroes: str = "off",
+        guard: Callable[[bytes], bool] | None = None,
     ) -> None:
+        """``guard`` is for a raw image whose format was guessed: it says of
+        the image's first `GUARD_LENGTH` bytes whether they look like another
+        format. A guest that writes such bytes is refused, or the next one to
+        guess would follow whatever backing file it wrote there."""
         self.driver = driver
         self.size = driver.size
         self.read_only = driver.read_only
@@ -53,6 +61,8 @@ class Node:
         self._inline_writes = not (
             self.read_only or writethrough or detect_zeroes != "off"
         )
+        self._guard = guard
+        self._guard_lock = asyncio.Lock()
         # Bound once: the inline path pays for every attribute on the way.
         self._try_map = driver.try_map
         self._try_map_write = driver.try_map_write
@@ -157,6 +167,8 @@ class Node:
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         """Overwrite bytes in place, if that is all it takes and cheap."""
         if not self._inline_writes:
+            return False
+        if self._guard is not None and offset < GUARD_LENGTH:
             return False
         host_offset = self._try_map_write(offset, len(data))
         return host_offset >= 0 and self._storage_try_pwrite(host_offset, data)
@@ -263,9 +275,27 @@ class Node:
                 offset, length, may_unmap=self._detect_zeroes == "unmap", fua=fua
             )
             return
-        await self._write_data(offset, memoryview(data))
+        if self._guard is not None and offset < GUARD_LENGTH:
+            async with self._guard_lock:
+                await self._check_guard(offset, data)
+                await self._write_data(offset, memoryview(data))
+        else:
+            await self._write_data(offset, memoryview(data))
         if fua or self._writethrough:
             await self.flush()
+
+    async def _check_guard(self, offset: int, data: Buffer) -> None:
+        """Refuse to turn a guessed raw image into one of another format."""
+        assert self._guard is not None
+        head = bytearray(await self.pread(0, min(GUARD_LENGTH, self.size)))
+        end = min(offset + len(data), len(head))
+        head[offset:end] = memoryview(data)[: end - offset]
+        if self._guard(bytes(head)):
+            raise BlockError(
+                errno.EPERM,
+                f"{self.filename}: its format was guessed as raw, so the header of"
+                " another format can't be written to it; name the format",
+            )
 
     async def _write_data(self, offset: int, view: memoryview) -> None:
         driver = self.driver

@@ -136,7 +136,14 @@ async def _open_chain(
         unsafe=options.cache == "unsafe",
         discard=options.discard == "unmap",
         detect_zeroes=options.detect_zeroes,
+        guard=_looks_formatted
+        if options.format is None and driver.name == "raw"
+        else None,
     )
+
+
+def _looks_formatted(head: bytes) -> bool:
+    return probe_format(head, "") != "raw"
 
 
 async def open_storage(filename: str, options: OpenOptions) -> StorageDriver:
