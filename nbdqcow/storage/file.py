@@ -8,10 +8,8 @@ long as that is cheap. All else runs in worker threads (`nbdqcow.pool`).
 import asyncio
 import contextlib
 import errno
-import fcntl
 import os
 import stat
-import struct
 import time
 from collections.abc import Callable
 from typing import ClassVar, Final, TypeVar, TypeVarTuple
@@ -20,14 +18,12 @@ from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import BlockError, ImageError, NotSupported, UsageError
 from nbdqcow.pool import Pool
 from nbdqcow.storage import locks
+from nbdqcow.storage.holes import Holes
 from nbdqcow.storage.linux import (
-    BLKDISCARD,
-    FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE,
-    FALLOC_FL_ZERO_RANGE,
+    OVERLAYFS_MAGIC,
     TMPFS_MAGIC,
-    fallocate,
     filesystem_type,
+    pwrite_all,
 )
 from nbdqcow.storage.mapped import MappedFile
 from nbdqcow.storage.opening import (
@@ -37,7 +33,7 @@ from nbdqcow.storage.opening import (
     parse_discard_mode,
 )
 from nbdqcow.types import Buffer, Buffers
-from nbdqcow.units import KiB, MiB, round_up
+from nbdqcow.units import KiB, MiB
 
 MAX_INLINE_READ: Final = 128 * KiB
 MAX_INLINE_WRITE: Final = 64 * KiB
@@ -49,11 +45,7 @@ SLOW_WRITE: Final = 0.005
 MIN_PAUSE: Final = 0.05
 MAX_PAUSE: Final = 1.0
 
-_PUNCH_HOLE: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _ZEROES: Final = bytes(MiB)
-_DEVICE_ALIGNMENT: Final = 4 * KiB
-# IOV_MAX of Linux.
-_MAX_BUFFERS: Final = 1024
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -100,6 +92,7 @@ class FileStorage(StorageDriver):
 
         self._read_flags = 0
         self._max_inline_read = 0
+        self._asks_residency = False
         if not cache.direct:
             self._probe_inline_reads()
         self._scratch_memory = memoryview(bytearray())
@@ -117,7 +110,7 @@ class FileStorage(StorageDriver):
         self._inline_resume_at = 0.0 if inline else float("inf")
         self._pause = MIN_PAUSE
 
-        self._unsupported: set[int] = set()
+        self._holes = Holes(fd, self._is_device, self._pwritev_blocking)
         self._has_dsync = True
         # Writes that have ended, and how many of them are known durable.
         self._write_sequence = 0
@@ -197,15 +190,18 @@ class FileStorage(StorageDriver):
         """Find out how to read without waiting, if at all.
 
         tmpfs refuses RWF_NOWAIT, but a plain read of it is a copy in memory.
-        Other file systems that refuse it (some network ones) are read in
-        threads only.
+        overlayfs, a container's root, refuses it too; there mincore(2) says
+        whether a read would wait. Others (network file systems, say, which
+        may ask their server even then) are read in threads only.
         """
         try:
             os.preadv(self._fd, (bytearray(1),), 0, os.RWF_NOWAIT)
         except BlockingIOError:
             pass
         except OSError:
-            if filesystem_type(self._fd) == TMPFS_MAGIC:
+            kind = filesystem_type(self._fd)
+            self._asks_residency = kind == OVERLAYFS_MAGIC
+            if kind == TMPFS_MAGIC:
                 self._max_inline_read = MAX_INLINE_READ
             return
         self._read_flags = os.RWF_NOWAIT
@@ -216,7 +212,7 @@ class FileStorage(StorageDriver):
     def try_pread(self, offset: int, length: int) -> bytes | None:
         """Return exactly ``length`` bytes if they are in page cache."""
         if length != self._scratch_length and not self._fit_scratch(length):
-            return None
+            return self._try_pread_resident(offset, length)
         try:
             nb_read = os.preadv(self._fd, self._scratch, offset, self._read_flags)
         except BlockingIOError:
@@ -242,6 +238,19 @@ class FileStorage(StorageDriver):
         self._scratch = (self._scratch_memory[:length],)
         self._scratch_length = length
         return True
+
+    def _try_pread_resident(self, offset: int, length: int) -> bytes | None:
+        """Read without RWF_NOWAIT, if mincore(2) says that it won't wait."""
+        if (
+            not self._asks_residency
+            or self._mapped is None
+            or not 0 < length <= MAX_INLINE_READ
+            or offset + length > self.length
+            or not self._mapped.is_resident(offset, length)
+        ):
+            return None
+        data = os.pread(self._fd, length, offset)
+        return data if len(data) == length else None
 
     def try_view(self, offset: int, length: int) -> memoryview | None:
         """Return page cache itself; see `nbdqcow.storage.mapped`."""
@@ -310,13 +319,13 @@ class FileStorage(StorageDriver):
 
     def _pwritev_blocking(self, offset: int, buffers: Buffers, durable: bool) -> None:
         if not durable:
-            _pwrite_all(self._fd, offset, buffers)
+            pwrite_all(self._fd, offset, buffers)
             return
         self._raise_sync_error()
         failure = None
         if self._has_dsync:
             try:
-                _pwrite_all(self._fd, offset, buffers, os.RWF_DSYNC)
+                pwrite_all(self._fd, offset, buffers, os.RWF_DSYNC)
                 return
             except OSError as error:
                 if error.errno == errno.EOPNOTSUPP:
@@ -326,7 +335,7 @@ class FileStorage(StorageDriver):
         if failure is not None and failure.errno == errno.EIO:
             raise self._fail_syncs(failure)
         # Did the write fail, which harms nobody else, or the syncing of it?
-        _pwrite_all(self._fd, offset, buffers)
+        pwrite_all(self._fd, offset, buffers)
         if failure is not None:
             raise self._fail_syncs(failure)
         self._sync_blocking()
@@ -463,70 +472,17 @@ class FileStorage(StorageDriver):
     def _zero_blocking(
         self, offset: int, length: int, unmap: bool, no_fallback: bool
     ) -> None:
-        end = offset + length
-        if unmap and self._try_fallocate(_PUNCH_HOLE, offset, length):
-            self._grow_blocking(end)
-        elif self._is_device and no_fallback:
-            # The kernel would write out the zeroes by itself.
-            raise NotSupported("the device can't zero without writing")
-        elif not self._try_fallocate(FALLOC_FL_ZERO_RANGE, offset, length) and not (
-            # tmpfs has no ZERO_RANGE: free the pages, then reserve new ones.
-            not self._is_device
-            and self._try_fallocate(_PUNCH_HOLE, offset, length)
-            and self._try_fallocate(0, offset, length)
-        ):
-            raise NotSupported("the file system can't zero without writing")
+        self._holes.zero_blocking(offset, length, unmap, no_fallback)
         if self._cache.write_through:
             self._sync_blocking()
-
-    def _try_fallocate(self, mode: int, offset: int, length: int) -> bool:
-        """Whether the file system could do it; remembers what it can't."""
-        if mode in self._unsupported:
-            return False
-        try:
-            fallocate(self._fd, mode, offset, length)
-        except OSError as error:
-            if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
-                self._unsupported.add(mode)
-                return False
-            if self._is_device and error.errno == errno.EINVAL:
-                # Not a multiple of the device's blocks.
-                return False
-            raise
-        return True
-
-    def _grow_blocking(self, end: int) -> None:
-        """Make a regular file at least ``end`` long.
-
-        Not by ftruncate(2), which would cut off what a write in another
-        thread appends at the same time.
-        """
-        if (
-            not self._is_device
-            and self._find_length() < end
-            and not self._try_fallocate(0, end - 1, 1)
-        ):
-            self._pwritev_blocking(end - 1, [b"\0"], False)
 
     async def discard(self, offset: int, length: int) -> None:
         """Free the space of a range, unless opened with ``discard=ignore``."""
         end = min(offset + length, self.length)
         if self._unmap and offset < end:
-            await self._change(offset, end, False, self._discard_blocking, offset, end)
-
-    def _discard_blocking(self, offset: int, end: int) -> None:
-        if not self._is_device:
-            self._try_fallocate(_PUNCH_HOLE, offset, end - offset)
-            return
-        start = round_up(offset, _DEVICE_ALIGNMENT)
-        length = end // _DEVICE_ALIGNMENT * _DEVICE_ALIGNMENT - start
-        if length <= 0:
-            return
-        try:
-            fcntl.ioctl(self._fd, BLKDISCARD, struct.pack("QQ", start, length))
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY):
-                raise
+            await self._change(
+                offset, end, False, self._holes.discard_blocking, offset, end
+            )
 
     async def truncate(self, length: int) -> None:
         """Set the file's length. No write past ``length`` is in flight.
@@ -556,20 +512,7 @@ class FileStorage(StorageDriver):
         """Tell data from holes, by SEEK_DATA and SEEK_HOLE."""
         if self._is_device:
             return True, length
-        return await self._pool.run(self._block_status_blocking, offset, length)
-
-    def _block_status_blocking(self, offset: int, length: int) -> tuple[bool, int]:
-        try:
-            data = os.lseek(self._fd, offset, os.SEEK_DATA)
-            if data > offset:
-                return False, min(data - offset, length)
-            hole = os.lseek(self._fd, offset, os.SEEK_HOLE)
-        except OSError as error:
-            # ENXIO: nothing but a hole from here to the end of the file.
-            if error.errno not in (errno.ENXIO, errno.EINVAL):
-                raise
-            return error.errno == errno.EINVAL, length
-        return True, min(max(hole - offset, 1), length)
+        return await self._pool.run(self._holes.find_blocking, offset, length)
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Start reading a range into page cache."""
@@ -661,22 +604,3 @@ def _tells_residency(fd: int, status: os.stat_result) -> bool:
     Of a file that we neither own nor may write it says that all is resident.
     """
     return status.st_uid == os.geteuid() or os.access(f"/proc/self/fd/{fd}", os.W_OK)
-
-
-def _pwrite_all(fd: int, offset: int, buffers: Buffers, flags: int = 0) -> None:
-    """Write all of ``buffers``, however many they are, in as many calls as it
-    takes."""
-    pending = [memoryview(buffer) for buffer in buffers if len(buffer)]
-    index = 0
-    while index < len(pending):
-        nb_written = os.pwritev(
-            fd, pending[index : index + _MAX_BUFFERS], offset, flags
-        )
-        if not nb_written:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        offset += nb_written
-        while index < len(pending) and nb_written >= len(pending[index]):
-            nb_written -= len(pending[index])
-            index += 1
-        if nb_written:
-            pending[index] = pending[index][nb_written:]

@@ -1,17 +1,24 @@
-"""System calls of Linux that Python's ``os`` does not have."""
+"""System calls of Linux that Python's ``os`` does not have, or not whole."""
 
 import ctypes
+import errno
 import os
 from typing import Final
+
+from nbdqcow.types import Buffers
 
 FALLOC_FL_KEEP_SIZE: Final = 0x01
 FALLOC_FL_PUNCH_HOLE: Final = 0x02
 FALLOC_FL_ZERO_RANGE: Final = 0x10
 
 TMPFS_MAGIC: Final = 0x01021994
+OVERLAYFS_MAGIC: Final = 0x794C7630
 
 # <linux/fs.h>: forget a range of a block device; u64 start, u64 length.
 BLKDISCARD: Final = 0x1277
+
+# IOV_MAX of Linux.
+_MAX_BUFFERS: Final = 1024
 
 PAGE_SIZE: Final = os.sysconf("SC_PAGE_SIZE")
 
@@ -46,6 +53,25 @@ def filesystem_type(fd: int) -> int:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
     return int(statfs[0])
+
+
+def pwrite_all(fd: int, offset: int, buffers: Buffers, flags: int = 0) -> None:
+    """Write all of ``buffers``, however many they are, in as many calls as it
+    takes."""
+    pending = [memoryview(buffer) for buffer in buffers if len(buffer)]
+    index = 0
+    while index < len(pending):
+        nb_written = os.pwritev(
+            fd, pending[index : index + _MAX_BUFFERS], offset, flags
+        )
+        if not nb_written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        offset += nb_written
+        while index < len(pending) and nb_written >= len(pending[index]):
+            nb_written -= len(pending[index])
+            index += 1
+        if nb_written:
+            pending[index] = pending[index][nb_written:]
 
 
 class _PyBuffer(ctypes.Structure):

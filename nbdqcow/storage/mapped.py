@@ -56,27 +56,35 @@ class MappedFile:
         is never past it. The slice keeps its mapping alive.
         """
         end = offset + length
-        if not MIN_LENGTH <= length <= MAX_LENGTH or end > file_length:
-            return None
-        if (end > self._length or self._budget <= 0) and not self._remap(end):
-            return None
-        page_offset = offset % PAGE_SIZE
-        if mincore(
-            self._address + offset - page_offset,
-            length + page_offset,
-            self._residency_address,
+        if (
+            not MIN_LENGTH <= length <= MAX_LENGTH
+            or end > file_length
+            or (self._budget <= 0 and not self._remap())
+            or not self.is_resident(offset, length)
         ):
-            return None
-        nb_pages = (page_offset + length + PAGE_SIZE - 1) // PAGE_SIZE
-        if self._residency.find(0, 0, nb_pages) >= 0:
             return None
         first, last = offset // _HUGE_PAGE, (end - 1) // _HUGE_PAGE
         self._budget -= (last - first + (first != self._last_page)) * _HUGE_PAGE
         self._last_page = last
         return self._view[offset:end]
 
-    def _remap(self, end: int) -> bool:
-        """Map the file as it is now; whether ``end`` is within it."""
+    def is_resident(self, offset: int, length: int) -> bool:
+        """Whether all of a range, at most `MAX_LENGTH`, is in page cache."""
+        end = offset + length
+        if end > self._length and not (self._remap() and end <= self._length):
+            return False
+        page_offset = offset % PAGE_SIZE
+        if mincore(
+            self._address + offset - page_offset,
+            length + page_offset,
+            self._residency_address,
+        ):
+            return False
+        nb_pages = (page_offset + length + PAGE_SIZE - 1) // PAGE_SIZE
+        return self._residency.find(0, 0, nb_pages) < 0
+
+    def _remap(self) -> bool:
+        """Map the file as it is now; whether that worked."""
         self.forget()
         try:
             mapping = mmap.mmap(self._fd, 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
@@ -88,7 +96,7 @@ class MappedFile:
         self._length = len(mapping)
         self._budget = BUDGET
         self._last_page = -1
-        return end <= self._length
+        return True
 
     def close(self) -> None:
         """Drop the mapping and the descriptor."""

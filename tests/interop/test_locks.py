@@ -1,5 +1,6 @@
 """Image locks against QEMU's own programs, both ways round."""
 
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -27,17 +28,24 @@ def image(tmp_path: Path, tool: Tool) -> str:
 
 
 @contextmanager
-def qemu_nbd(program: str, image: str, socket: Path, *options: str) -> Iterator[int]:
+def qemu_nbd(
+    program: str, image: str, socket_path: Path, *options: str
+) -> Iterator[int]:
     """Serve an image with qemu-nbd; yields its pid."""
     process = subprocess.Popen(
-        [program, "-t", "-f", "qcow2", "-k", str(socket), *options, image]
+        [program, "-t", "-f", "qcow2", "-k", str(socket_path), *options, image]
     )
     try:
         deadline = time.monotonic() + 20
-        while not socket.exists():
+        while not socket_path.exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        # The socket comes first; who greets has opened the image.
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(20)
+            client.connect(str(socket_path))
+            assert client.recv(8) == b"NBDMAGIC"
         yield process.pid
     finally:
         # qemu-nbd forgets a SIGTERM that comes while it is still starting.

@@ -15,9 +15,9 @@ import pytest
 
 from nbdqcow.errors import ImageError, NotSupported, UsageError
 from nbdqcow.storage import file as file_module
-from nbdqcow.storage import mapped
+from nbdqcow.storage import holes, mapped
 from nbdqcow.storage.file import FileStorage
-from nbdqcow.storage.linux import BLKDISCARD, PAGE_SIZE
+from nbdqcow.storage.linux import BLKDISCARD, OVERLAYFS_MAGIC, PAGE_SIZE
 from nbdqcow.storage.mapped import MIN_LENGTH
 from nbdqcow.storage.opening import CACHE_MODES
 
@@ -255,6 +255,32 @@ async def test_reads_go_to_threads_where_nowait_is_unknown(
         storage = await FileStorage.open(filename)
     assert storage.try_pread(0, 3) is None
     assert await storage.pread(0, 3) == b"abc"
+    await storage.close()
+
+
+@pytest.mark.asyncio
+async def test_mincore_stands_in_for_nowait_on_overlayfs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+):
+    def refuse(fd: int, buffers: object, offset: int, flags: int = 0) -> int:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    data = random.Random(seed).randbytes(100_000)
+    filename = make_file(tmp_path, data)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", refuse)
+        patch.setattr(file_module, "filesystem_type", lambda fd: OVERLAYFS_MAGIC)
+        storage = await FileStorage.open(filename)
+    drop_page_cache(filename)
+    assert storage.try_pread(0, 4096) is None
+    await storage.pread(0, 100_000)
+    for offset, length in ((0, 4096), (0, 100_000), (4000, 200), (99_999, 1)):
+        assert storage.try_pread(offset, length) == data[offset : offset + length]
+    assert storage.try_pread(99_999, 2) is None
+    assert storage.try_pwrite(100_000, b"x" * 10_000)
+    assert storage.try_pread(99_999, 10_001) == data[-1:] + b"x" * 10_000
+    os.truncate(filename, 50_000)
+    assert storage.try_pread(60_000, 10) is None
     await storage.close()
 
 
@@ -788,7 +814,7 @@ async def test_zeroes_are_written_where_fallocate_fails(
     calls = 0
     filename = make_file(tmp_path, b"x" * 100_000)
     storage = await FileStorage.open(filename, cache=cache)
-    monkeypatch.setattr(file_module, "fallocate", refuse)
+    monkeypatch.setattr(holes, "fallocate", refuse)
     with pytest.raises(NotSupported) as caught:
         await storage.write_zeroes(
             1000, 20 << 20, may_unmap=may_unmap, no_fallback=True
@@ -810,7 +836,7 @@ async def test_zeroes_are_written_where_fallocate_fails(
 async def test_growth_where_only_holes_can_be_punched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
 ):
-    real = file_module.fallocate
+    real = holes.fallocate
 
     def refuse(fd: int, mode: int, offset: int, length: int) -> None:
         if not mode & 0x02:
@@ -819,7 +845,7 @@ async def test_growth_where_only_holes_can_be_punched(
 
     filename = make_file(tmp_path, b"x" * 1000)
     storage = await FileStorage.open(filename, cache=cache)
-    monkeypatch.setattr(file_module, "fallocate", refuse)
+    monkeypatch.setattr(holes, "fallocate", refuse)
     await storage.write_zeroes(900, 123_456, may_unmap=True, no_fallback=True)
     assert storage.length == os.path.getsize(filename) == 900 + 123_456
     assert await storage.pread(890, 20) == b"x" * 10 + bytes(10)
@@ -834,7 +860,7 @@ async def test_other_errors_of_fallocate_are_the_callers(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     storage = await FileStorage.open(make_file(tmp_path, b"x" * 1000))
-    monkeypatch.setattr(file_module, "fallocate", full)
+    monkeypatch.setattr(holes, "fallocate", full)
     with pytest.raises(OSError, match="No space left"):
         await storage.write_zeroes(0, 5000, may_unmap=False)
     assert storage.length == 1000
@@ -1020,7 +1046,7 @@ async def test_a_device_zeroes(device: str, monkeypatch: pytest.MonkeyPatch):
             raise OSError(errno.EINVAL, "Invalid argument")
         os.pwrite(fd, bytes(length), offset)
 
-    monkeypatch.setattr(file_module, "fallocate", fallocate)
+    monkeypatch.setattr(holes, "fallocate", fallocate)
     storage = await FileStorage.open(device)
     await storage.write_zeroes(0, 512, may_unmap=True, no_fallback=True)
     await storage.write_zeroes(512, 512, may_unmap=False)
