@@ -126,6 +126,13 @@ def test_an_image_that_qemu_writes_is_refused_and_the_holder_named(
 def test_an_image_that_qemu_reads_is_not_served_for_writing(
     image: Path, image_format: str, tmp_path: Path
 ) -> None:
+    if image_format == "raw":
+        # A reader of a raw image lets others write it, in QEMU.
+        with (
+            held_by_qemu_io(image, image_format, read_only=True),
+            serving(image, image_format=image_format),
+        ):
+            return
     with held_by_qemu_io(image, image_format, read_only=True) as pid:
         line = refusal(image, image_format, tmp_path / "s")
         with serving(image, image_format=image_format, read_only=True):

@@ -1,0 +1,206 @@
+"""``python -m bench.micro``: what one request costs in each part of the way.
+
+Each figure is the best of several runs, in nanoseconds per operation: other
+work on the machine only ever adds. A part that got slower shows in seconds.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from bench.images import qemu_img
+from bench.micro.fake import FakeTransport
+from bench.peers import BenchError
+from nbdqcow import open_image
+from nbdqcow.block.node import Node
+from nbdqcow.buffers import BufferPool, keep_freed_memory
+from nbdqcow.nbd import constants as nbd
+from nbdqcow.nbd.requests import REQUEST_HEAD, RequestReader
+from nbdqcow.server.dispatch import Shared
+from nbdqcow.server.export import Export
+from nbdqcow.server.inline import Transmission
+from nbdqcow.server.options import ServerOptions
+
+KiB, MiB = 1 << 10, 1 << 20
+_IMAGE_SIZE = 64 * MiB
+_BATCH = 16
+_READ = nbd.REQUEST_MAGIC << 32 | nbd.CMD_READ
+_WRITE = nbd.REQUEST_MAGIC << 32 | nbd.CMD_WRITE
+
+
+class NotInline(Exception):
+    """The part took the slow way, as it may: there is nothing to measure."""
+
+
+def measure(name: str, nb_operations: int, operation: Callable[[], object]) -> None:
+    """Print the time of one of the ``nb_operations`` that a call makes."""
+    best = float("inf")
+    deadline = time.perf_counter() + 0.5
+    try:
+        while time.perf_counter() < deadline:
+            start = time.perf_counter_ns()
+            for _ in range(20):
+                operation()
+            elapsed = time.perf_counter_ns() - start
+            best = min(best, elapsed / (20 * nb_operations))
+    except NotInline:
+        if best == float("inf"):
+            print(f"{name:44} not inline just now", flush=True)
+            return
+    print(f"{name:44} {best:10,.0f} ns", flush=True)
+
+
+def requests(word: int, offsets: Iterable[int], length: int) -> bytes:
+    """Return requests as they arrive; writes with a payload."""
+    payload = os.urandom(length) if word == _WRITE else b""
+    return b"".join(
+        REQUEST_HEAD.pack(word, b"cookie-8", offset, length) + payload
+        for offset in offsets
+    )
+
+
+def measure_parser() -> None:
+    """Requests off the inline path, one object each."""
+    reader = RequestReader(BufferPool(), 32 * MiB)
+    arrived = requests(_READ, range(0, _BATCH * 4096, 4096), 4096)
+
+    def parse() -> None:
+        reader.get_buffer()[: len(arrived)] = arrived
+        reader.received(len(arrived))
+        while reader.next_request() is not None:
+            pass
+
+    measure("parser: next_request, 16 reads at once", _BATCH, parse)
+
+
+def measure_node(node: Node, offsets: list[int]) -> None:
+    """The map, the file below and the node over both."""
+    driver = node.driver
+    storage = driver.data
+    for length in (4 * KiB, 64 * KiB, MiB):
+        places = [offset // length * length for offset in offsets]
+        word = f"{length // KiB} KiB"
+
+        def look_up(places: list[int] = places, length: int = length) -> None:
+            for place in places:
+                driver.try_map(place, length)
+
+        def read_file(places: list[int] = places, length: int = length) -> None:
+            for place in places:
+                if storage.try_pread(place, length) is None:
+                    raise NotInline
+
+        def read(places: list[int] = places, length: int = length) -> None:
+            for place in places:
+                if node.try_pread(place, length) is None:
+                    raise NotInline
+
+        def read_views(places: list[int] = places, length: int = length) -> None:
+            for place in places:
+                found = node.try_pread_views(place, length)
+                if found is None:
+                    raise NotInline
+                node.release(found[1])
+
+        measure(f"map: try_map, {word}", len(offsets), look_up)
+        measure(f"storage: try_pread, {word}", len(offsets), read_file)
+        measure(f"node: try_pread, {word}", len(offsets), read)
+        measure(f"node: try_pread_views, {word}", len(offsets), read_views)
+
+    def look_up_write() -> None:
+        for offset in offsets:
+            driver.try_map_write(offset, 4 * KiB)
+
+    measure("map: try_map_write, 4 KiB", len(offsets), look_up_write)
+    for length in (4 * KiB, 64 * KiB):
+        data = os.urandom(length)
+
+        def write(data: bytes = data) -> None:
+            for offset in offsets:
+                if not node.try_pwrite(offset // len(data) * len(data), data):
+                    raise NotInline
+
+        measure(f"node: try_pwrite, {length // KiB} KiB", len(offsets), write)
+
+
+async def measure_inline(node: Node, offsets: list[int]) -> None:
+    """A batch of requests from the socket to the one write of its replies."""
+    for name, word, length, nb_requests in (
+        ("16 reads of 4 KiB", _READ, 4 * KiB, 16),
+        ("1 read of 4 KiB", _READ, 4 * KiB, 1),
+        ("16 writes of 4 KiB", _WRITE, 4 * KiB, 16),
+        ("1 write of 4 KiB", _WRITE, 4 * KiB, 1),
+        ("4 reads of 64 KiB", _READ, 64 * KiB, 4),
+        ("1 read of 1 MiB", _READ, MiB, 1),
+    ):
+        transport = FakeTransport()
+        reader = RequestReader(BufferPool(), 32 * MiB)
+        options = ServerOptions()
+        connection = Transmission(
+            transport,
+            reader,
+            Export("", node),
+            Shared(BufferPool()),
+            options,
+            lambda: None,
+        )
+        places = [offset // length * length for offset in offsets[:nb_requests]]
+        arrived = requests(word, places, length)
+
+        wanted = nb_requests * (16 + (length if word == _READ else 0))
+
+        def serve(
+            connection: Transmission = connection,
+            transport: FakeTransport = transport,
+            arrived: bytes = arrived,
+            wanted: int = wanted,
+        ) -> None:
+            connection.get_buffer(-1)[: len(arrived)] = arrived
+            transport.nb_bytes = 0
+            connection.buffer_updated(len(arrived))
+            if transport.nb_bytes != wanted:
+                raise NotInline
+
+        measure(f"inline: {name}, each", nb_requests, serve)
+        # Requests that went the slow way end here, before the image is closed.
+        await asyncio.sleep(0.1)
+
+
+async def run(image: Path) -> None:
+    keep_freed_memory()  # as the server does
+    source = random.Random(1)
+    offsets = [source.randrange(0, _IMAGE_SIZE - MiB, 4096) for _ in range(64)]
+    async with open_image(image, format="qcow2") as node:
+        for offset in range(0, _IMAGE_SIZE, MiB):
+            await node.pread(offset, MiB)
+        measure_parser()
+        measure_node(node, offsets)
+        await measure_inline(node, offsets)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.micro", description="Time the parts of the hot path."
+    )
+    parser.add_argument("--dir", help="where to make the image (not a tmpfs)")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(dir=options.dir) as directory:
+        raw, image = Path(directory) / "data.raw", Path(directory) / "data.qcow2"
+        raw.write_bytes(os.urandom(_IMAGE_SIZE))
+        try:
+            qemu_img("convert", "-f", "raw", "-O", "qcow2", raw, image)
+            asyncio.run(run(image))
+        except BenchError as error:
+            print(f"bench: {error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
