@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import errno
 import os
+import resource
 import stat
 import time
 from collections.abc import Callable
@@ -38,10 +39,13 @@ from nbdqcow.units import KiB, MiB
 MAX_INLINE_READ: Final = 128 * KiB
 MAX_INLINE_WRITE: Final = 64 * KiB
 
-# An inline write that took this long (seconds) has waited for the device. The
-# next ones go to threads for a while, twice as long each time that the first
-# one afterwards is slow again.
-SLOW_WRITE: Final = 0.005
+# An inline write that took this long (seconds) has waited for the device, or,
+# far more often on a busy machine, somebody else had the processor. So the next
+# ones are watched: one that is slow again and gave the processor up by itself
+# did wait. Then writes go to threads for a while, twice as long each time that
+# the first ones afterwards are no better.
+SLOW_WRITE: Final = 0.002
+NB_WATCHED: Final = 32
 MIN_PAUSE: Final = 0.05
 MAX_PAUSE: Final = 1.0
 
@@ -109,6 +113,7 @@ class FileStorage(StorageDriver):
         self._max_inline_write = MAX_INLINE_WRITE if inline else -1
         self._inline_resume_at = 0.0 if inline else float("inf")
         self._pause = MIN_PAUSE
+        self._nb_watched = 0
 
         self._holes = Holes(fd, self._is_device, self._pwritev_blocking)
         self._has_dsync = True
@@ -261,31 +266,40 @@ class FileStorage(StorageDriver):
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         """Write ``data`` to page cache, unless that has lately been slow."""
         length = len(data)
-        if length > self._max_inline_write and not self._resume_inline(length):
-            return False
+        if length > self._max_inline_write:
+            return self._try_pwrite_watched(offset, data)
         started = time.perf_counter()
         nb_written = os.pwrite(self._fd, data, offset)
-        ended = time.perf_counter()
-        if ended - started > SLOW_WRITE:
-            self._pause_inline(ended)
+        if time.perf_counter() - started > SLOW_WRITE:
+            self._nb_watched = NB_WATCHED
+            self._max_inline_write = -1
         self._write_sequence += 1
         end = offset + nb_written
         if end > self.length and nb_written:
             self.length = end
         return nb_written == length
 
-    def _resume_inline(self, length: int) -> bool:
-        """Whether a write of ``length`` bytes may go inline after all."""
-        if length > MAX_INLINE_WRITE or time.perf_counter() < self._inline_resume_at:
+    def _try_pwrite_watched(self, offset: int, data: Buffer) -> bool:
+        """Write inline, if at all, and see whether that waits for the device."""
+        if len(data) > MAX_INLINE_WRITE or time.perf_counter() < self._inline_resume_at:
             return False
+        nb_waits = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
         self._max_inline_write = MAX_INLINE_WRITE
-        return True
+        done = self.try_pwrite(offset, data)
+        if self._max_inline_write < 0:
+            # Slow again.
+            if resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw > nb_waits:
+                self._pause_inline()
+        elif self._nb_watched:
+            self._nb_watched -= 1
+            self._max_inline_write = -1
+        return done
 
-    def _pause_inline(self, now: float) -> None:
+    def _pause_inline(self) -> None:
+        now = time.perf_counter()
         relapsed = now - self._inline_resume_at < MAX_PAUSE
         self._pause = min(self._pause * 2, MAX_PAUSE) if relapsed else MIN_PAUSE
         self._inline_resume_at = now + self._pause
-        self._max_inline_write = -1
 
     # -- reading and writing -------------------------------------------------
 
