@@ -62,6 +62,7 @@ need_test_tools() {
     need_command mkfs.ext4 e2fsprogs
     need_command e2fsck e2fsprogs
     need_command fstrim util-linux
+    need_command file file
     need_command strace strace
     need_command cmp diffutils
     # nbdsh and its module belong to the distribution's own Python.
