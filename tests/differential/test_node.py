@@ -4,13 +4,16 @@ import asyncio
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvloop
 
 from nbdqcow import open_image
 from nbdqcow.block.node import Node
+from nbdqcow.storage.file import FileStorage
 from tests.differential.geometries import (
     GEOMETRIES,
     Geometry,
@@ -21,6 +24,7 @@ from tests.differential.model import DiskModel
 from tests.differential.node_target import NodeTarget
 from tests.differential.operations import Generator, Weights
 from tests.differential.runner import Record, Runner
+from tests.differential.slow_storage import SlowStorage
 from tests.differential.test_differential import check_and_compare
 from tests.serving import check_image, need
 
@@ -33,9 +37,28 @@ async def opened(image: Path, geometry: Geometry, cache: int | None = None) -> N
     return await open_image(image, format=geometry.image_format, l2_cache_size=cache)
 
 
+@pytest.fixture
+def slow_down(monkeypatch: pytest.MonkeyPatch) -> Callable[[random.Random], None]:
+    """Has images opened from now on sit on slow storage."""
+
+    def slow_down(source: random.Random) -> None:
+        class SlowFile:
+            @staticmethod
+            async def open(*arguments: Any, **options: Any) -> SlowStorage:
+                inner = await FileStorage.open(*arguments, **options)
+                return SlowStorage(inner, source)
+
+        monkeypatch.setattr("nbdqcow.block.open.storage_driver", lambda name: SlowFile)
+
+    return slow_down
+
+
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_random_operations_on_a_node(
-    geometry: Geometry, tmp_path: Path, seed: int
+    geometry: Geometry,
+    tmp_path: Path,
+    seed: int,
+    slow_down: Callable[[random.Random], None],
 ) -> None:
     need("qemu-img", "qemu-io")
     source = random.Random(seed)
@@ -45,6 +68,8 @@ def test_random_operations_on_a_node(
     for round_index in range(NB_ROUNDS):
         # A cache of a few tables: they are evicted all the time.
         cache = (None, 16 * geometry.cluster_size, 1)[round_index]
+        if round_index == 1:
+            slow_down(source)
         loop = (asyncio, uvloop)[round_index % 2].new_event_loop()
         try:
             node = loop.run_until_complete(opened(image, geometry, cache))
@@ -75,7 +100,10 @@ def test_random_operations_on_a_node(
     ids=str,
 )
 def test_the_file_is_a_good_image_at_any_moment(
-    geometry: Geometry, tmp_path: Path, seed: int
+    geometry: Geometry,
+    tmp_path: Path,
+    seed: int,
+    slow_down: Callable[[random.Random], None],
 ) -> None:
     """What a kill would leave, looked at with requests in flight: no corruption,
     and every byte durable or one of the values written since."""
@@ -83,6 +111,7 @@ def test_the_file_is_a_good_image_at_any_moment(
     source = random.Random(seed)
     image = build(geometry, tmp_path, source)
     left = tmp_path / "left.qcow2"
+    slow_down(source)
     model = DiskModel(content_by_qemu(image, geometry, tmp_path))
     loop = uvloop.new_event_loop()
     try:
