@@ -28,9 +28,10 @@ from tests.differential.slow_storage import SlowStorage
 from tests.differential.test_differential import check_and_compare
 from tests.serving import check_image, need
 
-NB_OPERATIONS = int(os.environ.get("NBDQCOW_NODE_OPERATIONS", "1200"))
+NB_OPERATIONS = int(os.environ.get("NBDQCOW_NODE_OPERATIONS", "600"))
+NB_LONG_OPERATIONS = int(os.environ.get("NBDQCOW_LONG_OPERATIONS", "30000"))
 NB_CRASHES = int(os.environ.get("NBDQCOW_NODE_CRASHES", "12"))
-NB_ROUNDS = 3
+ROUND_OPERATIONS = 200
 
 
 async def opened(image: Path, geometry: Geometry, cache: int | None = None) -> Node:
@@ -53,9 +54,21 @@ def slow_down(monkeypatch: pytest.MonkeyPatch) -> Callable[[random.Random], None
     return slow_down
 
 
+@pytest.mark.parametrize(
+    "nb_operations",
+    [
+        pytest.param(NB_OPERATIONS, id="short"),
+        pytest.param(
+            NB_LONG_OPERATIONS,
+            id="long",
+            marks=[pytest.mark.slow, pytest.mark.timeout(0)],
+        ),
+    ],
+)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_random_operations_on_a_node(
     geometry: Geometry,
+    nb_operations: int,
     tmp_path: Path,
     seed: int,
     slow_down: Callable[[random.Random], None],
@@ -65,9 +78,9 @@ def test_random_operations_on_a_node(
     image = build(geometry, tmp_path, source)
     model = DiskModel(content_by_qemu(image, geometry, tmp_path))
     history: list[Record] = []
-    for round_index in range(NB_ROUNDS):
+    for round_index in range(max(3, nb_operations // ROUND_OPERATIONS)):
         # A cache of a few tables: they are evicted all the time.
-        cache = (None, 16 * geometry.cluster_size, 1)[round_index]
+        cache = (None, 16 * geometry.cluster_size, 1)[round_index % 3]
         if round_index == 1:
             slow_down(source)
         loop = (asyncio, uvloop)[round_index % 2].new_event_loop()
@@ -79,10 +92,10 @@ def test_random_operations_on_a_node(
                 Generator(source, model.size, geometry.cluster_size),
                 source,
                 depth=16,
-                overlap=(0.3, 1.0, 1.0)[round_index],
+                overlap=(0.3, 1.0, 1.0)[round_index % 3],
                 history=history,
             )
-            runner.run(NB_OPERATIONS // NB_ROUNDS)
+            runner.run(min(nb_operations, ROUND_OPERATIONS))
             runner.verify_all()
             loop.run_until_complete(node.close())
         finally:
