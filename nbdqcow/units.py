@@ -1,5 +1,6 @@
 """Sizes as people write them and as qemu-img prints them."""
 
+import re
 from typing import Final
 
 KiB: Final = 1 << 10
@@ -10,38 +11,45 @@ TiB: Final = 1 << 40
 SECTOR_SIZE: Final = 512
 
 _SUFFIXES: Final = "BKMGTPE"
+_MAX_DIGITS: Final = 40
+_SIZE: Final = re.compile(
+    r"[ \t\n\v\f\r]*\+?"
+    r"(?:0[xX]([0-9a-fA-F]+)|([0-9]+)(?:\.([0-9]*))?([BKMGTPEbkmgtpe])?)"
+)
 
 
-def parse_size(text: str, default_suffix: str = "B") -> int:
+class SizeTooLarge(ValueError):
+    """A well-formed size beyond the limit."""
+
+
+def parse_size(text: str, default_suffix: str = "B", *, limit: int = 1 << 63) -> int:
     """Return the bytes that ``text`` means, as qemu's ``qemu_strtosz`` does.
 
-    A number, decimal with an optional fraction or hexadecimal (``0x``), and
-    one of the suffixes ``B k M G T P E`` in either case, powers of 1024.
-    Raises `ValueError` with the text in its message.
+    A number, decimal with an optional fraction or hexadecimal (``0x``), and,
+    if decimal, one of the suffixes ``B k M G T P E`` in either case, powers of
+    1024. Raises `ValueError` with the text in its message, `SizeTooLarge` from
+    ``limit`` on.
     """
-    digits, suffix = text.strip(), default_suffix
-    if digits[:2].lower() == "0x":
-        try:
-            return int(digits, 16)
-        except ValueError:
-            raise ValueError(f"invalid size '{text}'") from None
-    if digits and digits[-1].upper() in _SUFFIXES:
-        digits, suffix = digits[:-1], digits[-1].upper()
-    shift = 10 * _SUFFIXES.index(suffix)
-    whole, _, fraction = digits.partition(".")
-    if (
-        not whole.isascii()
-        or not whole.isdigit()
-        or (fraction and not (fraction.isascii() and fraction.isdigit()))
-    ):
+    match = _SIZE.fullmatch(text)
+    if match is None:
         raise ValueError(f"invalid size '{text}'")
-    size = int(whole) << shift
-    if fraction:
-        if shift == 0:
+    hexadecimal, whole, fraction, suffix = match.groups()
+    if hexadecimal:
+        size = int(hexadecimal, 16)
+    else:
+        shift = 10 * _SUFFIXES.index((suffix or default_suffix).upper())
+        fraction = (fraction or "").rstrip("0")
+        if fraction and shift == 0:
             raise ValueError(f"invalid size '{text}': a byte has no fraction")
-        size += (int(fraction) << shift) // 10 ** len(fraction)
-    if size >= 1 << 63:
-        raise ValueError(f"size '{text}' is too large")
+        # There could be any number of digits, and int() takes its time.
+        if len(whole.lstrip("0")) > _MAX_DIGITS:
+            raise SizeTooLarge(f"size '{text}' is too large")
+        fraction = fraction[:_MAX_DIGITS]
+        size = int(whole) << shift
+        if fraction:
+            size += (int(fraction) << shift) // 10 ** len(fraction)
+    if size >= limit:
+        raise SizeTooLarge(f"size '{text}' is too large")
     return size
 
 

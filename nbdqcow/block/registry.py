@@ -1,20 +1,30 @@
 """The drivers by name, loaded when first used, and format probing."""
 
 from importlib import import_module
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from nbdqcow.block.driver import FormatDriver
 from nbdqcow.errors import ImageError
+
+if TYPE_CHECKING:
+    # Tools use this module too, and need no event loop.
+    from nbdqcow.block.driver import FormatDriver
+    from nbdqcow.block.tools import FormatTool
 
 _FORMATS: Final = {
     "raw": "nbdqcow.formats.raw:RawDriver",
     "qcow2": "nbdqcow.formats.qcow2.driver:Qcow2Driver",
+}
+_TOOLS: Final = {
+    "raw": "nbdqcow.formats.raw_tool:RawTool",
+    "qcow2": "nbdqcow.formats.qcow2.tool:Qcow2Tool",
 }
 _STORAGE: Final = {
     "file": "nbdqcow.storage.file:FileStorage",
     "memory": "nbdqcow.storage.memory:MemoryStorage",
     "null": "nbdqcow.storage.null:NullStorage",
 }
+
+_BLOCKING_FILE: Final = "nbdqcow.storage.blocking:BlockingLocalFile"
 
 PROBE_LENGTH: Final = 2048
 """Bytes of a file that `probe_format` is given."""
@@ -42,6 +52,31 @@ def storage_driver(name: str) -> Any:
     if name not in _STORAGE:
         raise ImageError(f"Unknown protocol '{name}'")
     return _load(_STORAGE[name])
+
+
+def tool_names() -> list[str]:
+    """Return the names of all formats that have a tool."""
+    return sorted(_TOOLS)
+
+
+def format_tool(name: str) -> "FormatTool":
+    """Return the tool of a format. Raises `ImageError`."""
+    if name not in _TOOLS:
+        raise ImageError(f"Unknown driver '{name}'")
+    tool: FormatTool = _load(_TOOLS[name])()
+    return tool
+
+
+def probe_tool(head: bytes) -> str:
+    """Return the name of the format that ``head`` looks most like, as
+    `probe_format` does, for tools."""
+    scores = {name: format_tool(name).probe(head) for name in _TOOLS}
+    return max(scores, key=lambda name: scores[name])
+
+
+def blocking_file() -> Any:
+    """Return the class of local files for programs without an event loop."""
+    return _load(_BLOCKING_FILE)
 
 
 def probe_format(head: bytes, filename: str) -> str:

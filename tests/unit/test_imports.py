@@ -11,7 +11,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "nbdqcow"
 MAX_LINES = 700
 
-CONTRACTS = {"block.storage", "block.driver", "block.inflight"}
+CONTRACTS = {
+    "block.storage",
+    "block.driver",
+    "block.inflight",
+    "block.steps",
+    "block.tools",
+}
 
 # What each room may import besides itself and the base modules; a name stands
 # for the module and all below it.

@@ -147,6 +147,7 @@ class CreatePlan:
     nb_refcount_blocks: int
     data_start: int
     nb_data_clusters: int
+    preallocation: str
 
     def writes(self) -> Iterator[tuple[int, bytes]]:
         """Yield ``(offset, bytes)`` for all that is not zero, header last."""
@@ -237,7 +238,13 @@ def plan_create(options: CreateOptions) -> CreatePlan:
         # The L1 table ends the file; the rest of its cluster is no one's.
         file_length = l1_offset + header.l1_size * 8
     return CreatePlan(
-        header, header.pack(), file_length, nb_blocks, data_start, nb_data
+        header,
+        header.pack(),
+        file_length,
+        nb_blocks,
+        data_start,
+        nb_data,
+        options.preallocation,
     )
 
 
@@ -292,9 +299,9 @@ async def create(storage: StorageDriver, options: CreateOptions) -> None:
     if not storage.zero_beyond_end:
         await storage.write_zeroes(0, plan.file_length, may_unmap=True)
     data_length = plan.file_length - plan.data_start
-    if options.preallocation == "falloc":
+    if plan.preallocation == "falloc":
         await storage.write_zeroes(plan.data_start, data_length, may_unmap=False)
-    elif options.preallocation == "full":
+    elif plan.preallocation == "full":
         zeroes = bytes(_ZEROES_CHUNK)
         for offset in range(plan.data_start, plan.file_length, _ZEROES_CHUNK):
             length = min(_ZEROES_CHUNK, plan.file_length - offset)

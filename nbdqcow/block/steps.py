@@ -1,0 +1,119 @@
+"""Work on a file told as steps, so that a tool and a server can both do it.
+
+A function that must look at a file, decide and perhaps write, yields what it
+wants done and is sent what it asked to read. A command line tool runs the
+steps with blocking calls and no event loop (`run_blocking`), a driver runs the
+same steps on its storage (`run_steps`).
+"""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias, TypeVar
+
+from nbdqcow.block.storage import StorageDriver
+from nbdqcow.types import Buffer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Send me ``length`` bytes, at least 1, from ``offset``; past the end of the
+    file they are zero."""
+
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Write ``data`` at ``offset``, growing the file if need be."""
+
+    offset: int
+    data: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """Make all writes so far durable before the next step."""
+
+
+Step: TypeAlias = Read | Write | Flush
+Steps: TypeAlias = Generator[Step, Buffer, T]
+"""Yields steps, is sent the bytes of a `Read` (``b""`` otherwise), returns T."""
+
+
+class BlockingFile(Protocol):
+    """A file of bytes for programs without an event loop.
+
+    Reading past the end gives zeroes, writing there grows the file. ``length``
+    is the file's length in bytes, kept up to date by our own writes. Errors
+    are `OSError`s.
+    """
+
+    filename: str
+    length: int
+
+    @property
+    def is_device(self) -> bool:
+        """Whether the length is fixed and old content may be anywhere."""
+
+    def pread(self, offset: int, length: int) -> Buffer:
+        """Return exactly ``length`` bytes."""
+
+    def pwrite(self, offset: int, data: Buffer) -> None:
+        """Write all of ``data``."""
+
+    def truncate(self, length: int) -> None:
+        """Set the length; what is new reads as zeroes."""
+
+    def allocate(self, offset: int, length: int) -> None:
+        """Take space for a range that reads as zeroes."""
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """Write zeroes out, byte for byte."""
+
+    def flush(self) -> None:
+        """Make all writes so far durable."""
+
+    def allocated_length(self) -> int:
+        """Return the bytes that the file takes of its file system."""
+
+    def close(self) -> None:
+        """Release the file and its locks."""
+
+
+def run_blocking(steps: Steps[T], file: BlockingFile) -> T:
+    """Do all ``steps`` on ``file`` and return their result."""
+    answer: Buffer = b""
+    try:
+        while True:
+            step = steps.send(answer) if answer else next(steps)
+            answer = b""
+            if isinstance(step, Read):
+                answer = file.pread(step.offset, step.length)
+            elif isinstance(step, Write):
+                file.pwrite(step.offset, step.data)
+            else:
+                file.flush()
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+
+
+async def run_steps(steps: Steps[T], storage: StorageDriver) -> T:
+    """Do all ``steps`` on ``storage`` and return their result."""
+    answer: Buffer = b""
+    try:
+        while True:
+            step = steps.send(answer) if answer else next(steps)
+            answer = b""
+            if isinstance(step, Read):
+                answer = await storage.pread(step.offset, step.length)
+            elif isinstance(step, Write):
+                await storage.pwritev(step.offset, [step.data])
+            else:
+                await storage.flush()
+    except StopIteration as stop:
+        result: T = stop.value
+        return result

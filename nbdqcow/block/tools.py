@@ -1,0 +1,131 @@
+"""The contract of image tools: what commands ask of a format besides I/O.
+
+A tool describes, creates and checks images of one format. It works without an
+event loop on a `BlockingFile`, so that a command starts fast; the registry
+(`nbdqcow.block.registry.format_tool`) loads it by name.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final, TypeAlias
+
+from nbdqcow.block.steps import BlockingFile
+from nbdqcow.errors import NotSupported
+
+REPAIR_NONE: Final = 0
+REPAIR_LEAKS: Final = 1
+"""Only what loses nothing: refcounts go down, COPIED flags become right."""
+REPAIR_ALL: Final = 2
+"""Also what could choose wrong: refcounts go up or are built anew."""
+
+Report: TypeAlias = Callable[[str], None]
+"""Takes one line about something found or repaired."""
+
+OptionValue: TypeAlias = str | int | bool
+
+
+@dataclass(frozen=True, slots=True)
+class OptionSpec:
+    """One ``-o`` option of a format: its kind is ``str``, ``size``, ``num`` or
+    ``bool``; ``default`` is shown when the option is not given."""
+
+    name: str
+    kind: str
+    help: str
+    default: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotInfo:
+    """An internal snapshot; ``icount`` is None where it was not recorded."""
+
+    id: str
+    name: str
+    vm_state_length: int
+    date_seconds: int
+    date_nanoseconds: int
+    vm_clock_nanoseconds: int
+    icount: int | None
+
+
+@dataclass(slots=True)
+class ImageInfo:
+    """What ``info`` shows of one image file; sizes in bytes.
+
+    Attributes:
+        specific: what only this format has, by QEMU's json names, nested.
+        warnings: lines to show before the rest.
+    """
+
+    format: str
+    virtual_size: int
+    cluster_size: int | None = None
+    encrypted: bool = False
+    dirty: bool = False
+    backing_filename: str | None = None
+    backing_format: str | None = None
+    snapshots: Sequence[SnapshotInfo] = ()
+    specific: Mapping[str, Any] | None = None
+    warnings: Sequence[str] = ()
+
+
+@dataclass(slots=True)
+class CheckResult:
+    """What a consistency check found; clusters are counted, not bytes.
+
+    ``corruptions`` and ``leaks`` are what is still wrong, ``check_errors``
+    what could not be checked.
+    """
+
+    corruptions: int = 0
+    leaks: int = 0
+    check_errors: int = 0
+    corruptions_fixed: int = 0
+    leaks_fixed: int = 0
+    total_clusters: int = 0
+    allocated_clusters: int = 0
+    fragmented_clusters: int = 0
+    compressed_clusters: int = 0
+    image_end_offset: int = 0
+
+
+class FormatTool(ABC):
+    """What the commands need of one format."""
+
+    name: ClassVar[str]
+    create_options: ClassVar[Sequence[OptionSpec]]
+    supports_backing: ClassVar[bool] = False
+    supports_check: ClassVar[bool] = False
+
+    @classmethod
+    def probe(cls, head: bytes) -> int:
+        """Score 0 to 100 for how surely ``head`` (the file's first 2 KiB, or
+        all of a shorter file) is of this format."""
+        return 0
+
+    @abstractmethod
+    def describe(self, file: BlockingFile) -> ImageInfo:
+        """Describe an image. Raises `ImageError` and `OSError`."""
+
+    @abstractmethod
+    def prepare(self, values: Mapping[str, OptionValue]) -> Any:
+        """Plan a new image from its ``-o`` options (by name, ``size`` among
+        them). Raises `ImageError` before any file is touched."""
+
+    @abstractmethod
+    def create(self, file: BlockingFile, plan: Any) -> None:
+        """Write the image that `prepare` planned. Raises `OSError`."""
+
+    def describe_for_check(self, file: BlockingFile) -> ImageInfo:
+        """Describe an image as far as a check needs it, which finds errors that
+        `describe` refuses."""
+        return self.describe(file)
+
+    def check(self, file: BlockingFile, repair: int, report: Report) -> CheckResult:
+        """Check an image and repair it as far as ``repair`` allows.
+
+        Every finding is reported in a line. Raises `ImageError` for what is no
+        image at all, `NotSupported` if the format knows no checks.
+        """
+        raise NotSupported("This image format does not support checks")

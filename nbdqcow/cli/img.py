@@ -1,0 +1,119 @@
+"""``nbdqcow-img``: image files, with the commands and options of qemu-img.
+
+Each command is a module of its own, loaded when it is asked for.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Final
+
+from nbdqcow.cli.messages import describe, error, printable, program_name
+
+_COMMANDS: Final = {
+    "check": (
+        "nbdqcow.cli.img_check",
+        "[-q] [-f fmt] [--output=human|json] [-r leaks|all] [-U] filename",
+    ),
+    "create": (
+        "nbdqcow.cli.img_create",
+        "[-q] [-f fmt] [-b backing_file [-F backing_fmt]] [-u] [-o options] "
+        "filename [size]",
+    ),
+    "info": (
+        "nbdqcow.cli.img_info",
+        "[-f fmt] [--output=human|json] [--backing-chain] [-U] filename",
+    ),
+}
+"""Commands by name: the module, whose ``run(arguments)`` returns the exit
+status, and its arguments for ``--help``."""
+
+_INTERRUPTED: Final = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the command line names; return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # File names are any bytes, and they leave as they came.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    try:
+        status = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone; so has the wish for the rest. Python would
+        # flush again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return status
+
+
+def _run(arguments: list[str]) -> int:
+    from nbdqcow.errors import NbdQcowError, UsageError
+
+    try:
+        if not arguments:
+            raise UsageError("Not enough arguments")
+        name = arguments[0]
+        if name.startswith("-"):
+            return _run_option(name)
+        if name not in _COMMANDS:
+            raise UsageError(f"Command not found: {name}")
+        module = import_module(_COMMANDS[name][0])
+        return int(module.run(arguments[1:]))
+    except UsageError as exc:
+        error(str(exc))
+        print(f"Try '{program_name()} --help' for more information", file=sys.stderr)
+    except (NbdQcowError, OSError) as exc:
+        if isinstance(exc, BrokenPipeError):
+            raise
+        error(describe(exc))
+    return 1
+
+
+def _run_option(option: str) -> int:
+    from nbdqcow.errors import UsageError
+
+    # getopt_long takes any beginning of a long name.
+    long = len(option) > 2
+    if option == "-V" or (long and "--version".startswith(option)):
+        print_version()
+    elif option == "-h" or (long and "--help".startswith(option)):
+        print_help()
+    else:
+        raise UsageError(f"unrecognized option '{printable(option)}'")
+    return 0
+
+
+def print_version() -> None:
+    """Print the program's name and version."""
+    from nbdqcow import __version__
+
+    print(f"{program_name()} version {__version__}")
+
+
+def print_help() -> None:
+    """Print how the program is used."""
+    print_version()
+    print(f"usage: {program_name()} [-h | -V] command [options]\n")
+    print("Create, describe and check disk images.\n\nCommands:")
+    for name, (_, arguments) in sorted(_COMMANDS.items()):
+        print(f"  {name} {arguments}")
+    print(
+        "\nOptions are those of qemu-img. A size is in bytes, or takes one of the\n"
+        "suffixes k, M, G, T, P and E. '-o help' lists what a format can be told.\n"
+        f"Formats: {', '.join(_format_names())}"
+    )
+
+
+def _format_names() -> list[str]:
+    from nbdqcow.block.registry import tool_names
+
+    return tool_names()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""``nbdqcow-img create``: new images."""
+
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from nbdqcow.block.registry import blocking_file, format_tool
+from nbdqcow.block.tools import FormatTool, OptionSpec, OptionValue
+from nbdqcow.cli.img import print_help
+from nbdqcow.cli.img_open import backing_path, describe_chain, local_path
+from nbdqcow.cli.img_options import (
+    convert_option,
+    is_option_list,
+    parse_arguments,
+    split_options,
+    wants_help,
+)
+from nbdqcow.cli.messages import error
+from nbdqcow.errors import ImageError, UsageError
+from nbdqcow.units import SizeTooLarge, parse_size
+
+_LONG: Final = {"help": "-h", "object=": "--object"}
+
+# Options of the file below, whatever its format: nbdqcow takes them, and
+# acts on ``preallocation``.
+_FILE_OPTIONS: Final = (
+    OptionSpec("nocow", "bool", "Turn off copy-on-write (valid only on btrfs)"),
+    OptionSpec(
+        "preallocation",
+        "str",
+        "Preallocation mode (allowed values: off, falloc, full)",
+    ),
+    OptionSpec(
+        "extent_size_hint", "size", "Extent size hint for the image file, 0 to disable"
+    ),
+)
+_MAX_SIZE: Final = (1 << 63) - 1
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    options, operands = parse_arguments(arguments, ":F:b:f:ho:qu", _LONG)
+    format_, quiet, unsafe = "raw", False, False
+    given: dict[str, str] = {}
+    option_lists: list[str] = []
+    for name, value in options:
+        match name:
+            case "-h":
+                print_help()
+                return 0
+            case "-f":
+                format_ = value
+            case "-b":
+                given["backing_file"] = value
+            case "-F":
+                given["backing_fmt"] = value
+            case "-o":
+                if not is_option_list(value):
+                    raise ImageError(f"Invalid option list: {value}")
+                option_lists.append(value)
+            case "-q":
+                quiet = True
+            case "-u":
+                unsafe = True
+            case _:
+                raise UsageError(f"{name} is not supported yet")
+    text = ",".join(option_lists)
+    filename = operands[0] if operands else None
+    if wants_help(text):
+        _print_option_help(format_, filename)
+        return 0
+    if filename is None:
+        raise UsageError("Expecting image file name")
+    size = _parse_size_operand(operands[1]) if len(operands) > 1 else None
+    if len(operands) > 2:
+        raise UsageError(f"Unexpected argument: {operands[2]}")
+    try:
+        _create(filename, format_, text, given, size, quiet=quiet, unsafe=unsafe)
+    except ImageError as exc:
+        error(f"{filename}: {exc}")
+        return 1
+    return 0
+
+
+def _parse_size_operand(text: str) -> int:
+    try:
+        return parse_size(text)
+    except SizeTooLarge:
+        raise ImageError(
+            f"Invalid image size specified. Must be between 0 and {_MAX_SIZE}."
+        ) from None
+    except ValueError:
+        error(
+            "Invalid image size specified. You may use k, M, G, T, P or E suffixes for"
+        )
+        raise ImageError(
+            "kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
+        ) from None
+
+
+def _find_tool(format_: str) -> FormatTool:
+    try:
+        return format_tool(format_)
+    except ImageError:
+        raise ImageError(f"Unknown file format '{format_}'") from None
+
+
+def _option_specs(tool: FormatTool) -> list[OptionSpec]:
+    """The format's options and the file's, the format's before its namesake."""
+    own = {spec.name for spec in tool.create_options}
+    return [
+        *tool.create_options,
+        *(spec for spec in _FILE_OPTIONS if spec.name not in own),
+    ]
+
+
+def _print_option_help(format_: str, filename: str | None) -> None:
+    tool = _find_tool(format_)
+    if filename is None:
+        specs = list(tool.create_options)
+        print(f"Supported {format_} options:")
+    else:
+        local_path(filename)
+        specs = _option_specs(tool)
+        print("Supported options:")
+    kinds = {
+        "str": "<str>",
+        "size": "<size>",
+        "num": "<num>",
+        "bool": "<bool (on/off)>",
+    }
+    for spec in sorted(specs, key=lambda spec: spec.name):
+        print(f"  {spec.name + '=' + kinds[spec.kind]:<22} - {spec.help}")
+    if filename is None:
+        print(
+            "\nThe protocol level may support further options.\n"
+            "Specify the target filename to include those options."
+        )
+
+
+def _create(
+    filename: str,
+    format_: str,
+    option_text: str,
+    given: dict[str, str],
+    size: int | None,
+    *,
+    quiet: bool,
+    unsafe: bool,
+) -> None:
+    tool = _find_tool(format_)
+    path = filename if not filename else local_path(filename)
+    specs = _option_specs(tool)
+    texts: dict[str, str] = {}
+    values: dict[str, OptionValue] = {}
+    kinds = {spec.name: spec.kind for spec in specs}
+    for name, text in split_options(kinds, option_text):
+        values[name] = convert_option(name, kinds[name], text)
+        texts[name] = text
+    if size is not None:
+        if "size" in values:
+            raise ImageError("The image size must be specified only once")
+        values["size"] = size
+    for name, what in (("backing_file", "file"), ("backing_fmt", "format")):
+        if name in given:
+            if not tool.supports_backing:
+                raise ImageError(
+                    f"Backing {what} not supported for file format '{format_}'"
+                )
+            values[name] = texts[name] = given[name]
+    _use_backing(path, values, unsafe=unsafe)
+    if "size" not in values:
+        raise ImageError("Image creation needs a size parameter")
+    if not quiet:
+        _print_formatting(filename, format_, specs, values, texts)
+    plan = tool.prepare(values)
+    try:
+        file = blocking_file().create(path)
+    except OSError as exc:
+        raise ImageError(f"Could not create '{path}': {exc.strerror}") from None
+    try:
+        tool.create(file, plan)
+    except OSError as exc:
+        raise ImageError(f"Could not write '{path}': {exc.strerror}") from None
+    finally:
+        file.close()
+
+
+def _use_backing(path: str, values: dict[str, OptionValue], *, unsafe: bool) -> None:
+    """Look at the backing file: it must be there, and may give the size."""
+    if "backing_file" not in values:
+        return
+    name = str(values["backing_file"])
+    if not name:
+        raise ImageError("Expected backing file name, got empty string")
+    if name == path:
+        raise ImageError(
+            "Error: Trying to create an image with the same filename as the backing "
+            "file"
+        )
+    backing_format = values.get("backing_fmt")
+    if unsafe:
+        if backing_format is None and "size" in values:
+            raise ImageError("Backing file specified without backing format")
+        return
+    try:
+        full = backing_path(path, name)
+        chain = list(
+            describe_chain(
+                full,
+                None if backing_format is None else str(backing_format),
+                force_share=True,
+            )
+        )
+    except ImageError as exc:
+        text = str(exc)
+        raise ImageError(f"{text}\nCould not open backing image.") from None
+    image, info = chain[0]
+    if backing_format is None:
+        raise ImageError(
+            "Backing file specified without backing format\n"
+            f"Detected format of {image.tool.name}."
+        )
+    values.setdefault("size", info.virtual_size)
+
+
+def _print_formatting(
+    filename: str,
+    format_: str,
+    specs: Sequence[OptionSpec],
+    values: dict[str, OptionValue],
+    texts: dict[str, str],
+) -> None:
+    line = f"Formatting '{filename}', fmt={format_}"
+    for spec in specs:
+        if spec.name in values:
+            value = values[spec.name]
+            text = texts.get(spec.name, str(value))
+            if spec.kind in ("size", "num"):
+                number = int(value) & ((1 << 64) - 1)
+                text = str(number - (1 << 64) if number >> 63 else number)
+            elif spec.kind == "str":
+                text = text.replace(",", ",,")
+        elif spec.default is not None:
+            text = spec.default
+        else:
+            continue
+        line += f" {spec.name}={text}"
+    print(line)
+    sys.stdout.flush()

@@ -1,0 +1,158 @@
+"""``nbdqcow-img info``: what an image says of itself."""
+
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+from nbdqcow.block.tools import ImageInfo, SnapshotInfo
+from nbdqcow.cli.img import print_help
+from nbdqcow.cli.img_open import OpenImage, backing_path, describe_chain
+from nbdqcow.cli.img_options import (
+    format_json,
+    parse_arguments,
+    parse_output,
+    print_tree,
+)
+from nbdqcow.cli.messages import error
+from nbdqcow.errors import UsageError
+from nbdqcow.units import format_size
+
+_LONG: Final = {
+    "help": "-h",
+    "format=": "-f",
+    "output=": "--output",
+    "backing-chain": "--backing-chain",
+    "object=": "--object",
+    "image-opts": "--image-opts",
+    "force-share": "-U",
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    options, operands = parse_arguments(arguments, ":hf:U", _LONG)
+    format_, json = None, False
+    whole_chain = force_share = False
+    for name, value in options:
+        match name:
+            case "-h":
+                print_help()
+                return 0
+            case "-f":
+                format_ = value
+            case "-U":
+                force_share = True
+            case "--output":
+                json = parse_output(value)
+            case "--backing-chain":
+                whole_chain = True
+            case _:
+                raise UsageError(f"{name} is not supported yet")
+    if len(operands) != 1:
+        raise UsageError("Expecting one image file name")
+    shown: list[tuple[ImageInfo, dict[str, Any]]] = []
+    for image, info in describe_chain(
+        operands[0], format_, force_share=force_share, whole_chain=whole_chain
+    ):
+        for text in info.warnings:
+            error(f"warning: {text}")
+        shown.append((info, _as_json(image, info)))
+    if json:
+        described = [values for _, values in shown]
+        print(format_json(described if whole_chain else described[0]))
+        return 0
+    for index, (info, values) in enumerate(shown):
+        if index:
+            print()
+        _print_human(info, values)
+    return 0
+
+
+def _as_json(image: OpenImage, info: ImageInfo) -> dict[str, Any]:
+    """Return what json shows, in qemu-img's order."""
+    values: dict[str, Any] = {}
+    if info.snapshots:
+        values["snapshots"] = [_snapshot_as_json(one) for one in info.snapshots]
+    if info.backing_format is not None and info.backing_filename is not None:
+        values["backing-filename-format"] = info.backing_format
+    values["virtual-size"] = info.virtual_size
+    values["filename"] = image.filename
+    if info.cluster_size is not None:
+        values["cluster-size"] = info.cluster_size
+    values["format"] = info.format
+    values["actual-size"] = image.file.allocated_length()
+    if info.specific is not None:
+        values["format-specific"] = {"type": info.format, "data": info.specific}
+    if info.backing_filename is not None:
+        values["full-backing-filename"] = backing_path(
+            image.filename, info.backing_filename
+        )
+    if info.encrypted:
+        values["encrypted"] = True
+    if info.backing_filename is not None:
+        values["backing-filename"] = info.backing_filename
+    values["dirty-flag"] = info.dirty
+    return values
+
+
+def _snapshot_as_json(snapshot: SnapshotInfo) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    if snapshot.icount is not None:
+        values["icount"] = snapshot.icount
+    seconds, nanoseconds = divmod(snapshot.vm_clock_nanoseconds, 1_000_000_000)
+    values["vm-clock-nsec"] = nanoseconds
+    values["name"] = snapshot.name
+    values["date-sec"] = snapshot.date_seconds
+    values["date-nsec"] = snapshot.date_nanoseconds
+    values["vm-clock-sec"] = seconds
+    values["id"] = snapshot.id
+    values["vm-state-size"] = snapshot.vm_state_length
+    return values
+
+
+def _print_human(info: ImageInfo, values: dict[str, Any]) -> None:
+    size = info.virtual_size
+    print(f"image: {values['filename']}")
+    print(f"file format: {info.format}")
+    print(f"virtual size: {format_size(size)} ({size} bytes)")
+    print(f"disk size: {format_size(values['actual-size'])}")
+    if info.encrypted:
+        print("encrypted: yes")
+    if info.cluster_size is not None:
+        print(f"cluster_size: {info.cluster_size}")
+    if info.dirty:
+        print("cleanly shut down: no")
+    if info.backing_filename is not None:
+        full = values["full-backing-filename"]
+        actual = f" (actual path: {full})" if full != info.backing_filename else ""
+        print(f"backing file: {info.backing_filename}{actual}")
+        if info.backing_format is not None:
+            print(f"backing file format: {info.backing_format}")
+    if info.snapshots:
+        print("Snapshot list:")
+        _print_snapshot("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")
+        for snapshot in info.snapshots:
+            _print_snapshot(*_snapshot_columns(snapshot))
+    if info.specific is not None:
+        print("Format specific information:")
+        print_tree(info.specific, 1)
+
+
+def _print_snapshot(
+    id_: str, tag: str, vm_size: str, date: str, clock: str, icount: str
+) -> None:
+    print(f"{id_:<9} {tag:<16} {vm_size:>8}{date:>20}{clock:>13}{icount:>11}")
+
+
+def _snapshot_columns(snapshot: SnapshotInfo) -> tuple[str, str, str, str, str, str]:
+    seconds, nanoseconds = divmod(snapshot.vm_clock_nanoseconds, 1_000_000_000)
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        snapshot.id,
+        snapshot.name,
+        format_size(snapshot.vm_state_length),
+        time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot.date_seconds)),
+        f"{hours:02}:{minutes:02}:{seconds:02}.{nanoseconds // 1_000_000:03}",
+        "" if snapshot.icount is None else str(snapshot.icount),
+    )

@@ -1,0 +1,124 @@
+"""Opening images for commands that need no event loop."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from nbdqcow.block.registry import (
+    PROBE_LENGTH,
+    blocking_file,
+    format_tool,
+    probe_tool,
+)
+from nbdqcow.block.steps import BlockingFile
+from nbdqcow.block.tools import FormatTool, ImageInfo
+from nbdqcow.errors import ImageError
+
+
+@dataclass(frozen=True, slots=True)
+class OpenImage:
+    """One image file that is open, its format known; no backing file."""
+
+    filename: str
+    file: BlockingFile
+    tool: FormatTool
+
+
+@contextmanager
+def open_image_file(
+    filename: str,
+    format_: str | None,
+    *,
+    read_only: bool = True,
+    force_share: bool = False,
+) -> Iterator[OpenImage]:
+    """Open one image file and tell its format. Raises `ImageError`.
+
+    The messages start with what is wrong, not with "Could not open": the
+    caller knows how to call the image.
+    """
+    path = local_path(filename)
+    tool = None if format_ is None else format_tool(format_)
+    try:
+        file: BlockingFile = blocking_file().open(
+            path, read_only=read_only, force_share=force_share
+        )
+    except OSError as exc:
+        raise ImageError(f"Could not open '{path}': {exc.strerror}") from None
+    try:
+        if tool is None:
+            head = bytes(file.pread(0, min(PROBE_LENGTH, file.length)))
+            tool = format_tool(probe_tool(head))
+        yield OpenImage(path, file, tool)
+    finally:
+        file.close()
+
+
+def local_path(filename: str) -> str:
+    """Return the path that ``filename`` names: ``file:`` may stand before it.
+
+    Raises `ImageError` for other protocols, by name.
+    """
+    if not filename:
+        raise ImageError("The 'file' block driver requires a file name")
+    protocol, colon, rest = filename.partition(":")
+    if not colon or "/" in protocol:
+        return filename
+    if protocol != "file":
+        raise ImageError(f"Unknown protocol '{protocol}'")
+    return rest
+
+
+def backing_path(filename: str, backing_filename: str) -> str:
+    """Return where a backing file named in ``filename`` is looked for."""
+    protocol, colon, _ = backing_filename.partition(":")
+    if colon and "/" not in protocol:
+        return backing_filename
+    return os.path.join(os.path.dirname(filename), backing_filename)
+
+
+def describe_chain(
+    filename: str,
+    format_: str | None,
+    *,
+    force_share: bool = False,
+    whole_chain: bool = True,
+) -> Iterator[tuple[OpenImage, ImageInfo]]:
+    """Yield an image and what it says of itself, then its backing files.
+
+    Each is open only until the next one is asked for. Raises `ImageError`
+    with the whole message.
+    """
+    seen: set[str] = set()
+    name: str | None = filename
+    while name is not None:
+        if name in seen:
+            raise ImageError(f"Backing file '{name}' creates an infinite loop.")
+        seen.add(name)
+        try:
+            with open_image_file(name, format_, force_share=force_share) as image:
+                info = image.tool.describe(image.file)
+                yield image, info
+        except ImageError as exc:
+            raise type(exc)(f"Could not open '{name}': {exc}") from None
+        if not whole_chain or info.backing_filename is None:
+            return
+        format_ = info.backing_format
+        name = backing_path(image.filename, info.backing_filename)
+
+
+def check_backing_chain(image: OpenImage, info: ImageInfo) -> None:
+    """See that every backing file can be opened. Raises `ImageError`."""
+    chain: list[str] = [image.filename]
+    while info.backing_filename is not None:
+        prefix = "Could not open backing file: " * len(chain)
+        name = backing_path(chain[-1], info.backing_filename)
+        if name in chain:
+            raise ImageError(f"{prefix}Backing file '{name}' creates an infinite loop.")
+        try:
+            with open_image_file(name, info.backing_format) as below:
+                info = below.tool.describe(below.file)
+                chain.append(below.filename)
+        except ImageError as exc:
+            raise type(exc)(f"{prefix}{exc}") from None

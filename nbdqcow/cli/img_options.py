@@ -1,0 +1,179 @@
+"""What the commands of ``nbdqcow-img`` have in common: options and output."""
+
+import getopt
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from nbdqcow.block.tools import OptionValue
+from nbdqcow.errors import ImageError, UsageError
+from nbdqcow.units import SizeTooLarge, parse_size
+
+_TRUE: Final = ("on", "yes", "true", "y")
+_FALSE: Final = ("off", "no", "false", "n")
+
+
+def parse_arguments(
+    arguments: Sequence[str], short: str, long: Mapping[str, str]
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return options and operands as getopt_long finds them.
+
+    ``long`` maps a long name, with ``=`` if it takes an argument, to what is
+    returned for it. Raises `UsageError` in qemu-img's words.
+    """
+    try:
+        options, operands = getopt.gnu_getopt(list(arguments), short, list(long))
+    except getopt.GetoptError as exc:
+        if "requires argument" in exc.msg:
+            # It can only be the last one.
+            raise UsageError(f"missing argument for option '{arguments[-1]}'") from None
+        given = f"-{exc.opt}" if len(exc.opt) == 1 else f"--{exc.opt}"
+        for argument in arguments:
+            if argument.startswith(f"--{exc.opt}"):
+                given = argument
+        raise UsageError(f"unrecognized option '{given}'") from None
+    names = {f"--{name.rstrip('=')}": to for name, to in long.items()}
+    return [(names.get(name, name), value) for name, value in options], operands
+
+
+def parse_output(value: str) -> bool:
+    """Return whether ``--output`` asks for json. Raises `ImageError`."""
+    if value not in ("human", "json"):
+        raise ImageError("--output must be used with human or json as argument.")
+    return value == "json"
+
+
+# -- -o ----------------------------------------------------------------------
+
+
+def is_option_list(text: str) -> bool:
+    """Whether ``-o TEXT`` has no empty first or last option (``,,`` is a comma)."""
+    last = len(text) - len(text.rstrip(","))
+    return bool(text) and text[0] != "," and last % 2 == 0
+
+
+def wants_help(text: str) -> bool:
+    """Whether ``-o TEXT`` asks for the list of options."""
+    return any(key in ("help", "?") for key, _ in _split(text))
+
+
+def split_options(known: Container[str], text: str) -> Iterator[tuple[str, str]]:
+    """Yield ``(name, value)`` of an ``-o`` string; a bare name is ``on``, or
+    ``off`` behind a ``no``. Raises `ImageError` for an unknown name."""
+    for key, value in _split(text):
+        name = key
+        if value is None:
+            value = "on"
+            if key not in known and key.startswith("no"):
+                name, value = key[2:], "off"
+        if name not in known:
+            raise ImageError(f"Invalid parameter '{key}'")
+        yield name, value
+
+
+def _split(text: str) -> Iterator[tuple[str, str | None]]:
+    for item in text.replace(",,", "\0").split(","):
+        if item:
+            key, equals, value = item.replace("\0", ",").partition("=")
+            yield key, value if equals else None
+
+
+def convert_option(name: str, kind: str, value: str) -> OptionValue:
+    """Return the value that an option's text means. Raises `ImageError`."""
+    match kind:
+        case "bool":
+            if value in _TRUE:
+                return True
+            if value in _FALSE:
+                return False
+            raise ImageError(f"Parameter '{name}' expects 'on' or 'off'")
+        case "size":
+            try:
+                return parse_size(value, limit=1 << 64)
+            except SizeTooLarge:
+                pass
+            except ValueError:
+                raise ImageError(
+                    f"Parameter '{name}' expects a non-negative number below 2^64\n"
+                    "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, "
+                    "tera-, peta-\nand exabytes, respectively."
+                ) from None
+        case "num":
+            try:
+                number = int(value, 0)
+            except ValueError:
+                raise ImageError(f"Parameter '{name}' expects a number") from None
+            if abs(number) < 1 << 64:
+                return number
+        case _:
+            return value
+    raise ImageError(f"Value '{value}' is out of range for parameter '{name}'")
+
+
+# -- output --------------------------------------------------------------------
+
+
+def format_json(value: Any, indent: int = 0) -> str:
+    """Return ``value`` as json, laid out as qemu-img does."""
+    outer, inner = "    " * indent, "    " * (indent + 1)
+    if isinstance(value, Mapping):
+        items = [
+            f"{inner}{_json_string(key)}: {format_json(item, indent + 1)}"
+            for key, item in value.items()
+        ]
+        return _brackets("{", items, outer + "}")
+    if isinstance(value, list):
+        items = [inner + format_json(item, indent + 1) for item in value]
+        return _brackets("[", items, outer + "]")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if isinstance(value, int) else _json_string(value)
+
+
+def _brackets(opening: str, items: list[str], closing: str) -> str:
+    lines = [opening, ",\n".join(items), closing] if items else [opening, closing]
+    return "\n".join(lines)
+
+
+_ESCAPES: Final = {
+    '"': '\\"',
+    "\\": "\\\\",
+    "\b": "\\b",
+    "\f": "\\f",
+    "\n": "\\n",
+    "\r": "\\r",
+    "\t": "\\t",
+}
+
+
+def _json_string(text: str) -> str:
+    out = []
+    for char in text:
+        code = ord(char)
+        if char in _ESCAPES:
+            out.append(_ESCAPES[char])
+        elif 0x20 <= code < 0x7F:
+            out.append(char)
+        elif 0xDC80 <= code <= 0xDCFF:
+            # A byte that was no UTF-8.
+            out.append("\\uFFFD")
+        elif code > 0xFFFF:
+            code -= 0x10000
+            out.append(f"\\u{0xD800 | code >> 10:04X}\\u{0xDC00 | code & 0x3FF:04X}")
+        else:
+            out.append(f"\\u{code:04X}")
+    return f'"{"".join(out)}"'
+
+
+def print_tree(value: Mapping[str, Any] | list[Any], depth: int) -> None:
+    """Print nested values as qemu-img does for people."""
+    if isinstance(value, list):
+        pairs = [(f"[{index}]", item) for index, item in enumerate(value)]
+    else:
+        pairs = [(key.replace("-", " "), item) for key, item in value.items()]
+    for key, item in pairs:
+        if isinstance(item, Mapping | list):
+            print(f"{'    ' * depth}{key}:")
+            print_tree(item, depth + 1)
+        else:
+            text = str(item).lower() if isinstance(item, bool) else item
+            print(f"{'    ' * depth}{key}: {text}")

@@ -1,0 +1,288 @@
+"""The consistency check: do the refcounts say what the tables use?
+
+All references to clusters are counted (`nbdqcow.formats.qcow2.references`)
+and compared with the refcounts on disk; then the COPIED flags of the active
+tables are compared with the refcounts. Findings are counted and reported as
+``qemu-img check`` does.
+
+Memory is 4 bytes and one refcount per cluster of the file, and only for those
+parts of the file that anything refers to.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from nbdqcow.block.steps import Flush, Read, Steps, Write
+from nbdqcow.block.tools import REPAIR_ALL, REPAIR_NONE, CheckResult, Report
+from nbdqcow.errors import ImageError
+from nbdqcow.formats.qcow2 import header as h
+from nbdqcow.formats.qcow2.copied import check_copied_flags
+from nbdqcow.formats.qcow2.entries import REFTABLE_OFFSET_MASK, REFTABLE_RESERVED_MASK
+from nbdqcow.formats.qcow2.header import Header, needed
+from nbdqcow.formats.qcow2.rebuild import rebuild_refcounts
+from nbdqcow.formats.qcow2.refcount_codec import pack_refcounts, unpack_refcounts
+from nbdqcow.formats.qcow2.references import References, count_references
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+MAX_CLUSTERS: Final = 1 << 30
+"""Of a file that can be checked: 64 TiB with clusters of 64 KiB."""
+
+_COMPARE_CHUNK: Final = 1 << 20
+_INCOMPAT_MARKS: Final = h.INCOMPAT_DIRTY | h.INCOMPAT_CORRUPT
+
+
+def check_image(file_length: int, repair: int, report: Report) -> Steps[CheckResult]:
+    """Check an image in a file of ``file_length`` bytes.
+
+    ``repair`` is one of the ``REPAIR_`` constants of `nbdqcow.block.tools`.
+    Raises `ImageError` for what can't be checked, `OSError` from the file.
+    """
+    head = bytes((yield Read(0, h.HEADER_READ_LENGTH)))
+    if needed(head) > len(head):
+        head = bytes((yield Read(0, needed(head))))
+    header = Header.parse(head, for_check=True)
+    if header.nb_snapshots > h.MAX_SNAPSHOTS:
+        raise ImageError("ERROR snapshot table too large")
+    if header.snapshots_offset % header.cluster_size:
+        raise ImageError("ERROR snapshot table offset invalid")
+    if file_length >> header.cluster_bits >= MAX_CLUSTERS:
+        raise ImageError(
+            f"The file has too many clusters to be checked: more than {MAX_CLUSTERS}"
+        )
+    check = _Check(header, file_length, repair, report)
+    return (yield from check.run())
+
+
+class _Check:
+    """One check of one image.
+
+    Attributes:
+        refcounts: the refcounts on disk, by cluster.
+        rebuild: the refcount structures can't be repaired in place.
+    """
+
+    def __init__(
+        self, header: Header, file_length: int, repair: int, report: Report
+    ) -> None:
+        self.header = header
+        self.file_length = file_length
+        self.repair = repair
+        self.report = report
+        self.result = CheckResult()
+        self.references = References(
+            header, file_length, report, self.result, repair=repair == REPAIR_ALL
+        )
+        self.refcounts = np.zeros(
+            self.references.nb_clusters + 1, _refcount_type(header.refcount_order)
+        )
+        self.blocks: dict[int, int] = {}
+        self.rebuild = False
+
+    def run(self) -> Steps[CheckResult]:
+        result = self.result
+        result.total_clusters = -(-self.header.size // self.header.cluster_size)
+        l1 = yield from count_references(self.header, self.references)
+        found_in_tables = result.corruptions
+        yield from self._load_refcounts()
+        self._count_refcount_structures()
+        self._compare()
+        if self.repair and self.rebuild:
+            if self.repair < REPAIR_ALL:
+                self.report("ERROR need to rebuild refcount structures")
+                raise ImageError("Check failed: Input/output error")
+            yield from self._rebuild(found_in_tables)
+        elif self.repair and (result.corruptions or result.leaks):
+            yield from self._repair_refcounts()
+        # Flags are cheap to repair, but on wrong refcounts they'd come out wrong.
+        repair_flags = self.repair == REPAIR_ALL or (
+            self.repair != REPAIR_NONE and not (result.corruptions or result.leaks)
+        )
+        yield from check_copied_flags(
+            self.header, l1, self.refcounts, repair_flags, self.report, result
+        )
+        if self.repair and not result.corruptions and not result.check_errors:
+            yield from self._clear_marks()
+        return result
+
+    # -- refcounts on disk -------------------------------------------------
+
+    def _load_refcounts(self) -> Steps[None]:
+        """Read the refcount table and all blocks that it has for the file."""
+        header = self.header
+        nb_bytes = header.refcount_table_clusters << header.cluster_bits
+        if nb_bytes == 0:
+            self.table = np.zeros(0, np.uint64)
+            return
+        raw = yield Read(header.refcount_table_offset, nb_bytes)
+        self.table = np.frombuffer(raw, ">u8").astype(np.uint64)
+        per_block = header.cluster_size * 8 // header.refcount_bits
+        for index in map(int, np.flatnonzero(self.table & REFTABLE_OFFSET_MASK)):
+            offset = int(self.table[index]) & REFTABLE_OFFSET_MASK
+            start = index * per_block
+            if start >= len(self.refcounts):
+                return
+            if offset % header.cluster_size or offset >= self.file_length:
+                continue
+            block = yield Read(offset, header.cluster_size)
+            values = unpack_refcounts(block, header.refcount_order)
+            end = min(start + per_block, len(self.refcounts))
+            self.refcounts[start:end] = values[: end - start]
+            self.blocks[index] = offset
+
+    def _count_refcount_structures(self) -> None:
+        """Count references to the refcount table and its blocks."""
+        header, references = self.header, self.references
+        references.mark_refcount_structures()
+        references.count_range(
+            header.refcount_table_offset,
+            header.refcount_table_clusters << header.cluster_bits,
+        )
+        for index in map(int, np.flatnonzero(self.table)):
+            entry = int(self.table[index])
+            offset = entry & REFTABLE_OFFSET_MASK
+            cluster = offset >> header.cluster_bits
+            if entry & REFTABLE_RESERVED_MASK:
+                self._bad_block(f"table entry {index} has reserved bits set")
+            elif offset % header.cluster_size:
+                self._bad_block(
+                    f"block {index} is not cluster aligned; refcount table entry "
+                    "corrupted"
+                )
+            elif cluster >= references.nb_clusters:
+                self._bad_block(f"block {index} is outside image")
+            else:
+                references.count_range(offset, header.cluster_size)
+                if references.counts[cluster] != 1:
+                    self._bad_block(
+                        f"block {index} refcount={references.counts[cluster]}"
+                    )
+
+    def _bad_block(self, text: str) -> None:
+        self.report(f"ERROR refcount {text}")
+        self.result.corruptions += 1
+        self.rebuild = True
+
+    # -- comparison ----------------------------------------------------------
+
+    def _differences(self) -> Iterator[tuple[int, int, int]]:
+        """Yield ``(cluster, refcount, references)`` where these two differ."""
+        counts = self.references.counts
+        for start in range(0, len(counts), _COMPARE_CHUNK):
+            ours = counts[start : start + _COMPARE_CHUNK]
+            theirs = self.refcounts[start : start + _COMPARE_CHUNK]
+            for index in map(int, np.flatnonzero(theirs != ours)):
+                yield start + index, int(theirs[index]), int(ours[index])
+
+    def _compare(self) -> None:
+        result = self.result
+        for cluster, refcount, references in self._differences():
+            text = f"cluster {cluster} refcount={refcount} reference={references}"
+            if refcount < references:
+                self.report(f"ERROR {text}")
+                result.corruptions += 1
+                if refcount == 0:
+                    self.rebuild = True
+            else:
+                self.report(f"Leaked {text}")
+                result.leaks += 1
+        self._note_end()
+
+    def _note_end(self) -> None:
+        """Find the last cluster that is used or has a refcount."""
+        counts = self.references.counts
+        for start in range(
+            (len(counts) - 1) // _COMPARE_CHUNK * _COMPARE_CHUNK, -1, -_COMPARE_CHUNK
+        ):
+            used = (counts[start : start + _COMPARE_CHUNK] != 0) | (
+                self.refcounts[start : start + _COMPARE_CHUNK] != 0
+            )
+            if used.any():
+                last = start + int(np.flatnonzero(used)[-1])
+                self.result.image_end_offset = (last + 1) << self.header.cluster_bits
+                return
+
+    # -- repair --------------------------------------------------------------
+
+    def _repair_refcounts(self) -> Steps[None]:
+        """Set wrong refcounts right in their blocks, as far as allowed."""
+        result, header = self.result, self.header
+        limit = (1 << header.refcount_bits) - 1
+        changes: dict[int, list[tuple[int, int]]] = {}
+        per_block = header.cluster_size * 8 // header.refcount_bits
+        for cluster, refcount, references in list(self._differences()):
+            text = f"cluster {cluster} refcount={refcount} reference={references}"
+            if references > refcount and self.repair < REPAIR_ALL:
+                self.report(f"ERROR {text}")
+                continue
+            if references > limit:
+                self.report(f"ERROR {text}: too large for {header.refcount_bits} bits")
+                continue
+            self.report(f"Repairing {text}")
+            block, index = divmod(cluster, per_block)
+            changes.setdefault(block, []).append((index, references))
+            self.refcounts[cluster] = references
+            if references > refcount:
+                result.corruptions -= 1
+                result.corruptions_fixed += 1
+            else:
+                result.leaks -= 1
+                result.leaks_fixed += 1
+        for block, entries in changes.items():
+            yield from self._update_block(self.blocks[block], entries)
+        yield Flush()
+
+    def _update_block(self, offset: int, entries: list[tuple[int, int]]) -> Steps[None]:
+        order = self.header.refcount_order
+        raw = yield Read(offset, self.header.cluster_size)
+        values = unpack_refcounts(raw, order)
+        for index, value in entries:
+            values[index] = value
+        yield Write(offset, pack_refcounts(values, order))
+
+    def _rebuild(self, found_in_tables: int) -> Steps[None]:
+        """Write new refcount structures; those found in tables stay wrong."""
+        result = self.result
+        self.report("Rebuilding refcount structure")
+        first = self.references.nb_clusters
+        if self.references.counts[first]:
+            first += 1
+        counts = self.references.without_refcount_structures()
+        self.refcounts = yield from rebuild_refcounts(self.header, counts, first)
+        result.corruptions_fixed += result.corruptions - found_in_tables
+        result.corruptions = found_in_tables
+        result.leaks_fixed += result.leaks
+        result.leaks = 0
+
+    def _clear_marks(self) -> Steps[None]:
+        """The image is sound again: say so in the header."""
+        header = self.header
+        unknown = header.autoclear_features & ~(
+            h.AUTOCLEAR_BITMAPS | h.AUTOCLEAR_RAW_DATA_FILE
+        )
+        if header.version < 3:
+            return
+        if unknown:
+            # We wrote, and can't know what these features are about.
+            header.autoclear_features &= ~unknown
+            yield Write(
+                h.AUTOCLEAR_FEATURES_OFFSET,
+                header.autoclear_features.to_bytes(8, "big"),
+            )
+        if header.incompatible_features & _INCOMPAT_MARKS:
+            yield Flush()
+            header.incompatible_features &= ~_INCOMPAT_MARKS
+            yield Write(
+                h.INCOMPATIBLE_FEATURES_OFFSET,
+                header.incompatible_features.to_bytes(8, "big"),
+            )
+        yield Flush()
+
+
+def _refcount_type(order: int) -> "npt.DTypeLike":
+    return (np.uint8, np.uint8, np.uint8, np.uint8, np.uint16, np.uint32, np.uint64)[
+        order
+    ]

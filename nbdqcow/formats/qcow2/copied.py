@@ -1,0 +1,114 @@
+"""The COPIED flags: set where a refcount is exactly one, in active tables.
+
+Source: qcow2.txt, "Cluster mapping". A wrong flag corrupts data: a shared
+cluster would be written in place.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nbdqcow.block.steps import Flush, Steps, Write
+from nbdqcow.block.tools import CheckResult, Report
+from nbdqcow.formats.qcow2.entries import OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_COPIED
+from nbdqcow.formats.qcow2.header import Header
+from nbdqcow.formats.qcow2.references import BATCH_BYTES, read_l2_tables
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+
+def check_copied_flags(
+    header: Header,
+    l1: "npt.NDArray[np.uint64]",
+    refcounts: "npt.NDArray[np.unsignedinteger[npt.NBitBase]]",
+    repair: bool,
+    report: Report,
+    result: CheckResult,
+) -> Steps[None]:
+    """Check, and repair, the flags of the active L1 table and its L2 tables."""
+    checker = _Flags(header, refcounts, repair, report, result)
+    used = np.flatnonzero(l1 & OFFSET_MASK)
+    nb = max(1, BATCH_BYTES // header.cluster_size)
+    for start in range(0, len(used), nb):
+        indices = used[start : start + nb]
+        yield from checker.check(l1, indices)
+    if checker.wrote:
+        yield Flush()
+
+
+class _Flags:
+    """One pass over the active tables."""
+
+    def __init__(
+        self,
+        header: Header,
+        refcounts: "npt.NDArray[np.unsignedinteger[npt.NBitBase]]",
+        repair: bool,
+        report: Report,
+        result: CheckResult,
+    ) -> None:
+        self.header = header
+        self.refcounts = refcounts
+        self.repair = repair
+        self.report = report
+        self.result = result
+        self.wrote = False
+
+    def check(
+        self, l1: "npt.NDArray[np.uint64]", indices: "npt.NDArray[np.intp]"
+    ) -> Steps[None]:
+        """Check the L1 entries at ``indices`` and the tables that they name."""
+        header = self.header
+        offsets = l1[indices] & np.uint64(OFFSET_MASK)
+        entries, bitmaps = yield from read_l2_tables(header, offsets)
+        data_offsets = entries & np.uint64(OFFSET_MASK)
+        is_standard = ((entries & OFLAG_COMPRESSED) == 0) & (data_offsets != 0)
+        if header.has_data_file:
+            is_standard[:] = False
+        wrong = is_standard & self._is_wrong(entries, data_offsets)
+        l1_wrong = self._is_wrong(l1[indices], offsets)
+        for row in map(int, np.flatnonzero(l1_wrong | wrong.any(axis=1))):
+            index, offset = int(indices[row]), int(offsets[row])
+            if l1_wrong[row]:
+                entry = int(l1[index])
+                self._note(f"L2 cluster: l1_index={index} l1_entry={entry:x}", offset)
+                l1[index] = entry ^ OFLAG_COPIED
+            for column in map(int, np.flatnonzero(wrong[row])):
+                entry = int(entries[row, column])
+                self._note(
+                    f"data cluster: l2_entry={entry:x}", int(data_offsets[row, column])
+                )
+                entries[row, column] = entry ^ OFLAG_COPIED
+            if self.repair:
+                if wrong[row].any():
+                    table = entries[row]
+                    if bitmaps is not None:
+                        table = np.stack((table, bitmaps[row]), axis=1).reshape(-1)
+                    yield Write(offset, table.astype(">u8").tobytes())
+                if l1_wrong[row]:
+                    yield Write(
+                        header.l1_table_offset + index * 8,
+                        int(l1[index]).to_bytes(8, "big"),
+                    )
+                self.wrote = True
+
+    def _is_wrong(
+        self, entries: "npt.NDArray[np.uint64]", offsets: "npt.NDArray[np.uint64]"
+    ) -> "npt.NDArray[np.bool_]":
+        clusters = offsets >> np.uint64(self.header.cluster_bits)
+        inside = clusters < len(self.refcounts)
+        clusters = np.where(inside, clusters, 0).astype(np.int64)
+        once = inside & (self.refcounts[clusters] == 1)
+        copied = (entries & OFLAG_COPIED) != 0
+        return np.asarray(once != copied)
+
+    def _note(self, text: str, offset: int) -> None:
+        cluster = offset >> self.header.cluster_bits
+        refcount = int(self.refcounts[cluster]) if cluster < len(self.refcounts) else 0
+        done = "Repairing" if self.repair else "ERROR"
+        self.report(f"{done} OFLAG_COPIED {text} refcount={refcount}")
+        if self.repair:
+            self.result.corruptions_fixed += 1
+        else:
+            self.result.corruptions += 1

@@ -1,0 +1,450 @@
+"""Counting what refers to each cluster of an image, for the check.
+
+L2 tables are read in batches and looked at as arrays; a table that several
+L1 entries or snapshots share is read once and counts as often as it is
+referred to.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import numpy as np
+
+from nbdqcow.block.steps import Read, Steps, Write
+from nbdqcow.block.tools import CheckResult, Report
+from nbdqcow.errors import ImageError
+from nbdqcow.formats.qcow2 import header as h
+from nbdqcow.formats.qcow2.bitmap_directory import read_bitmap_directory
+from nbdqcow.formats.qcow2.entries import (
+    L1_RESERVED_MASK,
+    L2_RESERVED_MASK,
+    MAX_L1_BYTES,
+    OFFSET_MASK,
+    OFLAG_COMPRESSED,
+    OFLAG_COPIED,
+    OFLAG_ZERO,
+    compressed_range,
+)
+from nbdqcow.formats.qcow2.header import Header
+from nbdqcow.formats.qcow2.snapshot_table import Snapshot, read_snapshots
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    Entries: TypeAlias = npt.NDArray[np.uint64]
+    Counts: TypeAlias = npt.NDArray[np.uint32]
+
+BATCH_BYTES: Final = 1 << 20
+"""L2 tables looked at at a time; one table can be larger."""
+
+_MAX_REFERENCES: Final = (1 << 32) - 1
+_MAX_COMPRESSED_CLUSTERS: Final = 3
+"""A compressed cluster may begin within one, fill one, and end within one."""
+
+
+class References:
+    """How often each cluster of the file is referred to.
+
+    Attributes:
+        nb_clusters: of the file, the last one perhaps incomplete.
+        counts: by cluster; one more than the file has, for a table whose
+            last bytes lie beyond the end.
+        repair: table entries may be repaired while they are counted.
+    """
+
+    def __init__(
+        self,
+        header: Header,
+        file_length: int,
+        report: Report,
+        result: CheckResult,
+        *,
+        repair: bool,
+    ) -> None:
+        self.header = header
+        self.file_length = file_length
+        self.repair = repair
+        self.report = report
+        self.result = result
+        self.nb_clusters = -(-file_length // header.cluster_size)
+        self.counts: Counts = np.zeros(self.nb_clusters + 1, np.uint32)
+        self._total = 0
+        self._structures: list[tuple[int, int]] | None = None
+
+    def bad(self, text: str, times: int = 1) -> None:
+        """Report and count something wrong."""
+        self.report(text)
+        self.result.corruptions += times
+
+    def count_range(self, offset: int, length: int, times: int = 1) -> None:
+        """Count a reference to every cluster of a byte range."""
+        if length == 0:
+            return
+        if not self._is_inside(offset, length, times):
+            return
+        first = offset >> self.header.cluster_bits
+        last = (offset + length - 1) >> self.header.cluster_bits
+        self._spend(times * (last - first + 1))
+        self.counts[first : last + 1] += np.uint32(times)
+        if self._structures is not None:
+            self._structures.append((first, last))
+
+    def _is_inside(self, offset: int, length: int, times: int) -> bool:
+        if offset + length - self.file_length < self.header.cluster_size:
+            return True
+        self.bad(
+            "ERROR: counting reference for region exceeding the end of the file by "
+            f"one cluster or more: offset {offset:#x} size {length:#x}",
+            times,
+        )
+        return False
+
+    def count_clusters(self, clusters: "Entries", times: "Entries") -> None:
+        """Count ``times`` references to each cluster, by index; all inside."""
+        self._spend(int(times.sum()))
+        np.add.at(self.counts, clusters.astype(np.int64), times.astype(np.uint32))
+
+    def _spend(self, nb: int) -> None:
+        """Keep the counters, which have 32 bits, from wrapping."""
+        self._total += nb
+        if self._total > _MAX_REFERENCES:
+            raise ImageError("The image refers to more clusters than can be counted")
+
+    def mark_refcount_structures(self) -> None:
+        """What is counted from now on is the refcount table and its blocks."""
+        self._structures = []
+
+    def without_refcount_structures(self) -> "Counts":
+        """Return the counts without the refcount table and its blocks."""
+        for first, last in self._structures or ():
+            self.counts[first : last + 1] -= np.uint32(1)
+        self._structures = []
+        return self.counts
+
+
+def count_references(header: Header, references: References) -> Steps["Entries"]:
+    """Count all references but those to refcount structures.
+
+    Returns the active L1 table.
+    """
+    references.count_range(0, header.cluster_size)
+    references.count_range(header.l1_table_offset, header.l1_size * 8)
+    l1 = yield from read_table(header.l1_table_offset, header.l1_size)
+    snapshots, table_length = yield from read_snapshots(header)
+    tables = _L2Tables(header, references)
+    active = tables.add_l1(l1)
+    for index, snapshot in enumerate(snapshots):
+        if header.version >= 3 and not snapshot.complete:
+            references.bad(f"ERROR snapshot table entry {index} is incomplete")
+    for snapshot in snapshots:
+        yield from _add_snapshot(header, references, tables, snapshot)
+    yield from tables.count(active)
+    if snapshots:
+        references.count_range(header.snapshots_offset, table_length)
+    crypto = header.extension(h.EXT_CRYPTO)
+    if crypto is not None and len(crypto) >= 16:
+        references.count_range(
+            int.from_bytes(crypto[:8], "big"), int.from_bytes(crypto[8:16], "big")
+        )
+    yield from _count_bitmaps(header, references)
+    return l1
+
+
+def read_table(offset: int, nb_entries: int) -> Steps["Entries"]:
+    """Read a table of 64-bit entries."""
+    if nb_entries == 0:
+        return np.zeros(0, np.uint64)
+    raw = yield Read(offset, nb_entries * 8)
+    return np.frombuffer(raw, ">u8").astype(np.uint64)
+
+
+def _add_snapshot(
+    header: Header, references: References, tables: "_L2Tables", snapshot: Snapshot
+) -> Steps[None]:
+    label = f"snapshot {snapshot.info.id} ({snapshot.info.name})"
+    if snapshot.l1_table_offset % header.cluster_size:
+        references.bad(
+            f"ERROR {label} l1_offset={snapshot.l1_table_offset:#x}: L1 table is not "
+            "cluster aligned; snapshot table entry corrupted"
+        )
+        return
+    if snapshot.l1_size > MAX_L1_BYTES // 8:
+        references.bad(
+            f"ERROR {label} l1_size={snapshot.l1_size:#x}: L1 table is too large; "
+            "snapshot table entry corrupted"
+        )
+        return
+    references.count_range(snapshot.l1_table_offset, snapshot.l1_size * 8)
+    l1 = yield from read_table(snapshot.l1_table_offset, snapshot.l1_size)
+    tables.add_l1(l1)
+
+
+def _count_bitmaps(header: Header, references: References) -> Steps[None]:
+    bitmaps = yield from read_bitmap_directory(header)
+    if not bitmaps:
+        return
+    extension = header.bitmaps
+    assert extension is not None
+    references.count_range(extension.directory_offset, extension.directory_length)
+    for bitmap in bitmaps:
+        references.count_range(bitmap.table_offset, bitmap.table_entries * 8)
+        for start in range(0, bitmap.table_entries, BATCH_BYTES // 8):
+            nb = min(BATCH_BYTES // 8, bitmap.table_entries - start)
+            entries = yield from read_table(bitmap.table_offset + start * 8, nb)
+            for entry in map(int, entries[entries > 1]):
+                offset = entry & OFFSET_MASK
+                if entry & ~OFFSET_MASK or offset % header.cluster_size:
+                    references.bad(
+                        f"ERROR bitmap '{bitmap.name}': invalid table entry {entry:#x}"
+                    )
+                else:
+                    references.count_range(offset, header.cluster_size)
+
+
+class _L2Tables:
+    """The L2 tables that L1 tables refer to, and how often."""
+
+    def __init__(self, header: Header, references: References) -> None:
+        self.header = header
+        self.references = references
+        self._offsets: Entries = np.zeros(0, np.uint64)
+        self._times: Entries = np.zeros(0, np.uint64)
+
+    def add_l1(self, l1: "Entries") -> "Entries":
+        """Note the tables of one L1 table, and count references to them.
+
+        Returns their offsets in the order of the L1 table, each once.
+        """
+        for entry in map(int, l1[(l1 & L1_RESERVED_MASK) != 0]):
+            self.references.bad(
+                f"ERROR found L1 entry with reserved bits set: {entry:x}"
+            )
+        offsets, first, times = np.unique(
+            l1 & np.uint64(OFFSET_MASK), return_index=True, return_counts=True
+        )
+        there = offsets != 0
+        offsets = offsets[there].astype(np.uint64)
+        first, times = first[there], times[there]
+        cluster_size = self.header.cluster_size
+        for offset, nb in zip(map(int, offsets), map(int, times), strict=True):
+            self.references.count_range(offset, cluster_size, nb)
+            if offset % cluster_size:
+                self.references.bad(
+                    f"ERROR l2_offset={offset:#x}: Table is not cluster aligned; L1 "
+                    "entry corrupted",
+                    nb,
+                )
+        both = np.concatenate((self._offsets, offsets))
+        merged, where = np.unique(both, return_inverse=True)
+        sums = np.zeros(len(merged), np.uint64)
+        np.add.at(sums, where, np.concatenate((self._times, times.astype(np.uint64))))
+        self._offsets, self._times = merged, sums
+        in_order: Entries = offsets[np.argsort(first)]
+        return in_order
+
+    def count(self, active: "Entries") -> Steps[None]:
+        """Count what all tables refer to, the ``active`` ones first; only
+        these go into the statistics."""
+        others = np.setdiff1d(self._offsets, active)
+        for offsets, statistics in ((active, True), (others, False)):
+            for batch in _batches(offsets, self.header.cluster_size):
+                entries, bitmaps = yield from read_l2_tables(self.header, batch)
+                if self.references.repair:
+                    yield from self._repair_zero_clusters(batch, entries)
+                times = self._times[np.searchsorted(self._offsets, batch)]
+                self._count_batch(entries, bitmaps, times, statistics)
+
+    def _repair_zero_clusters(
+        self, offsets: "Entries", entries: "Entries"
+    ) -> Steps[None]:
+        """Take host offsets that can't be from clusters that read as zeroes.
+
+        Nothing is lost: it is not known which cluster was meant, and what it
+        holds is not read.
+        """
+        if self.header.extended_l2:
+            return
+        hosts = entries & np.uint64(OFFSET_MASK)
+        bad = (
+            ((entries & np.uint64(OFLAG_COMPRESSED | OFLAG_ZERO)) == OFLAG_ZERO)
+            & ((hosts & np.uint64(self.header.cluster_size - 1)) != 0)
+        )  # fmt: skip
+        for row in map(int, np.flatnonzero(bad.any(axis=1))):
+            for column in map(int, np.flatnonzero(bad[row])):
+                self.references.report(
+                    f"Repairing offset={int(hosts[row, column]):x}: Preallocated "
+                    "cluster is not properly aligned; L2 entry corrupted."
+                )
+                self.references.result.corruptions_fixed += 1
+                entries[row, column] = OFLAG_ZERO
+            yield Write(int(offsets[row]), entries[row].astype(">u8").tobytes())
+
+    def _count_batch(
+        self,
+        entries: "Entries",
+        bitmaps: "Entries | None",
+        times: "Entries",
+        statistics: bool,
+    ) -> None:
+        """Count the references of tables, one in each row of ``entries``."""
+        header, references = self.header, self.references
+        offsets = entries & np.uint64(OFFSET_MASK)
+        is_compressed = (entries & OFLAG_COMPRESSED) != 0
+        is_standard = ~is_compressed & (offsets != 0)
+        if header.has_data_file:
+            is_standard |= ~is_compressed & ((entries & OFLAG_COPIED) != 0)
+        row_times = np.broadcast_to(times[:, None], entries.shape)
+        bad = ~is_compressed & ((entries & L2_RESERVED_MASK) != 0)
+        unaligned = is_standard & ((offsets & (header.cluster_size - 1)) != 0)
+        bad |= unaligned | (is_compressed & ((entries & OFLAG_COPIED) != 0))
+        counted = is_standard
+        if header.has_data_file:
+            # Its clusters have no refcounts.
+            counted = np.zeros_like(is_standard)
+            bad |= is_compressed
+        else:
+            outside = is_standard & (
+                offsets + header.cluster_size - 1
+                >= references.file_length + header.cluster_size - 1
+            )
+            bad |= outside
+            counted = is_standard & ~outside
+        if bitmaps is not None:
+            bad |= is_compressed & (bitmaps != 0)
+        if is_compressed.any():
+            bad |= self._count_compressed(entries, is_compressed & ~bad, row_times)
+        if bad.any():
+            self._report_bad(entries, bitmaps, row_times, bad)
+        bits = np.uint64(header.cluster_bits)
+        references.count_clusters(offsets[counted] >> bits, row_times[counted])
+        straddling = counted & unaligned
+        if straddling.any():
+            references.count_clusters(
+                (offsets[straddling] >> bits) + np.uint64(1), row_times[straddling]
+            )
+        if statistics:
+            self._count_statistics(offsets, is_standard, is_compressed)
+
+    def _count_compressed(
+        self, entries: "Entries", sound: "npt.NDArray[np.bool_]", times: "Entries"
+    ) -> "npt.NDArray[np.bool_]":
+        """Count compressed clusters; return which lie outside the file."""
+        header, references = self.header, self.references
+        offset_bits = 62 - (header.cluster_bits - 8)
+        chosen = entries[sound]
+        start = chosen & np.uint64((1 << offset_bits) - 1)
+        sectors = (chosen >> np.uint64(offset_bits)) & np.uint64(
+            (1 << (header.cluster_bits - 8)) - 1
+        )
+        end = (start & ~np.uint64(511)) + (sectors + np.uint64(1)) * np.uint64(512)
+        outside = end >= references.file_length + header.cluster_size
+        bits = np.uint64(header.cluster_bits)
+        first, last = start >> bits, (end - np.uint64(1)) >> bits
+        chosen_times = times[sound]
+        for step in range(_MAX_COMPRESSED_CLUSTERS):
+            here = ~outside & (first + np.uint64(step) <= last)
+            references.count_clusters(first[here] + np.uint64(step), chosen_times[here])
+        result = np.zeros_like(sound)
+        result[sound] = outside
+        return result
+
+    def _report_bad(
+        self,
+        entries: "Entries",
+        bitmaps: "Entries | None",
+        times: "Entries",
+        bad: "npt.NDArray[np.bool_]",
+    ) -> None:
+        """Report entries that have something wrong, in their order."""
+        for row, column in zip(*map(list, np.nonzero(bad)), strict=True):
+            entry = int(entries[row, column])
+            nb = int(times[row, column])
+            bitmap = 0 if bitmaps is None else int(bitmaps[row, column])
+            if entry & OFLAG_COMPRESSED:
+                self._report_bad_compressed(entry, bitmap, nb)
+            else:
+                self._report_bad_standard(entry, nb)
+
+    def _report_bad_compressed(self, entry: int, bitmap: int, times: int) -> None:
+        header, references = self.header, self.references
+        if header.has_data_file:
+            references.bad(
+                f"ERROR compressed cluster with data file, entry={entry:#x}", times
+            )
+            return
+        if bitmap:
+            references.bad(
+                "ERROR compressed cluster with non-zero subcluster allocation bitmap, "
+                f"entry={entry:#x}",
+                times,
+            )
+            return
+        offset, length = compressed_range(entry, header.cluster_bits)
+        if entry & OFLAG_COPIED:
+            references.bad(
+                f"ERROR: coffset={offset:#x}: copied flag must never be set for "
+                "compressed clusters",
+                times,
+            )
+        references.count_range(offset, length, times)
+
+    def _report_bad_standard(self, entry: int, times: int) -> None:
+        header, references = self.header, self.references
+        if entry & L2_RESERVED_MASK:
+            references.bad(
+                f"ERROR found l2 entry with reserved bits set: {entry:x}", times
+            )
+        offset = entry & OFFSET_MASK
+        if offset % header.cluster_size:
+            zero = entry & OFLAG_ZERO and not header.extended_l2
+            kind = "Preallocated" if zero else "Data"
+            references.bad(
+                f"ERROR offset={offset:x}: {kind} cluster is not properly aligned; L2 "
+                "entry corrupted.",
+                times,
+            )
+        if offset >= references.file_length and not header.has_data_file:
+            references.count_range(offset, header.cluster_size, times)
+
+    def _count_statistics(
+        self,
+        offsets: "Entries",
+        is_standard: "npt.NDArray[np.bool_]",
+        is_compressed: "npt.NDArray[np.bool_]",
+    ) -> None:
+        """Count allocated, compressed and fragmented clusters of each table.
+
+        A cluster is fragmented if it does not follow the one before it in its
+        table; a compressed one always is.
+        """
+        result = self.references.result
+        nb_compressed = int(np.count_nonzero(is_compressed))
+        result.compressed_clusters += nb_compressed
+        result.allocated_clusters += nb_compressed + int(np.count_nonzero(is_standard))
+        result.fragmented_clusters += nb_compressed
+        flat = offsets[is_standard]
+        rows = np.nonzero(is_standard)[0]
+        follows = flat[1:] == flat[:-1] + np.uint64(self.header.cluster_size)
+        same_table = rows[1:] == rows[:-1]
+        result.fragmented_clusters += int(np.count_nonzero(same_table & ~follows))
+
+
+def _batches(offsets: "Entries", table_length: int) -> Iterator["Entries"]:
+    nb = max(1, BATCH_BYTES // table_length)
+    for start in range(0, len(offsets), nb):
+        yield offsets[start : start + nb]
+
+
+def read_l2_tables(
+    header: Header, offsets: "Entries"
+) -> Steps[tuple["Entries", "Entries | None"]]:
+    """Read L2 tables; return their entries, a table in each row, and with
+    extended entries the subcluster bitmaps."""
+    length = header.cluster_size
+    raw = bytearray(length * len(offsets))
+    for index, offset in enumerate(map(int, offsets)):
+        raw[index * length : (index + 1) * length] = yield Read(offset, length)
+    words = np.frombuffer(raw, ">u8").astype(np.uint64).reshape(len(offsets), -1)
+    if header.extended_l2:
+        return words[:, ::2], words[:, 1::2]
+    return words, None

@@ -1,0 +1,99 @@
+"""The snapshot table: a contiguous list of entries of varying length.
+
+Source: qcow2.txt, "Snapshots".
+"""
+
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from nbdqcow.block.steps import Read, Steps
+from nbdqcow.block.tools import SnapshotInfo
+from nbdqcow.errors import ImageError
+from nbdqcow.formats.qcow2.header import Header
+from nbdqcow.units import round_up
+
+MAX_TABLE_BYTES: Final = 64 << 20
+"""QEMU's limit; ours too."""
+MAX_EXTRA_BYTES: Final = 1024
+
+_ENTRY: Final = struct.Struct(">QIHHIIQII")
+_V3_EXTRA_LENGTH: Final = 16
+"""Version 3 wants at least the 64-bit VM state size and the disk size."""
+_NO_ICOUNT: Final = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One internal snapshot; lengths in bytes.
+
+    Attributes:
+        disk_size: the virtual size then; None in old images.
+        extra: all extra data, the fields known to us included.
+    """
+
+    info: SnapshotInfo
+    l1_table_offset: int
+    l1_size: int
+    disk_size: int | None
+    extra: bytes
+
+    @property
+    def complete(self) -> bool:
+        """Whether a version 3 image may have this entry."""
+        return len(self.extra) >= _V3_EXTRA_LENGTH
+
+
+def read_snapshots(header: Header) -> Steps[tuple[list[Snapshot], int]]:
+    """Read the snapshot table; return its entries and its length in bytes.
+
+    Raises `ImageError` if it goes beyond the limits.
+    """
+    snapshots: list[Snapshot] = []
+    offset = header.snapshots_offset
+    for index in range(header.nb_snapshots):
+        offset = round_up(offset, 8)
+        fixed = bytes((yield Read(offset, _ENTRY.size)))
+        (
+            l1_offset,
+            l1_size,
+            id_length,
+            name_length,
+            date_seconds,
+            date_nanoseconds,
+            clock,
+            vm_state_length,
+            extra_length,
+        ) = _ENTRY.unpack(fixed)
+        if extra_length > MAX_EXTRA_BYTES:
+            raise ImageError(
+                f"Too much extra metadata in snapshot table entry {index}\n"
+                "You can force-remove this extra metadata with qemu-img check -r all"
+            )
+        offset += _ENTRY.size
+        rest = b""
+        if length := extra_length + id_length + name_length:
+            rest = bytes((yield Read(offset, length)))
+        offset += length
+        if offset - header.snapshots_offset > MAX_TABLE_BYTES:
+            raise ImageError("Snapshot table is too big")
+        extra = rest[:extra_length]
+        if extra_length >= 8:
+            vm_state_length = int.from_bytes(extra[:8], "big")
+        icount = int.from_bytes(extra[16:24], "big") if extra_length >= 24 else None
+        info = SnapshotInfo(
+            id=_decode(rest[extra_length : extra_length + id_length]),
+            name=_decode(rest[extra_length + id_length :]),
+            vm_state_length=vm_state_length,
+            date_seconds=date_seconds,
+            date_nanoseconds=date_nanoseconds,
+            vm_clock_nanoseconds=clock,
+            icount=None if icount == _NO_ICOUNT else icount,
+        )
+        disk_size = int.from_bytes(extra[8:16], "big") if extra_length >= 16 else None
+        snapshots.append(Snapshot(info, l1_offset, l1_size, disk_size, extra))
+    return snapshots, offset - header.snapshots_offset
+
+
+def _decode(data: bytes) -> str:
+    return data.partition(b"\0")[0].decode("utf-8", "surrogateescape")

@@ -1,0 +1,255 @@
+"""What commands do with qcow2 images: describe, create, check."""
+
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, ClassVar, Final
+
+from nbdqcow.block.steps import BlockingFile, Read, Step, Steps, run_blocking
+from nbdqcow.block.tools import (
+    CheckResult,
+    FormatTool,
+    ImageInfo,
+    OptionSpec,
+    OptionValue,
+    Report,
+)
+from nbdqcow.errors import ImageError
+from nbdqcow.formats.qcow2 import header as h
+from nbdqcow.formats.qcow2.bitmap_directory import (
+    FLAG_AUTO,
+    FLAG_IN_USE,
+    read_bitmap_directory,
+)
+from nbdqcow.formats.qcow2.create import (
+    COMPRESSION_TYPES,
+    PREALLOCATIONS,
+    CreateOptions,
+    CreatePlan,
+    plan_create,
+)
+from nbdqcow.formats.qcow2.header import Header, needed
+from nbdqcow.formats.qcow2.snapshot_table import read_snapshots
+from nbdqcow.types import Buffer
+
+_VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+
+_BACKING_FORMATS: Final = (
+    *("raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vhdx", "vpc", "luks"),
+    *("parallels", "bochs", "cloop", "dmg", "nbd", "file", "http", "https"),
+)
+"""What QEMU knows: the image may be meant for it."""
+
+
+# In the order in which qemu-img shows them when it creates an image.
+_CREATE_OPTIONS: Final = (
+    OptionSpec(
+        "encryption",
+        "bool",
+        "Encrypt the image with format 'aes'. (Deprecated in favor of "
+        "encrypt.format=aes)",
+    ),
+    OptionSpec(
+        "encrypt.format", "str", "Encrypt the image, format choices: 'aes', 'luks'"
+    ),
+    OptionSpec(
+        "encrypt.key-secret",
+        "str",
+        "ID of secret providing qcow AES key or LUKS passphrase",
+    ),
+    OptionSpec("encrypt.cipher-alg", "str", "Name of encryption cipher algorithm"),
+    OptionSpec("encrypt.cipher-mode", "str", "Name of encryption cipher mode"),
+    OptionSpec("encrypt.ivgen-alg", "str", "Name of IV generator algorithm"),
+    OptionSpec("encrypt.ivgen-hash-alg", "str", "Name of IV generator hash algorithm"),
+    OptionSpec("encrypt.hash-alg", "str", "Name of encryption hash algorithm"),
+    OptionSpec("encrypt.iter-time", "num", "Time to spend in PBKDF in milliseconds"),
+    OptionSpec("cluster_size", "size", "qcow2 cluster size", "65536"),
+    OptionSpec("extended_l2", "bool", "Extended L2 tables", "off"),
+    OptionSpec(
+        "preallocation",
+        "str",
+        "Preallocation mode (allowed values: off, metadata, falloc, full)",
+    ),
+    OptionSpec(
+        "compression_type",
+        "str",
+        "Compression method used for image cluster compression",
+        "zlib",
+    ),
+    OptionSpec("size", "size", "Virtual disk size"),
+    OptionSpec("compat", "str", "Compatibility level (v2 [0.10] or v3 [1.1])"),
+    OptionSpec("backing_file", "str", "File name of a base image"),
+    OptionSpec("backing_fmt", "str", "Image format of the base image"),
+    OptionSpec("data_file", "str", "File name of an external data file"),
+    OptionSpec(
+        "data_file_raw",
+        "bool",
+        "The external data file must stay valid as a raw image",
+    ),
+    OptionSpec("lazy_refcounts", "bool", "Postpone refcount updates", "off"),
+    OptionSpec(
+        "refcount_bits", "num", "Width of a reference count entry in bits", "16"
+    ),
+)
+
+
+class Qcow2Tool(FormatTool):
+    """The qcow2 format for commands."""
+
+    name: ClassVar[str] = "qcow2"
+    create_options: ClassVar[Sequence[OptionSpec]] = _CREATE_OPTIONS
+    supports_backing: ClassVar[bool] = True
+    supports_check: ClassVar[bool] = True
+
+    @classmethod
+    def probe(cls, head: bytes) -> int:
+        """Score 100 for the magic and a version that is not qcow's own."""
+        if len(head) >= 8 and int.from_bytes(head[:4], "big") == h.MAGIC:
+            return 100 if int.from_bytes(head[4:8], "big") >= 2 else 0
+        return 0
+
+    def describe(self, file: BlockingFile) -> ImageInfo:
+        """Describe an image."""
+        return run_blocking(_describe(), file)
+
+    def describe_for_check(self, file: BlockingFile) -> ImageInfo:
+        """Describe an image by its header alone."""
+        header = run_blocking(read_header(for_check=True), file)
+        return ImageInfo(
+            format="qcow2",
+            virtual_size=header.size,
+            backing_filename=header.backing_filename,
+            backing_format=header.backing_format,
+            warnings=bitmap_warnings(header),
+        )
+
+    def prepare(self, values: Mapping[str, OptionValue]) -> CreatePlan:
+        """Plan a new image."""
+        return plan_create(_create_options(values))
+
+    def create(self, file: BlockingFile, plan: Any) -> None:
+        """Write the planned image, the file's old content gone."""
+        assert isinstance(plan, CreatePlan)
+        file.truncate(0)
+        file.truncate(plan.file_length)
+        if file.is_device:
+            file.write_zeroes(0, plan.file_length)
+        data_length = plan.file_length - plan.data_start
+        if plan.preallocation == "falloc":
+            file.allocate(plan.data_start, data_length)
+        elif plan.preallocation == "full":
+            file.write_zeroes(plan.data_start, data_length)
+        for offset, data in plan.writes():
+            file.pwrite(offset, data)
+
+    def check(self, file: BlockingFile, repair: int, report: Report) -> CheckResult:
+        """Check the image, and repair it."""
+        # It needs numpy, which takes longer to load than all the rest.
+        from nbdqcow.formats.qcow2.check import check_image
+
+        return run_blocking(check_image(file.length, repair, report), file)
+
+
+def read_header(*, for_check: bool = False) -> Steps[Header]:
+    """Read and parse the header. Raises `ImageError`."""
+    head = bytes((yield Read(0, h.HEADER_READ_LENGTH)))
+    if needed(head) > len(head):
+        head = bytes((yield Read(0, needed(head))))
+    return Header.parse(head, for_check=for_check)
+
+
+def _describe() -> Generator[Step, Buffer, ImageInfo]:
+    header = yield from read_header()
+    snapshots, _ = yield from read_snapshots(header)
+    bitmaps = yield from read_bitmap_directory(header)
+    specific: dict[str, Any] = {
+        "compat": "1.1" if header.version >= 3 else "0.10",
+        "compression-type": COMPRESSION_TYPES[header.compression_type],
+    }
+    if header.version >= 3:
+        specific["lazy-refcounts"] = header.lazy_refcounts
+    if bitmaps:
+        specific["bitmaps"] = [
+            {
+                "flags": [
+                    name
+                    for flag, name in ((FLAG_IN_USE, "in-use"), (FLAG_AUTO, "auto"))
+                    if bitmap.flags & flag
+                ],
+                "name": bitmap.name,
+                "granularity": 1 << bitmap.granularity_bits,
+            }
+            for bitmap in bitmaps
+        ]
+    specific["refcount-bits"] = header.refcount_bits
+    if header.crypt_method == h.CRYPT_LUKS:
+        if header.extension(h.EXT_CRYPTO) is None:
+            raise ImageError("Missing CRYPTO header for crypt method 2")
+        specific["encrypt"] = {"format": "luks"}
+    elif header.crypt_method == h.CRYPT_AES:
+        specific["encrypt"] = {"format": "aes"}
+    if header.data_file_name is not None:
+        specific["data-file"] = header.data_file_name
+    if header.has_data_file:
+        specific["data-file-raw"] = bool(
+            header.autoclear_features & h.AUTOCLEAR_RAW_DATA_FILE
+        )
+    if header.version >= 3:
+        specific["corrupt"] = header.corrupt
+        specific["extended-l2"] = header.extended_l2
+    return ImageInfo(
+        format="qcow2",
+        virtual_size=header.size,
+        cluster_size=header.cluster_size,
+        encrypted=header.crypt_method != h.CRYPT_NONE,
+        dirty=header.dirty,
+        backing_filename=header.backing_filename,
+        backing_format=header.backing_format,
+        snapshots=[snapshot.info for snapshot in snapshots],
+        specific=specific,
+        warnings=bitmap_warnings(header),
+    )
+
+
+def bitmap_warnings(header: Header) -> list[str]:
+    """Return the lines about bitmaps that another program made stale."""
+    if header.extension(h.EXT_BITMAPS) is None or header.bitmaps_consistent:
+        return []
+    return [
+        "a program lacking bitmap support modified this file, so all bitmaps are now "
+        "considered inconsistent\n"
+        "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix."
+    ]
+
+
+def _create_options(values: Mapping[str, OptionValue]) -> CreateOptions:
+    compat = str(values.get("compat", "1.1"))
+    if compat not in _VERSIONS:
+        raise ImageError(f"Parameter 'version' does not accept value '{compat}'")
+    choices = {"preallocation": PREALLOCATIONS, "compression_type": COMPRESSION_TYPES}
+    for name, allowed in choices.items():
+        value = values.get(name)
+        if value is not None and value not in allowed:
+            raise ImageError(
+                f"Parameter '{name.replace('_', '-')}' does not accept value '{value}'"
+            )
+    backing_file = values.get("backing_file")
+    if values.get("backing_fmt", "raw") not in _BACKING_FORMATS:
+        raise ImageError(
+            f"Parameter 'backing-fmt' does not accept value '{values['backing_fmt']}'"
+        )
+    backing_format = values.get("backing_fmt")
+    data_file = values.get("data_file")
+    return CreateOptions(
+        size=int(values.get("size", 0)),
+        version=_VERSIONS[compat],
+        cluster_size=int(values.get("cluster_size", 65536)),
+        backing_file=None if backing_file is None else str(backing_file),
+        backing_format=None if backing_format is None else str(backing_format),
+        refcount_bits=int(values.get("refcount_bits", 16)),
+        lazy_refcounts=bool(values.get("lazy_refcounts", False)),
+        preallocation=str(values.get("preallocation", "off")),
+        compression_type=str(values.get("compression_type", "zlib")),
+        extended_l2=bool(values.get("extended_l2", False)),
+        data_file=None if data_file is None else str(data_file),
+        data_file_raw=bool(values.get("data_file_raw", False)),
+        encrypted=bool(values.get("encryption")) or "encrypt.format" in values,
+    )

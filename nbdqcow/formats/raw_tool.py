@@ -1,0 +1,60 @@
+"""What commands do with raw images: describe and create."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from nbdqcow.block.steps import BlockingFile
+from nbdqcow.block.tools import FormatTool, ImageInfo, OptionSpec, OptionValue
+from nbdqcow.errors import ImageError
+from nbdqcow.units import SECTOR_SIZE, round_up
+
+PREALLOCATIONS: Final = ("off", "falloc", "full")
+
+
+@dataclass(frozen=True, slots=True)
+class RawPlan:
+    """A new raw image of ``length`` bytes."""
+
+    length: int
+    preallocation: str
+
+
+class RawTool(FormatTool):
+    """The raw format for commands."""
+
+    name: ClassVar[str] = "raw"
+    create_options: ClassVar[Sequence[OptionSpec]] = (
+        OptionSpec("size", "size", "Virtual disk size"),
+    )
+
+    @classmethod
+    def probe(cls, head: bytes) -> int:
+        """Score 1: anything can be raw."""
+        return 1
+
+    def describe(self, file: BlockingFile) -> ImageInfo:
+        """Describe an image: its length, in whole sectors, is all there is."""
+        return ImageInfo("raw", round_up(file.length, SECTOR_SIZE))
+
+    def prepare(self, values: Mapping[str, OptionValue]) -> RawPlan:
+        """Plan a new image."""
+        preallocation = str(values.get("preallocation", "off"))
+        if preallocation == "metadata":
+            raise ImageError("Unsupported preallocation mode: metadata")
+        if preallocation not in PREALLOCATIONS:
+            raise ImageError(
+                f"Parameter 'preallocation' does not accept value '{preallocation}'"
+            )
+        length = round_up(int(values.get("size", 0)), SECTOR_SIZE)
+        return RawPlan(length, preallocation)
+
+    def create(self, file: BlockingFile, plan: Any) -> None:
+        """Write the planned image, the file's old content gone."""
+        assert isinstance(plan, RawPlan)
+        file.truncate(0)
+        if plan.preallocation == "falloc":
+            file.allocate(0, plan.length)
+        elif plan.preallocation == "full":
+            file.write_zeroes(0, plan.length)
+        file.truncate(plan.length)
