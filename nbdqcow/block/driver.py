@@ -119,6 +119,11 @@ class FormatDriver(ABC):
         -1. No allocation in flight overlaps the range."""
         return -1
 
+    def try_begin_write(self, offset: int, length: int) -> WritePlan | None:
+        """Do as `begin_write` does if that needs no waiting and one plan
+        covers all of ``length``; else change nothing and return None."""
+        return None
+
     @abstractmethod
     async def begin_write(self, offset: int, length: int) -> WritePlan:
         """Find or allocate room for a guest write. Takes ``lock`` itself.

@@ -13,10 +13,14 @@ from typing import Final, Self
 from nbdqcow.block.driver import FormatDriver, WritePlan
 from nbdqcow.block.status import DEFAULT_LIMIT, Extents, block_status
 from nbdqcow.errors import BlockError, NotSupported
-from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, Buffer
-from nbdqcow.units import MiB
+from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO, ZERO_ALLOCATED, Buffer
+from nbdqcow.units import KiB, MiB
 
 GUARD_LENGTH: Final = 2048
+_MAX_JOINED: Final = 64 * KiB
+"""Bytes of a write with copy-on-write up to which joining its parts for one
+inline write is cheaper than a hop to a worker thread."""
+
 _ZEROES: Final = bytes(MiB)
 _ZERO_VIEW: Final = memoryview(_ZEROES)
 
@@ -171,7 +175,68 @@ class Node:
         if self._guard is not None and offset < GUARD_LENGTH:
             return False
         host_offset = self._try_map_write(offset, len(data))
-        return host_offset >= 0 and self._storage_try_pwrite(host_offset, data)
+        if host_offset >= 0:
+            return self._storage_try_pwrite(host_offset, data)
+        return len(data) <= _MAX_JOINED and self._try_pwrite_new(offset, data)
+
+    def _try_pwrite_new(self, offset: int, data: Buffer) -> bool:
+        """Write to new clusters, copy-on-write included, without waiting.
+
+        Nothing else runs between the look at the old content and the link to
+        the new, so the two agree.
+        """
+        driver, size = self.driver, self.driver.cluster_size
+        head, tail = offset % size, -(offset + len(data)) % size
+        if head + len(data) + tail > _MAX_JOINED:
+            return False
+        old_head = self._try_old_content(offset - head, head)
+        old_tail = self._try_old_content(offset + len(data), tail)
+        if old_head is None or old_tail is None:
+            return False
+        plan = driver.try_begin_write(offset, len(data))
+        if plan is None:
+            return False
+        host_offset = plan.host_offset
+        if plan.head or plan.tail:
+            if old_head or not plan.reads_zero:
+                host_offset -= head
+                old_head = old_head or bytes(head)
+            if not plan.reads_zero:
+                old_tail = old_tail or bytes(tail)
+            data = b"".join((old_head, data, old_tail))
+        try:
+            done = self._storage_try_pwrite(host_offset, data)
+        except BaseException:
+            driver.abort_write(plan)
+            raise
+        if done:
+            driver.end_write(plan)
+        else:
+            driver.abort_write(plan)
+        return done
+
+    def _try_old_content(self, offset: int, length: int) -> Buffer | None:
+        """Return the old content of part of a cluster: empty if it is all
+        zeroes by the map, None if it is not in reach."""
+        end = min(offset + length, self.size)
+        if offset >= end:
+            return b""
+        run = self._try_map(offset, end - offset)
+        if run is None:
+            return None
+        kind, _, covered = run
+        if covered == end - offset and (
+            kind in (ZERO, ZERO_ALLOCATED)
+            or (
+                kind == UNALLOCATED
+                and (self.backing is None or offset >= self.backing.size)
+            )
+        ):
+            return b""
+        old = self.try_pread(offset, end - offset)
+        if old is None or end == offset + length:
+            return old
+        return bytes(old) + bytes(offset + length - end)
 
     # -- reading ---------------------------------------------------------
 
@@ -314,7 +379,8 @@ class Node:
         """Write one planned piece, with what copy-on-write adds around it."""
         storage = self.driver.data
         if not plan.head and not plan.tail:
-            await storage.pwritev(plan.host_offset, [view])
+            if not storage.try_pwrite(plan.host_offset, view):
+                await storage.pwritev(plan.host_offset, [view])
             return
         buffers: list[Buffer] = [view]
         host_offset = plan.host_offset
@@ -331,6 +397,11 @@ class Node:
             )
             if old is not None:
                 buffers.append(old)
+        if plan.head + plan.length + plan.tail <= _MAX_JOINED:
+            whole = b"".join(buffers)
+            if storage.try_pwrite(host_offset, whole):
+                return
+            buffers = [whole]
         await storage.pwritev(host_offset, buffers)
 
     async def _old_content(

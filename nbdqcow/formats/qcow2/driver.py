@@ -203,6 +203,16 @@ class Qcow2Driver(FormatDriver):
 
     # -- writing ---------------------------------------------------------
 
+    def try_begin_write(self, offset: int, length: int) -> WritePlan | None:
+        """See `FormatDriver.try_begin_write`."""
+        if self.read_only:
+            return None
+        try:
+            return write.try_begin_write(self, offset, length)
+        except CorruptImage:
+            # The coroutine finds the same, and marks the image.
+            return None
+
     async def begin_write(self, offset: int, length: int) -> WritePlan:
         """See `FormatDriver.begin_write`."""
         self._check_writable()
@@ -262,6 +272,7 @@ class Qcow2Driver(FormatDriver):
             return
         log.error("%s: image is corrupt: %s", self.storage.filename, text)
         self.read_only = True
+        self.mapping.freeze()
         if self.header.version >= 3:
             self.header.incompatible_features |= qcow2_header.INCOMPAT_CORRUPT
             await self._write_header_field(

@@ -39,6 +39,7 @@ class Mapping:
         self._not_plain = (
             OFLAG_COMPRESSED | self._zero_flag | (self._cluster_mask & OFFSET_MASK)
         )
+        self._not_writable = self._not_plain
 
     def try_map(self, offset: int, length: int) -> Run | None:
         """See `FormatDriver.try_map`."""
@@ -72,7 +73,7 @@ class Mapping:
         index = (offset >> self._cluster_bits) & self._index_mask
         entry = found.words[index]
         host_offset = entry & OFFSET_MASK
-        if not host_offset or entry & self._not_plain or entry < OFLAG_COPIED:
+        if not host_offset or entry & self._not_writable or entry < OFLAG_COPIED:
             return -1
         if host_offset >> self._cluster_bits in self._metadata:
             return -1
@@ -83,6 +84,10 @@ class Mapping:
         ):
             return -1
         return host_offset + in_cluster
+
+    def freeze(self) -> None:
+        """Let no write be mapped from now on."""
+        self._not_writable = OFLAG_COPIED
 
     def in_place_length(
         self, found: L2Slice, index: int, in_cluster: int, length: int

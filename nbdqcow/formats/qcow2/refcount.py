@@ -241,31 +241,55 @@ class Refcounts:
 
         Returns ``(cluster_index, count)``; their refcounts are 1 now.
         """
+        while (taken := self.try_allocate(nb_clusters)) is None:
+            await self.prepare_allocation()
+        return taken
+
+    def try_allocate(self, nb_clusters: int) -> tuple[int, int] | None:
+        """Do as `allocate` does; None if a refcount block must be read or
+        made first, which is what `prepare_allocation` does."""
         while self._free_runs:
-            index, length = heapq.heappop(self._free_runs)
+            index, length = self._free_runs[0]
             block_index, first = divmod(index, self.block_entries)
-            block = await self._block(block_index)
+            block = self.blocks.get(block_index)
+            if block is None:
+                return None
+            heapq.heappop(self._free_runs)
             # The scan may have turned back and used what is listed here.
-            if block is None or block.counts[first]:
+            if block.counts[first]:
                 continue
             got = self._take(block_index, block, first, min(nb_clusters, length))
             if got < length:
                 heapq.heappush(self._free_runs, (index + got, length - got))
-            self._check_free(index, got)
             return index, got
-        while True:
-            block_index, first = divmod(self._scan_index, self.block_entries)
-            block = await self._block_for_allocation(block_index)
-            try:
-                first = block.counts.index(0, first)
-            except ValueError:
-                self._scan_index = (block_index + 1) * self.block_entries
-                continue
-            got = self._take(block_index, block, first, nb_clusters)
-            index = block_index * self.block_entries + first
-            self._scan_index = index + got
-            self._check_free(index, got)
-            return index, got
+        block_index, first = divmod(self._scan_index, self.block_entries)
+        block = self.blocks.get(block_index)
+        if block is None:
+            return None
+        try:
+            first = block.counts.index(0, first)
+        except ValueError:
+            self._scan_index = (block_index + 1) * self.block_entries
+            return None
+        got = self._take(block_index, block, first, nb_clusters)
+        index = block_index * self.block_entries + first
+        self._scan_index = index + got
+        return index, got
+
+    async def prepare_allocation(self) -> None:
+        """Bring the block into memory where the next allocation looks."""
+        if self._free_runs:
+            await self._block(self._free_runs[0][0] // self.block_entries)
+        else:
+            await self._block_for_allocation(self._scan_index // self.block_entries)
+
+    def untake(self, cluster_index: int, nb_clusters: int) -> None:
+        """Give back what `try_allocate` has just returned."""
+        block_index, first = divmod(cluster_index, self.block_entries)
+        block = self.blocks[block_index]
+        for i in range(first, first + nb_clusters):
+            block.counts[i] = 0
+        heapq.heappush(self._free_runs, (cluster_index, nb_clusters))
 
     def _check_free(self, index: int, nb_clusters: int) -> None:
         """Refuse clusters whose count of 0 can't be right."""
@@ -279,10 +303,12 @@ class Refcounts:
         self, block_index: int, block: RefcountBlock, first: int, nb_clusters: int
     ) -> int:
         """Set up to ``nb_clusters`` zero counts from ``first`` on to 1."""
+        self._check_free(block_index * self.block_entries + first, 1)
         counts = block.counts
         end = first
         limit = min(first + nb_clusters, self.block_entries)
-        while end < limit and counts[end] == 0:
+        base = block_index * self.block_entries
+        while end < limit and counts[end] == 0 and base + end not in self.metadata:
             counts[end] = 1
             end += 1
         self._mark(block_index, block, first, end)

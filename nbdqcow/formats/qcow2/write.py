@@ -76,34 +76,54 @@ async def begin_write(image: "Qcow2Driver", offset: int, length: int) -> WritePl
             if busy is None or busy.start > start:
                 if busy is not None:
                     length = busy.start - offset
-                return await _plan(image, offset, length)
+                while (plan := _try_plan(image, offset, length)) is None:
+                    await slice_for_change(image, offset)
+                    await image.refcounts.prepare_allocation()
+                return plan
         await busy.wait()
 
 
-async def _plan(image: "Qcow2Driver", offset: int, length: int) -> WritePlan:
-    """Find or allocate clusters. The lock is held; nothing overlaps."""
-    l2 = await slice_for_change(image, offset)
-    l2.pins += 1
-    try:
-        return await _plan_in_slice(image, l2, offset, length)
-    finally:
-        l2.pins -= 1
+def try_begin_write(image: "Qcow2Driver", offset: int, length: int) -> WritePlan | None:
+    """See `FormatDriver.try_begin_write`."""
+    if image.lock.locked() or image.tables.dirty_bytes > image.tables.dirty_limit:
+        return None
+    if image.in_flight:
+        cluster_mask = image.cluster_size - 1
+        end = (offset + length + cluster_mask) & ~cluster_mask
+        if image.in_flight.find(offset & ~cluster_mask, end) is not None:
+            return None
+    return _try_plan(image, offset, length, whole=True)
 
 
-async def _plan_in_slice(
-    image: "Qcow2Driver", l2: L2Slice, offset: int, length: int
-) -> WritePlan:
+def _try_plan(
+    image: "Qcow2Driver", offset: int, length: int, *, whole: bool = False
+) -> WritePlan | None:
+    """Find or allocate clusters; None if a table must be read or made first.
+
+    Nobody else holds the lock, and nothing in flight overlaps. ``whole``:
+    None also if one plan can't cover all of ``length``.
+    """
     tables, cluster_size = image.tables, image.cluster_size
+    key = offset >> tables.slice_shift
+    l1_index = tables.l1_index(key)
+    if not tables.table_offset(l1_index) or tables.l1[l1_index] < OFLAG_COPIED:
+        return None
+    l2 = tables.try_load(key)
+    if l2 is None:
+        return None
     index = (offset >> image.cluster_bits) & (tables.slice_entries - 1)
     in_cluster = offset & (cluster_size - 1)
     covered = image.mapping.in_place_length(l2, index, in_cluster, length)
     if covered:
+        if whole and covered < length:
+            return None
         host_offset = (l2.words[index] & OFFSET_MASK) + in_cluster
         epoch = image.epochs.enter()
         return WritePlan(offset, covered, host_offset, private=epoch)
 
     words = l2.words
-    wanted = min(-(-(in_cluster + length) // cluster_size), len(words) - index)
+    needed = -(-(in_cluster + length) // cluster_size)
+    wanted = min(needed, len(words) - index)
     nb_clusters = 1
     reused = _is_own_zero(image, words[index])
     if reused:
@@ -112,7 +132,16 @@ async def _plan_in_slice(
     else:
         while nb_clusters < wanted and _needs_cluster(words[index + nb_clusters]):
             nb_clusters += 1
-        cluster_index, nb_clusters = await image.refcounts.allocate(nb_clusters)
+        if whole and nb_clusters < needed:
+            return None
+        taken = image.refcounts.try_allocate(nb_clusters)
+        if taken is None:
+            return None
+        cluster_index, nb_clusters = taken
+    if whole and nb_clusters < needed:
+        if not reused:
+            image.refcounts.untake(cluster_index, nb_clusters)
+        return None
     host_start = cluster_index << image.cluster_bits
     reads_zero = not reused and image.reads_zero_from <= host_start
     if not reused:
