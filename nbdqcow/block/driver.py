@@ -121,8 +121,16 @@ class FormatDriver(ABC):
 
     def try_begin_write(self, offset: int, length: int) -> WritePlan | None:
         """Do as `begin_write` does if that needs no waiting and one plan
-        covers all of ``length``; else change nothing and return None."""
+        covers all of ``length``; else change nothing and return None.
+
+        It is for a caller that gives the plan to `end_write` or `cancel_write`
+        in the same turn of the loop.
+        """
         return None
+
+    def cancel_write(self, plan: WritePlan) -> None:
+        """Undo `try_begin_write`: nothing is in flight for the plan."""
+        raise AssertionError("this format never plans without waiting")
 
     @abstractmethod
     async def begin_write(self, offset: int, length: int) -> WritePlan:

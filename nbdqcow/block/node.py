@@ -207,12 +207,12 @@ class Node:
         try:
             done = self._storage_try_pwrite(host_offset, data)
         except BaseException:
-            driver.abort_write(plan)
+            driver.cancel_write(plan)
             raise
         if done:
             driver.end_write(plan)
         else:
-            driver.abort_write(plan)
+            driver.cancel_write(plan)
         return done
 
     def _try_old_content(self, offset: int, length: int) -> Buffer | None:

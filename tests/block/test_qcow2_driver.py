@@ -318,3 +318,55 @@ def test_a_flush_that_fails_can_be_repeated(tmp_path):
 
     asyncio.run(run())
     check(path)
+
+
+def test_what_is_freed_while_a_flush_runs_stays_until_the_next(tmp_path):
+    """The disk still names it: a write elsewhere must not get the cluster."""
+    path, copy = create(tmp_path / "a"), tmp_path / "after-kill"
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite(0, b"A" * 65536)
+            await node.flush()
+            gate, storage = asyncio.Event(), node.driver.storage
+            sound = storage.flush
+
+            async def slow():
+                await gate.wait()
+                await sound()
+
+            storage.flush = slow
+            flushing = asyncio.create_task(node.flush())
+            await asyncio.sleep(0.01)
+            await node.discard(0, 65536)
+            gate.set()
+            await flushing
+            await node.driver.settle()
+            storage.flush = sound
+            await node.pwrite(5 * 65536, b"B" * 65536)
+            copy.write_bytes(path.read_bytes())
+
+    async def look():
+        async with open_image(copy, format="qcow2", read_only=True) as node:
+            assert bytes(await node.pread(0, 65536)) == b"A" * 65536
+
+    asyncio.run(run())
+    asyncio.run(look())
+
+
+def test_a_paused_inline_write_takes_nothing(tmp_path):
+    path = create(tmp_path / "a")
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite(0, b"x")
+            node._storage_try_pwrite = lambda offset, data: False
+            for i in range(1, 20):
+                assert not node.try_pwrite(i * 65536, b"y" * 4096)
+            assert not node.driver.freed.ranges
+            length = node.driver.storage.length
+            await node.pwrite(65536, b"z" * 65536)
+            assert node.driver.storage.length <= length + 2 * 65536
+
+    asyncio.run(run())
+    check(path)

@@ -226,6 +226,10 @@ class Qcow2Driver(FormatDriver):
         """See `FormatDriver.end_write`."""
         write.end_write(self, plan)
 
+    def cancel_write(self, plan: WritePlan) -> None:
+        """See `FormatDriver.cancel_write`."""
+        write.cancel_write(self, plan)
+
     def abort_write(self, plan: WritePlan) -> None:
         """See `FormatDriver.abort_write`."""
         write.abort_write(self, plan)

@@ -244,6 +244,17 @@ def abort_write(image: "Qcow2Driver", plan: WritePlan) -> None:
     _finish(image, allocation)
 
 
+def cancel_write(image: "Qcow2Driver", plan: WritePlan) -> None:
+    """See `FormatDriver.cancel_write`."""
+    allocation = plan.private
+    if isinstance(allocation, int):
+        image.epochs.leave(allocation)
+        return
+    if not allocation.reused:
+        image.refcounts.untake(allocation.cluster_index, allocation.nb_clusters)
+    _finish(image, allocation)
+
+
 def _finish(image: "Qcow2Driver", allocation: Allocation) -> None:
     allocation.l2.pins -= 1
     image.epochs.leave(allocation.epoch)

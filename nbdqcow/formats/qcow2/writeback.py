@@ -166,8 +166,15 @@ class Writeback:
         image = self.image
         storage = image.storage
         if not image.metadata_dirty:
-            await self._flush_files()
-            self._give_back(image.take_freed())
+            # Taken before the flush: what is freed while it runs is still
+            # named by entries on disk.
+            freed = image.take_freed()
+            try:
+                await self._flush_files()
+            except BaseException:
+                image.freed.take_back(freed)
+                raise
+            self._give_back(freed)
             return
         async with image.lock:
             picture = _Picture(image)
