@@ -41,8 +41,9 @@ def parse_size(text: str, default_suffix: str = "B", *, limit: int = 1 << 63) ->
         fraction = (fraction or "").rstrip("0")
         if fraction and shift == 0:
             raise ValueError(f"invalid size '{text}': a byte has no fraction")
-        # There could be any number of digits, and int() takes its time.
-        if len(whole.lstrip("0")) > _MAX_DIGITS:
+        # There could be more digits than int() takes.
+        whole = whole.lstrip("0") or "0"
+        if len(whole) > _MAX_DIGITS:
             raise SizeTooLarge(f"size '{text}' is too large")
         fraction = fraction[:_MAX_DIGITS]
         size = int(whole) << shift

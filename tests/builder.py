@@ -7,7 +7,12 @@ The builder keeps clusters, tables and refcounts as plain Python values until
 import struct
 import zlib
 
-from nbdqcow.formats.qcow2.entries import OFLAG_COMPRESSED, OFLAG_COPIED, OFLAG_ZERO
+from nbdqcow.formats.qcow2.entries import (
+    OFLAG_COMPRESSED,
+    OFLAG_COPIED,
+    OFLAG_ZERO,
+    compressed_range,
+)
 from nbdqcow.formats.qcow2.header import Header
 
 
@@ -95,11 +100,12 @@ class ImageBuilder:
         self.set_entry(guest_cluster, entry | OFLAG_ZERO)
 
     def add_compressed(self, guest_cluster: int, data: bytes, *, skip: int = 0) -> int:
-        """Compress a guest cluster into one new host cluster, ``skip`` bytes
-        into it; return the L2 entry."""
+        """Compress a guest cluster into new host clusters, ``skip`` bytes into
+        them; return the L2 entry."""
         packer = zlib.compressobj(9, zlib.DEFLATED, -12)
         raw = packer.compress(data.ljust(self.cluster_size, b"\0")) + packer.flush()
-        offset = self.allocate(data=bytes(skip) + raw) + skip
+        data = bytes(skip) + raw
+        offset = self.allocate(-(-len(data) // 512) * 512, data) + skip
         entry = self.compressed_entry(offset, len(raw))
         self.set_entry(guest_cluster, entry)
         return entry
@@ -117,8 +123,7 @@ class ImageBuilder:
             self.l1[l1_index] &= ~OFLAG_COPIED
             for l2_index, entry in enumerate(table):
                 if entry & OFLAG_COMPRESSED:
-                    offset_bits = 62 - (self.header.cluster_bits - 8)
-                    self._share(entry & ((1 << offset_bits) - 1))
+                    self._share(*compressed_range(entry, self.header.cluster_bits))
                 elif entry & ~(OFLAG_COPIED | OFLAG_ZERO):
                     self._share(entry & ~(OFLAG_COPIED | OFLAG_ZERO))
                     table[l2_index] &= ~OFLAG_COPIED
@@ -143,8 +148,10 @@ class ImageBuilder:
         entry += id_ + raw_name
         self.snapshots.append(entry.ljust(-(-len(entry) // 8) * 8, b"\0"))
 
-    def _share(self, offset: int) -> None:
-        self.refcounts[offset >> self.header.cluster_bits] += 1
+    def _share(self, offset: int, length: int = 1) -> None:
+        bits = self.header.cluster_bits
+        for index in range(offset >> bits, (offset + length - 1 >> bits) + 1):
+            self.refcounts[index] += 1
 
     def build(self) -> bytes:
         """Return the image file."""
@@ -199,3 +206,44 @@ def _pack_refcounts(values: list[int], bits: int) -> bytes:
         )
         for start in range(0, len(values), per_byte)
     )
+
+
+class BytesFile:
+    """A file in memory for the blocking tools (`nbdqcow.block.steps`)."""
+
+    def __init__(self, data: bytes = b"") -> None:
+        self.data = bytearray(data)
+        self.filename = "bytes"
+        self.is_device = False
+        self.nb_read = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.data)
+
+    def pread(self, offset: int, length: int) -> bytes:
+        self.nb_read += length
+        return bytes(self.data[offset : offset + length]).ljust(length, b"\0")
+
+    def pwrite(self, offset: int, data: bytes) -> None:
+        self.data[len(self.data) :] = bytes(max(0, offset - len(self.data)))
+        self.data[offset : offset + len(data)] = data
+
+    def truncate(self, length: int) -> None:
+        del self.data[length:]
+        self.data[len(self.data) :] = bytes(length - len(self.data))
+
+    def allocate(self, offset: int, length: int) -> None:
+        self.write_zeroes(offset, length)
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        self.pwrite(offset, bytes(length))
+
+    def flush(self) -> None:
+        pass
+
+    def allocated_length(self) -> int:
+        return len(self.data)
+
+    def close(self) -> None:
+        pass

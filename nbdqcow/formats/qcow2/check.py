@@ -218,6 +218,10 @@ class _Check:
             if references > refcount and self.repair < REPAIR_ALL:
                 self.report(f"ERROR {text}")
                 continue
+            if references < refcount and self.references.incomplete:
+                # They may be all that is left of what a damaged table maps.
+                self.report(f"Leaked {text}: kept, as a damaged table may use it")
+                continue
             if references > limit:
                 self.report(f"ERROR {text}: too large for {header.refcount_bits} bits")
                 continue
@@ -251,11 +255,15 @@ class _Check:
         if self.references.counts[first]:
             first += 1
         counts = self.references.without_refcount_structures()
+        if self.references.incomplete:
+            # What seems to leak may be in use: it keeps its refcount.
+            counts = np.maximum(counts, self.refcounts).astype(np.uint32)
+        else:
+            result.leaks_fixed += result.leaks
+            result.leaks = 0
         self.refcounts = yield from rebuild_refcounts(self.header, counts, first)
         result.corruptions_fixed += result.corruptions - found_in_tables
         result.corruptions = found_in_tables
-        result.leaks_fixed += result.leaks
-        result.leaks = 0
 
     def _clear_marks(self) -> Steps[None]:
         """The image is sound again: say so in the header."""

@@ -54,6 +54,7 @@ class _Flags:
         self.report = report
         self.result = result
         self.wrote = False
+        self._repaired: set[int] = set()
 
     def check(
         self, l1: "npt.NDArray[np.uint64]", indices: "npt.NDArray[np.intp]"
@@ -67,6 +68,8 @@ class _Flags:
         if header.has_data_file:
             is_standard[:] = False
         wrong = is_standard & self._is_wrong(entries, data_offsets)
+        if self.repair:
+            self._skip_repaired(offsets, wrong)
         l1_wrong = self._is_wrong(l1[indices], offsets)
         for row in map(int, np.flatnonzero(l1_wrong | wrong.any(axis=1))):
             index, offset = int(indices[row]), int(offsets[row])
@@ -92,6 +95,17 @@ class _Flags:
                         int(l1[index]).to_bytes(8, "big"),
                     )
                 self.wrote = True
+
+    def _skip_repaired(
+        self, offsets: "npt.NDArray[np.uint64]", wrong: "npt.NDArray[np.bool_]"
+    ) -> None:
+        """A table that several L1 entries name is repaired once: its entries,
+        read before that, would be flipped back."""
+        for row in map(int, np.flatnonzero(wrong.any(axis=1))):
+            offset = int(offsets[row])
+            if offset in self._repaired:
+                wrong[row] = False
+            self._repaired.add(offset)
 
     def _is_wrong(
         self, entries: "npt.NDArray[np.uint64]", offsets: "npt.NDArray[np.uint64]"

@@ -50,6 +50,8 @@ class References:
         counts: by cluster; one more than the file has, for a table whose
             last bytes lie beyond the end.
         repair: table entries may be repaired while they are counted.
+        incomplete: a table that names tables is damaged, so clusters may be
+            in use that nothing is known to refer to.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class References:
         self.header = header
         self.file_length = file_length
         self.repair = repair
+        self.incomplete = False
         self.report = report
         self.result = result
         self.nb_clusters = -(-file_length // header.cluster_size)
@@ -136,8 +139,10 @@ def count_references(header: Header, references: References) -> Steps["Entries"]
     for index, snapshot in enumerate(snapshots):
         if header.version >= 3 and not snapshot.complete:
             references.bad(f"ERROR snapshot table entry {index} is incomplete")
+    before = references.result.corruptions
     for snapshot in snapshots:
         yield from _add_snapshot(header, references, tables, snapshot)
+    references.incomplete |= references.result.corruptions != before
     yield from tables.count(active)
     if snapshots:
         references.count_range(header.snapshots_offset, table_length)
@@ -213,8 +218,10 @@ class _L2Tables:
     def add_l1(self, l1: "Entries") -> "Entries":
         """Note the tables of one L1 table, and count references to them.
 
-        Returns their offsets in the order of the L1 table, each once.
+        Returns their offsets in the order of the L1 table, each once, and
+        below them how often each is named.
         """
+        before = self.references.result.corruptions
         for entry in map(int, l1[(l1 & L1_RESERVED_MASK) != 0]):
             self.references.bad(
                 f"ERROR found L1 entry with reserved bits set: {entry:x}"
@@ -230,29 +237,32 @@ class _L2Tables:
             self.references.count_range(offset, cluster_size, nb)
             if offset % cluster_size:
                 self.references.bad(
-                    f"ERROR l2_offset={offset:#x}: Table is not cluster aligned; L1 "
+                    f"ERROR l2_offset={offset:x}: Table is not cluster aligned; L1 "
                     "entry corrupted",
                     nb,
                 )
+        if self.references.result.corruptions != before:
+            self.references.incomplete = True
         both = np.concatenate((self._offsets, offsets))
         merged, where = np.unique(both, return_inverse=True)
         sums = np.zeros(len(merged), np.uint64)
         np.add.at(sums, where, np.concatenate((self._times, times.astype(np.uint64))))
         self._offsets, self._times = merged, sums
-        in_order: Entries = offsets[np.argsort(first)]
-        return in_order
+        order = np.argsort(first)
+        return np.stack((offsets[order], times[order].astype(np.uint64)))
 
     def count(self, active: "Entries") -> Steps[None]:
         """Count what all tables refer to, the ``active`` ones first; only
         these go into the statistics."""
-        others = np.setdiff1d(self._offsets, active)
-        for offsets, statistics in ((active, True), (others, False)):
-            for batch in _batches(offsets, self.header.cluster_size):
+        others = np.setdiff1d(self._offsets, active[0])
+        inactive = np.stack((others, np.zeros_like(others)))
+        for tables in (active, inactive):
+            for batch, nb_active in _batches(tables, self.header.cluster_size):
                 entries, bitmaps = yield from read_l2_tables(self.header, batch)
                 if self.references.repair:
                     yield from self._repair_zero_clusters(batch, entries)
                 times = self._times[np.searchsorted(self._offsets, batch)]
-                self._count_batch(entries, bitmaps, times, statistics)
+                self._count_batch(entries, bitmaps, times, nb_active)
 
     def _repair_zero_clusters(
         self, offsets: "Entries", entries: "Entries"
@@ -284,9 +294,10 @@ class _L2Tables:
         entries: "Entries",
         bitmaps: "Entries | None",
         times: "Entries",
-        statistics: bool,
+        nb_active: "Entries",
     ) -> None:
-        """Count the references of tables, one in each row of ``entries``."""
+        """Count the references of tables, one in each row of ``entries``; each
+        is named ``times``, ``nb_active`` of them in the active L1 table."""
         header, references = self.header, self.references
         offsets = entries & np.uint64(OFFSET_MASK)
         is_compressed = (entries & OFLAG_COMPRESSED) != 0
@@ -322,8 +333,7 @@ class _L2Tables:
             references.count_clusters(
                 (offsets[straddling] >> bits) + np.uint64(1), row_times[straddling]
             )
-        if statistics:
-            self._count_statistics(offsets, is_standard, is_compressed)
+        self._count_statistics(offsets, is_standard, is_compressed, nb_active)
 
     def _count_compressed(
         self, entries: "Entries", sound: "npt.NDArray[np.bool_]", times: "Entries"
@@ -411,6 +421,7 @@ class _L2Tables:
         offsets: "Entries",
         is_standard: "npt.NDArray[np.bool_]",
         is_compressed: "npt.NDArray[np.bool_]",
+        nb_active: "Entries",
     ) -> None:
         """Count allocated, compressed and fragmented clusters of each table.
 
@@ -418,21 +429,25 @@ class _L2Tables:
         table; a compressed one always is.
         """
         result = self.references.result
-        nb_compressed = int(np.count_nonzero(is_compressed))
+        compressed = is_compressed.sum(axis=1, dtype=np.uint64) * nb_active
+        standard = is_standard.sum(axis=1, dtype=np.uint64) * nb_active
+        nb_compressed = int(compressed.sum())
         result.compressed_clusters += nb_compressed
-        result.allocated_clusters += nb_compressed + int(np.count_nonzero(is_standard))
+        result.allocated_clusters += nb_compressed + int(standard.sum())
         result.fragmented_clusters += nb_compressed
         flat = offsets[is_standard]
         rows = np.nonzero(is_standard)[0]
         follows = flat[1:] == flat[:-1] + np.uint64(self.header.cluster_size)
-        same_table = rows[1:] == rows[:-1]
-        result.fragmented_clusters += int(np.count_nonzero(same_table & ~follows))
+        apart = rows[1:][(rows[1:] == rows[:-1]) & ~follows]
+        result.fragmented_clusters += int(nb_active[apart].sum())
 
 
-def _batches(offsets: "Entries", table_length: int) -> Iterator["Entries"]:
+def _batches(
+    tables: "Entries", table_length: int
+) -> Iterator[tuple["Entries", "Entries"]]:
     nb = max(1, BATCH_BYTES // table_length)
-    for start in range(0, len(offsets), nb):
-        yield offsets[start : start + nb]
+    for start in range(0, tables.shape[1], nb):
+        yield tables[0, start : start + nb], tables[1, start : start + nb]
 
 
 def read_l2_tables(

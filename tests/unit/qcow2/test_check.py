@@ -1,0 +1,269 @@
+"""The consistency check: what it counts, what it repairs, what it survives."""
+
+import random
+
+import pytest
+
+from nbdqcow.block.tools import REPAIR_ALL, REPAIR_LEAKS, REPAIR_NONE
+from nbdqcow.errors import ImageError
+from nbdqcow.formats.qcow2.entries import OFLAG_COPIED, OFLAG_ZERO
+from nbdqcow.formats.qcow2.header import Header
+from nbdqcow.formats.qcow2.tool import Qcow2Tool
+from tests.builder import BytesFile, ImageBuilder, patched
+
+
+def build(**options) -> ImageBuilder:
+    """An image with every kind of cluster."""
+    builder = ImageBuilder(8 << 20, **{"cluster_bits": 12, **options})
+    for number in range(6):
+        builder.add_data(number * 3, b"data%d" % number)
+    builder.add_zero(20)
+    builder.add_zero(21, allocated=True)
+    builder.add_compressed(30, b"hello" * 100)
+    builder.add_compressed(31, b"hello" * 50, skip=100)
+    return builder
+
+
+def check(image: bytes | BytesFile, repair: int = REPAIR_NONE):
+    """Return the result, the lines reported, and the image afterwards."""
+    file = BytesFile(image) if isinstance(image, bytes) else image
+    lines: list[str] = []
+    result = Qcow2Tool().check(file, repair, lines.append)
+    return result, lines, bytes(file.data)
+
+
+def assert_clean(image: bytes) -> None:
+    result, lines, _ = check(image)
+    assert lines == []
+    assert (result.corruptions, result.leaks, result.check_errors) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("order", range(7))
+def test_a_sound_image_of_every_refcount_width(order):
+    image = build(refcount_order=order).build()
+    assert_clean(image)
+    result, _, _ = check(image)
+    assert result.total_clusters == 2048
+    assert result.allocated_clusters == 9
+    # One data cluster behind the L2 table, and the compressed ones.
+    assert result.fragmented_clusters == 3
+    assert result.compressed_clusters == 2
+    assert result.image_end_offset == len(image)
+
+
+@pytest.mark.parametrize("bits", [9, 10, 16, 21])
+@pytest.mark.parametrize("version", [2, 3])
+def test_every_cluster_size(bits, version):
+    builder = build(cluster_bits=bits, version=version)
+    builder.add_snapshot()
+    builder.add_snapshot("two", vm_state=1000)
+    assert_clean(builder.build())
+
+
+@pytest.mark.parametrize("repair", [REPAIR_LEAKS, REPAIR_ALL])
+def test_leaks(repair):
+    builder = build()
+    builder.allocate()
+    builder.refcounts[5] = 3
+    image = builder.build()
+    result, lines, _ = check(image)
+    assert (result.leaks, result.corruptions) == (2, 1)
+    assert "Leaked cluster 5 refcount=3 reference=1" in lines
+    result, lines, fixed = check(image, repair)
+    assert (result.leaks, result.leaks_fixed) == (0, 2)
+    assert "Repairing cluster 12 refcount=1 reference=0" in lines
+    assert_clean(fixed)
+
+
+def test_a_refcount_too_low():
+    builder = build()
+    builder.l2[0][1] = builder.l2[0][0]
+    image = builder.build()
+    result, lines, _ = check(image)
+    assert result.corruptions == 1
+    assert lines == ["ERROR cluster 2 refcount=1 reference=2"]
+    result, _, unfixed = check(image, REPAIR_LEAKS)
+    assert result.corruptions == 1
+    assert unfixed == image
+    result, lines, fixed = check(image, REPAIR_ALL)
+    assert (result.corruptions, result.corruptions_fixed) == (0, 3)
+    assert_clean(fixed)
+
+
+@pytest.mark.parametrize("order", range(7))
+def test_rebuild(order):
+    builder = build(refcount_order=order)
+    builder.refcounts[5] = 0
+    image = builder.build()
+    result, lines, _ = check(image)
+    assert result.corruptions == 2
+    with pytest.raises(ImageError, match="Check failed"):
+        check(image, REPAIR_LEAKS)
+    result, lines, fixed = check(image, REPAIR_ALL)
+    assert "Rebuilding refcount structure" in lines
+    assert (result.corruptions, result.corruptions_fixed) == (0, 1)
+    assert_clean(fixed)
+    # The new structures lie behind the old: till the header names them,
+    # nothing has changed.
+    offset = Header.parse(fixed).refcount_table_offset
+    assert offset >= len(image)
+    assert fixed[64 : len(image)] == image[64:]
+
+
+def test_rebuild_without_a_refcount_table():
+    image = patched(build().build(), (56, "I", 0))
+    _, _, fixed = check(image, REPAIR_ALL)
+    assert_clean(fixed)
+
+
+def test_a_refcount_that_does_not_fit():
+    builder = build(refcount_order=0)
+    builder.l2[0][1] = builder.l2[0][0]
+    result, lines, _ = check(builder.build(), REPAIR_ALL)
+    assert result.corruptions
+    assert any("too large for 1 bits" in line for line in lines)
+
+
+def test_copied_flags():
+    builder = build()
+    builder.l2[0][0] &= ~OFLAG_COPIED
+    builder.l1[0] &= ~OFLAG_COPIED
+    image = builder.build()
+    result, lines, _ = check(image)
+    assert result.corruptions == 2
+    assert lines[0].startswith("ERROR OFLAG_COPIED L2 cluster: l1_index=0")
+    _, _, fixed = check(image, REPAIR_LEAKS)
+    assert_clean(fixed)
+
+
+def test_a_wrong_copied_flag_on_a_shared_cluster():
+    builder = build()
+    builder.add_snapshot()
+    builder.l2[0][0] |= OFLAG_COPIED
+    result, _, fixed = check(builder.build(), REPAIR_LEAKS)
+    assert result.corruptions_fixed == 1
+    assert_clean(fixed)
+
+
+def test_an_l2_table_named_twice_is_repaired_once():
+    builder = build()
+    builder.l1[1] = builder.l1[0]
+    _, _, fixed = check(builder.build(), REPAIR_ALL)
+    assert_clean(fixed)
+
+
+def test_a_misaligned_zero_cluster_is_made_plain():
+    builder = build()
+    builder.l2[0][1] = 0x3200 | OFLAG_ZERO
+    _, lines, fixed = check(builder.build(), REPAIR_ALL)
+    assert any(line.startswith("Repairing offset=3200") for line in lines)
+    assert_clean(fixed)
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        (0x12345678000 | OFLAG_COPIED, "exceeding the end of the file"),
+        (0x3200 | OFLAG_COPIED, "Data cluster is not properly aligned"),
+        (0x3000 | 1 << 58 | OFLAG_COPIED, "l2 entry with reserved bits set"),
+    ],
+)
+def test_bad_l2_entries(entry, text):
+    builder = build()
+    builder.l2[0][1] = entry
+    result, lines, _ = check(builder.build(), REPAIR_ALL)
+    assert text in lines[0]
+    # Nobody knows what the entry should have been.
+    assert result.corruptions == 1
+
+
+def test_nothing_is_freed_if_a_table_is_damaged():
+    builder = build()
+    builder.add_data(1000)
+    lost = builder.l1[1] & ~OFLAG_COPIED
+    builder.l1[1] = 0x7000000000
+    builder.clusters[lost] = b"the table of guest cluster 1000"
+    image = builder.build()
+    for repair in (REPAIR_LEAKS, REPAIR_ALL):
+        result, lines, after = check(image, repair)
+        assert result.leaks == 2
+        assert any("kept, as a damaged table may use it" in line for line in lines)
+        assert Header.parse(after).refcount_table_offset
+        again, _, _ = check(after)
+        assert again.leaks == 2
+
+
+@pytest.mark.parametrize("bit", [1, 2])
+def test_marks_are_cleared_by_a_repair(bit):
+    image = patched(build().build(), (72, "Q", bit), (88, "Q", 1 << 40))
+    _, _, same = check(image)
+    assert same == image
+    _, _, fixed = check(image, REPAIR_LEAKS)
+    header = Header.parse(fixed)
+    assert header.incompatible_features == 0
+    assert header.autoclear_features == 0
+
+
+def test_a_file_too_large_to_check():
+    image = build().build()
+
+    class Huge(BytesFile):
+        length = 1 << 62
+
+    with pytest.raises(ImageError, match="too many clusters"):
+        check(Huge(image))
+
+
+def test_references_are_bounded():
+    builder = ImageBuilder(1 << 40, cluster_bits=16)
+    builder.add_data(0)
+    table = builder.l2_table(0)
+    table[:] = [table[0]] * len(table)
+    builder.l1[:] = [builder.l1[0]] * len(builder.l1)
+    builder.header.l1_size = len(builder.l1)
+    result, _, _ = check(builder.build())
+    assert result.corruptions > 0
+
+
+def test_damaged_images_end_in_a_result_or_an_image_error(seed):
+    rng = random.Random(seed)
+    builder = build(cluster_bits=9)
+    builder.add_snapshot()
+    builder.add_data(100)
+    sound = builder.build()
+    header = Header.parse(sound)
+    tables = [
+        header.l1_table_offset,
+        header.refcount_table_offset,
+        header.snapshots_offset,
+        builder.l1[0] & ~OFLAG_COPIED,
+    ]
+    for _ in range(300):
+        fields = []
+        for _ in range(rng.randint(1, 4)):
+            start = rng.choice([*tables, 0, rng.randrange(len(sound) - 600)])
+            value = rng.choice(
+                [
+                    rng.getrandbits(64),
+                    rng.randrange(len(sound)),
+                    rng.randrange(len(sound)) // 512 * 512 | OFLAG_COPIED,
+                    rng.getrandbits(8) << 56,
+                    0,
+                    (1 << 64) - 1,
+                ]
+            )
+            fields.append((start + rng.randrange(64) * 8, "Q", value))
+        image = patched(sound, *fields)
+        if rng.random() < 0.3:
+            image = image[: rng.randrange(len(image))]
+        for repair in (REPAIR_NONE, REPAIR_LEAKS, REPAIR_ALL):
+            try:
+                result, lines, after = check(image, repair)
+            except ImageError:
+                continue
+            found = result.corruptions or result.leaks
+            assert bool(lines) >= bool(found or result.corruptions_fixed)
+            if repair == REPAIR_NONE:
+                assert after == image
+            elif result.corruptions == result.leaks == 0:
+                assert_clean(after)
