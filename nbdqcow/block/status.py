@@ -5,7 +5,7 @@ extents; numpy is imported when somebody first asks.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED
 
@@ -20,6 +20,17 @@ STATE_ZERO: Final = 2
 """The bits of a state are those of NBD's ``base:allocation``."""
 
 DEFAULT_LIMIT: Final = 1 << 17
+
+
+class DirtyBitmap(Protocol):
+    """A record of what was written since some moment."""
+
+    async def extents(
+        self, offset: int, length: int, limit: int
+    ) -> tuple["npt.NDArray[np.uint64]", "npt.NDArray[np.bool_]"]:
+        """Return at most ``limit`` extents from ``offset`` on: the bytes of
+        each, and whether it is dirty. Neighbours differ; together they may
+        cover less than ``length`` (at least a byte) and never more."""
 
 
 @dataclass(slots=True)
