@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 STATE_HOLE: Final = 1
 STATE_ZERO: Final = 2
-"""The bits of a state are those of NBD's ``base:allocation``."""
+"""Bits of a state, with the values of NBD's ``base:allocation``."""
+STATE_PAST_END: Final = 4
+"""The image that the extent's depth names ends before it: its zeroes are no
+part of any image, but nothing below shows through either."""
 
 DEFAULT_LIMIT: Final = 1 << 17
 
@@ -52,7 +55,7 @@ class Extents:
 
     Attributes:
         lengths: bytes of each extent, dtype ``u8``.
-        states: `STATE_HOLE` and `STATE_ZERO` bits, dtype ``u1``.
+        states: ``STATE_*`` bits, dtype ``u1``.
         depths: which image of the chain has it, 1 for the top one, 0 for
             none; dtype ``u4``. Neighbours differ in state or depth.
     """
@@ -98,8 +101,8 @@ async def _below(backing: "Node", offset: int, length: int, limit: int) -> Exten
     if inside < length and int(below.lengths.sum()) == inside:
         below = Extents(
             np.append(below.lengths, np.uint64(length - inside)),
-            np.append(below.states, np.uint8(STATE_HOLE | STATE_ZERO)),
-            np.append(below.depths, np.uint32(0)),
+            np.append(below.states, np.uint8(STATE_HOLE | STATE_ZERO | STATE_PAST_END)),
+            np.append(below.depths, np.uint32(1)),
         )
     return below
 

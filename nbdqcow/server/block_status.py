@@ -4,7 +4,7 @@ import errno
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from nbdqcow.block.status import Extents
+from nbdqcow.block.status import STATE_HOLE, STATE_ZERO, Extents
 from nbdqcow.errors import BlockError
 from nbdqcow.nbd import constants as nbd
 from nbdqcow.nbd.requests import Request
@@ -48,7 +48,9 @@ async def block_status(
             )
         lengths, values = _coalesce(
             extents.lengths,
-            extents.states if name == ALLOCATION else extents.depths,
+            extents.states & (STATE_HOLE | STATE_ZERO)
+            if name == ALLOCATION
+            else extents.depths,
         )
         if one:
             lengths, values = lengths[:1], values[:1]
@@ -68,7 +70,10 @@ async def _first_extents(node: ExportedNode, offset: int, length: int) -> Extent
         if (
             limit >= MAX_EXTENTS
             or int(extents.lengths.sum()) == length
-            or (_varies(extents.states) and _varies(extents.depths))
+            or (
+                _varies(extents.states & (STATE_HOLE | STATE_ZERO))
+                and _varies(extents.depths)
+            )
         ):
             return extents
         limit *= 16
