@@ -70,18 +70,27 @@ def fresh_overlay(directory: Path) -> Path:
 
 
 def huge_qcow2(directory: Path) -> Path:
-    """Return a 1 TiB image with every cluster mapped.
+    """Return a 1 TiB image with every cluster mapped."""
+    return _huge_qcow2(directory / "huge.qcow2", 1)
+
+
+def fragmented_qcow2(directory: Path) -> Path:
+    """Return a 1 TiB image with every second cluster mapped."""
+    return _huge_qcow2(directory / "fragmented.qcow2", 2)
+
+
+def _huge_qcow2(path: Path, stride: int) -> Path:
+    """Return a 1 TiB image with one of ``stride`` clusters mapped.
 
     Only the metadata is written, straight into a sparse file; data clusters
     are holes, in guest order behind it. qcow2.txt "Header", "Host cluster
     management", "Cluster mapping".
     """
-    path = directory / "huge.qcow2"
     if path.exists():
         return path
-    nb_data = HUGE_SIZE // _CLUSTER_SIZE
     l2_entries = _CLUSTER_SIZE // 8
-    nb_l2 = nb_data // l2_entries
+    nb_l2 = HUGE_SIZE // _CLUSTER_SIZE // l2_entries
+    nb_data = HUGE_SIZE // _CLUSTER_SIZE // stride
     refcounts_each = _CLUSTER_SIZE // 2
     # Header, refcount table and L1 table take one cluster each.
     nb_blocks = 0
@@ -133,7 +142,11 @@ def huge_qcow2(directory: Path) -> Path:
         file.write(table(l2_at, nb_l2, _COPIED))
         for index in range(nb_l2):
             file.seek((l2_at + index) * _CLUSTER_SIZE)
-            file.write(table(data_at + index * l2_entries, l2_entries, _COPIED))
+            nb_mapped = l2_entries // stride
+            mapped = table(data_at + index * nb_mapped, nb_mapped, _COPIED)
+            entries = np.zeros(l2_entries, ">u8")
+            entries[::stride] = np.frombuffer(mapped, ">u8")
+            file.write(entries.tobytes())
         file.truncate(nb_clusters * _CLUSTER_SIZE)
         os.fsync(file.fileno())
     partial.rename(path)

@@ -3,7 +3,24 @@
 from contextlib import suppress
 from typing import Final, cast
 
+from nbdqcow.types import Buffer
 from nbdqcow.units import KiB, MiB
+
+ZEROES: Final = bytes(MiB)
+ZERO_VIEW: Final = memoryview(ZEROES)
+"""What reads as zeroes by its map is handed on as slices of this: nothing is
+filled, and who sends it can tell it from data (`is_zeroes`)."""
+
+
+def is_zeroes(buffer: Buffer) -> bool:
+    """Tell whether ``buffer`` is a slice of `ZERO_VIEW`; its bytes do not count."""
+    return type(buffer) is memoryview and buffer.obj is ZEROES
+
+
+def zero_views(length: int) -> list[Buffer]:
+    """Return ``length`` zeroes that `is_zeroes` knows."""
+    return [ZERO_VIEW[: min(MiB, length - start)] for start in range(0, length, MiB)]
+
 
 _SMALLEST: Final = 16 * KiB
 _LARGEST_KEPT: Final = 4 * MiB

@@ -21,7 +21,9 @@ from nbdqcow import open_image
 from nbdqcow.block.node import Node
 from nbdqcow.buffers import BufferPool, keep_freed_memory
 from nbdqcow.nbd import constants as nbd
-from nbdqcow.nbd.requests import REQUEST_HEAD, RequestReader
+from nbdqcow.nbd.handshake import Terms
+from nbdqcow.nbd.replies import ReplyStyle
+from nbdqcow.nbd.requests import COMPACT, EXTENDED, Layout, RequestReader
 from nbdqcow.server.dispatch import Shared
 from nbdqcow.server.export import Export
 from nbdqcow.server.inline import Transmission
@@ -30,8 +32,17 @@ from nbdqcow.server.options import ServerOptions
 KiB, MiB = 1 << 10, 1 << 20
 _IMAGE_SIZE = 64 * MiB
 _BATCH = 16
-_READ = nbd.REQUEST_MAGIC << 32 | nbd.CMD_READ
-_WRITE = nbd.REQUEST_MAGIC << 32 | nbd.CMD_WRITE
+# Bytes of a reply beside the data.
+_REPLY_HEADS = {
+    ReplyStyle.SIMPLE: 16,
+    ReplyStyle.STRUCTURED: 28,
+    ReplyStyle.EXTENDED: 40,
+}
+_WRITE_REPLIES = {
+    ReplyStyle.SIMPLE: 16,
+    ReplyStyle.STRUCTURED: 16,
+    ReplyStyle.EXTENDED: 32,
+}
 
 
 class NotInline(Exception):
@@ -56,11 +67,14 @@ def measure(name: str, nb_operations: int, operation: Callable[[], object]) -> N
     print(f"{name:44} {best:10,.0f} ns", flush=True)
 
 
-def requests(word: int, offsets: Iterable[int], length: int) -> bytes:
+def requests(
+    layout: Layout, command: int, offsets: Iterable[int], length: int
+) -> bytes:
     """Return requests as they arrive; writes with a payload."""
-    payload = os.urandom(length) if word == _WRITE else b""
+    payload = os.urandom(length) if command == nbd.CMD_WRITE else b""
+    word = layout.plain_write if payload else layout.plain_read
     return b"".join(
-        REQUEST_HEAD.pack(word, b"cookie-8", offset, length) + payload
+        layout.head.pack(word, b"cookie-8", offset, length) + payload
         for offset in offsets
     )
 
@@ -68,7 +82,7 @@ def requests(word: int, offsets: Iterable[int], length: int) -> bytes:
 def measure_parser() -> None:
     """Requests off the inline path, one object each."""
     reader = RequestReader(BufferPool(), 32 * MiB)
-    arrived = requests(_READ, range(0, _BATCH * 4096, 4096), 4096)
+    arrived = requests(COMPACT, nbd.CMD_READ, range(0, _BATCH * 4096, 4096), 4096)
 
     def parse() -> None:
         reader.get_buffer()[: len(arrived)] = arrived
@@ -131,45 +145,48 @@ def measure_node(node: Node, offsets: list[int]) -> None:
 
 async def measure_inline(node: Node, offsets: list[int]) -> None:
     """A batch of requests from the socket to the one write of its replies."""
-    for name, word, length, nb_requests in (
-        ("16 reads of 4 KiB", _READ, 4 * KiB, 16),
-        ("1 read of 4 KiB", _READ, 4 * KiB, 1),
-        ("16 writes of 4 KiB", _WRITE, 4 * KiB, 16),
-        ("1 write of 4 KiB", _WRITE, 4 * KiB, 1),
-        ("4 reads of 64 KiB", _READ, 64 * KiB, 4),
-        ("1 read of 1 MiB", _READ, MiB, 1),
-    ):
-        transport = FakeTransport()
-        reader = RequestReader(BufferPool(), 32 * MiB)
-        options = ServerOptions()
-        connection = Transmission(
-            transport,
-            reader,
-            Export("", node),
-            Shared(BufferPool()),
-            options,
-            lambda: None,
-        )
-        places = [offset // length * length for offset in offsets[:nb_requests]]
-        arrived = requests(word, places, length)
+    read, write = nbd.CMD_READ, nbd.CMD_WRITE
+    for style in ReplyStyle:
+        layout = EXTENDED if style is ReplyStyle.EXTENDED else COMPACT
+        for name, command, length, nb_requests in (
+            ("16 reads of 4 KiB", read, 4 * KiB, 16),
+            ("1 read of 4 KiB", read, 4 * KiB, 1),
+            ("16 writes of 4 KiB", write, 4 * KiB, 16),
+            ("1 write of 4 KiB", write, 4 * KiB, 1),
+            ("4 reads of 64 KiB", read, 64 * KiB, 4),
+            ("1 read of 1 MiB", read, MiB, 1),
+        ):
+            transport = FakeTransport()
+            connection = Transmission(
+                transport,
+                RequestReader(BufferPool(), 32 * MiB, layout),
+                Export("", node),
+                Terms(style),
+                Shared(BufferPool()),
+                ServerOptions(),
+                lambda: None,
+            )
+            places = [offset // length * length for offset in offsets[:nb_requests]]
+            arrived = requests(layout, command, places, length)
+            head = _REPLY_HEADS[style] if command == read else _WRITE_REPLIES[style]
+            wanted = nb_requests * (head + (length if command == read else 0))
 
-        wanted = nb_requests * (16 + (length if word == _READ else 0))
+            def serve(
+                connection: Transmission = connection,
+                transport: FakeTransport = transport,
+                arrived: bytes = arrived,
+                wanted: int = wanted,
+            ) -> None:
+                connection.get_buffer(-1)[: len(arrived)] = arrived
+                transport.nb_bytes = 0
+                connection.buffer_updated(len(arrived))
+                if transport.nb_bytes != wanted:
+                    raise NotInline
 
-        def serve(
-            connection: Transmission = connection,
-            transport: FakeTransport = transport,
-            arrived: bytes = arrived,
-            wanted: int = wanted,
-        ) -> None:
-            connection.get_buffer(-1)[: len(arrived)] = arrived
-            transport.nb_bytes = 0
-            connection.buffer_updated(len(arrived))
-            if transport.nb_bytes != wanted:
-                raise NotInline
-
-        measure(f"inline: {name}, each", nb_requests, serve)
-        # Requests that went the slow way end here, before the image is closed.
-        await asyncio.sleep(0.1)
+            label = f"inline, {style.name.lower()}: {name}, each"
+            measure(label, nb_requests, serve)
+            # Requests that went the slow way end before the image is closed.
+            await asyncio.sleep(0.1)
 
 
 async def run(image: Path) -> None:

@@ -7,11 +7,13 @@ writes them through ``data``, the storage driver that holds guest data.
 
 import asyncio
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from nbdqcow.block.inflight import Epochs
-from nbdqcow.block.status import Kinds
+from nbdqcow.block.status import DirtyBitmap, Kinds
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import NotSupported
 from nbdqcow.types import Buffer, Run
@@ -54,6 +56,7 @@ class FormatDriver(ABC):
         backing_filename, backing_format: as the image names them, or None.
         lock: guards the metadata. Held to map, allocate and link; never
             across guest data I/O.
+        dirty_bitmaps: those that can be read, by name; none in most formats.
         epochs: the requests in flight on guest data, so that a freed cluster
             is not handed out again under one of them.
     """
@@ -66,6 +69,7 @@ class FormatDriver(ABC):
     read_only: bool
     backing_filename: str | None = None
     backing_format: str | None = None
+    dirty_bitmaps: Mapping[str, DirtyBitmap] = MappingProxyType({})
     lock: asyncio.Lock
     epochs: Epochs
 

@@ -7,11 +7,12 @@ to be aligned, and falls back where a driver can't do something.
 
 import asyncio
 import errno
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Final, Self
 
 from nbdqcow.block.driver import FormatDriver, WritePlan
-from nbdqcow.block.status import DEFAULT_LIMIT, Extents, block_status
+from nbdqcow.block.status import DEFAULT_LIMIT, DirtyBitmap, Extents, block_status
+from nbdqcow.buffers import ZERO_VIEW, ZEROES, zero_views
 from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO, ZERO_ALLOCATED, Buffer
 from nbdqcow.units import KiB, MiB
@@ -20,9 +21,6 @@ GUARD_LENGTH: Final = 2048
 _MAX_JOINED: Final = 64 * KiB
 """Bytes of a write with copy-on-write up to which joining its parts for one
 inline write is cheaper than a hop to a worker thread."""
-
-_ZEROES: Final = bytes(MiB)
-_ZERO_VIEW: Final = memoryview(_ZEROES)
 
 
 class Node:
@@ -100,7 +98,7 @@ class Node:
             return None
         if kind == UNALLOCATED and self.backing is not None:
             return self._try_pread_backing(offset, length)
-        return _ZERO_VIEW[:length] if length <= MiB else bytes(length)
+        return ZERO_VIEW[:length] if length <= MiB else bytes(length)
 
     def _try_pread_backing(self, offset: int, length: int) -> Buffer | None:
         backing = self.backing
@@ -109,7 +107,7 @@ class Node:
         if inside >= length:
             return backing.try_pread(offset, length)
         if inside <= 0:
-            return bytes(length)
+            return ZERO_VIEW[:length] if length <= MiB else bytes(length)
         data = backing.try_pread(offset, inside)
         return None if data is None else bytes(data) + bytes(length - inside)
 
@@ -157,10 +155,7 @@ class Node:
                     return None
                 views.append(piece)
             else:
-                views += [
-                    _ZERO_VIEW[: min(MiB, covered - start)]
-                    for start in range(0, covered, MiB)
-                ]
+                views += zero_views(covered)
             offset += covered
         return views, self.driver.epochs.enter()
 
@@ -242,50 +237,41 @@ class Node:
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """Return ``length`` bytes."""
+        pieces = [piece async for piece in self.pread_pieces(offset, length)]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    async def pread_pieces(self, offset: int, length: int) -> AsyncIterator[Buffer]:
+        """Read ``length`` bytes and yield them in order, as their map has them.
+
+        A failure comes where it happened: what was read before it has been
+        yielded. What the maps say is zero, `nbdqcow.buffers.is_zeroes` knows.
+        """
         driver = self.driver
         epoch = driver.epochs.enter()
         try:
-            if length == 0:
-                return b""
-            run = self._try_map(offset, length)
-            kind, host_offset, covered = run or await driver.map(offset, length)
-            if covered == length:
-                return await self._read_run(kind, host_offset, offset, length)
-            result = bytearray(length)
-            while True:
-                piece = await self._read_run(kind, host_offset, offset, covered)
-                done = len(result) - length
-                result[done : done + covered] = piece
-                if covered == length:
-                    return result
-                offset, length = offset + covered, length - covered
+            while length:
                 run = self._try_map(offset, length)
                 kind, host_offset, covered = run or await driver.map(offset, length)
+                if kind == DATA:
+                    data: Buffer | None = self._storage_try_pread(host_offset, covered)
+                    if data is None:
+                        data = await driver.data.pread(host_offset, covered)
+                    yield data
+                elif kind == COMPRESSED:
+                    cluster = await driver.read_compressed(host_offset)
+                    start = offset & (driver.cluster_size - 1)
+                    yield memoryview(cluster)[start : start + covered]
+                else:
+                    inside = 0
+                    if kind == UNALLOCATED and self.backing is not None:
+                        inside = max(0, min(covered, self.backing.size - offset))
+                        async for piece in self.backing.pread_pieces(offset, inside):
+                            yield piece
+                    for piece in zero_views(covered - inside):
+                        yield piece
+                offset, length = offset + covered, length - covered
         finally:
             driver.epochs.leave(epoch)
-
-    async def _read_run(
-        self, kind: int, host_offset: int, offset: int, length: int
-    ) -> Buffer:
-        """Read one run; all of it is of one kind."""
-        if kind == DATA:
-            data = self._storage_try_pread(host_offset, length)
-            if data is None:
-                return await self.driver.data.pread(host_offset, length)
-            return data
-        if kind == COMPRESSED:
-            cluster = await self.driver.read_compressed(host_offset)
-            start = offset & (self.driver.cluster_size - 1)
-            return memoryview(cluster)[start : start + length]
-        if kind == UNALLOCATED and self.backing is not None:
-            inside = min(length, self.backing.size - offset)
-            if inside == length:
-                return await self.backing.pread(offset, length)
-            if inside > 0:
-                return bytes(await self.backing.pread(offset, inside)) + bytes(
-                    length - inside
-                )
-        return bytes(length)
 
     async def reads_zero(self, offset: int, length: int) -> bool:
         """Whether a range reads as zeroes by the look of the maps alone.
@@ -312,6 +298,11 @@ class Node:
         """Return at most ``limit`` extents from ``offset`` on; see `Extents`."""
         return await block_status(self, offset, length, limit)
 
+    @property
+    def dirty_bitmaps(self) -> Mapping[str, DirtyBitmap]:
+        """The image's dirty bitmaps that can be read, by name."""
+        return self.driver.dirty_bitmaps
+
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring a range into the page cache and its map into memory."""
         end = offset + length
@@ -334,7 +325,7 @@ class Node:
         if (
             self._detect_zeroes != "off"
             and length
-            and bytes(data) == (_ZEROES[:length] if length <= MiB else bytes(length))
+            and bytes(data) == (ZEROES[:length] if length <= MiB else bytes(length))
         ):
             await self.write_zeroes(
                 offset, length, may_unmap=self._detect_zeroes == "unmap", fua=fua
@@ -475,7 +466,7 @@ class Node:
     async def _write_zero_bytes(self, offset: int, length: int) -> None:
         end = offset + length
         for start in range(offset, end, MiB):
-            await self._write_data(start, _ZERO_VIEW[: min(MiB, end - start)])
+            await self._write_data(start, ZERO_VIEW[: min(MiB, end - start)])
 
     async def discard(self, offset: int, length: int) -> None:
         """Free the whole clusters of a range. A hint: parts of clusters are

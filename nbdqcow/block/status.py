@@ -5,7 +5,7 @@ extents; numpy is imported when somebody first asks.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED
 
@@ -17,9 +17,23 @@ if TYPE_CHECKING:
 
 STATE_HOLE: Final = 1
 STATE_ZERO: Final = 2
-"""The bits of a state are those of NBD's ``base:allocation``."""
+"""Bits of a state, with the values of NBD's ``base:allocation``."""
+STATE_PAST_END: Final = 4
+"""The image that the extent's depth names ends before it: its zeroes are no
+part of any image, but nothing below shows through either."""
 
 DEFAULT_LIMIT: Final = 1 << 17
+
+
+class DirtyBitmap(Protocol):
+    """A record of what was written since some moment."""
+
+    async def extents(
+        self, offset: int, length: int, limit: int
+    ) -> tuple["npt.NDArray[np.uint64]", "npt.NDArray[np.bool_]"]:
+        """Return at most ``limit`` extents from ``offset`` on: the bytes of
+        each, and whether it is dirty. Neighbours differ; together they may
+        cover less than ``length`` (at least a byte) and never more."""
 
 
 @dataclass(slots=True)
@@ -41,7 +55,7 @@ class Extents:
 
     Attributes:
         lengths: bytes of each extent, dtype ``u8``.
-        states: `STATE_HOLE` and `STATE_ZERO` bits, dtype ``u1``.
+        states: ``STATE_*`` bits, dtype ``u1``.
         depths: which image of the chain has it, 1 for the top one, 0 for
             none; dtype ``u4``. Neighbours differ in state or depth.
     """
@@ -87,8 +101,8 @@ async def _below(backing: "Node", offset: int, length: int, limit: int) -> Exten
     if inside < length and int(below.lengths.sum()) == inside:
         below = Extents(
             np.append(below.lengths, np.uint64(length - inside)),
-            np.append(below.states, np.uint8(STATE_HOLE | STATE_ZERO)),
-            np.append(below.depths, np.uint32(0)),
+            np.append(below.states, np.uint8(STATE_HOLE | STATE_ZERO | STATE_PAST_END)),
+            np.append(below.depths, np.uint32(1)),
         )
     return below
 

@@ -1,5 +1,6 @@
 """The fixed layouts of the NBD protocol, big-endian, and what builds them."""
 
+from collections.abc import Iterable
 from struct import Struct
 from typing import Final
 
@@ -20,11 +21,19 @@ INFO_BLOCK_SIZE: Final = Struct(">HIII")
 """INFO_BLOCK_SIZE, minimum and preferred block size, maximum payload: bytes."""
 REQUEST: Final = Struct(">IHHQQI")
 """REQUEST_MAGIC, command flags, type, cookie, offset, length."""
+EXTENDED_REQUEST: Final = Struct(">IHHQQQ")
+"""EXTENDED_REQUEST_MAGIC, command flags, type, cookie, offset, length."""
 SIMPLE_REPLY: Final = Struct(">IIQ")
 """SIMPLE_REPLY_MAGIC, error, cookie."""
+STRUCTURED_REPLY: Final = Struct(">IHHQI")
+"""STRUCTURED_REPLY_MAGIC, reply flags, type, cookie, length of the payload."""
+EXTENDED_REPLY: Final = Struct(">IHHQQQ")
+"""EXTENDED_REPLY_MAGIC, reply flags, type, cookie, offset of the request,
+length of the payload."""
 
 U16: Final = Struct(">H")
 U32: Final = Struct(">I")
+U64: Final = Struct(">Q")
 
 EXPORT_PADDING: Final = bytes(124)
 """What follows EXPORT unless FLAG_C_NO_ZEROES was negotiated."""
@@ -81,11 +90,38 @@ def info_request(name: str, infos: tuple[int, ...] = ()) -> bytes:
     )
 
 
+def meta_context(context_id: int, name: str) -> bytes:
+    """Return the data of REP_META_CONTEXT."""
+    return U32.pack(context_id) + name.encode()
+
+
+def meta_context_request(name: str, queries: Iterable[str] = ()) -> bytes:
+    """Return the data of LIST_META_CONTEXT or SET_META_CONTEXT."""
+    encoded = [query.encode() for query in queries]
+    return b"".join(
+        (
+            U32.pack(len(name.encode())),
+            name.encode(),
+            U32.pack(len(encoded)),
+            *(U32.pack(len(query)) + query for query in encoded),
+        )
+    )
+
+
 def request(
     command: int, cookie: int, offset: int = 0, length: int = 0, flags: int = 0
 ) -> bytes:
     """Return the header of a transmission request; WRITE's data follows it."""
     return REQUEST.pack(nbd.REQUEST_MAGIC, flags, command, cookie, offset, length)
+
+
+def extended_request(
+    command: int, cookie: int, offset: int = 0, length: int = 0, flags: int = 0
+) -> bytes:
+    """Return a request's header after EXTENDED_HEADERS."""
+    return EXTENDED_REQUEST.pack(
+        nbd.EXTENDED_REQUEST_MAGIC, flags, command, cookie, offset, length
+    )
 
 
 def simple_reply(cookie: int, error: int = 0) -> bytes:

@@ -24,18 +24,24 @@ one chunk of input, and ``_MAX_QUEUED`` plus one option's replies of output.
 
 import enum
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from nbdqcow.errors import OptionError, ProtocolError
 from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
+from nbdqcow.nbd.replies import ReplyStyle
 from nbdqcow.types import Buffer
 
 _MAX_QUEUED: Final = 1 << 20
 """Bytes of replies that may wait while the client already sends more."""
 _MAX_SKIPPED: Final = 32 << 20
 """Bytes of data that a refused option may have; beyond, the client is closed."""
+_MAX_QUERIES: Final = 1024
+"""Queries in one LIST_META_CONTEXT or SET_META_CONTEXT."""
+_WILDCARDS: Final = frozenset(("base:", "qemu:", "qemu:dirty-bitmap:"))
+"""Queries of LIST_META_CONTEXT that stand for all contexts that begin so
+(proto.md "The `base:` metadata namespace"; QEMU's interop/nbd.rst)."""
 _KNOWN_CLIENT_FLAGS: Final = nbd.FLAG_C_FIXED_NEWSTYLE | nbd.FLAG_C_NO_ZEROES
 
 
@@ -59,6 +65,7 @@ class ExportInfo:
         minimum_block_size, preferred_block_size, maximum_payload: bytes
             (proto.md "Size constraints").
         canonical_name: the answer to INFO_NAME if that is not ``name``.
+        meta_contexts: names of the metadata contexts that a client may select.
 
     Raises `ValueError` for a text that can't be sent (proto.md "Conventions").
     """
@@ -71,11 +78,30 @@ class ExportInfo:
     preferred_block_size: int = nbd.DEFAULT_PREFERRED_BLOCK_SIZE
     maximum_payload: int = nbd.DEFAULT_MAXIMUM_PAYLOAD
     canonical_name: str | None = None
+    meta_contexts: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         _check_string("export name", self.name)
         _check_string("export name", self.canonical_name or "")
         _check_string("export description", self.description)
+        for context in self.meta_contexts:
+            _check_string("metadata context", context)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What client and server have agreed on beside the export.
+
+    Attributes:
+        style: the layout of requests and replies.
+        meta_contexts: names of the selected metadata contexts; the ID of each
+            is its index.
+        contexts_export: the name of the export that they are of.
+    """
+
+    style: ReplyStyle = ReplyStyle.SIMPLE
+    meta_contexts: Sequence[str] = ()
+    contexts_export: str | None = None
 
 
 class ExportSource(Protocol):
@@ -94,6 +120,7 @@ class ServerHandshake:
     Attributes:
         state: see `HandshakeState`.
         export: the export chosen, once in TRANSMISSION.
+        terms: what else holds in TRANSMISSION.
         trailing: bytes that came after the handshake's last option.
         error: why the connection is CLOSED; None after an ABORT.
         shutting_down: set by the shell: every option but ABORT is refused.
@@ -108,6 +135,7 @@ class ServerHandshake:
     ) -> None:
         self.state = HandshakeState.HANDSHAKING
         self.export: ExportInfo | None = None
+        self.terms = Terms()
         self.trailing = b""
         self.error: str | None = None
         self.shutting_down = False
@@ -264,7 +292,9 @@ class ServerHandshake:
             raise ProtocolError(exc.text) from None
         if self.shutting_down:
             raise ProtocolError("the server is shutting down")
-        self._queue(codec.EXPORT.pack(export.size, export.flags | nbd.FLAG_HAS_FLAGS))
+        if self.terms.style is ReplyStyle.EXTENDED:
+            raise ProtocolError("EXPORT_NAME after EXTENDED_HEADERS")
+        self._queue(codec.EXPORT.pack(export.size, self._transmission_flags(export)))
         if not self._no_zeroes:
             self._queue(codec.EXPORT_PADDING)
         self._enter_transmission(export)
@@ -286,7 +316,7 @@ class ServerHandshake:
         self._reply(
             option,
             nbd.REP_INFO,
-            codec.info_export(export.size, export.flags | nbd.FLAG_HAS_FLAGS),
+            codec.info_export(export.size, self._transmission_flags(export)),
         )
         for info in sorted(infos & _INFO_BUILDERS.keys()):
             built = _INFO_BUILDERS[info](export)
@@ -297,13 +327,84 @@ class ServerHandshake:
             self._enter_transmission(export)
 
     def _find_export(self, name: bytes) -> ExportInfo:
-        decoded = _decode_name(name)
+        decoded = _decode_string("export name", name)
         export = self._exports.find_export(decoded)
         if export is None:
             raise OptionError(nbd.REP_ERR_UNKNOWN, f"no export {_quote(decoded)}")
         return export
 
+    def _structured_reply(self, option: int, data: bytes) -> None:
+        if data:
+            raise OptionError(nbd.REP_ERR_INVALID, "STRUCTURED_REPLY takes no data")
+        if self.terms.style is ReplyStyle.EXTENDED:
+            raise OptionError(
+                nbd.REP_ERR_EXT_HEADER_REQD, "extended headers are in use already"
+            )
+        if self.terms.style is ReplyStyle.STRUCTURED:
+            raise OptionError(
+                nbd.REP_ERR_INVALID, "structured replies are in use already"
+            )
+        self.terms = replace(self.terms, style=ReplyStyle.STRUCTURED)
+        self._reply(option, nbd.REP_ACK)
+
+    def _extended_headers(self, option: int, data: bytes) -> None:
+        if data:
+            raise OptionError(nbd.REP_ERR_INVALID, "EXTENDED_HEADERS takes no data")
+        if self.terms.style is ReplyStyle.EXTENDED:
+            raise OptionError(
+                nbd.REP_ERR_INVALID, "extended headers are in use already"
+            )
+        self.terms = replace(self.terms, style=ReplyStyle.EXTENDED)
+        self._reply(option, nbd.REP_ACK)
+
+    def _list_meta_context(self, option: int, data: bytes) -> None:
+        export, queries = self._parse_meta_request(option, data)
+        for name in export.meta_contexts:
+            if not queries or any(_lists(query, name) for query in queries):
+                self._reply(option, nbd.REP_META_CONTEXT, codec.meta_context(0, name))
+        self._reply(option, nbd.REP_ACK)
+
+    def _set_meta_context(self, option: int, data: bytes) -> None:
+        # Also where it fails: "replaces all previously-set metadata contexts
+        # (including when this command fails)".
+        self.terms = Terms(self.terms.style)
+        export, queries = self._parse_meta_request(option, data)
+        selected = [name for name in export.meta_contexts if name in queries]
+        for context_id, name in enumerate(selected):
+            self._reply(
+                option, nbd.REP_META_CONTEXT, codec.meta_context(context_id, name)
+            )
+        self._reply(option, nbd.REP_ACK)
+        self.terms = Terms(self.terms.style, tuple(selected), export.name)
+
+    def _parse_meta_request(
+        self, option: int, data: bytes
+    ) -> tuple[ExportInfo, set[str]]:
+        """Return the export and the queries of a *_META_CONTEXT option."""
+        if self.terms.style is ReplyStyle.SIMPLE:
+            raise OptionError(
+                nbd.REP_ERR_INVALID,
+                f"{nbd.option_name(option)} without structured replies",
+            )
+        name, queries = _parse_meta_queries(data)
+        return self._find_export(name), queries
+
+    def _transmission_flags(self, export: ExportInfo) -> int:
+        flags = export.flags | nbd.FLAG_HAS_FLAGS
+        if self.terms.style is not ReplyStyle.SIMPLE:
+            flags |= nbd.FLAG_SEND_DF
+        if (
+            self.terms.style is ReplyStyle.EXTENDED
+            and self.terms.meta_contexts
+            and self.terms.contexts_export == export.name
+        ):
+            flags |= nbd.FLAG_BLOCK_STATUS_PAYLOAD
+        return flags
+
     def _enter_transmission(self, export: ExportInfo) -> None:
+        if self.terms.contexts_export != export.name:
+            # They were selected for another export.
+            self.terms = Terms(self.terms.style)
         self.export = export
         self.state = HandshakeState.TRANSMISSION
 
@@ -313,6 +414,10 @@ _HANDLERS: Final[dict[int, Callable[[ServerHandshake, int, bytes], None]]] = {
     nbd.OPT_LIST: ServerHandshake._list,
     nbd.OPT_INFO: ServerHandshake._info,
     nbd.OPT_GO: ServerHandshake._info,
+    nbd.OPT_STRUCTURED_REPLY: ServerHandshake._structured_reply,
+    nbd.OPT_LIST_META_CONTEXT: ServerHandshake._list_meta_context,
+    nbd.OPT_SET_META_CONTEXT: ServerHandshake._set_meta_context,
+    nbd.OPT_EXTENDED_HEADERS: ServerHandshake._extended_headers,
 }
 
 
@@ -364,20 +469,68 @@ def _parse_info_request(data: bytes) -> tuple[bytes, set[int]]:
     return data[4 : 4 + name_length], infos
 
 
-def _decode_name(name: bytes) -> str:
-    """Return an export's name as text (proto.md "Conventions": strings)."""
-    if len(name) > nbd.MAX_STRING_LENGTH:
+def _parse_meta_queries(data: bytes) -> tuple[bytes, set[str]]:
+    """Return the export's name and the queries of a *_META_CONTEXT option.
+
+    Raises `OptionError` unless the lengths fit the data exactly, and for a
+    query that is no string or has no namespace.
+    """
+    if len(data) < 8:
+        raise OptionError(nbd.REP_ERR_INVALID, "the option's data is too short")
+    (name_length,) = codec.U32.unpack_from(data)
+    if name_length > len(data) - 8:
+        raise OptionError(nbd.REP_ERR_INVALID, "the name is longer than the option")
+    offset = 4 + name_length + 4
+    (nb_queries,) = codec.U32.unpack_from(data, offset - 4)
+    if nb_queries > _MAX_QUERIES:
+        raise OptionError(
+            nbd.REP_ERR_TOO_BIG, f"{nb_queries} queries; {_MAX_QUERIES} are allowed"
+        )
+    queries = set()
+    for _ in range(nb_queries):
+        if len(data) - offset < 4:
+            raise OptionError(nbd.REP_ERR_INVALID, "a query is missing")
+        (length,) = codec.U32.unpack_from(data, offset)
+        offset += 4
+        if length > len(data) - offset:
+            raise OptionError(nbd.REP_ERR_INVALID, "a query is longer than the option")
+        queries.add(_decode_query(data[offset : offset + length]))
+        offset += length
+    if offset != len(data):
+        raise OptionError(
+            nbd.REP_ERR_INVALID, f"{nb_queries} queries do not fill the option's data"
+        )
+    return data[4 : 4 + name_length], queries
+
+
+def _decode_query(data: bytes) -> str:
+    query = _decode_string("query", data)
+    if not query.partition(":")[1]:
+        raise OptionError(
+            nbd.REP_ERR_INVALID, f"the query {_quote(query)} has no namespace"
+        )
+    return query
+
+
+def _lists(query: str, name: str) -> bool:
+    """Tell whether a query of LIST_META_CONTEXT finds the context ``name``."""
+    return query == name or (query in _WILDCARDS and name.startswith(query))
+
+
+def _decode_string(what: str, data: bytes) -> str:
+    """Return a client's string as text (proto.md "Conventions")."""
+    if len(data) > nbd.MAX_STRING_LENGTH:
         raise OptionError(
             nbd.REP_ERR_TOO_BIG,
-            f"an export name of {len(name)} bytes; {nbd.MAX_STRING_LENGTH} are allowed",
+            f"the {what} has {len(data)} bytes; {nbd.MAX_STRING_LENGTH} are allowed",
         )
     try:
-        decoded = name.decode()
+        text = data.decode()
     except UnicodeDecodeError:
-        raise OptionError(nbd.REP_ERR_INVALID, "the export name is not UTF-8") from None
-    if "\0" in decoded:
-        raise OptionError(nbd.REP_ERR_INVALID, "the export name contains a NUL")
-    return decoded
+        raise OptionError(nbd.REP_ERR_INVALID, f"the {what} is not UTF-8") from None
+    if "\0" in text:
+        raise OptionError(nbd.REP_ERR_INVALID, f"the {what} contains a NUL")
+    return text
 
 
 def _check_string(what: str, text: str) -> None:

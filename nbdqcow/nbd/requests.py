@@ -1,4 +1,4 @@
-"""The transmission phase as the server sees it, without input or output.
+"""The requests of the transmission phase as the server sees them.
 
 `RequestReader` owns the bytes that have arrived. Its buffer and the marks
 ``start`` and ``end`` are open to the inline path (`nbdqcow.server.inline`),
@@ -11,21 +11,44 @@ from typing import Final, NamedTuple
 
 from nbdqcow.buffers import BufferPool
 from nbdqcow.errors import ProtocolError
+from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
+from nbdqcow.types import Buffer
 from nbdqcow.units import KiB
 
-REQUEST_HEAD: Final = Struct(">Q8sQI")
-"""A request in the fewest fields: magic, flags and command in one word, then
-cookie, offset, length. A comparison of the word tells a plain command."""
-HEAD_LENGTH: Final = REQUEST_HEAD.size
 
-PLAIN_READ: Final = nbd.REQUEST_MAGIC << 32 | nbd.CMD_READ
-PLAIN_WRITE: Final = nbd.REQUEST_MAGIC << 32 | nbd.CMD_WRITE
-"""First words of requests without flags."""
+class Layout(NamedTuple):
+    """How requests are laid out, for those who take them out of the buffer.
 
-_REPLY: Final = Struct(">II8s")
-REPLY_OK: Final = nbd.SIMPLE_REPLY_MAGIC.to_bytes(4, "big") + bytes(4)
-"""A successful simple reply up to its cookie."""
+    Attributes:
+        head: a request's header in the fewest fields: magic, flags and command
+            in one word, then cookie, offset, length.
+        length: bytes of a header.
+        plain_read, plain_write: first words of requests without further flags.
+        extended: whether a flag says that there is a payload.
+    """
+
+    head: Struct
+    length: int
+    plain_read: int
+    plain_write: int
+    extended: bool
+
+
+COMPACT: Final = Layout(
+    Struct(">Q8sQI"),
+    codec.REQUEST.size,
+    nbd.REQUEST_MAGIC << 32 | nbd.CMD_READ,
+    nbd.REQUEST_MAGIC << 32 | nbd.CMD_WRITE,
+    extended=False,
+)
+EXTENDED: Final = Layout(
+    Struct(">Q8sQQ"),
+    codec.EXTENDED_REQUEST.size,
+    nbd.EXTENDED_REQUEST_MAGIC << 32 | nbd.CMD_READ,
+    nbd.EXTENDED_REQUEST_MAGIC << 32 | nbd.CMD_FLAG_PAYLOAD_LEN << 16 | nbd.CMD_WRITE,
+    extended=True,
+)
 
 STAGED_PAYLOAD: Final = 64 * KiB
 """Bytes of payload up to which a write waits in the buffer until complete."""
@@ -35,22 +58,18 @@ _WINDOW_AFTER_PAYLOAD: Final = 4 * KiB
 write, and all of it that arrives with its header must be copied."""
 
 
-def simple_reply(cookie: bytes, error: int) -> bytes:
-    """Return a simple reply without data; ``cookie`` as it came."""
-    return _REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, error, cookie)
-
-
 class Request(NamedTuple):
     """One request (proto.md "Request message").
 
     Attributes:
         command: ``CMD_*``, perhaps an unknown one.
-        flags: ``CMD_FLAG_*``.
+        flags: ``CMD_FLAG_*``; PAYLOAD_LEN is taken off a write that has it.
         cookie: the 8 bytes to send back.
         offset, length: bytes; unchecked.
-        payload: the data of a WRITE, from the reader's pool: whoever takes the
-            request releases it. None for any other command, and for a write
-            of more than ``maximum_payload``, whose data is dropped.
+        payload: the data of a WRITE, or what an extended BLOCK_STATUS brings,
+            from the reader's pool: whoever takes the request releases it. None
+            for any other command, for a payload that was too large and has
+            been dropped, and for an extended WRITE without one.
     """
 
     command: int
@@ -59,6 +78,26 @@ class Request(NamedTuple):
     offset: int
     length: int
     payload: memoryview | None
+
+
+def expand_status(request: Request) -> Request:
+    """Take the payload of an extended BLOCK_STATUS apart.
+
+    The result has the effect length as its length, and as its payload the IDs
+    of the contexts asked for, 4 bytes each; no IDs for a malformed payload.
+    """
+    payload = request.payload
+    if payload is None:
+        return request._replace(length=0)
+    if len(payload) < codec.U64.size or len(payload) % 4:
+        return request._replace(length=0, payload=payload[:0])
+    (length,) = codec.U64.unpack_from(payload)
+    return request._replace(length=length, payload=payload[codec.U64.size :])
+
+
+def context_ids(payload: Buffer) -> tuple[int, ...]:
+    """Return the IDs in the payload of an expanded BLOCK_STATUS."""
+    return Struct(f">{len(payload) // 4}I").unpack(payload)
 
 
 class RequestReader:
@@ -72,12 +111,14 @@ class RequestReader:
         buffer: bytes ``start`` to ``end`` have arrived and are not yet parsed.
         maximum_payload: bytes of data that a WRITE may have.
         at_header: whether ``start`` is at a request's header.
+        layout: of the headers.
     """
 
     __slots__ = (
         "at_header",
         "buffer",
         "end",
+        "layout",
         "maximum_payload",
         "start",
         "_head",
@@ -88,7 +129,10 @@ class RequestReader:
         "_window",
     )
 
-    def __init__(self, pool: BufferPool, maximum_payload: int) -> None:
+    def __init__(
+        self, pool: BufferPool, maximum_payload: int, layout: Layout = COMPACT
+    ) -> None:
+        self.layout = layout
         self.buffer = memoryview(bytearray(_CAPACITY))
         self.start = 0
         self.end = 0
@@ -143,31 +187,54 @@ class RequestReader:
             return self._take_payload(self._payload)
         start = self.start
         nb_available = self.end - start
-        if nb_available < HEAD_LENGTH:
+        layout = self.layout
+        if nb_available < layout.length:
             return None
-        word, cookie, offset, length = REQUEST_HEAD.unpack_from(self.buffer, start)
-        if word >> 32 != nbd.REQUEST_MAGIC:
+        word, cookie, offset, length = layout.head.unpack_from(self.buffer, start)
+        if word >> 32 != layout.plain_read >> 32:
             raise ProtocolError(f"bad request magic {word >> 32:#010x}")
         command = word & 0xFFFF
         flags = word >> 16 & 0xFFFF
-        start += HEAD_LENGTH
+        payload_length = self._payload_length(command, flags, length)
+        if command == nbd.CMD_WRITE and layout.extended:
+            flags &= ~nbd.CMD_FLAG_PAYLOAD_LEN
+        start += layout.length
         payload = None
-        if command == nbd.CMD_WRITE:
-            if length > self.maximum_payload:
-                self._nb_skip = length
+        if payload_length is not None:
+            if payload_length > self._wanted_payload(command):
+                self._nb_skip = payload_length
                 self.at_header = False
-            elif length <= nb_available - HEAD_LENGTH:
-                payload = self._pool.acquire(length)
-                payload[:] = self.buffer[start : start + length]
-                start += length
-            elif length <= STAGED_PAYLOAD:
+            elif payload_length <= nb_available - layout.length:
+                payload = self._pool.acquire(payload_length)
+                payload[:] = self.buffer[start : start + payload_length]
+                start += payload_length
+            elif payload_length <= STAGED_PAYLOAD:
                 return None
             else:
                 self._head = (flags, cookie, offset, length)
-                self._begin_payload(start, length)
+                self._begin_payload(start, payload_length)
                 return None
         self.start = start
         return Request(command, flags, cookie, offset, length, payload)
+
+    def _payload_length(self, command: int, flags: int, length: int) -> int | None:
+        """Return the bytes of payload behind a header, None without one.
+
+        Raises `ProtocolError` for more than anybody may send.
+        """
+        if not self.layout.extended:
+            return length if command == nbd.CMD_WRITE else None
+        if not flags & nbd.CMD_FLAG_PAYLOAD_LEN:
+            return None
+        if length > max(nbd.DEFAULT_MAXIMUM_PAYLOAD, self.maximum_payload):
+            raise ProtocolError(f"a payload of {length} bytes")
+        return length
+
+    def _wanted_payload(self, command: int) -> int:
+        """Return the bytes of payload that are kept for a command."""
+        if command == nbd.CMD_WRITE:
+            return self.maximum_payload
+        return STAGED_PAYLOAD if command == nbd.CMD_BLOCK_STATUS else -1
 
     def close(self) -> None:
         """Give back a payload that will not be completed."""

@@ -8,7 +8,8 @@ from contextlib import suppress
 from typing import Final, cast
 
 from nbdqcow.nbd.handshake import ExportSource, HandshakeState, ServerHandshake
-from nbdqcow.nbd.requests import RequestReader
+from nbdqcow.nbd.replies import ReplyStyle
+from nbdqcow.nbd.requests import COMPACT, EXTENDED, RequestReader
 from nbdqcow.server.dispatch import Shared
 from nbdqcow.server.export import Export
 from nbdqcow.server.inline import Transmission, peer_name
@@ -148,7 +149,12 @@ class Connection(asyncio.BufferedProtocol):
         assert self._timer is not None
         self._timer.cancel()
         export = self._exports[self._handshake.export.name]
-        reader = RequestReader(self._shared.pool, export.maximum_payload)
+        terms = self._handshake.terms
+        reader = RequestReader(
+            self._shared.pool,
+            export.maximum_payload,
+            EXTENDED if terms.style is ReplyStyle.EXTENDED else COMPACT,
+        )
         trailing = self._handshake.trailing
         if trailing:
             reader.get_buffer()[: len(trailing)] = trailing
@@ -157,6 +163,7 @@ class Connection(asyncio.BufferedProtocol):
             transport,
             reader,
             export,
+            terms,
             self._shared,
             self._options,
             lambda: self._on_closed(self),

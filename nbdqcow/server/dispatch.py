@@ -3,7 +3,7 @@
 import asyncio
 import errno
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -11,15 +11,20 @@ from nbdqcow.buffers import BufferPool
 from nbdqcow.errors import BlockError
 from nbdqcow.nbd import constants as nbd
 from nbdqcow.nbd.errno_map import nbd_errno
-from nbdqcow.nbd.requests import Request
+from nbdqcow.nbd.replies import Replies
+from nbdqcow.nbd.requests import Request, context_ids
+from nbdqcow.server.block_status import block_status
 from nbdqcow.server.export import ExportedNode
-from nbdqcow.types import Buffer
+from nbdqcow.types import Buffer, Buffers
 from nbdqcow.units import MiB
 
 logger = logging.getLogger(__name__)
 
-Reply = Callable[[bytes, int, Buffer], None]
-"""Called with the cookie, the NBD error or 0, and a read's data."""
+Reply = Callable[[Buffers], None]
+"""Called with the buffers of a complete reply."""
+
+_STATUS_BYTES: Final = 4 * MiB
+"""What a BLOCK_STATUS counts as: its arrays and its reply."""
 
 
 def request_error(exc: Exception) -> int:
@@ -57,11 +62,13 @@ class Dispatcher:
 
     __slots__ = (
         "nb_requests",
+        "_contexts",
         "_loop",
         "_max_bytes",
         "_max_requests",
         "_nb_bytes",
         "_node",
+        "_replies",
         "_reply",
         "_shared",
     )
@@ -69,6 +76,8 @@ class Dispatcher:
     def __init__(
         self,
         node: ExportedNode,
+        replies: Replies,
+        meta_contexts: Sequence[str],
         reply: Reply,
         shared: Shared,
         *,
@@ -77,6 +86,8 @@ class Dispatcher:
     ) -> None:
         self.nb_requests = 0
         self._node = node
+        self._replies = replies
+        self._contexts = tuple(enumerate(meta_contexts))
         self._reply = reply
         self._shared = shared
         self._max_requests = max_requests
@@ -98,7 +109,11 @@ class Dispatcher:
 
     def submit(self, request: Request) -> None:
         """Start a request that `Export.check` found good."""
-        nb_bytes = request.length if request.command in _WITH_DATA else 0
+        nb_bytes = 0
+        if request.command in _WITH_DATA:
+            nb_bytes = request.length
+        elif request.command == nbd.CMD_BLOCK_STATUS:
+            nb_bytes = _STATUS_BYTES
         self.nb_requests += 1
         self._nb_bytes += nb_bytes
         self._shared.nb_bytes += nb_bytes
@@ -107,64 +122,104 @@ class Dispatcher:
         task.add_done_callback(self._shared.tasks.discard)
 
     async def _run(self, request: Request, nb_bytes: int) -> None:
-        error = 0
-        data: Buffer = b""
         payload = request.payload
         try:
-            data = await _COMMANDS[request.command](self._node, request)
+            reply = await self._serve(request)
         except asyncio.CancelledError:
             # The server is made to stop. A worker thread may still use the
             # payload, so it does not go back to the pool.
             payload = None
-            error = nbd.ESHUTDOWN
+            reply = [
+                self._replies.error(
+                    request.cookie,
+                    request.offset,
+                    nbd.ESHUTDOWN,
+                    "the server is shutting down",
+                )
+            ]
         except Exception as exc:
-            error = request_error(exc)
-            if error == nbd.ENOTSUP and not request.flags & nbd.CMD_FLAG_FAST_ZERO:
-                # The protocol has it for fast zeroes only.
-                error = nbd.EIO
+            error, text = _failure(request, exc)
+            reply = [self._replies.error(request.cookie, request.offset, error, text)]
         self.nb_requests -= 1
         self._nb_bytes -= nb_bytes
         self._shared.nb_bytes -= nb_bytes
         if payload is not None:
             self._shared.pool.release(payload)
-        self._reply(request.cookie, error, data)
+        self._reply(reply)
+
+    async def _serve(self, request: Request) -> list[Buffer]:
+        """Return the reply to a request, or raise what is to be its error."""
+        if request.command == nbd.CMD_READ:
+            return await self._read(request)
+        if request.command == nbd.CMD_BLOCK_STATUS:
+            return await self._block_status(request)
+        await _COMMANDS[request.command](self._node, request)
+        return [self._replies.success(request.cookie, request.offset)]
+
+    async def _read(self, request: Request) -> list[Buffer]:
+        _, flags, cookie, offset, length, _ = request
+        whole = bool(flags & nbd.CMD_FLAG_DF)
+        data: list[Buffer] = []
+        try:
+            async for piece in self._node.pread_pieces(offset, length):
+                # Not a comprehension: what came before a failure is sent.
+                data.append(piece)  # noqa: PERF401
+        except Exception as exc:
+            error, text = _failure(request, exc)
+            if whole:
+                data.clear()
+            return self._replies.read_until(cookie, offset, data, error, text)
+        nb_read = sum(map(len, data))
+        if nb_read != length:
+            # Sent as it is, the client would take the next reply for data.
+            raise BlockError(errno.EIO, f"a read of {length} bytes gave {nb_read}")
+        return self._replies.read(cookie, offset, data, whole=whole)
+
+    async def _block_status(self, request: Request) -> list[Buffer]:
+        contexts = self._contexts
+        if request.flags & nbd.CMD_FLAG_PAYLOAD_LEN:
+            assert request.payload is not None
+            contexts = tuple(contexts[i] for i in context_ids(request.payload))
+        rows = await block_status(self._node, request, contexts)
+        return self._replies.block_status(request.cookie, request.offset, rows)
 
 
-async def _read(node: ExportedNode, request: Request) -> Buffer:
-    data = await node.pread(request.offset, request.length)
-    if len(data) != request.length:
-        # Sent as it is, the client would take the next reply for data.
-        raise BlockError(
-            errno.EIO, f"a read of {request.length} bytes gave {len(data)}"
-        )
-    return data
+def _failure(request: Request, exc: Exception) -> tuple[int, str]:
+    error = request_error(exc)
+    if error == nbd.ENOTSUP and not request.flags & nbd.CMD_FLAG_FAST_ZERO:
+        # The protocol has it for fast zeroes only.
+        error = nbd.EIO
+    return error, error_text(exc)
 
 
-async def _write(node: ExportedNode, request: Request) -> Buffer:
+def error_text(exc: Exception) -> str:
+    """Return what to tell people; of a bug, only that there is one."""
+    if isinstance(exc, OSError):
+        return str(exc.strerror or exc)
+    return "out of memory" if isinstance(exc, MemoryError) else "internal error"
+
+
+async def _write(node: ExportedNode, request: Request) -> None:
     assert request.payload is not None
     fua = bool(request.flags & nbd.CMD_FLAG_FUA)
     await node.pwrite(request.offset, request.payload, fua=fua)
-    return b""
 
 
-async def _flush(node: ExportedNode, request: Request) -> Buffer:
+async def _flush(node: ExportedNode, request: Request) -> None:
     await node.flush()
-    return b""
 
 
-async def _trim(node: ExportedNode, request: Request) -> Buffer:
+async def _trim(node: ExportedNode, request: Request) -> None:
     await node.discard(request.offset, request.length)
     if request.flags & nbd.CMD_FLAG_FUA:
         await node.flush()
-    return b""
 
 
-async def _cache(node: ExportedNode, request: Request) -> Buffer:
+async def _cache(node: ExportedNode, request: Request) -> None:
     await node.prefetch(request.offset, request.length)
-    return b""
 
 
-async def _write_zeroes(node: ExportedNode, request: Request) -> Buffer:
+async def _write_zeroes(node: ExportedNode, request: Request) -> None:
     flags = request.flags
     await node.write_zeroes(
         request.offset,
@@ -173,13 +228,11 @@ async def _write_zeroes(node: ExportedNode, request: Request) -> Buffer:
         no_fallback=bool(flags & nbd.CMD_FLAG_FAST_ZERO),
         fua=bool(flags & nbd.CMD_FLAG_FUA),
     )
-    return b""
 
 
 _WITH_DATA: Final = frozenset((nbd.CMD_READ, nbd.CMD_WRITE))
 
-_COMMANDS: Final[dict[int, Callable[[ExportedNode, Request], Awaitable[Buffer]]]] = {
-    nbd.CMD_READ: _read,
+_COMMANDS: Final[dict[int, Callable[[ExportedNode, Request], Awaitable[None]]]] = {
     nbd.CMD_WRITE: _write,
     nbd.CMD_FLUSH: _flush,
     nbd.CMD_TRIM: _trim,

@@ -1,9 +1,13 @@
 """What is served: a node under a name, and which requests it takes."""
 
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Final, Protocol
 
+from nbdqcow.block.status import DirtyBitmap, Extents
 from nbdqcow.nbd import constants as nbd
-from nbdqcow.nbd.handshake import ExportInfo
+from nbdqcow.nbd.handshake import ExportInfo, Terms
+from nbdqcow.nbd.replies import ReplyStyle
+from nbdqcow.nbd.requests import Request, context_ids
 from nbdqcow.types import Buffer, Buffers
 
 
@@ -36,6 +40,9 @@ class ExportedNode(Protocol):
     async def pread(self, offset: int, length: int) -> Buffer:
         """Return exactly ``length`` bytes."""
 
+    def pread_pieces(self, offset: int, length: int) -> AsyncIterator[Buffer]:
+        """Yield exactly ``length`` bytes in order, up to a failure."""
+
     async def pwrite(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
         """Write; durable on return if ``fua``."""
 
@@ -59,6 +66,13 @@ class ExportedNode(Protocol):
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring a range near: a hint."""
 
+    async def block_status(self, offset: int, length: int, limit: int) -> Extents:
+        """Return at most ``limit`` extents."""
+
+    @property
+    def dirty_bitmaps(self) -> Mapping[str, DirtyBitmap]:
+        """Dirty bitmaps by name."""
+
 
 _READ_FLAGS: Final = (
     nbd.FLAG_HAS_FLAGS | nbd.FLAG_SEND_FLUSH | nbd.FLAG_SEND_FUA | nbd.FLAG_SEND_CACHE
@@ -69,7 +83,7 @@ _WRITE_FLAGS: Final = (
 
 _COMMAND_FLAGS: Final = {
     # proto.md "Command flags": FUA is valid for all commands.
-    nbd.CMD_READ: nbd.CMD_FLAG_FUA,
+    nbd.CMD_READ: nbd.CMD_FLAG_FUA | nbd.CMD_FLAG_DF,
     nbd.CMD_WRITE: nbd.CMD_FLAG_FUA,
     nbd.CMD_FLUSH: nbd.CMD_FLAG_FUA,
     nbd.CMD_TRIM: nbd.CMD_FLAG_FUA,
@@ -77,12 +91,29 @@ _COMMAND_FLAGS: Final = {
     nbd.CMD_WRITE_ZEROES: (
         nbd.CMD_FLAG_FUA | nbd.CMD_FLAG_NO_HOLE | nbd.CMD_FLAG_FAST_ZERO
     ),
+    nbd.CMD_BLOCK_STATUS: (
+        nbd.CMD_FLAG_FUA | nbd.CMD_FLAG_REQ_ONE | nbd.CMD_FLAG_PAYLOAD_LEN
+    ),
 }
 """The commands we know, with the flags that each may carry."""
 
 _CHANGING: Final = frozenset((nbd.CMD_WRITE, nbd.CMD_TRIM, nbd.CMD_WRITE_ZEROES))
 _NO_SPACE_BEYOND_END: Final = frozenset((nbd.CMD_WRITE, nbd.CMD_WRITE_ZEROES))
 _WITH_DATA: Final = frozenset((nbd.CMD_READ, nbd.CMD_WRITE))
+
+ALLOCATION: Final = "base:allocation"
+ALLOCATION_DEPTH: Final = "qemu:allocation-depth"
+DIRTY_BITMAP: Final = "qemu:dirty-bitmap:"
+"""Metadata contexts; the last one is followed by the bitmap's name."""
+
+Refusal = tuple[int, str]
+"""An NBD error, and what to say to people."""
+
+
+def all_meta_contexts(node: ExportedNode) -> list[str]:
+    """Return the names of all metadata contexts that ``node`` can tell of."""
+    bitmaps = [DIRTY_BITMAP + name for name in node.dirty_bitmaps]
+    return [ALLOCATION, ALLOCATION_DEPTH, *bitmaps]
 
 
 class Export:
@@ -104,10 +135,12 @@ class Export:
         read_only: bool = False,
         description: str = "",
         multi_conn: bool = True,
+        meta_contexts: Sequence[str] | None = None,
     ) -> None:
         """``multi_conn`` promises that a flush on one connection covers the
         writes of all: the node is shared, so it holds unless one is told
-        otherwise. Raises `ValueError` for a name that can't be sent."""
+        otherwise. ``meta_contexts`` are those offered: None for all. Raises
+        `ValueError` for a name that can't be sent."""
         self.name = name
         self.node = node
         self.size = node.size
@@ -116,29 +149,66 @@ class Export:
         flags |= nbd.FLAG_READ_ONLY if self.read_only else _WRITE_FLAGS
         if multi_conn:
             flags |= nbd.FLAG_CAN_MULTI_CONN
-        self.info = ExportInfo(name, self.size, flags, description)
+        if meta_contexts is None:
+            meta_contexts = all_meta_contexts(node)
+        self.info = ExportInfo(
+            name, self.size, flags, description, meta_contexts=tuple(meta_contexts)
+        )
 
     @property
     def maximum_payload(self) -> int:
         """Bytes of data that a write may have: none where it fails anyway."""
         return 0 if self.read_only else self.info.maximum_payload
 
-    def check(self, command: int, flags: int, offset: int, length: int) -> int:
-        """Return the NBD error of a request that must not be tried, or 0.
+    def check(self, request: Request, terms: Terms) -> Refusal | None:
+        """Say why a request must not be tried; None if it may.
 
-        proto.md "Error values", "Request types" and "Size constraints". For
-        too long a READ or WRITE EINVAL: EOVERFLOW is for structured replies
-        and for commands without data.
+        proto.md "Error values", "Request types" and "Size constraints".
         """
+        command, flags, _, offset, length, payload = request
+        name = nbd.COMMAND_NAMES.get(command)
         known_flags = _COMMAND_FLAGS.get(command)
-        if known_flags is None or flags & ~known_flags:
-            return nbd.EINVAL
+        if name is None or known_flags is None:
+            return nbd.EINVAL, f"unknown command {command}"
+        if terms.style is ReplyStyle.SIMPLE:
+            known_flags &= ~nbd.CMD_FLAG_DF
+        if terms.style is not ReplyStyle.EXTENDED:
+            known_flags &= ~nbd.CMD_FLAG_PAYLOAD_LEN
+        if flags & ~known_flags:
+            return nbd.EINVAL, f"{name} with flags {flags & ~known_flags:#x}"
         if command == nbd.CMD_FLUSH:
-            return nbd.EINVAL if offset or length else 0
+            if offset or length:
+                return nbd.EINVAL, "FLUSH of a range"
+            return None
         if self.read_only and command in _CHANGING:
-            return nbd.EPERM
+            return nbd.EPERM, "the export is read-only"
         if command in _WITH_DATA and length > self.info.maximum_payload:
-            return nbd.EINVAL
+            simple = terms.style is ReplyStyle.SIMPLE
+            # The error of a read that needs several chunks.
+            error = nbd.EINVAL if simple or command != nbd.CMD_READ else nbd.EOVERFLOW
+            return error, (
+                f"{name} of {length} bytes; {self.info.maximum_payload} are allowed"
+            )
         if offset + length > self.size:
-            return nbd.ENOSPC if command in _NO_SPACE_BEYOND_END else nbd.EINVAL
-        return 0
+            error = nbd.ENOSPC if command in _NO_SPACE_BEYOND_END else nbd.EINVAL
+            return error, (
+                f"{name} of {length} bytes at {offset} is past the end of the export"
+                f" ({self.size} bytes)"
+            )
+        if command == nbd.CMD_WRITE and payload is None:
+            return nbd.EINVAL, "WRITE without the flag PAYLOAD_LEN"
+        if command == nbd.CMD_BLOCK_STATUS:
+            return self._check_status(request, terms)
+        return None
+
+    def _check_status(self, request: Request, terms: Terms) -> Refusal | None:
+        nb_contexts = len(terms.meta_contexts)
+        if not nb_contexts:
+            return nbd.EINVAL, "BLOCK_STATUS without a metadata context"
+        if request.flags & nbd.CMD_FLAG_PAYLOAD_LEN:
+            ids = context_ids(request.payload or b"")
+            if not 0 < len(ids) == len(set(ids)) or max(ids) >= nb_contexts:
+                return nbd.EINVAL, "BLOCK_STATUS with a payload that can't be right"
+        if not request.length:
+            return nbd.EINVAL, "BLOCK_STATUS of no bytes"
+        return None

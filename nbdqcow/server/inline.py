@@ -12,23 +12,24 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
+from nbdqcow.buffers import is_zeroes
 from nbdqcow.errors import ProtocolError
 from nbdqcow.nbd import constants as nbd
-from nbdqcow.nbd.requests import (
-    HEAD_LENGTH,
-    PLAIN_READ,
-    PLAIN_WRITE,
+from nbdqcow.nbd.handshake import Terms
+from nbdqcow.nbd.replies import (
+    EXTENDED_DATA,
+    EXTENDED_DATA_WORD,
     REPLY_OK,
-    REQUEST_HEAD,
-    STAGED_PAYLOAD,
-    Request,
-    RequestReader,
-    simple_reply,
+    STRUCTURED_DATA,
+    STRUCTURED_DATA_WORD,
+    Replies,
+    ReplyStyle,
 )
-from nbdqcow.server.dispatch import Dispatcher, Shared, request_error
-from nbdqcow.server.export import Export
+from nbdqcow.nbd.requests import STAGED_PAYLOAD, Request, RequestReader, expand_status
+from nbdqcow.server.dispatch import Dispatcher, Shared, error_text, request_error
+from nbdqcow.server.export import Export, Refusal
 from nbdqcow.server.options import ServerOptions
-from nbdqcow.types import Buffer
+from nbdqcow.types import Buffer, Buffers
 from nbdqcow.units import KiB, MiB
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Transmission(asyncio.BufferedProtocol):
         transport: asyncio.Transport,
         reader: RequestReader,
         export: Export,
+        terms: Terms,
         shared: Shared,
         options: ServerOptions,
         on_closed: Callable[[], None],
@@ -78,12 +80,16 @@ class Transmission(asyncio.BufferedProtocol):
         self._reader = reader
         self._export = export
         self._node = export.node
+        self._terms = terms
+        self._replies = Replies(terms.style)
         self._shared = shared
         self._on_closed = on_closed
         self._close_timeout = options.close_timeout
         self._loop = asyncio.get_running_loop()
         self._dispatcher = Dispatcher(
             export.node,
+            self._replies,
+            terms.meta_contexts,
             self._reply,
             shared,
             max_requests=options.max_requests,
@@ -226,8 +232,17 @@ class Transmission(asyncio.BufferedProtocol):
         reader = self._reader
         dispatcher = self._dispatcher
         buffer = reader.buffer
-        unpack = REQUEST_HEAD.unpack_from
-        append = self._out.append
+        unpack = reader.layout.head.unpack_from
+        head_length = reader.layout.length
+        plain_read = reader.layout.plain_read
+        plain_write = reader.layout.plain_write
+        simple = self._terms.style is ReplyStyle.SIMPLE
+        extended = self._terms.style is ReplyStyle.EXTENDED
+        pack_structured = STRUCTURED_DATA.pack
+        pack_extended = EXTENDED_DATA.pack
+        replies = self._replies
+        out = self._out
+        append = out.append
         try_pread = self._node.try_pread
         try_pwrite = self._node.try_pwrite
         inline_write = self._inline_write
@@ -238,21 +253,42 @@ class Transmission(asyncio.BufferedProtocol):
             if reader.at_header and not self._draining:
                 start = reader.start
                 # The last place where a header may begin.
-                last = reader.end - HEAD_LENGTH
+                last = reader.end - head_length
                 try:
                     while start <= last and allowance > 0:
                         word, cookie, offset, length = unpack(buffer, start)
-                        if word == PLAIN_READ:
+                        if word == plain_read:
                             if not 0 < length < _VIEW_READ or offset + length > size:
                                 break
                             data = try_pread(offset, length)
                             if data is None:
                                 break
-                            append(ok + cookie)
-                            append(data)
-                            start += HEAD_LENGTH
-                        elif word == PLAIN_WRITE and 0 < length <= inline_write:
-                            data_start = start + HEAD_LENGTH
+                            if simple:
+                                append(ok + cookie)
+                                append(data)
+                            elif type(data) is not bytes and is_zeroes(data):
+                                out += replies.read(cookie, offset, (data,))
+                            elif extended:
+                                append(
+                                    pack_extended(
+                                        EXTENDED_DATA_WORD,
+                                        cookie,
+                                        offset,
+                                        length + 8,
+                                        offset,
+                                    )
+                                )
+                                append(data)
+                            else:
+                                append(
+                                    pack_structured(
+                                        STRUCTURED_DATA_WORD, cookie, length + 8, offset
+                                    )
+                                )
+                                append(data)
+                            start += head_length
+                        elif word == plain_write and 0 < length <= inline_write:
+                            data_start = start + head_length
                             stop = data_start + length
                             if (
                                 stop > reader.end
@@ -260,14 +296,17 @@ class Transmission(asyncio.BufferedProtocol):
                                 or not try_pwrite(offset, buffer[data_start:stop])
                             ):
                                 break
-                            append(ok + cookie)
+                            if extended:
+                                append(replies.success(cookie, offset))
+                            else:
+                                append(ok + cookie)
                             start = stop
                         else:
                             break
                         allowance -= length + _REQUEST_COST
                 except Exception as exc:
-                    append(simple_reply(cookie, request_error(exc)))
-                    start += HEAD_LENGTH + (length if word == PLAIN_WRITE else 0)
+                    self._fail(cookie, offset, exc)
+                    start += head_length + (length if word == plain_write else 0)
                 reader.start = start
                 if start > last:
                     return
@@ -288,21 +327,25 @@ class Transmission(asyncio.BufferedProtocol):
 
     def _take(self, request: Request) -> None:
         """Serve a request that the inline loop did not."""
-        command, flags, cookie, offset, length, payload = request
+        command, flags, cookie, offset, _, _ = request
         if command == nbd.CMD_DISC:
             self._stop_reading()
             return
+        if command == nbd.CMD_BLOCK_STATUS and flags & nbd.CMD_FLAG_PAYLOAD_LEN:
+            request = expand_status(request)
         if self._draining:
-            error = nbd.ESHUTDOWN
+            refusal: Refusal | None = (nbd.ESHUTDOWN, "the server is shutting down")
         else:
-            error = self._export.check(command, flags, offset, length)
-        if error or (not length and command != nbd.CMD_FLUSH):
-            self._out.append(simple_reply(cookie, error))
+            refusal = self._export.check(request, self._terms)
+        if refusal is not None:
+            self._out.append(self._replies.error(cookie, offset, *refusal))
+        elif not request.length and command != nbd.CMD_FLUSH:
+            self._out.append(self._replies.success(cookie, offset))
         elif not self._try_large(request):
             self._dispatcher.submit(request)
             return
-        if payload is not None:
-            self._shared.pool.release(payload)
+        if request.payload is not None:
+            self._shared.pool.release(request.payload)
 
     def _try_large(self, request: Request) -> bool:
         """Serve a read or write above the inline loop's limits, if that needs
@@ -315,31 +358,32 @@ class Transmission(asyncio.BufferedProtocol):
                     return False
                 views, token = found
                 self._tokens.append(token)
-                self._out.append(REPLY_OK + cookie)
-                self._out += views
+                whole = bool(flags & nbd.CMD_FLAG_DF)
+                self._out += self._replies.read(cookie, offset, views, whole=whole)
                 return True
             if payload is not None and length > STAGED_PAYLOAD and not flags:
                 if not self._node.try_pwrite(offset, payload):
                     return False
-                self._out.append(REPLY_OK + cookie)
+                self._out.append(self._replies.success(cookie, offset))
                 return True
         except Exception as exc:
-            self._out.append(simple_reply(cookie, request_error(exc)))
+            self._fail(cookie, offset, exc)
             return True
         return False
 
-    def _reply(self, cookie: bytes, error: int, data: Buffer) -> None:
+    def _fail(self, cookie: bytes, offset: int, exc: Exception) -> None:
+        """A request that was served at once has failed."""
+        self._out.append(
+            self._replies.error(cookie, offset, request_error(exc), error_text(exc))
+        )
+
+    def _reply(self, reply: Buffers) -> None:
         """A request of the dispatcher has ended."""
         if self._lost:
             if not self._dispatcher.nb_requests:
                 self._on_closed()
             return
-        if error:
-            self._out.append(simple_reply(cookie, error))
-        else:
-            self._out.append(REPLY_OK + cookie)
-            if data:
-                self._out.append(data)
+        self._out += reply
         # Not at once: others that end in this turn of the loop join it.
         self._schedule_run()
 

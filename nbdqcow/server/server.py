@@ -67,9 +67,11 @@ class Server:
         read_only: bool = False,
         description: str = "",
         multi_conn: bool = True,
+        meta_contexts: Sequence[str] | None = None,
     ) -> None:
         """Offer ``node`` under ``name``; "" is the default export, and a sole
-        export is the default one whatever its name.
+        export is the default one whatever its name. ``meta_contexts`` are
+        those offered: None for all that the node has.
 
         Raises `ValueError` if the name is taken or can't be sent.
         """
@@ -81,6 +83,7 @@ class Server:
             read_only=read_only,
             description=description,
             multi_conn=multi_conn,
+            meta_contexts=meta_contexts,
         )
 
     # -- listening ---------------------------------------------------------------

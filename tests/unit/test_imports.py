@@ -15,6 +15,7 @@ CONTRACTS = {
     "block.storage",
     "block.driver",
     "block.inflight",
+    "block.status",
     "block.steps",
     "block.tools",
 }

@@ -16,50 +16,95 @@ if TYPE_CHECKING:
 
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
-_SLICES_PER_TURN: Final = 64
-"""Slices looked at (some 20 us each) before others get a turn on the loop."""
+_MAX_SLICES: Final = 64
+"""Slices looked at (some 10 us each) before others get a turn on the loop."""
 
 
 async def extents(image: "Qcow2Driver", offset: int, length: int, limit: int) -> Kinds:
     """See `FormatDriver.extents`."""
     import numpy as np
 
-    tables = image.tables
     end = offset + length
-    pieces: list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]] = []
-    nb_extents = nb_slices = 0
+    pieces: list[Kinds] = []
+    nb_extents = 0
+    nb_slices = 1
     position = offset
     while position < end and nb_extents <= limit:
-        empty_end = tables.empty_until(position, end)
+        empty_end = _empty_until(image, position, end)
         if empty_end > position:
-            lengths = np.array([empty_end - position], np.uint64)
-            pieces.append((lengths, np.array([UNALLOCATED], np.uint8)))
+            piece = Kinds(
+                np.array([empty_end - position], np.uint64),
+                np.array([UNALLOCATED], np.uint8),
+            )
             position = empty_end
         else:
-            key = position >> tables.slice_shift
-            words = (await tables.load(key)).words
-            piece_end = min(end, (key + 1) << tables.slice_shift)
-            first = (position >> image.cluster_bits) & (tables.slice_entries - 1)
-            last = first + -(-(piece_end - position) // image.cluster_size)
-            kinds = cluster_kinds(
-                np.frombuffer(words, np.uint64)[first:last], image.header.version
-            )
-            starts = np.flatnonzero(np.diff(kinds, prepend=255))
-            ends = np.append(starts[1:], len(kinds)).astype(np.uint64)
-            bounds = ends * np.uint64(image.cluster_size)
-            bounds += np.uint64(position - position % image.cluster_size)
-            bounds[-1] = piece_end
-            lengths = np.diff(bounds, prepend=np.uint64(position))
-            pieces.append((lengths, kinds[starts]))
+            words, piece_end = await _load_entries(image, position, end, nb_slices)
+            kinds = cluster_kinds(words, image.header.version)
+            piece = _runs(kinds, position, piece_end, image.cluster_size)
             position = piece_end
-            nb_slices += 1
-            if nb_slices % _SLICES_PER_TURN == 0:
+            # Who wants few extents gets them soon; a long way goes in strides.
+            nb_slices = min(2 * nb_slices, _MAX_SLICES)
+            if nb_slices == _MAX_SLICES:
                 await asyncio.sleep(0)
-        nb_extents += len(pieces[-1][0])
-    lengths = np.concatenate([piece[0] for piece in pieces])
-    kinds = np.concatenate([piece[1] for piece in pieces])
-    starts = np.flatnonzero(np.diff(kinds, prepend=255))
-    return Kinds(np.add.reduceat(lengths, starts)[:limit], kinds[starts][:limit])
+        pieces.append(piece)
+        nb_extents += len(piece.lengths)
+    lengths = np.concatenate([piece.lengths for piece in pieces])
+    kinds = np.concatenate([piece.kinds for piece in pieces])
+    starts = np.flatnonzero(np.concatenate(([True], kinds[1:] != kinds[:-1])))
+    if len(starts) < len(kinds):
+        lengths, kinds = np.add.reduceat(lengths, starts), kinds[starts]
+    return Kinds(lengths[:limit], kinds[:limit])
+
+
+def _empty_until(image: "Qcow2Driver", position: int, end: int) -> int:
+    """As `Tables.empty_until`, for a way that may be long."""
+    import numpy as np
+
+    tables = image.tables
+    first, last = position >> tables.l1_shift, (end - 1) >> tables.l1_shift
+    if tables.l1[first] & OFFSET_MASK:
+        return position
+    entries = np.frombuffer(tables.l1, np.uint64)[first : last + 1]
+    mapped = (entries & np.uint64(OFFSET_MASK)) != 0
+    nb_empty = int(mapped.argmax())
+    return (first + nb_empty) << tables.l1_shift if nb_empty else end
+
+
+async def _load_entries(
+    image: "Qcow2Driver", position: int, end: int, nb_slices: int
+) -> tuple["npt.NDArray[np.uint64]", int]:
+    """Return the L2 entries of clusters from ``position`` on, and where in the
+    guest the last of them ends: of at most ``nb_slices`` slices, and no
+    further than one L2 table. There is a table at ``position``."""
+    import numpy as np
+
+    tables = image.tables
+    first_key = position >> tables.slice_shift
+    end = min(end, ((position >> tables.l1_shift) + 1) << tables.l1_shift)
+    last_key = min(first_key + nb_slices - 1, (end - 1) >> tables.slice_shift)
+    slices = []
+    for key in range(first_key, last_key + 1):
+        found = tables.try_load(key) or await tables.load(key)
+        slices.append(np.frombuffer(found.words, np.uint64))
+    end = min(end, (last_key + 1) << tables.slice_shift)
+    first = (position >> image.cluster_bits) & (tables.slice_entries - 1)
+    nb_clusters = -(-end // image.cluster_size) - (position >> image.cluster_bits)
+    return np.concatenate(slices)[first : first + nb_clusters], end
+
+
+def _runs(
+    kinds: "npt.NDArray[np.uint8]", start: int, end: int, cluster_size: int
+) -> Kinds:
+    """Return the extents of clusters from the one with ``start`` on."""
+    import numpy as np
+
+    starts = np.flatnonzero(np.concatenate(([True], kinds[1:] != kinds[:-1])))
+    bounds = np.empty(len(starts) + 1, np.uint64)
+    bounds[:-1] = starts
+    bounds *= np.uint64(cluster_size)
+    bounds += np.uint64(start - start % cluster_size)
+    bounds[0], bounds[-1] = start, end
+    return Kinds(bounds[1:] - bounds[:-1], kinds[starts])
 
 
 def cluster_kinds(

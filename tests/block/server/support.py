@@ -6,6 +6,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import numpy as np
+
+from nbdqcow.block.status import DirtyBitmap, Extents
+from nbdqcow.buffers import zero_views
 from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
@@ -24,6 +28,9 @@ class FakeNode:
         failure: raised by every request.
         log: what was asked, in order: a name and arguments each.
         tokens: views given out and not released.
+        status: bytes, state and depth of each extent of the image; by default
+            it is one extent of data.
+        broken_from: pieces of reads from this offset on fail.
     """
 
     def __init__(self, size: int = 1 << 20, *, read_only: bool = False) -> None:
@@ -39,6 +46,9 @@ class FakeNode:
         self.nb_tokens = 0
         self.nb_waiting = 0
         self.max_waiting = 0
+        self.dirty_bitmaps: dict[str, DirtyBitmap] = {}
+        self.status: list[tuple[int, int, int]] = []
+        self.broken_from: int | None = None
 
     @property
     def size(self) -> int:
@@ -88,6 +98,43 @@ class FakeNode:
         await asyncio.sleep(self.delays.get(offset, 0))
         await self._wait("pread", offset, length)
         return bytes(self.data[offset : offset + length])
+
+    async def pread_pieces(self, offset: int, length: int) -> AsyncIterator[Buffer]:
+        """Yield what is zero by the status as such."""
+        await asyncio.sleep(self.delays.get(offset, 0))
+        await self._wait("pread", offset, length)
+        position, end = 0, offset + length
+        for extent_length, state, _ in self.extents():
+            start, stop = max(position, offset), min(position + extent_length, end)
+            position += extent_length
+            if start >= stop:
+                continue
+            if self.broken_from is not None and start >= self.broken_from:
+                raise EIO_ERROR
+            if state:
+                for view in zero_views(stop - start):
+                    yield view
+            else:
+                yield bytes(self.data[start:stop])
+
+    def extents(self) -> list[tuple[int, int, int]]:
+        return self.status or [(self.size, 0, 1)]
+
+    async def block_status(self, offset: int, length: int, limit: int) -> Extents:
+        await self._wait("block_status", offset, length, limit)
+        found = []
+        position, end = 0, offset + length
+        for extent_length, state, depth in self.extents():
+            start, stop = max(position, offset), min(position + extent_length, end)
+            position += extent_length
+            if start < stop:
+                found.append((stop - start, state, depth))
+        columns = list(zip(*found[:limit], strict=True))
+        return Extents(
+            np.array(columns[0], np.uint64),
+            np.array(columns[1], np.uint8),
+            np.array(columns[2], np.uint32),
+        )
 
     async def pwrite(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
         await self._wait("pwrite", offset, len(data), fua)

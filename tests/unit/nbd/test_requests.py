@@ -8,7 +8,8 @@ from nbdqcow.buffers import BufferPool
 from nbdqcow.errors import ProtocolError
 from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
-from nbdqcow.nbd.requests import Request, RequestReader, simple_reply
+from nbdqcow.nbd.replies import simple_reply
+from nbdqcow.nbd.requests import Request, RequestReader
 
 KiB, MiB = 1 << 10, 1 << 20
 
