@@ -159,6 +159,25 @@ class Node:
             offset += covered
         return views, self.driver.epochs.enter()
 
+    def try_locate(self, offset: int, length: int) -> int:
+        """Return where `sendfile` finds a range: -1 unless it is one piece of
+        plain data in page cache."""
+        run = self._try_map(offset, length)
+        if run is None or run[0] != DATA or run[2] != length:
+            return -1
+        return run[1] if self.driver.data.is_resident(run[1], length) else -1
+
+    def sendfile(
+        self, socket_fd: int, host_offset: int, length: int
+    ) -> tuple[int, int]:
+        """Send what `try_locate` has just found to a socket, uncopied.
+
+        Returns how many bytes have left, and a token for `release` once the
+        peer has read them.
+        """
+        nb_sent = self.driver.data.sendfile(socket_fd, host_offset, length)
+        return nb_sent, self.driver.epochs.enter()
+
     def release(self, token: int) -> None:
         """The buffers of `try_pread_views` have left the process."""
         self.driver.epochs.leave(token)

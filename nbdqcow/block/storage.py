@@ -47,6 +47,18 @@ class StorageDriver(ABC):
         """
         return None
 
+    def is_resident(self, offset: int, length: int) -> bool:
+        """Whether `sendfile` of a range would not wait; never if unsure."""
+        return False
+
+    def sendfile(self, socket_fd: int, offset: int, length: int) -> int:
+        """Send resident bytes to a non-blocking socket without copying them.
+
+        Returns how many have left, 0 if the socket is full. What was said of
+        `try_view` holds until the peer has read them.
+        """
+        raise AssertionError("this driver has no file to send")
+
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         """Write ``data`` now if that has lately been cheap; False if not."""
         return False

@@ -31,6 +31,15 @@ class ExportedNode(Protocol):
     def try_pread_views(self, offset: int, length: int) -> tuple[Buffers, int] | None:
         """Return bytes without copying them, and a token for `release`."""
 
+    def try_locate(self, offset: int, length: int) -> int:
+        """Return where `sendfile` finds a range, -1 if it can't be sent so."""
+
+    def sendfile(
+        self, socket_fd: int, host_offset: int, length: int
+    ) -> tuple[int, int]:
+        """Send bytes to a socket, uncopied; return how many, and a token for
+        `release` once the peer has read them."""
+
     def release(self, token: int) -> None:
         """The views have left the process."""
 

@@ -263,6 +263,21 @@ class FileStorage(StorageDriver):
             return None
         return self._mapped.try_view(offset, length, self.length)
 
+    def is_resident(self, offset: int, length: int) -> bool:
+        """Whether all of a range is in page cache."""
+        return (
+            self._mapped is not None
+            and offset + length <= self.length
+            and self._mapped.is_resident(offset, length)
+        )
+
+    def sendfile(self, socket_fd: int, offset: int, length: int) -> int:
+        """Send resident bytes to a socket without copying them."""
+        try:
+            return os.sendfile(socket_fd, self._fd, offset, length)
+        except BlockingIOError:
+            return 0
+
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         """Write ``data`` to page cache, unless that has lately been slow."""
         length = len(data)

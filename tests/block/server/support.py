@@ -84,6 +84,9 @@ class FakeNode:
         view = memoryview(self.data)
         return [view[offset:middle], view[middle : offset + length]], self.nb_tokens
 
+    def try_locate(self, offset: int, length: int) -> int:
+        return -1
+
     def release(self, token: int) -> None:
         self.tokens.remove(token)
 
@@ -298,12 +301,13 @@ async def serving(
         yield served
     finally:
         for node in nodes:
-            node.gate.set()
-            node.failure = None
+            if isinstance(node, FakeNode):
+                node.gate.set()
+                node.failure = None
         for client in served.clients:
             client.writer.transport.abort()
         await served.stop()
         # Let transports that are being closed go.
         await asyncio.sleep(0.01)
         for node in nodes:
-            assert not node.tokens
+            assert not isinstance(node, FakeNode) or not node.tokens
