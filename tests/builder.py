@@ -140,7 +140,7 @@ class ImageBuilder:
             1_700_000_000,
             123_000_000,
             3_723_456_000_000,
-            vm_state,
+            vm_state & 0xFFFFFFFF,
             16,
             vm_state,
             self.header.size,

@@ -12,7 +12,7 @@ from nbdqcow.block.tools import (
 )
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
-from nbdqcow.cli.img_options import format_json, parse_arguments, parse_output
+from nbdqcow.cli.img_options import format_json, parse_arguments, wants_json
 from nbdqcow.cli.messages import error, printable
 from nbdqcow.errors import ImageError, UsageError
 
@@ -36,7 +36,7 @@ _NO_CHECKS: Final = 63
 def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     options, operands = parse_arguments(arguments, ":hf:r:T:qU", _LONG)
-    format_, json, quiet, force_share = None, False, False, False
+    format_, output, quiet, force_share = None, "human", False, False
     repair = REPAIR_NONE
     for name, value in options:
         match name:
@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
                     )
                 repair = _REPAIRS[value]
             case "--output":
-                json = parse_output(value)
+                output = value
             case "-q":
                 quiet = True
             case "-U":
@@ -65,6 +65,7 @@ def run(arguments: Sequence[str]) -> int:
                 raise UsageError(f"{name} is not supported yet")
     if len(operands) != 1:
         raise UsageError("Expecting one image file name")
+    json = wants_json(output)
     try:
         return _check(
             operands[0],

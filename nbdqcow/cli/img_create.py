@@ -7,7 +7,12 @@ from typing import Final
 from nbdqcow.block.registry import blocking_file, format_tool
 from nbdqcow.block.tools import FormatTool, OptionSpec, OptionValue
 from nbdqcow.cli.img import print_help
-from nbdqcow.cli.img_open import backing_path, describe_chain, local_path
+from nbdqcow.cli.img_open import (
+    backing_path,
+    check_backing_chain,
+    local_path,
+    open_image_file,
+)
 from nbdqcow.cli.img_options import (
     convert_option,
     is_option_list,
@@ -161,7 +166,10 @@ def _create(
         if "size" in values:
             raise ImageError("The image size must be specified only once")
         values["size"] = size
-    for name, what in (("backing_file", "file"), ("backing_fmt", "format")):
+    for name, what in (
+        ("backing_file", "file"),
+        ("backing_fmt", "file format"),
+    ):
         if name in given:
             if not tool.supports_backing:
                 raise ImageError(
@@ -204,18 +212,15 @@ def _use_backing(path: str, values: dict[str, OptionValue], *, unsafe: bool) -> 
             raise ImageError("Backing file specified without backing format")
         return
     try:
-        full = backing_path(path, name)
-        chain = list(
-            describe_chain(
-                full,
-                None if backing_format is None else str(backing_format),
-                force_share=True,
-            )
-        )
+        with open_image_file(
+            backing_path(path, name),
+            None if backing_format is None else str(backing_format),
+            force_share=True,
+        ) as image:
+            info = image.tool.describe(image.file)
+            check_backing_chain(image, info, force_share=True)
     except ImageError as exc:
-        text = str(exc)
-        raise ImageError(f"{text}\nCould not open backing image.") from None
-    image, info = chain[0]
+        raise ImageError(f"{exc}\nCould not open backing image.") from None
     if backing_format is None:
         raise ImageError(
             "Backing file specified without backing format\n"

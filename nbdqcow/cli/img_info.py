@@ -10,8 +10,8 @@ from nbdqcow.cli.img_open import OpenImage, backing_path, describe_chain
 from nbdqcow.cli.img_options import (
     format_json,
     parse_arguments,
-    parse_output,
     print_tree,
+    wants_json,
 )
 from nbdqcow.cli.messages import error
 from nbdqcow.errors import UsageError
@@ -31,7 +31,7 @@ _LONG: Final = {
 def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     options, operands = parse_arguments(arguments, ":hf:U", _LONG)
-    format_, json = None, False
+    format_, output = None, "human"
     whole_chain = force_share = False
     for name, value in options:
         match name:
@@ -43,13 +43,14 @@ def run(arguments: Sequence[str]) -> int:
             case "-U":
                 force_share = True
             case "--output":
-                json = parse_output(value)
+                output = value
             case "--backing-chain":
                 whole_chain = True
             case _:
                 raise UsageError(f"{name} is not supported yet")
     if len(operands) != 1:
         raise UsageError("Expecting one image file name")
+    json = wants_json(output)
     shown: list[tuple[ImageInfo, dict[str, Any]]] = []
     for image, info in describe_chain(
         operands[0], format_, force_share=force_share, whole_chain=whole_chain

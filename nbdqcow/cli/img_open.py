@@ -46,6 +46,10 @@ def open_image_file(
         )
     except OSError as exc:
         raise ImageError(f"Could not open '{path}': {exc.strerror}") from None
+    except ImageError as exc:
+        # The caller says that much itself.
+        text = str(exc).removeprefix(f"Could not open '{path}': ")
+        raise type(exc)(text) from None
     try:
         if tool is None:
             head = bytes(file.pread(0, min(PROBE_LENGTH, file.length)))
@@ -108,7 +112,9 @@ def describe_chain(
         name = backing_path(image.filename, info.backing_filename)
 
 
-def check_backing_chain(image: OpenImage, info: ImageInfo) -> None:
+def check_backing_chain(
+    image: OpenImage, info: ImageInfo, *, force_share: bool = False
+) -> None:
     """See that every backing file can be opened. Raises `ImageError`."""
     chain: list[str] = [image.filename]
     while info.backing_filename is not None:
@@ -117,7 +123,9 @@ def check_backing_chain(image: OpenImage, info: ImageInfo) -> None:
         if name in chain:
             raise ImageError(f"{prefix}Backing file '{name}' creates an infinite loop.")
         try:
-            with open_image_file(name, info.backing_format) as below:
+            with open_image_file(
+                name, info.backing_format, force_share=force_share
+            ) as below:
                 info = below.tool.describe(below.file)
                 chain.append(below.filename)
         except ImageError as exc:

@@ -35,7 +35,7 @@ def parse_arguments(
     return [(names.get(name, name), value) for name, value in options], operands
 
 
-def parse_output(value: str) -> bool:
+def wants_json(value: str) -> bool:
     """Return whether ``--output`` asks for json. Raises `ImageError`."""
     if value not in ("human", "json"):
         raise ImageError("--output must be used with human or json as argument.")
@@ -66,7 +66,7 @@ def split_options(known: Container[str], text: str) -> Iterator[tuple[str, str]]
             if key not in known and key.startswith("no"):
                 name, value = key[2:], "off"
         if name not in known:
-            raise ImageError(f"Invalid parameter '{key}'")
+            raise ImageError(f"Invalid parameter '{name}'")
         yield name, value
 
 

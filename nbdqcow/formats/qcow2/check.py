@@ -9,7 +9,8 @@ Memory is 4 bytes and one refcount per cluster of the file, and only for those
 parts of the file that anything refers to.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 MAX_CLUSTERS: Final = 1 << 30
 """Of a file that can be checked: 64 TiB with clusters of 64 KiB."""
+
+MAX_REPORTED: Final = 1_000_000
+"""Lines about one image; the rest is counted but not told."""
 
 _COMPARE_CHUNK: Final = 1 << 20
 _INCOMPAT_MARKS: Final = h.INCOMPAT_DIRTY | h.INCOMPAT_CORRUPT
@@ -53,8 +57,23 @@ def check_image(file_length: int, repair: int, report: Report) -> Steps[CheckRes
         raise ImageError(
             f"The file has too many clusters to be checked: more than {MAX_CLUSTERS}"
         )
-    check = _Check(header, file_length, repair, report)
+    check = _Check(header, file_length, repair, _limited(report))
     return (yield from check.run())
+
+
+def _limited(report: Report) -> Report:
+    """Return a ``report`` that falls silent after `MAX_REPORTED` lines."""
+    nb_lines = 0
+
+    def limited(line: str) -> None:
+        nonlocal nb_lines
+        nb_lines += 1
+        if nb_lines <= MAX_REPORTED:
+            report(line)
+        elif nb_lines == MAX_REPORTED + 1:
+            report("There is more, which is counted but not shown")
+
+    return limited
 
 
 class _Check:
@@ -178,17 +197,20 @@ class _Check:
                 yield start + index, int(theirs[index]), int(ours[index])
 
     def _compare(self) -> None:
-        result = self.result
-        for cluster, refcount, references in self._differences():
-            text = f"cluster {cluster} refcount={refcount} reference={references}"
-            if refcount < references:
-                self.report(f"ERROR {text}")
-                result.corruptions += 1
-                if refcount == 0:
-                    self.rebuild = True
-            else:
-                self.report(f"Leaked {text}")
-                result.leaks += 1
+        result, counts = self.result, self.references.counts
+        for start in range(0, len(counts), _COMPARE_CHUNK):
+            ours = counts[start : start + _COMPARE_CHUNK]
+            theirs = self.refcounts[start : start + _COMPARE_CHUNK]
+            too_low = theirs < ours
+            result.corruptions += int(np.count_nonzero(too_low))
+            result.leaks += int(np.count_nonzero(theirs > ours))
+            self.rebuild |= bool((too_low & (theirs == 0)).any())
+        differences = itertools.islice(self._differences(), MAX_REPORTED + 1)
+        for cluster, refcount, references in differences:
+            kind = "ERROR" if refcount < references else "Leaked"
+            self.report(
+                f"{kind} cluster {cluster} refcount={refcount} reference={references}"
+            )
         self._note_end()
 
     def _note_end(self) -> None:
@@ -209,11 +231,26 @@ class _Check:
 
     def _repair_refcounts(self) -> Steps[None]:
         """Set wrong refcounts right in their blocks, as far as allowed."""
-        result, header = self.result, self.header
-        limit = (1 << header.refcount_bits) - 1
-        changes: dict[int, list[tuple[int, int]]] = {}
-        per_block = header.cluster_size * 8 // header.refcount_bits
-        for cluster, refcount, references in list(self._differences()):
+        per_block = self.header.cluster_size * 8 // self.header.refcount_bits
+        by_block = itertools.groupby(
+            self._differences(), lambda difference: difference[0] // per_block
+        )
+        for block, differences in by_block:
+            entries = [
+                (cluster % per_block, value)
+                for cluster, value in self._choose_refcounts(differences)
+            ]
+            if entries:
+                yield from self._update_block(self.blocks[block], entries)
+        yield Flush()
+
+    def _choose_refcounts(
+        self, differences: Iterable[tuple[int, int, int]]
+    ) -> Iterator[tuple[int, int]]:
+        """Yield ``(cluster, refcount)`` to be set, as far as that is allowed."""
+        result = self.result
+        limit = (1 << self.header.refcount_bits) - 1
+        for cluster, refcount, references in differences:
             text = f"cluster {cluster} refcount={refcount} reference={references}"
             if references > refcount and self.repair < REPAIR_ALL:
                 self.report(f"ERROR {text}")
@@ -223,11 +260,10 @@ class _Check:
                 self.report(f"Leaked {text}: kept, as a damaged table may use it")
                 continue
             if references > limit:
-                self.report(f"ERROR {text}: too large for {header.refcount_bits} bits")
+                bits = self.header.refcount_bits
+                self.report(f"ERROR {text}: too large for {bits} bits")
                 continue
             self.report(f"Repairing {text}")
-            block, index = divmod(cluster, per_block)
-            changes.setdefault(block, []).append((index, references))
             self.refcounts[cluster] = references
             if references > refcount:
                 result.corruptions -= 1
@@ -235,9 +271,7 @@ class _Check:
             else:
                 result.leaks -= 1
                 result.leaks_fixed += 1
-        for block, entries in changes.items():
-            yield from self._update_block(self.blocks[block], entries)
-        yield Flush()
+            yield cluster, references
 
     def _update_block(self, offset: int, entries: list[tuple[int, int]]) -> Steps[None]:
         order = self.header.refcount_order

@@ -339,11 +339,11 @@ class Header:
         offset = self.header_length
         while offset + _EXTENSION.size <= end:
             type_, length = _EXTENSION.unpack_from(data, offset)
-            if type_ == EXT_END:
-                return
             offset += _EXTENSION.size
             if length > end - offset:
                 raise ImageError("Header extension too large")
+            if type_ == EXT_END:
+                return
             yield Extension(type_, data[offset : offset + length])
             offset += round_up(length, 8)
 
@@ -353,7 +353,7 @@ class Header:
             return
         if length > min(MAX_BACKING_NAME_BYTES, self.cluster_size - offset):
             raise ImageError("Backing file name too long")
-        if offset < self.header_length:
+        if length and offset < self.header_length:
             raise ImageError("Invalid backing file offset")
         self.backing_filename = _decode(data[offset : offset + length]) or None
 
@@ -380,9 +380,8 @@ class Header:
                 "Reference count entry width too large; may not exceed 64 bits"
             )
         if self.crypt_method > CRYPT_LUKS:
-            raise UnsupportedFeature(
-                f"Unsupported encryption method {self.crypt_method}"
-            )
+            signed = self.crypt_method - (self.crypt_method >> 31 << 32)
+            raise UnsupportedFeature(f"Unsupported encryption method {signed}")
         flagged = bool(self.incompatible_features & INCOMPAT_COMPRESSION)
         if self.compression_type > COMPRESSION_ZSTD:
             raise UnsupportedFeature(

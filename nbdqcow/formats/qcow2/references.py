@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 BATCH_BYTES: Final = 1 << 20
 """L2 tables looked at at a time; one table can be larger."""
 
+MAX_TABLE_ENTRIES: Final = 1 << 27
+"""Of the L1 tables of all snapshots, and of all bitmap tables. Tables may lie
+upon each other, so that the file's length does not bound them."""
+
 _MAX_REFERENCES: Final = (1 << 32) - 1
 _MAX_COMPRESSED_CLUSTERS: Final = 3
 """A compressed cluster may begin within one, fill one, and end within one."""
@@ -72,6 +76,7 @@ class References:
         self.nb_clusters = -(-file_length // header.cluster_size)
         self.counts: Counts = np.zeros(self.nb_clusters + 1, np.uint32)
         self._total = 0
+        self._nb_entries_left = MAX_TABLE_ENTRIES
         self._structures: list[tuple[int, int]] | None = None
 
     def bad(self, text: str, times: int = 1) -> None:
@@ -112,6 +117,12 @@ class References:
         self._total += nb
         if self._total > _MAX_REFERENCES:
             raise ImageError("The image refers to more clusters than can be counted")
+
+    def spend_entries(self, nb_entries: int) -> None:
+        """Refuse more table entries than anyone could wait for."""
+        self._nb_entries_left -= nb_entries
+        if self._nb_entries_left < 0:
+            raise ImageError("The tables of snapshots or bitmaps are too large")
 
     def mark_refcount_structures(self) -> None:
         """What is counted from now on is the refcount table and its blocks."""
@@ -179,6 +190,7 @@ def _add_snapshot(
             "snapshot table entry corrupted"
         )
         return
+    references.spend_entries(snapshot.l1_size)
     references.count_range(snapshot.l1_table_offset, snapshot.l1_size * 8)
     l1 = yield from read_table(snapshot.l1_table_offset, snapshot.l1_size)
     tables.add_l1(l1)
@@ -192,6 +204,7 @@ def _count_bitmaps(header: Header, references: References) -> Steps[None]:
     assert extension is not None
     references.count_range(extension.directory_offset, extension.directory_length)
     for bitmap in bitmaps:
+        references.spend_entries(bitmap.table_entries)
         references.count_range(bitmap.table_offset, bitmap.table_entries * 8)
         for start in range(0, bitmap.table_entries, BATCH_BYTES // 8):
             nb = min(BATCH_BYTES // 8, bitmap.table_entries - start)
@@ -233,7 +246,15 @@ class _L2Tables:
         offsets = offsets[there].astype(np.uint64)
         first, times = first[there], times[there]
         cluster_size = self.header.cluster_size
-        for offset, nb in zip(map(int, offsets), map(int, times), strict=True):
+        sound = (offsets & np.uint64(cluster_size - 1)) == 0
+        sound &= offsets < self.references.file_length
+        self.references.count_clusters(
+            offsets[sound] >> np.uint64(self.header.cluster_bits),
+            times[sound].astype(np.uint64),
+        )
+        for offset, nb in zip(
+            map(int, offsets[~sound]), map(int, times[~sound]), strict=True
+        ):
             self.references.count_range(offset, cluster_size, nb)
             if offset % cluster_size:
                 self.references.bad(

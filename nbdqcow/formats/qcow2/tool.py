@@ -29,6 +29,7 @@ from nbdqcow.formats.qcow2.create import (
 from nbdqcow.formats.qcow2.header import Header, needed
 from nbdqcow.formats.qcow2.snapshot_table import read_snapshots
 from nbdqcow.types import Buffer
+from nbdqcow.units import SECTOR_SIZE
 
 _VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
@@ -197,7 +198,7 @@ def _describe() -> Generator[Step, Buffer, ImageInfo]:
         specific["extended-l2"] = header.extended_l2
     return ImageInfo(
         format="qcow2",
-        virtual_size=header.size,
+        virtual_size=header.size // SECTOR_SIZE * SECTOR_SIZE,
         cluster_size=header.cluster_size,
         encrypted=header.crypt_method != h.CRYPT_NONE,
         dirty=header.dirty,

@@ -1,0 +1,42 @@
+"""Commands that people wait for load nothing that they don't need."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.builder import ImageBuilder
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+HEAVY = {"asyncio", "numpy", "cryptography", "click", "uvloop", "argparse", "json"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--version"],
+        ["info", "image"],
+        ["info", "--output=json", "image"],
+        ["create", "-q", "-f", "qcow2", "new", "1G"],
+    ],
+)
+def test_no_heavy_imports(arguments, tmp_path):
+    (tmp_path / "image").write_bytes(ImageBuilder().build())
+    program = (
+        "import sys\n"
+        f"sys.argv[1:] = {arguments!r}\n"
+        "from nbdqcow.cli.img import main\n"
+        "status = main()\n"
+        "print('\\n', *sorted(sys.modules))\n"
+        "sys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert HEAVY & set(done.stdout.splitlines()[-1].split()) == set()

@@ -1,0 +1,131 @@
+"""Options and output of nbdqcow-img."""
+
+import json
+
+import pytest
+
+from nbdqcow.cli.img_options import (
+    convert_option,
+    format_json,
+    is_option_list,
+    parse_arguments,
+    print_tree,
+    split_options,
+    wants_help,
+    wants_json,
+)
+from nbdqcow.errors import ImageError, UsageError
+
+LONG = {"help": "-h", "format=": "-f", "force-share": "-U", "output=": "--output"}
+
+
+def test_options_anywhere():
+    options, operands = parse_arguments(
+        ["a", "-Uf", "raw", "b", "--out=json", "--form", "x", "--", "-c"],
+        ":hf:U",
+        LONG,
+    )
+    assert options == [
+        ("-U", ""),
+        ("-f", "raw"),
+        ("--output", "json"),
+        ("-f", "x"),
+    ]
+    assert operands == ["a", "b", "-c"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["-x"], "unrecognized option '-x'"),
+        (["--foo=3"], "unrecognized option '--foo=3'"),
+        (["--fo", "raw"], "unrecognized option '--fo'"),
+        (["--force-share=1"], "unrecognized option '--force-share=1'"),
+        (["-f"], "missing argument for option '-f'"),
+        (["--outp"], "missing argument for option '--outp'"),
+    ],
+)
+def test_wrong_options(arguments, text):
+    with pytest.raises(UsageError) as refusal:
+        parse_arguments(arguments, ":hf:U", LONG)
+    assert str(refusal.value) == text
+
+
+def test_option_lists():
+    assert is_option_list("a=1,,b,c")
+    assert is_option_list("a=1,,")
+    for text in ("", ",a=1", "a=1,"):
+        assert not is_option_list(text)
+    assert wants_help("a=1,help")
+    assert wants_help("?")
+    assert not wants_help("a=help")
+    known = {"a", "b", "nob"}
+    assert list(split_options(known, "a=1,,2,b,nob,noa,a=")) == [
+        ("a", "1,2"),
+        ("b", "on"),
+        ("nob", "on"),
+        ("a", "off"),
+        ("a", ""),
+    ]
+    with pytest.raises(ImageError, match="Invalid parameter 'c'"):
+        list(split_options(known, "c=1"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        ("bool", "on", True),
+        ("bool", "n", False),
+        ("size", "64k", 65536),
+        ("size", "15E", 15 << 60),
+        ("num", "-1", -1),
+        ("num", "0x10", 16),
+        ("str", "x,y", "x,y"),
+    ],
+)
+def test_convert_option(kind, text, value):
+    assert convert_option("name", kind, text) == value
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "message"),
+    [
+        ("bool", "2", "expects 'on' or 'off'"),
+        ("size", "x", "expects a non-negative number"),
+        ("size", "16E", "is out of range"),
+        ("num", "x", "expects a number"),
+        ("num", str(1 << 64), "is out of range"),
+    ],
+)
+def test_bad_values(kind, text, message):
+    with pytest.raises(ImageError, match=message):
+        convert_option("name", kind, text)
+
+
+def test_output_kind():
+    assert wants_json("json")
+    assert not wants_json("human")
+    with pytest.raises(ImageError, match="human or json"):
+        wants_json("xml")
+
+
+def test_json_is_json():
+    value = {
+        'a\t"\\\x01\x7f\n': ["\u00e9", "\U0001f600", 1, True, False, {}, []],
+        "b": {"c": {"d": -1}},
+    }
+    assert json.loads(format_json(value)) == value
+    assert format_json("\udcff\u00e9") == '"\\uFFFD\\u00E9"'
+    assert format_json({"flags": []}) == '{\n    "flags": [\n    ]\n}'
+
+
+def test_tree(capsys):
+    print_tree({"a-b": True, "list": [{"x": 1}, "y"], "none": []}, 1)
+    assert capsys.readouterr().out == (
+        "    a b: true\n"
+        "    list:\n"
+        "        [0]:\n"
+        "            x: 1\n"
+        "        [1]: y\n"
+        "    none:\n"
+    )
