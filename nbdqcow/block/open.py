@@ -5,10 +5,10 @@ image that names them.
 """
 
 import os
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 from nbdqcow.block.driver import FormatDriver
 from nbdqcow.block.node import Node
@@ -40,6 +40,8 @@ class OpenOptions:
             from, symbolic links resolved; None for any.
         lock: False opens without image locks (QEMU's ``locking=off``).
         force_share: opens read-only beside a writer (QEMU's ``-U``).
+        driver_options: for the format driver of the image itself, as its
+            class describes them.
     """
 
     format: str | None = None
@@ -51,6 +53,7 @@ class OpenOptions:
     allowed_paths: Sequence[str] | None = None
     lock: bool = True
     force_share: bool = False
+    driver_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Opening:
@@ -90,6 +93,7 @@ def open_image(
     allowed_paths: Sequence[str] | None = None,
     lock: bool = True,
     force_share: bool = False,
+    driver_options: Mapping[str, Any] | None = None,
 ) -> Opening:
     """Open an image with its backing chain; see `OpenOptions`.
 
@@ -101,7 +105,7 @@ def open_image(
         os.fspath(filename),
         OpenOptions(
             format, read_only, cache, discard, detect_zeroes, l2_cache_size,
-            allowed_paths, lock, force_share,
+            allowed_paths, lock, force_share, driver_options or {},
         ),
     )  # fmt: skip
 
@@ -181,6 +185,7 @@ async def _open_driver(
             options={
                 "l2_cache_size": options.l2_cache_size,
                 "discard": options.discard == "unmap",
+                **options.driver_options,
             },
         )
     except ImageError as error:
@@ -200,6 +205,7 @@ async def _open_backing(
         format=driver.backing_format,
         read_only=True,
         detect_zeroes="off",
+        driver_options={},
     )
     try:
         return await _open_chain(path, below, above)

@@ -3,11 +3,14 @@
 import os
 import sys
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from nbdqcow.cli.getopt_long import getopt_long
 from nbdqcow.cli.messages import describe, error, printable, program_name
 from nbdqcow.errors import ImageError, NbdQcowError, UsageError
+
+if TYPE_CHECKING:
+    from nbdqcow.block.node import Node
 
 _MAX_STRING_LENGTH: Final = 4096
 _NO_LIMIT: Final = 1 << 31
@@ -52,9 +55,6 @@ _LONG: Final = {
 }
 # Options of qemu-nbd that are known and refused: what messages call them.
 _REFUSED: Final = {
-    "o": "--offset is not supported yet",
-    "A": "--allocation-depth is not supported yet",
-    "B": "--bitmap is not supported yet",
     "T": "--trace is not supported: there are no trace points",
     "c": "--connect is not supported: this program opens no kernel device; "
     "serve the image with --socket=PATH, and attach it with "
@@ -107,6 +107,9 @@ The server:
   -v, --verbose              log what clients do
 
 The image:
+  -o, --offset=BYTES         where in a raw image the disk begins
+  -A, --allocation-depth     offer the metadata context qemu:allocation-depth
+  -B, --bitmap=NAME          offer the dirty bitmap NAME of the image
   -f, --format=FORMAT        raw or qcow2 (default: guessed)
   -r, --read-only            refuse all writes
   -n, --nocache              the same as --cache=none
@@ -121,7 +124,7 @@ The client:
   -L, --list                 list the exports of the server that -b, -p or -k
                              names
 
-Not supported yet: -A -B -l -o -s --object --tls-* --selinux-label.
+Not supported yet: -l -s --object --tls-* --selinux-label.
 """
 
 
@@ -134,6 +137,8 @@ class Settings:
         socket: path of a unix socket, which takes the place of TCP.
         shared: clients at a time; 0 is any number.
         open_options: of `nbdqcow.block.open.open_image`, where given.
+        allocation_depth: offer the metadata context of that name.
+        bitmap: the dirty bitmap to offer, or None.
         given: options that were given, by the name getopt_long returns.
     """
 
@@ -149,6 +154,8 @@ class Settings:
     fork: bool = False
     pid_file: str | None = None
     image_opts: bool = False
+    allocation_depth: bool = False
+    bitmap: str | None = None
     filename: str = ""
     open_options: dict[str, Any] = field(default_factory=dict)
     given: set[str] = field(default_factory=set)
@@ -229,6 +236,10 @@ def _apply(settings: Settings, name: str, value: str) -> None:
             settings.export_name = _string("export name", value)
         case "D":
             settings.description = _string("export description", value)
+        case "A":
+            settings.allocation_depth = True
+        case "B":
+            settings.bitmap = value
         case "L":
             settings.list = True
         case "fork":
@@ -247,6 +258,8 @@ def _apply_image_option(settings: Settings, name: str, value: str) -> None:
     match name:
         case "f":
             options["format"] = value
+        case "o":
+            options["driver_options"] = {"offset": _parse_offset(value)}
         case "r":
             options["read_only"] = True
         case "n" | "cache":
@@ -288,7 +301,18 @@ def _check(settings: Settings, operands: list[str]) -> None:
     if settings.list:
         if operands:
             raise UsageError("List mode is incompatible with a file name")
-        if settings.given & {"x", "D", "f", "n", "cache", "aio", "discard"}:
+        if settings.given & {
+            "x",
+            "D",
+            "o",
+            "A",
+            "B",
+            "f",
+            "n",
+            "cache",
+            "aio",
+            "discard",
+        }:
             raise UsageError("List mode is incompatible with per-device settings")
         if settings.fork:
             raise UsageError("List mode is incompatible with forking")
@@ -311,6 +335,16 @@ def _parse_shared(text: str) -> int:
     if not 0 <= shared < _NO_LIMIT:
         raise UsageError(f"Invalid shared device number '{text}'")
     return shared
+
+
+def _parse_offset(text: str) -> int:
+    try:
+        offset = int(text, 0)
+    except ValueError:
+        offset = -1
+    if not 0 <= offset < 1 << 63:
+        raise UsageError(f"Invalid offset '{text}'")
+    return offset
 
 
 def _string(what: str, text: str) -> str:
@@ -398,9 +432,14 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
     except ImageError as exc:
         raise type(exc)(_as_qemu_says(filename, exc)) from None
     server = Server(
-        ServerOptions(max_connections=settings.shared or _NO_LIMIT, wait_when_full=True)
+        ServerOptions(
+            max_connections=settings.shared or _NO_LIMIT,
+            wait_when_full=True,
+            sole_is_default=False,
+        )
     )
     try:
+        _check_offset(settings, node)
         try:
             server.add_export(
                 settings.export_name,
@@ -408,6 +447,7 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
                 read_only=node.read_only,
                 description=settings.description,
                 multi_conn=settings.shared != 1,
+                meta_contexts=_meta_contexts(settings, node),
             )
         except ValueError as exc:
             raise UsageError(str(exc)) from None
@@ -427,6 +467,29 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
         await run_server(server, set_up)
     finally:
         await node.close()
+
+
+def _check_offset(settings: Settings, node: "Node") -> None:
+    """Refuse an offset into an image that has no place for it."""
+    offset = settings.open_options.get("driver_options", {}).get("offset", 0)
+    if offset and node.format_name != "raw":
+        raise UsageError(
+            f"--offset is for raw images; '{settings.filename}' is {node.format_name}"
+        )
+
+
+def _meta_contexts(settings: Settings, node: "Node") -> list[str]:
+    """Return the metadata contexts that the command line asks for."""
+    from nbdqcow.server.export import ALLOCATION, ALLOCATION_DEPTH, DIRTY_BITMAP
+
+    contexts = [ALLOCATION]
+    if settings.allocation_depth:
+        contexts.append(ALLOCATION_DEPTH)
+    if settings.bitmap is not None:
+        if settings.bitmap not in node.dirty_bitmaps:
+            raise ImageError(f"Bitmap '{settings.bitmap}' is not found")
+        contexts.append(DIRTY_BITMAP + settings.bitmap)
+    return contexts
 
 
 def _as_qemu_says(filename: str, exc: ImageError) -> str:

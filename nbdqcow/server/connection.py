@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 _SEND_BUFFER: Final = 1 * MiB
 _HANDSHAKE_BUFFER: Final = 8 * KiB
+_DRAIN_TIMEOUT: Final = 0.5
+"""Seconds that a client has to hear of the server's end while it haggles."""
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -103,6 +105,8 @@ class Connection(asyncio.BufferedProtocol):
             if handshake.error:
                 self._log_closed(handshake.error)
             self._transport.close()
+        elif handshake.shutting_down and reply:
+            self._transport.close()
 
     def pause_writing(self) -> None:
         """Take no more options from a client that does not read replies."""
@@ -127,6 +131,13 @@ class Connection(asyncio.BufferedProtocol):
         """Let requests in flight end, then close."""
         if self._transmission is not None:
             self._transmission.drain()
+        elif self._transport is not None and self._timer is not None:
+            # The next option gets an error that says why.
+            self._handshake.shutting_down = True
+            self._timer.cancel()
+            self._timer = asyncio.get_running_loop().call_later(
+                _DRAIN_TIMEOUT, self._transport.abort
+            )
         elif self._transport is not None:
             self._transport.abort()
 

@@ -19,6 +19,7 @@ class ServerOptions:
             may be being received.
         max_total_bytes: bytes of data in flight of all connections together;
             above it each may still have one request.
+        sole_is_default: a sole export also answers to the empty name.
     """
 
     max_connections: int = 100
@@ -28,3 +29,4 @@ class ServerOptions:
     max_requests: int = 128
     max_bytes: int = 64 * MiB
     max_total_bytes: int = 512 * MiB
+    sole_is_default: bool = True

@@ -43,7 +43,7 @@ class Server:
         self._options = options or ServerOptions()
         self._shared = Shared(BufferPool(), self._options.max_total_bytes)
         self._exports: dict[str, Export] = {}
-        self._source = _Exports(self._exports)
+        self._source = _Exports(self._exports, self._options.sole_is_default)
         self._listeners: list[asyncio.Server] = []
         # Unix sockets that we made: path, device, inode.
         self._paths: list[tuple[str, int, int]] = []
@@ -69,8 +69,8 @@ class Server:
         multi_conn: bool = True,
         meta_contexts: Sequence[str] | None = None,
     ) -> None:
-        """Offer ``node`` under ``name``; "" is the default export, and a sole
-        export is the default one whatever its name. ``meta_contexts`` are
+        """Offer ``node`` under ``name``; "" is the default export; without one a
+        sole export is it (`ServerOptions.sole_is_default`). ``meta_contexts`` are
         those offered: None for all that the node has.
 
         Raises `ValueError` if the name is taken or can't be sent.
@@ -267,15 +267,21 @@ class Server:
 class _Exports:
     """The exports as the handshake looks for them."""
 
-    def __init__(self, exports: dict[str, Export]) -> None:
+    def __init__(self, exports: dict[str, Export], sole_is_default: bool) -> None:
         self._exports = exports
+        self._sole_is_default = sole_is_default
 
     def list_exports(self) -> Sequence[ExportInfo]:
         return [export.info for export in self._exports.values()]
 
     def find_export(self, name: str) -> ExportInfo | None:
         export = self._exports.get(name)
-        if export is None and not name and len(self._exports) == 1:
+        if (
+            export is None
+            and self._sole_is_default
+            and not name
+            and len(self._exports) == 1
+        ):
             (export,) = self._exports.values()
         return None if export is None else export.info
 
