@@ -18,9 +18,9 @@ from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO, ZERO_ALLOCATED, B
 from nbdqcow.units import KiB, MiB
 
 GUARD_LENGTH: Final = 2048
-_MAX_JOINED: Final = 64 * KiB
-"""Bytes of a write with copy-on-write up to which joining its parts for one
-inline write is cheaper than a hop to a worker thread."""
+_MAX_INLINE: Final = 64 * KiB
+"""Bytes of a write, copy-on-write included, up to which writing them at once
+is cheaper than a hop to a worker thread."""
 
 
 class Node:
@@ -191,7 +191,7 @@ class Node:
         host_offset = self._try_map_write(offset, len(data))
         if host_offset >= 0:
             return self._storage_try_pwrite(host_offset, data)
-        return len(data) <= _MAX_JOINED and self._try_pwrite_new(offset, data)
+        return len(data) <= _MAX_INLINE and self._try_pwrite_new(offset, data)
 
     def _try_pwrite_new(self, offset: int, data: Buffer) -> bool:
         """Write to new clusters, copy-on-write included, without waiting.
@@ -201,7 +201,7 @@ class Node:
         """
         driver, size = self.driver, self.driver.cluster_size
         head, tail = offset % size, -(offset + len(data)) % size
-        if head + len(data) + tail > _MAX_JOINED:
+        if head + len(data) + tail > _MAX_INLINE:
             return False
         old_head = self._try_old_content(offset - head, head)
         old_tail = self._try_old_content(offset + len(data), tail)
@@ -211,15 +211,18 @@ class Node:
         if plan is None:
             return False
         host_offset = plan.host_offset
-        if plan.head or plan.tail:
-            if old_head or not plan.reads_zero:
-                host_offset -= head
-                old_head = old_head or bytes(head)
-            if not plan.reads_zero:
-                old_tail = old_tail or bytes(tail)
-            data = b"".join((old_head, data, old_tail))
         try:
-            done = self._storage_try_pwrite(host_offset, data)
+            if plan.head or plan.tail:
+                if not plan.reads_zero:
+                    old_head, old_tail = (
+                        old_head or bytes(head),
+                        old_tail or bytes(tail),
+                    )
+                if old_head:
+                    host_offset -= head
+                done = driver.data.try_pwritev(host_offset, (old_head, data, old_tail))
+            else:
+                done = self._storage_try_pwrite(host_offset, data)
         except BaseException:
             driver.cancel_write(plan)
             raise
@@ -407,11 +410,10 @@ class Node:
             )
             if old is not None:
                 buffers.append(old)
-        if plan.head + plan.length + plan.tail <= _MAX_JOINED:
-            whole = b"".join(buffers)
-            if storage.try_pwrite(host_offset, whole):
-                return
-            buffers = [whole]
+        if plan.head + plan.length + plan.tail <= _MAX_INLINE and storage.try_pwritev(
+            host_offset, buffers
+        ):
+            return
         await storage.pwritev(host_offset, buffers)
 
     async def _old_content(

@@ -63,6 +63,10 @@ class StorageDriver(ABC):
         """Write ``data`` now if that has lately been cheap; False if not."""
         return False
 
+    def try_pwritev(self, offset: int, buffers: Buffers) -> bool:
+        """Do as `try_pwrite` does with ``buffers`` one after the other."""
+        return self.try_pwrite(offset, b"".join(buffers))
+
     @abstractmethod
     async def pread(self, offset: int, length: int) -> Buffer:
         """Return exactly ``length`` bytes."""

@@ -285,14 +285,26 @@ class FileStorage(StorageDriver):
             return self._try_pwrite_watched(offset, data)
         started = time.perf_counter()
         nb_written = os.pwrite(self._fd, data, offset)
+        self._note_inline_write(started, offset + nb_written, nb_written)
+        return nb_written == length
+
+    def try_pwritev(self, offset: int, buffers: Buffers) -> bool:
+        """Write ``buffers`` to page cache, unless that has lately been slow."""
+        length = sum(map(len, buffers))
+        if length > self._max_inline_write:
+            return self._try_pwrite_watched(offset, b"".join(buffers))
+        started = time.perf_counter()
+        nb_written = os.pwritev(self._fd, buffers, offset)
+        self._note_inline_write(started, offset + nb_written, nb_written)
+        return nb_written == length
+
+    def _note_inline_write(self, started: float, end: int, nb_written: int) -> None:
         if time.perf_counter() - started > SLOW_WRITE:
             self._nb_watched = NB_WATCHED
             self._max_inline_write = -1
         self._write_sequence += 1
-        end = offset + nb_written
         if end > self.length and nb_written:
             self.length = end
-        return nb_written == length
 
     def _try_pwrite_watched(self, offset: int, data: Buffer) -> bool:
         """Write inline, if at all, and see whether that waits for the device."""

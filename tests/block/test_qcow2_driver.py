@@ -361,6 +361,7 @@ def test_a_paused_inline_write_takes_nothing(tmp_path):
         async with open_image(path) as node:
             await node.pwrite(0, b"x")
             node._storage_try_pwrite = lambda offset, data: False
+            node.driver.data.try_pwritev = lambda offset, buffers: False
             for i in range(1, 20):
                 assert not node.try_pwrite(i * 65536, b"y" * 4096)
             assert not node.driver.freed.ranges
