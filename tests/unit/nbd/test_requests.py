@@ -191,11 +191,12 @@ def extended_stream_of(rng, nb_requests, maximum_payload):
         flags = rng.choice([0, 1, 0xFFDF]) | rng.choice([0, PAYLOAD, PAYLOAD])
         offset = rng.getrandbits(64)
         length = rng.choice([0, 1, 511, 4096, 64 * KiB, 64 * KiB + 1, 300 * KiB])
-        if not flags & PAYLOAD:
+        has_payload = command == nbd.CMD_WRITE or flags & PAYLOAD
+        if not has_payload:
             length = rng.choice([length, 1 << 40, (1 << 64) - 1])
         stream += codec.extended_request(command, cookie, offset, length, flags)
         payload = None
-        if flags & PAYLOAD:
+        if has_payload:
             data = rng.randbytes(length)
             stream += data
             wanted = {1: maximum_payload, 7: 64 * KiB}.get(command, -1)
