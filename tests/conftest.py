@@ -96,6 +96,20 @@ def tool() -> Callable[[str], str]:
     return find_tool
 
 
+@pytest.fixture(scope="session")
+def newer_clients() -> Callable[..., list[str]]:
+    """``newer_clients("nbdinfo", "--size", uri)`` is the command line of a program
+    of Debian 13: QEMU 10 and libnbd 1.22 (tools/newer-clients.sh)."""
+    directory = REPOSITORY / "var" / "newer-clients"
+    script = REPOSITORY / "tools" / "newer-clients.sh"
+    done = subprocess.run(
+        [script, directory], capture_output=True, text=True, timeout=300
+    )
+    if done.returncode:
+        pytest.skip(f"no newer clients: {done.stderr.strip()}")
+    return lambda *words: [str(directory / "run"), *map(str, words)]
+
+
 def find_free_port() -> int:
     """Return a TCP port on 127.0.0.1 that nobody listened on just now."""
     with socket.socket() as probe:

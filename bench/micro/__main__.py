@@ -72,7 +72,7 @@ def requests(
 ) -> bytes:
     """Return requests as they arrive; writes with a payload."""
     payload = os.urandom(length) if command == nbd.CMD_WRITE else b""
-    word = layout.plain_write if payload else layout.plain_read
+    word = layout.plain_writes[0] if payload else layout.plain_read
     return b"".join(
         layout.head.pack(word, b"cookie-8", offset, length) + payload
         for offset in offsets

@@ -24,14 +24,16 @@ class Layout(NamedTuple):
         head: a request's header in the fewest fields: magic, flags and command
             in one word, then cookie, offset, length.
         length: bytes of a header.
-        plain_read, plain_write: first words of requests without further flags.
+        plain_read: the first word of a read without flags.
+        plain_writes: first words of writes without further flags. QEMU's
+            client leaves out the flag that says that a payload follows.
         extended: whether a flag says that there is a payload.
     """
 
     head: Struct
     length: int
     plain_read: int
-    plain_write: int
+    plain_writes: tuple[int, ...]
     extended: bool
 
 
@@ -39,14 +41,19 @@ COMPACT: Final = Layout(
     Struct(">Q8sQI"),
     codec.REQUEST.size,
     nbd.REQUEST_MAGIC << 32 | nbd.CMD_READ,
-    nbd.REQUEST_MAGIC << 32 | nbd.CMD_WRITE,
+    (nbd.REQUEST_MAGIC << 32 | nbd.CMD_WRITE,),
     extended=False,
 )
 EXTENDED: Final = Layout(
     Struct(">Q8sQQ"),
     codec.EXTENDED_REQUEST.size,
     nbd.EXTENDED_REQUEST_MAGIC << 32 | nbd.CMD_READ,
-    nbd.EXTENDED_REQUEST_MAGIC << 32 | nbd.CMD_FLAG_PAYLOAD_LEN << 16 | nbd.CMD_WRITE,
+    (
+        nbd.EXTENDED_REQUEST_MAGIC << 32
+        | nbd.CMD_FLAG_PAYLOAD_LEN << 16
+        | nbd.CMD_WRITE,
+        nbd.EXTENDED_REQUEST_MAGIC << 32 | nbd.CMD_WRITE,
+    ),
     extended=True,
 )
 
@@ -68,8 +75,8 @@ class Request(NamedTuple):
         offset, length: bytes; unchecked.
         payload: the data of a WRITE, or what an extended BLOCK_STATUS brings,
             from the reader's pool: whoever takes the request releases it. None
-            for any other command, for a payload that was too large and has
-            been dropped, and for an extended WRITE without one.
+            for any other command, and for a payload that was too large and
+            has been dropped.
     """
 
     command: int
@@ -224,7 +231,7 @@ class RequestReader:
         """
         if not self.layout.extended:
             return length if command == nbd.CMD_WRITE else None
-        if not flags & nbd.CMD_FLAG_PAYLOAD_LEN:
+        if command != nbd.CMD_WRITE and not flags & nbd.CMD_FLAG_PAYLOAD_LEN:
             return None
         if length > max(nbd.DEFAULT_MAXIMUM_PAYLOAD, self.maximum_payload):
             raise ProtocolError(f"a payload of {length} bytes")

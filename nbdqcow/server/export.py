@@ -174,7 +174,7 @@ class Export:
 
         proto.md "Error values", "Request types" and "Size constraints".
         """
-        command, flags, _, offset, length, payload = request
+        command, flags, _, offset, length, _ = request
         name = nbd.COMMAND_NAMES.get(command)
         known_flags = _COMMAND_FLAGS.get(command)
         if name is None or known_flags is None:
@@ -204,8 +204,6 @@ class Export:
                 f"{name} of {length} bytes at {offset} is past the end of the export"
                 f" ({self.size} bytes)"
             )
-        if command == nbd.CMD_WRITE and payload is None:
-            return nbd.EINVAL, "WRITE without the flag PAYLOAD_LEN"
         if command == nbd.CMD_BLOCK_STATUS:
             return self._check_status(request, terms)
         return None

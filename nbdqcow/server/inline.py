@@ -258,7 +258,7 @@ class Transmission(asyncio.BufferedProtocol):
         unpack = reader.layout.head.unpack_from
         head_length = reader.layout.length
         plain_read = reader.layout.plain_read
-        plain_write = reader.layout.plain_write
+        plain_writes = reader.layout.plain_writes
         simple = self._terms.style is ReplyStyle.SIMPLE
         extended = self._terms.style is ReplyStyle.EXTENDED
         pack_structured = STRUCTURED_DATA.pack
@@ -310,7 +310,7 @@ class Transmission(asyncio.BufferedProtocol):
                                 )
                                 append(data)
                             start += head_length
-                        elif word == plain_write and 0 < length <= inline_write:
+                        elif word in plain_writes and 0 < length <= inline_write:
                             data_start = start + head_length
                             stop = data_start + length
                             if (
@@ -329,7 +329,7 @@ class Transmission(asyncio.BufferedProtocol):
                         allowance -= length + _REQUEST_COST
                 except Exception as exc:
                     self._fail(cookie, offset, exc)
-                    start += head_length + (length if word == plain_write else 0)
+                    start += head_length + (length if word in plain_writes else 0)
                 reader.start = start
                 if start > last:
                     return

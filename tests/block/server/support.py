@@ -16,6 +16,8 @@ from nbdqcow.nbd import constants as nbd
 from nbdqcow.server.options import ServerOptions
 from nbdqcow.server.server import Server
 from nbdqcow.types import Buffer, Buffers
+from tests import chunks
+from tests.chunks import Chunk, Reply
 
 
 class FakeNode:
@@ -181,6 +183,7 @@ class Client:
         self.size = 0
         self.flags = 0
         self.nb_cookies = 0
+        self.extended = False
 
     async def greet(self) -> None:
         greeting = await self.reader.readexactly(codec.GREETING.size)
@@ -189,6 +192,64 @@ class Client:
             nbd.IHAVEOPT_MAGIC,
         )
         self.writer.write(codec.CLIENT_FLAGS.pack(3))
+
+    async def ask(self, option: int, data: bytes = b"") -> list[tuple[int, bytes]]:
+        """Send an option; return type and data of its replies."""
+        self.writer.write(codec.option_request(option, data))
+        replies: list[tuple[int, bytes]] = []
+        while True:
+            head = await self.reader.readexactly(codec.OPTION_REPLY.size)
+            _, answered, reply, length = codec.OPTION_REPLY.unpack(head)
+            assert answered == option
+            replies.append((reply, await self.reader.readexactly(length)))
+            if reply == nbd.REP_ACK or reply & nbd.REP_FLAG_ERROR:
+                return replies
+
+    async def negotiate(self, *contexts: str, extended: bool, name: str = "") -> None:
+        """Ask for chunks, in extended headers or not, and for ``contexts``."""
+        option = nbd.OPT_EXTENDED_HEADERS if extended else nbd.OPT_STRUCTURED_REPLY
+        assert await self.ask(option) == [(nbd.REP_ACK, b"")]
+        self.extended = extended
+        if contexts:
+            data = codec.meta_context_request(name, contexts)
+            replies = await self.ask(nbd.OPT_SET_META_CONTEXT, data)
+            assert [int.from_bytes(data[:4], "big") for _, data in replies[:-1]] == [
+                *range(len(contexts))
+            ]
+
+    async def chunk(self) -> Chunk:
+        """Return the next chunk of any reply."""
+        magic = int.from_bytes(await self.reader.readexactly(4), "big")
+        head = await self.reader.readexactly(chunks.head_length(magic))
+        chunk, length = chunks.parse_head(magic, head)
+        if self.extended:
+            assert magic == chunks.EXTENDED
+        chunk.payload = await self.reader.readexactly(length)
+        return chunk
+
+    async def replies(self, nb_requests: int) -> dict[int, Reply]:
+        """Return the replies of requests, in the order of their ends."""
+        pending: dict[int, list[Chunk]] = {}
+        replies: dict[int, Reply] = {}
+        while len(replies) < nb_requests:
+            chunk = await self.chunk()
+            pending.setdefault(chunk.cookie, []).append(chunk)
+            if chunk.done:
+                assert chunk.cookie not in replies
+                replies[chunk.cookie] = chunks.join_chunks(pending[chunk.cookie])
+        return replies
+
+    async def ask_chunks(
+        self,
+        command: int,
+        offset: int = 0,
+        length: int = 0,
+        flags: int = 0,
+        payload: bytes = b"",
+    ) -> Reply:
+        """Send one request; return its reply."""
+        self.writer.write(self.request(command, offset, length, flags) + payload)
+        return (await self.replies(1))[self.nb_cookies]
 
     async def go(self, name: str, trailing: bytes = b"") -> None:
         """Choose an export; ``trailing`` goes along in the same packet."""
@@ -211,7 +272,8 @@ class Client:
     ) -> bytes:
         """Return a request's header with the next cookie (1, 2, ...)."""
         self.nb_cookies += 1
-        return codec.request(command, self.nb_cookies, offset, length, flags)
+        build = codec.extended_request if self.extended else codec.request
+        return build(command, self.nb_cookies, offset, length, flags)
 
     async def reply(self, length: int = 0) -> tuple[int, int, bytes]:
         """Return the next reply's cookie, error, and data if it has no error."""
@@ -271,6 +333,16 @@ class Served:
         )
         client = Client(reader, writer)
         self.clients.append(client)
+        return client
+
+    async def connect_chunked(
+        self, *contexts: str, extended: bool, name: str = ""
+    ) -> Client:
+        """Return a client that gets its replies as chunks."""
+        client = await self.connect_raw()
+        await client.greet()
+        await client.negotiate(*contexts, extended=extended, name=name)
+        await client.go(name)
         return client
 
     async def connect(self, name: str = "", trailing: bytes = b"") -> Client:

@@ -9,7 +9,14 @@ from nbdqcow.errors import ProtocolError
 from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
 from nbdqcow.nbd.replies import simple_reply
-from nbdqcow.nbd.requests import Request, RequestReader
+from nbdqcow.nbd.requests import (
+    COMPACT,
+    EXTENDED,
+    Request,
+    RequestReader,
+    context_ids,
+    expand_status,
+)
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -17,9 +24,9 @@ KiB, MiB = 1 << 10, 1 << 20
 class Feeder:
     """Feeds a reader as a transport would, and takes all that it parses."""
 
-    def __init__(self, maximum_payload=MiB):
+    def __init__(self, maximum_payload=MiB, layout=COMPACT):
         self.pool = BufferPool()
-        self.reader = RequestReader(self.pool, maximum_payload)
+        self.reader = RequestReader(self.pool, maximum_payload, layout)
         self.requests = []
 
     def feed(self, data):
@@ -170,3 +177,85 @@ def test_simple_reply():
         b"cookie!!"
     )
     assert codec.simple_reply(7, 22) == simple_reply(bytes(7) + b"\7", 22)
+
+
+# -- extended headers ----------------------------------------------------------
+
+PAYLOAD = nbd.CMD_FLAG_PAYLOAD_LEN
+
+
+def extended_stream_of(rng, nb_requests, maximum_payload):
+    stream, expected = bytearray(), []
+    for cookie in range(nb_requests):
+        command = rng.choice([0, 1, 1, 1, 3, 4, 7, 7, 0xFFFF])
+        flags = rng.choice([0, 1, 0xFFDF]) | rng.choice([0, PAYLOAD, PAYLOAD])
+        offset = rng.getrandbits(64)
+        length = rng.choice([0, 1, 511, 4096, 64 * KiB, 64 * KiB + 1, 300 * KiB])
+        has_payload = command == nbd.CMD_WRITE or flags & PAYLOAD
+        if not has_payload:
+            length = rng.choice([length, 1 << 40, (1 << 64) - 1])
+        stream += codec.extended_request(command, cookie, offset, length, flags)
+        payload = None
+        if has_payload:
+            data = rng.randbytes(length)
+            stream += data
+            wanted = {1: maximum_payload, 7: 64 * KiB}.get(command, -1)
+            payload = data if length <= wanted else None
+        if command == nbd.CMD_WRITE:
+            flags &= ~PAYLOAD
+        expected.append(
+            Request(command, flags, cookie.to_bytes(8, "big"), offset, length, payload)
+        )
+    return stream, expected
+
+
+@pytest.mark.parametrize("piece", [1 << 30, 5000, 33, 1])
+@pytest.mark.parametrize("maximum_payload", [MiB, 0])
+def test_extended_streams(seed, piece, maximum_payload):
+    rng = random.Random(seed)
+    stream, expected = extended_stream_of(
+        rng, 200 if piece > 100 else 10, maximum_payload
+    )
+    for trailing in (b"", codec.extended_request(0, 0)[:31]):
+        feeder = Feeder(maximum_payload, EXTENDED)
+        whole = stream + trailing
+        for start in range(0, len(whole), piece):
+            feeder.feed(whole[start : start + piece])
+        assert feeder.requests == expected
+        assert feeder.reader.end - feeder.reader.start == len(trailing)
+
+
+def test_layouts_do_not_mix():
+    for layout, request in (
+        (EXTENDED, codec.request(0, 1) + bytes(4)),
+        (COMPACT, codec.extended_request(0, 1)),
+    ):
+        with pytest.raises(ProtocolError, match="bad request magic"):
+            Feeder(layout=layout).feed(request)
+
+
+@pytest.mark.parametrize("command", [0, 1, 7, 999])
+@pytest.mark.parametrize("length", [(32 << 20) + 1, 1 << 32, (1 << 64) - 1])
+def test_a_payload_beyond_all_limits_closes(command, length):
+    request = codec.extended_request(command, 1, 0, length, PAYLOAD)
+    with pytest.raises(ProtocolError, match=f"a payload of {length} bytes"):
+        Feeder(32 * MiB, EXTENDED).feed(request)
+
+
+def status(payload):
+    return Request(7, PAYLOAD, b"cookie!!", 5, 99, payload)
+
+
+def test_expand_status():
+    payload = (1 << 40).to_bytes(8, "big") + bytes([0, 0, 0, 3, 0, 0, 1, 0])
+    expanded = expand_status(status(memoryview(payload)))
+    assert expanded[:5] == (7, PAYLOAD, b"cookie!!", 5, 1 << 40)
+    assert context_ids(expanded.payload) == (3, 256)
+
+
+@pytest.mark.parametrize("length", [None, 0, 1, 7, 9, 11, 13])
+def test_expand_malformed_status(length):
+    payload = None if length is None else memoryview(bytes(length))
+    expanded = expand_status(status(payload))
+    assert expanded.length == 0
+    assert not expanded.payload
