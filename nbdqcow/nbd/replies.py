@@ -51,6 +51,11 @@ EXTENDED_DATA_WORD: Final = (
     | nbd.REPLY_TYPE_OFFSET_DATA
 )
 
+_EXTENDED_NONE: Final = Struct(">Q8sQQ")
+_EXTENDED_NONE_WORD: Final = (
+    nbd.EXTENDED_REPLY_MAGIC << 32 | nbd.REPLY_FLAG_DONE << 16 | nbd.REPLY_TYPE_NONE
+)
+
 _MIN_HOLE: Final = 4 * KiB
 """A shorter hole beside data is sent as data: a chunk costs the client more."""
 
@@ -82,9 +87,23 @@ class Replies:
 
     def success(self, cookie: bytes, offset: int) -> bytes:
         """Return the reply to a request without data in its reply."""
+        if self.style is ReplyStyle.EXTENDED:
+            return _EXTENDED_NONE.pack(_EXTENDED_NONE_WORD, cookie, offset, 0)
         if self.style is ReplyStyle.SIMPLE:
             return REPLY_OK + cookie
         return self._chunk(cookie, offset, nbd.REPLY_TYPE_NONE, 0)
+
+    def data_head(self, cookie: bytes, offset: int, length: int) -> bytes:
+        """Return what stands before all the data of a successful read."""
+        if self.style is ReplyStyle.STRUCTURED:
+            return STRUCTURED_DATA.pack(
+                STRUCTURED_DATA_WORD, cookie, length + 8, offset
+            )
+        if self.style is ReplyStyle.EXTENDED:
+            return EXTENDED_DATA.pack(
+                EXTENDED_DATA_WORD, cookie, offset, length + 8, offset
+            )
+        return REPLY_OK + cookie
 
     def error(
         self,
@@ -118,9 +137,9 @@ class Replies:
         Zeroes that `is_zeroes` knows become holes, unless the client wants
         the data in one chunk (``whole``: CMD_FLAG_DF) or the style has none.
         """
-        if self.style is ReplyStyle.SIMPLE:
-            return [REPLY_OK + cookie, *data]
-        return self._content(cookie, offset, data, whole=whole, done=True)
+        if whole or self.style is ReplyStyle.SIMPLE or not any(map(is_zeroes, data)):
+            return [self.data_head(cookie, offset, sum(map(len, data))), *data]
+        return self._content(cookie, offset, data, done=True)
 
     def read_until(
         self,
@@ -133,7 +152,7 @@ class Replies:
         """Return the reply to a read that failed behind ``data``."""
         if self.style is ReplyStyle.SIMPLE:
             return [simple_reply(cookie, error)]
-        reply = self._content(cookie, offset, data, whole=False, done=False)
+        reply = self._content(cookie, offset, data, done=False)
         failed = offset + sum(map(len, data))
         reply.append(self.error(cookie, offset, error, text, failed))
         return reply
@@ -167,22 +186,12 @@ class Replies:
         return reply
 
     def _content(
-        self,
-        cookie: bytes,
-        offset: int,
-        data: Sequence[Buffer],
-        *,
-        whole: bool,
-        done: bool,
+        self, cookie: bytes, offset: int, data: Iterable[Buffer], *, done: bool
     ) -> list[Buffer]:
         """Return content chunks; the last one ends the reply if ``done``."""
         reply: list[Buffer] = []
         position = offset
-        parts: Sequence[tuple[bool, Sequence[Buffer]]]
-        if whole or not any(map(is_zeroes, data)):
-            parts = [(False, data)] if data else []
-        else:
-            parts = _split_parts(data)
+        parts = _split_parts(data)
         for index, (is_hole, buffers) in enumerate(parts, 1):
             last = done and index == len(parts)
             length = sum(map(len, buffers))
@@ -212,7 +221,7 @@ class Replies:
         return _CHUNK.pack(nbd.STRUCTURED_REPLY_MAGIC, flags, kind, cookie, length)
 
 
-def _split_parts(data: Iterable[Buffer]) -> list[tuple[bool, Sequence[Buffer]]]:
+def _split_parts(data: Iterable[Buffer]) -> list[tuple[bool, list[Buffer]]]:
     """Return what becomes a chunk each: whether it is a hole, and its buffers."""
     runs = [(zero, list(buffers)) for zero, buffers in groupby(data, is_zeroes)]
 

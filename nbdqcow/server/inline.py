@@ -408,16 +408,7 @@ class Transmission(asyncio.BufferedProtocol):
             self._out.clear()
         if self._transport.get_write_buffer_size():
             return False
-        if self._terms.style is ReplyStyle.SIMPLE:
-            header = REPLY_OK + cookie
-        elif self._terms.style is ReplyStyle.STRUCTURED:
-            header = STRUCTURED_DATA.pack(
-                STRUCTURED_DATA_WORD, cookie, length + 8, offset
-            )
-        else:
-            header = EXTENDED_DATA.pack(
-                EXTENDED_DATA_WORD, cookie, offset, length + 8, offset
-            )
+        header = self._replies.data_head(cookie, offset, length)
         nb_sent = sender.try_send(header, offset, length)
         if nb_sent < 0:
             return False
