@@ -96,6 +96,13 @@ SAME = [
     ["-e", "-1", "IMAGE"],
     ["-e", "x", "IMAGE"],
     ["-e", "0x", "IMAGE"],
+    ["-o", "x", "IMAGE"],
+    ["-o", "", "IMAGE"],
+    ["-L", "-o", "1"],
+    ["-L", "-A"],
+    ["-L", "-B", "b"],
+    ["-B", "none", "IMAGE"],
+    ["-o", "1T", "RAW"],
     ["--cache=x", "IMAGE"],
     ["--cache", "none", "--cache=none", "IMAGE"],
     ["-n", "--cache=none", "IMAGE"],
@@ -271,6 +278,45 @@ def test_image_in_use(start, program, image, path, tmp_path):
         f"qemu-nbd: Failed to blk_new_open '{image}': Failed to get \"write\" lock"
     )
     assert lines[1].startswith(f"Is another process using the image [{image}]?")
+
+
+def test_an_offset_into_a_raw_image(start, tmp_path, path):
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(b"a" * 4096 + b"b" * 8192)
+    start("-o", "0x1000", "-f", "raw", raw)
+    uri = f"nbd+unix:///?socket={path}"
+    run(find_tool("qemu-io"), "-f", "raw", uri, "-c", "read -P 0x62 0 8k",
+        "-c", "write -P 0x63 0 512")  # fmt: skip
+    wait_gone(path)
+    assert raw.read_bytes() == b"a" * 4096 + b"c" * 512 + b"b" * 7680
+
+
+def test_contexts_are_offered_on_demand(start, image, path):
+    start("-t", "-e", "0", "-f", "qcow2", image)
+    uri = f"nbd+unix:///?socket={path}"
+    assert info(uri)["contexts"] == ["base:allocation"]
+
+
+def test_allocation_depth(start, image, path):
+    start("-t", "-A", "-f", "qcow2", image)
+    contexts = info(f"nbd+unix:///?socket={path}")["contexts"]
+    assert contexts == ["base:allocation", "qemu:allocation-depth"]
+
+
+def test_a_named_export_has_no_other_name(start, image, path):
+    start("-t", "-x", "disk", "-f", "qcow2", image)
+    assert info(f"nbd+unix:///disk?socket={path}")["export-size"] == 10 << 20
+    run(find_tool("nbdinfo"), f"nbd+unix:///?socket={path}", status=1)
+
+
+def test_a_bitmap_that_is_not_there(program, image, path):
+    _, err = run(program, "-B", "b0", "-f", "qcow2", "-k", path, image, status=1)
+    assert err == "qemu-nbd: Bitmap 'b0' is not found\n"
+
+
+def test_an_offset_is_for_raw_images(ours, image, path):
+    _, err = run(ours, "-o", "512", "-f", "qcow2", "-k", path, image, status=1)
+    assert err == f"qemu-nbd: --offset is for raw images; '{image}' is qcow2\n"
 
 
 # -- the client -------------------------------------------------------------------
