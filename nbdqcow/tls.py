@@ -3,7 +3,7 @@
 A directory has ``ca-cert.pem`` and perhaps ``ca-crl.pem``; for a server
 ``server-cert.pem`` and ``server-key.pem``, for a client perhaps
 ``client-cert.pem`` and ``client-key.pem``. One for pre-shared keys has
-``keys.psk``. Diffie-Hellman parameters (``dh-params.pem``) are not needed.
+`PSK_KEYS`. Diffie-Hellman parameters (``dh-params.pem``) are not needed.
 
 The files are looked at for every connection, so new ones are used without a
 restart. A new set that can't be used is reported once, and the old one stays.
@@ -88,6 +88,11 @@ class TlsCredentials(ABC):
             return self._context
 
     @property
+    def verifies_peer(self) -> bool:
+        """Whether the peer's certificate is asked for and checked."""
+        return self._context.verify_mode is not ssl.CERT_NONE
+
+    @property
     @abstractmethod
     def _names(self) -> tuple[str, ...]:
         """The files that matter."""
@@ -152,11 +157,6 @@ class X509Credentials(TlsCredentials):
         super().__init__(directory, is_server=is_server, priority=priority)
 
     @property
-    def verify_peer(self) -> VerifyPeer:
-        """Whether the peer's certificate is asked for and checked."""
-        return self._verify_peer
-
-    @property
     def _names(self) -> tuple[str, ...]:
         return CA_CERT, CA_CRL, self._cert_name, self._key_name
 
@@ -209,12 +209,12 @@ class X509Credentials(TlsCredentials):
 
 
 class PskCredentials(TlsCredentials):
-    """Pre-shared keys: ``keys.psk`` has lines ``USER:KEY``, the key in hex, as
+    """Pre-shared keys: a file has lines ``USER:KEY``, the key in hex, as
     GnuTLS's psktool writes them. A client uses the key of ``username``."""
 
     def __init__(
         self,
-        directory: str,
+        path: str,
         *,
         is_server: bool,
         username: str = "qemu",
@@ -222,15 +222,16 @@ class PskCredentials(TlsCredentials):
     ) -> None:
         if not getattr(ssl, "HAS_PSK", False):
             raise CredentialsError("TLS-PSK needs Python 3.13")
+        directory, self._name = os.path.split(path)
         self._username = username
         super().__init__(directory, is_server=is_server, priority=priority)
 
     @property
     def _names(self) -> tuple[str, ...]:
-        return (PSK_KEYS,)
+        return (self._name,)
 
     def _load(self) -> ssl.SSLContext:
-        path = self._path(PSK_KEYS)
+        path = self._path(self._name)
         keys = load_psk_file(path)
         context = self._new_context()
         context.check_hostname = False
