@@ -70,6 +70,7 @@ class Connection(asyncio.BufferedProtocol):
         self._buffer = memoryview(bytearray(_HANDSHAKE_BUFFER))
         self._transmission: Transmission | None = None
         self._transport: asyncio.Transport | None = None
+        self._peer = "client"
         self._timer: asyncio.TimerHandle | None = None
         self._welcome = False
         self._waiting = False
@@ -89,6 +90,8 @@ class Connection(asyncio.BufferedProtocol):
         if self._waiting:
             self._waiting = False
             self._transport.resume_reading()
+        # Not when there is something to tell: the socket may be gone by then.
+        self._peer = peer_name(self._transport)
         _tune(self._transport.get_extra_info("socket"))
         self._timer = asyncio.get_running_loop().call_later(
             self._options.handshake_timeout, self._time_out
@@ -227,8 +230,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.abort()
 
     def _log_closed(self, reason: str) -> None:
-        assert self._transport is not None
-        logger.warning("%s closed: %s", peer_name(self._transport), reason)
+        logger.warning("%s closed: %s", self._peer, reason)
 
     def _enter_transmission(self, transport: asyncio.Transport) -> None:
         assert self._handshake.export is not None
