@@ -14,6 +14,8 @@ from nbdqcow.units import KiB
 _JOIN_BELOW: Final = 16 * KiB
 """Bytes below which a buffer is joined with its neighbours: each one that is
 encrypted by itself is a record, and a call, of its own."""
+_PIECE: Final = 64 * KiB
+"""Bytes that are encrypted, then sent, at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +102,31 @@ class TlsTransport(asyncio.Transport):
         self._transport.resume_reading()
 
     def writelines(self, list_of_data: Iterable[Buffer]) -> None:
-        """Send buffers, of which nothing is kept."""
-        self._transport.writelines(_join(list_of_data))
+        """Send buffers, of which nothing is kept.
+
+        Each piece leaves as soon as it is encrypted: the client decrypts it
+        while the next one is encrypted.
+        """
+        small: list[Buffer] = []
+        nb_small = 0
+        for buffer in list_of_data:
+            if len(buffer) < _JOIN_BELOW:
+                small.append(buffer)
+                nb_small += len(buffer)
+                if nb_small >= _PIECE:
+                    self._transport.writelines(_joined(small))
+                    small.clear()
+                    nb_small = 0
+                continue
+            # A view, because OpenSSL takes 16 KiB at a time, and what is left
+            # of ``bytes`` would be copied each time.
+            view = memoryview(buffer)
+            self._transport.writelines((*_joined(small), view[:_PIECE]))
+            small.clear()
+            nb_small = 0
+            for start in range(_PIECE, len(view), _PIECE):
+                self._transport.write(view[start : start + _PIECE])
+        self._transport.writelines(_joined(small))
 
     def close(self) -> None:
         """Send what is queued, end TLS, close."""
@@ -112,22 +137,6 @@ class TlsTransport(asyncio.Transport):
         self._transport.abort()
 
 
-def _join(buffers: Iterable[Buffer]) -> list[memoryview]:
-    """Join small buffers with their neighbours.
-
-    The result is views, because OpenSSL takes 16 KiB at a time and what is left
-    of ``bytes`` would be copied each time.
-    """
-    joined: list[memoryview] = []
-    small: list[Buffer] = []
-    for buffer in buffers:
-        if len(buffer) < _JOIN_BELOW:
-            small.append(buffer)
-            continue
-        if small:
-            joined.append(memoryview(b"".join(small)))
-            small.clear()
-        joined.append(memoryview(buffer))
-    if small:
-        joined.append(memoryview(b"".join(small)))
-    return joined
+def _joined(buffers: list[Buffer]) -> tuple[memoryview, ...]:
+    """Return all buffers as one, if there are any."""
+    return (memoryview(b"".join(buffers)),) if buffers else ()
