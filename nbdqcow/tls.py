@@ -82,7 +82,7 @@ class TlsCredentials(ABC):
                         raise _missing(self._path(name))
                 self._context = self._load()
             except CredentialsError as exc:
-                logger.error("the TLS credentials stay as they were: %s", exc)
+                logger.warning("the TLS credentials stay as they were: %s", exc)
             else:
                 logger.info("the TLS credentials in %s are new", self._directory)
             return self._context
@@ -330,6 +330,8 @@ def _unreadable(path: str, exc: OSError) -> CredentialsError:
 
 
 def _unusable(what: str, exc: ssl.SSLError) -> CredentialsError:
+    # For what is no PEM at all OpenSSL has no reason.
+    reason = exc.reason or "no PEM file, or a key whose password is not known"
     return CredentialsError(
-        f"{what} can't be used: {describe_tls_error(exc)}; PEM files are wanted"
+        f"Unable to use credentials {what}: {reason.replace('_', ' ')}"
     )
