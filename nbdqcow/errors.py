@@ -11,6 +11,7 @@
     |   +-- ImageInUse                 another program holds the image's lock
     +-- ProtocolError                  the peer broke the protocol: close
     +-- OptionError                    an option failed: haggling goes on
+    +-- CredentialsError               TLS certificates or keys can't be used
     +-- UsageError                     a wrong command line
 """
 
@@ -72,6 +73,10 @@ class OptionError(NbdQcowError):
         super().__init__(text)
         self.reply = reply
         self.text = text
+
+
+class CredentialsError(NbdQcowError):
+    """TLS certificates or keys can't be used; the message names the file."""
 
 
 class UsageError(NbdQcowError):

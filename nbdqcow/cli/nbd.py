@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,6 +12,8 @@ from nbdqcow.errors import ImageError, NbdQcowError, UsageError
 
 if TYPE_CHECKING:
     from nbdqcow.block.node import Node
+    from nbdqcow.cli.objects import Objects
+    from nbdqcow.server.tls import ServerTls
 
 _MAX_STRING_LENGTH: Final = 4096
 _NO_LIMIT: Final = 1 << 31
@@ -63,10 +66,6 @@ _REFUSED: Final = {
     "use 'nbd-client -d DEVICE'",
     "s": "--snapshot is not supported yet",
     "l": "--load-snapshot is not supported yet",
-    "object": "--object is not supported yet",
-    "tls-creds": "--tls-creds is not supported yet",
-    "tls-hostname": "--tls-hostname is not supported yet",
-    "tls-authz": "--tls-authz is not supported yet",
     "selinux-label": "--selinux-label is not supported yet",
 }
 _CACHE_MODES: Final = {
@@ -120,11 +119,20 @@ The image:
       --detect-zeroes=MODE   off (default), on or unmap
       --image-opts           FILE is driver=FORMAT,file.filename=NAME,...
 
+TLS:
+      --object=TYPE,id=ID,.. credentials: tls-creds-x509 or tls-creds-psk, with
+                             dir=, endpoint=server|client, verify-peer=;
+                             authz-simple, authz-list or authz-listfile; secret
+      --tls-creds=ID         require TLS, with these credentials
+      --tls-authz=ID         serve only clients whose certificates it allows
+
 The client:
   -L, --list                 list the exports of the server that -b, -p or -k
                              names
+      --tls-creds=ID         use TLS, with these credentials
+      --tls-hostname=NAME    expect this name in the server's certificate
 
-Not supported yet: -l -s --object --tls-* --selinux-label.
+Not supported yet: -l -s --selinux-label.
 """
 
 
@@ -136,6 +144,9 @@ class Settings:
         host, port: TCP address; the port may be a service's name.
         socket: path of a unix socket, which takes the place of TCP.
         shared: clients at a time; 0 is any number.
+        objects: what --object said, in order.
+        tls_creds, tls_authz: ids of objects.
+        tls_hostname: what a client finds in the server's certificate.
         open_options: of `nbdqcow.block.open.open_image`, where given.
         allocation_depth: offer the metadata context of that name.
         bitmap: the dirty bitmap to offer, or None.
@@ -157,6 +168,10 @@ class Settings:
     allocation_depth: bool = False
     bitmap: str | None = None
     filename: str = ""
+    objects: tuple[str, ...] = ()
+    tls_creds: str | None = None
+    tls_authz: str | None = None
+    tls_hostname: str | None = None
     open_options: dict[str, Any] = field(default_factory=dict)
     given: set[str] = field(default_factory=set)
 
@@ -248,6 +263,14 @@ def _apply(settings: Settings, name: str, value: str) -> None:
             settings.pid_file = value
         case "image-opts":
             settings.image_opts = True
+        case "object":
+            settings.objects += (value,)
+        case "tls-creds":
+            settings.tls_creds = value
+        case "tls-authz":
+            settings.tls_authz = value
+        case "tls-hostname":
+            settings.tls_hostname = value
         case _:
             _apply_image_option(settings, name, value)
 
@@ -298,6 +321,7 @@ def _apply_image_option(settings: Settings, name: str, value: str) -> None:
 
 def _check(settings: Settings, operands: list[str]) -> None:
     """Judge the options together, and take the image's name."""
+    _check_tls(settings)
     if settings.list:
         if operands:
             raise UsageError("List mode is incompatible with a file name")
@@ -325,6 +349,17 @@ def _check(settings: Settings, operands: list[str]) -> None:
     (settings.filename,) = operands
     if settings.image_opts and "f" in settings.given:
         raise UsageError("--image-opts and -f are mutually exclusive")
+
+
+def _check_tls(settings: Settings) -> None:
+    if settings.tls_creds is None:
+        for name in ("tls-hostname", "tls-authz"):
+            if name in settings.given:
+                raise UsageError(f"--{name} is not permitted without --tls-creds")
+    elif settings.list and settings.tls_authz is not None:
+        raise UsageError("TLS authorization is incompatible with export list")
+    elif settings.tls_hostname is not None and not settings.list:
+        raise UsageError("TLS hostname is only supported with export list")
 
 
 def _parse_shared(text: str) -> int:
@@ -357,8 +392,21 @@ def _string(what: str, text: str) -> str:
 
 
 def _list(settings: Settings) -> int:
-    from nbdqcow.cli.remote import connect, format_exports, list_exports
+    from nbdqcow.cli.objects import Objects
+    from nbdqcow.cli.remote import ClientTls, connect, format_exports, list_exports
 
+    tls = None
+    try:
+        objects = Objects(settings.objects)
+        if settings.tls_creds is not None:
+            credentials = objects.credentials(settings.tls_creds, is_server=False)
+            hostname = settings.tls_hostname
+            if hostname is None and settings.socket is None:
+                hostname = settings.host
+            tls = ClientTls(credentials, hostname)
+    except NbdQcowError as exc:
+        error(describe(exc))
+        return 1
     place = settings.socket or f"{settings.host}:{settings.port}"
     try:
         sock = connect(settings.host, settings.port, settings.socket)
@@ -367,7 +415,7 @@ def _list(settings: Settings) -> int:
         return 1
     with sock:
         try:
-            exports = list_exports(sock)
+            exports = list_exports(sock, tls)
         except (NbdQcowError, OSError) as exc:
             error(describe(exc))
             return 1
@@ -416,10 +464,12 @@ def _serve(settings: Settings, ready_fd: int) -> int:
 async def _serve_image(settings: Settings, ready_fd: int) -> None:
     from nbdqcow.cli.images import open_node
     from nbdqcow.cli.listening import listen_tcp, listen_unix, run_server
+    from nbdqcow.cli.objects import Objects
     from nbdqcow.cli.pid_file import write_pid_file
     from nbdqcow.server.options import ServerOptions
     from nbdqcow.server.server import Server
 
+    tls, may_use = _server_tls(settings, Objects(settings.objects))
     filename, options = settings.filename, {"discard": "ignore"}
     options |= settings.open_options
     if settings.image_opts:
@@ -437,6 +487,7 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
             wait_when_full=True,
             sole_is_default=False,
         )
+        tls,
     )
     try:
         _check_offset(settings, node)
@@ -448,6 +499,7 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
                 description=settings.description,
                 multi_conn=settings.shared != 1,
                 meta_contexts=_meta_contexts(settings, node),
+                may_use=may_use,
             )
         except ValueError as exc:
             raise UsageError(str(exc)) from None
@@ -490,6 +542,27 @@ def _meta_contexts(settings: Settings, node: "Node") -> list[str]:
             raise ImageError(f"Bitmap '{settings.bitmap}' is not found")
         contexts.append(DIRTY_BITMAP + settings.bitmap)
     return contexts
+
+
+def _server_tls(
+    settings: Settings, objects: "Objects"
+) -> tuple["ServerTls | None", Callable[[bytes | None], bool]]:
+    """Return the TLS that is asked for, and which clients it lets in.
+
+    Raises `UsageError`.
+    """
+    if settings.tls_creds is None:
+        return None, lambda certificate: True
+    from nbdqcow.server.tls import ServerTls
+
+    credentials = objects.credentials(settings.tls_creds, is_server=True)
+    if settings.tls_authz is None:
+        return ServerTls(credentials), lambda certificate: True
+    from nbdqcow.server.authz import by_certificate
+
+    if not credentials.verifies_peer:
+        raise UsageError("--tls-authz needs credentials with verify-peer=on")
+    return ServerTls(credentials), by_certificate(objects.rules(settings.tls_authz))
 
 
 def _as_qemu_says(filename: str, exc: ImageError) -> str:

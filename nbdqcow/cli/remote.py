@@ -1,6 +1,7 @@
 """What a server offers: ``nbdqcow-nbd --list``."""
 
 import socket
+import ssl
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,6 +13,7 @@ from nbdqcow.nbd.client import (
     OptionResult,
     RemoteExport,
 )
+from nbdqcow.tls import TlsCredentials, describe_tls_error
 
 _TIMEOUT: Final = 30.0
 """Seconds without a byte from the server."""
@@ -30,6 +32,15 @@ _FLAG_WORDS: Final = {
     nbd.FLAG_SEND_CACHE: "cache",
     nbd.FLAG_SEND_FAST_ZERO: "fast-zero",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTls:
+    """TLS to a server, which must have a certificate for ``hostname``; with
+    None, for any."""
+
+    credentials: TlsCredentials
+    hostname: str | None
 
 
 @dataclass(slots=True)
@@ -64,8 +75,11 @@ def connect(host: str, port: str, path: str | None) -> socket.socket:
     return sock
 
 
-def list_exports(sock: socket.socket) -> list[ListedExport]:
-    """Ask a server for its exports, and all about each of them.
+def list_exports(
+    sock: socket.socket, tls: ClientTls | None = None
+) -> list[ListedExport]:
+    """Ask a server for its exports, and all about each of them. With ``tls``
+    nothing else is said before the connection is encrypted.
 
     Raises `NbdQcowError` if it refuses or breaks the protocol, and `OSError`.
     """
@@ -73,6 +87,33 @@ def list_exports(sock: socket.socket) -> list[ListedExport]:
     _wait(sock, client)
     if not client.server_flags & nbd.FLAG_FIXED_NEWSTYLE:
         raise ProtocolError("the server is too old to list its exports")
+    if tls is not None:
+        with _start_tls(sock, client, tls) as encrypted:
+            return _list(encrypted, client)
+    return _list(sock, client)
+
+
+def _start_tls(
+    sock: socket.socket, client: ClientHandshake, tls: ClientTls
+) -> ssl.SSLSocket:
+    client.starttls()
+    answer = _answer(sock, client)
+    if answer.error:
+        raise NbdQcowError(
+            "the server does not offer TLS: "
+            f"{nbd.reply_name(answer.error)} {answer.text}".rstrip()
+        )
+    context = tls.credentials.context_blocking()
+    context.check_hostname = (
+        tls.hostname is not None and context.verify_mode is not ssl.CERT_NONE
+    )
+    try:
+        return context.wrap_socket(sock, server_hostname=tls.hostname)
+    except (OSError, ValueError) as exc:
+        raise NbdQcowError(f"TLS: {describe_tls_error(exc)}") from None
+
+
+def _list(sock: socket.socket, client: ClientHandshake) -> list[ListedExport]:
     client.structured_reply()
     structured = not _answer(sock, client).error
     client.list_exports()

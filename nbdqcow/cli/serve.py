@@ -4,12 +4,13 @@ import contextlib
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import click
 
 from nbdqcow.cli.messages import printable, program_name
+from nbdqcow.cli.tls_options import TlsSettings, take_tls, tls_options
 from nbdqcow.errors import ImageError, UsageError
 from nbdqcow.nbd.constants import DEFAULT_PORT
 from nbdqcow.nbd.uri import NbdUri
@@ -55,6 +56,7 @@ class ServeSettings:
         max_connections: clients at a time.
         handshake_timeout: seconds.
         pid_file: where to write the process ID, or None.
+        tls: of the server and of each export.
     """
 
     images: Sequence[tuple[str, str]]
@@ -65,6 +67,7 @@ class ServeSettings:
     max_connections: int
     handshake_timeout: float
     pid_file: str | None
+    tls: TlsSettings
 
 
 @click.command()
@@ -133,6 +136,7 @@ class ServeSettings:
     metavar="SECONDS",
     help="How long a client may take to choose an export.",
 )
+@tls_options
 @click.option("--pid-file", metavar="PATH", help="Write the process ID to a file.")
 @click.option("-v", "--verbose", is_flag=True, help="Log what clients do.")
 def serve(
@@ -149,6 +153,7 @@ def serve(
     handshake_timeout: float,
     pid_file: str | None,
     verbose: bool,
+    **others: Any,
 ) -> int:
     """Serve images over NBD until SIGTERM or SIGINT.
 
@@ -175,6 +180,7 @@ def serve(
         max_connections=max_connections,
         handshake_timeout=handshake_timeout,
         pid_file=pid_file,
+        tls=take_tls(others),
     )
     from nbdqcow.cli.runner import run
 
@@ -208,11 +214,14 @@ async def _serve(settings: ServeSettings) -> None:
     from nbdqcow.server.options import ServerOptions
     from nbdqcow.server.server import Server
 
+    tls = settings.tls
+    tls.check_exports([name for name, _ in settings.images])
     server = Server(
         ServerOptions(
             max_connections=settings.max_connections,
             handshake_timeout=settings.handshake_timeout,
-        )
+        ),
+        tls.server_tls(),
     )
     async with contextlib.AsyncExitStack() as stack:
         sizes = []
@@ -225,7 +234,12 @@ async def _serve(settings: ServeSettings) -> None:
             sizes.append(node.size)
             try:
                 server.add_export(
-                    name, node, read_only=settings.read_only, multi_conn=True
+                    name,
+                    node,
+                    read_only=settings.read_only,
+                    multi_conn=True,
+                    tls_only=tls.needs_tls(name),
+                    may_use=tls.may_use(name),
                 )
             except ValueError as exc:
                 raise UsageError(str(exc)) from None
@@ -274,17 +288,16 @@ def _announcement(
     lines = []
     for text, place in places:
         lines.append(f"{program_name()}: ready on {text}")
+        for (name, filename), size in zip(settings.images, sizes, strict=True):
+            uri = settings.tls.uri(place, name)
+            lines.append(f"    {uri}  {filename}, {format_size(size)}{mode}")
+    uri = settings.tls.uri(places[0][1], settings.images[0][0])
+    lines += ["attach with, for example:", f"    nbdinfo {shlex.quote(str(uri))}"]
+    if not uri.tls:
         lines += [
-            f"    {replace(place, export=name)}  {filename}, {format_size(size)}{mode}"
-            for (name, filename), size in zip(settings.images, sizes, strict=True)
+            f"    qemu-io -f raw {shlex.quote(str(uri))}",
+            f"    {_nbd_client_command(uri)}",
         ]
-    uri = replace(places[0][1], export=settings.images[0][0])
-    lines += [
-        "attach with, for example:",
-        f"    nbdinfo {shlex.quote(str(uri))}",
-        f"    qemu-io -f raw {shlex.quote(str(uri))}",
-        f"    {_nbd_client_command(uri)}",
-    ]
     return printable("\n".join(lines))
 
 

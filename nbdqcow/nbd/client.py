@@ -132,6 +132,11 @@ class ClientHandshake:
         """Begin the transmission phase; a server refuses by disconnecting."""
         self._ask(nbd.OPT_EXPORT_NAME, name.encode())
 
+    def starttls(self) -> None:
+        """Ask for TLS. Unless the answer is an error, the shell must upgrade
+        the connection before it asks anything else."""
+        self._ask(nbd.OPT_STARTTLS)
+
     def structured_reply(self) -> None:
         """Ask for structured replies."""
         self._ask(nbd.OPT_STRUCTURED_REPLY)

@@ -9,7 +9,9 @@ The shell that owns the connection feeds bytes in and sends bytes out::
         transport.write(handshake.data_to_send())
 
 It ends in TRANSMISSION, with ``export`` chosen and the first bytes of that
-phase in ``trailing``, or in CLOSED, with the reason in ``error``. Bad input
+phase in ``trailing``, or in CLOSED, with the reason in ``error``. In STARTTLS
+the shell sends what is queued, upgrades the connection, calls
+`ServerHandshake.tls_started`, and goes on with the decrypted bytes. Bad input
 never raises: an option that is wrong gets an error reply and the haggling goes
 on; a client that broke the protocol is sent what is due to it and CLOSED. The
 shell sends what is queued, then closes.
@@ -42,6 +44,9 @@ _MAX_QUERIES: Final = 1024
 _WILDCARDS: Final = frozenset(("base:", "qemu:", "qemu:dirty-bitmap:"))
 """Queries of LIST_META_CONTEXT that stand for all contexts that begin so
 (proto.md "The `base:` metadata namespace"; QEMU's interop/nbd.rst)."""
+_PLAIN_AFTER_STARTTLS: Final = "unencrypted bytes after STARTTLS"
+_MAY_ASK_FOR_TLS: Final = frozenset((nbd.OPT_EXPORT_NAME, nbd.OPT_INFO, nbd.OPT_GO))
+"""The options that may be answered with ERR_TLS_REQD where TLS is optional."""
 _KNOWN_CLIENT_FLAGS: Final = nbd.FLAG_C_FIXED_NEWSTYLE | nbd.FLAG_C_NO_ZEROES
 
 
@@ -49,8 +54,21 @@ class HandshakeState(enum.Enum):
     """Where a connection is."""
 
     HANDSHAKING = enum.auto()
+    STARTTLS = enum.auto()
     TRANSMISSION = enum.auto()
     CLOSED = enum.auto()
+
+
+class TlsMode(enum.Enum):
+    """How a server uses TLS: the modes of proto.md "TLS support".
+
+    OFF is NOTLS. ON is SELECTIVETLS: the client may begin TLS, and must for
+    the exports that are ``tls_only``. REQUIRED is FORCEDTLS.
+    """
+
+    OFF = enum.auto()
+    ON = enum.auto()
+    REQUIRED = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +84,7 @@ class ExportInfo:
             (proto.md "Size constraints").
         canonical_name: the answer to INFO_NAME if that is not ``name``.
         meta_contexts: names of the metadata contexts that a client may select.
+        tls_only: whether it can't be seen or chosen without TLS.
 
     Raises `ValueError` for a text that can't be sent (proto.md "Conventions").
     """
@@ -79,6 +98,7 @@ class ExportInfo:
     maximum_payload: int = nbd.DEFAULT_MAXIMUM_PAYLOAD
     canonical_name: str | None = None
     meta_contexts: Sequence[str] = ()
+    tls_only: bool = False
 
     def __post_init__(self) -> None:
         _check_string("export name", self.name)
@@ -124,22 +144,30 @@ class ServerHandshake:
         trailing: bytes that came after the handshake's last option.
         error: why the connection is CLOSED; None after an ABORT.
         shutting_down: set by the shell: every option but ABORT is refused.
+        encrypted: whether TLS has begun.
     """
 
     def __init__(
         self,
         exports: ExportSource,
         *,
+        tls: TlsMode = TlsMode.OFF,
+        may_use: Callable[[ExportInfo], bool] = lambda export: True,
         max_options: int = 4096,
         max_option_length: int = 64 << 10,
     ) -> None:
+        """``may_use`` says whether this client may use an export; it is asked
+        anew each time, so the answer may change when TLS has begun."""
         self.state = HandshakeState.HANDSHAKING
         self.export: ExportInfo | None = None
         self.terms = Terms()
         self.trailing = b""
         self.error: str | None = None
         self.shutting_down = False
+        self.encrypted = False
         self._exports = exports
+        self._tls = tls
+        self._may_use = may_use
         self._options_left = max_options
         self._max_option_length = max_option_length
         self._greeted = False
@@ -168,6 +196,8 @@ class ServerHandshake:
             return
         self._in += data
         try:
+            if self.state is HandshakeState.STARTTLS:
+                raise ProtocolError(_PLAIN_AFTER_STARTTLS)
             while self.state is HandshakeState.HANDSHAKING and self._step():
                 pass
         except ProtocolError as exc:
@@ -177,6 +207,14 @@ class ServerHandshake:
             self.trailing += bytes(self._in)
         if self.state is not HandshakeState.HANDSHAKING:
             self._in.clear()
+
+    def tls_started(self) -> None:
+        """Go on in a connection that is encrypted now. Nothing of what was
+        negotiated before remains (proto.md "Option types", STARTTLS)."""
+        assert self.state is HandshakeState.STARTTLS
+        self.encrypted = True
+        self.terms = Terms()
+        self.state = HandshakeState.HANDSHAKING
 
     def _step(self) -> bool:
         """Take one message from the input; False if it is not complete."""
@@ -253,6 +291,8 @@ class ServerHandshake:
         if option == nbd.OPT_EXPORT_NAME:
             if length > nbd.MAX_STRING_LENGTH:
                 raise ProtocolError(f"an export name of {length} bytes")
+            if self._tls is TlsMode.REQUIRED and not self.encrypted:
+                raise ProtocolError("EXPORT_NAME without TLS, which is required")
             return None
         if not self._fixed:
             raise ProtocolError(f"{name} from a client without fixed newstyle")
@@ -262,6 +302,12 @@ class ServerHandshake:
             raise ProtocolError(text)
         if self.shutting_down:
             return OptionError(nbd.REP_ERR_SHUTDOWN, "the server is shutting down")
+        if (
+            self._tls is TlsMode.REQUIRED
+            and not self.encrypted
+            and option != nbd.OPT_STARTTLS
+        ):
+            return OptionError(nbd.REP_ERR_TLS_REQD, "this server requires TLS")
         if option not in _HANDLERS:
             return OptionError(nbd.REP_ERR_UNSUP, f"{name} is not supported")
         if length > self._max_option_length:
@@ -286,7 +332,7 @@ class ServerHandshake:
 
     def _export_name(self, option: int, data: bytes) -> None:
         try:
-            export = self._find_export(data)
+            export = self._find_export(option, data)
         except OptionError as exc:
             # No error reply exists: "it MUST terminate the session".
             raise ProtocolError(exc.text) from None
@@ -303,6 +349,8 @@ class ServerHandshake:
         if data:
             raise OptionError(nbd.REP_ERR_INVALID, "LIST takes no data")
         for export in self._exports.list_exports():
+            if self._must_start_tls(export) or not self._may_use(export):
+                continue
             self._reply(
                 option,
                 nbd.REP_SERVER,
@@ -310,9 +358,23 @@ class ServerHandshake:
             )
         self._reply(option, nbd.REP_ACK)
 
+    def _starttls(self, option: int, data: bytes) -> None:
+        if data:
+            raise OptionError(nbd.REP_ERR_INVALID, "STARTTLS takes no data")
+        if self.encrypted:
+            raise OptionError(nbd.REP_ERR_INVALID, "TLS has begun already")
+        if self._tls is TlsMode.OFF:
+            raise OptionError(nbd.REP_ERR_POLICY, "TLS is not configured")
+        if self._in:
+            # Somebody between us and the client may have put it there, to have
+            # it taken for the client's own once the connection is secure.
+            raise ProtocolError(_PLAIN_AFTER_STARTTLS)
+        self._reply(option, nbd.REP_ACK)
+        self.state = HandshakeState.STARTTLS
+
     def _info(self, option: int, data: bytes) -> None:
         name, infos = _parse_info_request(data)
-        export = self._find_export(name)
+        export = self._find_export(option, name)
         self._reply(
             option,
             nbd.REP_INFO,
@@ -326,11 +388,23 @@ class ServerHandshake:
         if option == nbd.OPT_GO:
             self._enter_transmission(export)
 
-    def _find_export(self, name: bytes) -> ExportInfo:
+    def _find_export(self, option: int, name: bytes) -> ExportInfo:
+        """Return the export that ``option`` names. Raises `OptionError`."""
         decoded = _decode_string("export name", name)
         export = self._exports.find_export(decoded)
+        if export is not None and self._must_start_tls(export):
+            if option in _MAY_ASK_FOR_TLS:
+                raise OptionError(
+                    nbd.REP_ERR_TLS_REQD, f"the export {_quote(decoded)} requires TLS"
+                )
+            export = None
         if export is None:
             raise OptionError(nbd.REP_ERR_UNKNOWN, f"no export {_quote(decoded)}")
+        if not self._may_use(export):
+            raise OptionError(
+                nbd.REP_ERR_POLICY,
+                f"this client is not allowed to use the export {_quote(decoded)}",
+            )
         return export
 
     def _structured_reply(self, option: int, data: bytes) -> None:
@@ -387,7 +461,7 @@ class ServerHandshake:
                 f"{nbd.option_name(option)} without structured replies",
             )
         name, queries = _parse_meta_queries(data)
-        return self._find_export(name), queries
+        return self._find_export(option, name), queries
 
     def _transmission_flags(self, export: ExportInfo) -> int:
         flags = export.flags | nbd.FLAG_HAS_FLAGS
@@ -401,6 +475,9 @@ class ServerHandshake:
             flags |= nbd.FLAG_BLOCK_STATUS_PAYLOAD
         return flags
 
+    def _must_start_tls(self, export: ExportInfo) -> bool:
+        return export.tls_only and not self.encrypted
+
     def _enter_transmission(self, export: ExportInfo) -> None:
         if self.terms.contexts_export != export.name:
             # They were selected for another export.
@@ -412,6 +489,7 @@ class ServerHandshake:
 _HANDLERS: Final[dict[int, Callable[[ServerHandshake, int, bytes], None]]] = {
     nbd.OPT_EXPORT_NAME: ServerHandshake._export_name,
     nbd.OPT_LIST: ServerHandshake._list,
+    nbd.OPT_STARTTLS: ServerHandshake._starttls,
     nbd.OPT_INFO: ServerHandshake._info,
     nbd.OPT_GO: ServerHandshake._info,
     nbd.OPT_STRUCTURED_REPLY: ServerHandshake._structured_reply,

@@ -7,13 +7,22 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Final, cast
 
-from nbdqcow.nbd.handshake import ExportSource, HandshakeState, ServerHandshake
+from nbdqcow.nbd.handshake import (
+    ExportInfo,
+    ExportSource,
+    HandshakeState,
+    ServerHandshake,
+    TlsMode,
+)
 from nbdqcow.nbd.replies import ReplyStyle
 from nbdqcow.nbd.requests import COMPACT, EXTENDED, RequestReader
 from nbdqcow.server.dispatch import Shared
 from nbdqcow.server.export import Export
 from nbdqcow.server.inline import Transmission, peer_name
 from nbdqcow.server.options import ServerOptions
+from nbdqcow.server.tls import ServerTls, TlsTransport, peer_certificate, start_tls
+from nbdqcow.tls import describe_tls_error
+from nbdqcow.types import Buffer
 from nbdqcow.units import KiB, MiB
 
 logger = logging.getLogger(__name__)
@@ -37,6 +46,7 @@ class Connection(asyncio.BufferedProtocol):
         source: ExportSource,
         shared: Shared,
         options: ServerOptions,
+        tls: ServerTls | None,
         on_made: Callable[["Connection"], bool],
         on_closed: Callable[["Connection"], None],
     ) -> None:
@@ -49,13 +59,23 @@ class Connection(asyncio.BufferedProtocol):
         self._options = options
         self._on_made = on_made
         self._on_closed = on_closed
-        self._handshake = ServerHandshake(source)
+        self._tls = tls
+        self._handshake = ServerHandshake(
+            source, tls=tls.mode if tls else TlsMode.OFF, may_use=self._may_use
+        )
+        self._certificate: bytes | None = None
+        # Decrypted bytes that came before the upgraded transport did; None
+        # unless the connection is being upgraded.
+        self._early: bytearray | None = None
         self._buffer = memoryview(bytearray(_HANDSHAKE_BUFFER))
         self._transmission: Transmission | None = None
         self._transport: asyncio.Transport | None = None
+        self._peer = "client"
         self._timer: asyncio.TimerHandle | None = None
         self._welcome = False
         self._waiting = False
+        self._failed = False
+        self._lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Let the server `start` the client, or close one too many."""
@@ -70,6 +90,8 @@ class Connection(asyncio.BufferedProtocol):
         if self._waiting:
             self._waiting = False
             self._transport.resume_reading()
+        # Not when there is something to tell: the socket may be gone by then.
+        self._peer = peer_name(self._transport)
         _tune(self._transport.get_extra_info("socket"))
         self._timer = asyncio.get_running_loop().call_later(
             self._options.handshake_timeout, self._time_out
@@ -93,14 +115,31 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Go on with the handshake: `asyncio.BufferedProtocol`."""
+        data = self._buffer[:nbytes]
+        if self._early is None:
+            self._receive(data)
+        else:
+            self._early += data
+
+    def _receive(self, data: Buffer) -> None:
         assert self._transport is not None
         handshake = self._handshake
-        handshake.receive_data(self._buffer[:nbytes])
+        handshake.receive_data(data)
+        if handshake.state is HandshakeState.STARTTLS:
+            # Before the client can answer: what it sends next is for TLS.
+            self._transport.pause_reading()
         reply = handshake.data_to_send()
         if reply:
             self._transport.write(reply)
         if handshake.state is HandshakeState.TRANSMISSION:
             self._enter_transmission(self._transport)
+        elif handshake.state is HandshakeState.STARTTLS:
+            self._early = bytearray()
+            task = asyncio.get_running_loop().create_task(
+                self._upgrade(self._transport)
+            )
+            self._shared.tasks.add(task)
+            task.add_done_callback(self._shared.tasks.discard)
         elif handshake.state is HandshakeState.CLOSED:
             if handshake.error:
                 self._log_closed(handshake.error)
@@ -116,14 +155,48 @@ class Connection(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """The client has read its replies."""
         assert self._transport is not None
-        self._transport.resume_reading()
+        if self._early is None:
+            self._transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget a client that never came to the transmission phase."""
+        if self._lost:
+            return
+        self._lost = True
         if self._timer is not None:
             self._timer.cancel()
         if self._welcome:
             self._on_closed(self)
+
+    # -- TLS -------------------------------------------------------------------
+
+    async def _upgrade(self, transport: asyncio.Transport) -> None:
+        """Go on encrypted, or not at all."""
+        assert self._tls is not None
+        upgraded: asyncio.Transport | None = None
+        try:
+            upgraded = await start_tls(
+                transport, self, self._tls, self._options.handshake_timeout
+            )
+        except OSError as exc:
+            self._fail(f"TLS: {describe_tls_error(exc)}")
+        finally:
+            if upgraded is None:
+                transport.abort()
+                # Of one that is lost before TLS has begun we are not told.
+                self.connection_lost(None)
+        if upgraded is None or self._lost:
+            return
+        assert self._early is not None
+        early, self._early = self._early, None
+        self._transport = upgraded
+        self._certificate = peer_certificate(upgraded)
+        self._handshake.tls_started()
+        if early:
+            self._receive(early)
+
+    def _may_use(self, export: ExportInfo) -> bool:
+        return self._exports[export.name].may_use(self._certificate)
 
     # -- ending ----------------------------------------------------------------
 
@@ -147,13 +220,17 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.abort()
 
     def _time_out(self) -> None:
+        self._fail("no handshake in time")
+
+    def _fail(self, reason: str) -> None:
         assert self._transport is not None
-        self._log_closed("no handshake in time")
+        if not (self._lost or self._failed):
+            self._failed = True
+            self._log_closed(reason)
         self._transport.abort()
 
     def _log_closed(self, reason: str) -> None:
-        assert self._transport is not None
-        logger.warning("%s closed: %s", peer_name(self._transport), reason)
+        logger.warning("%s closed: %s", self._peer, reason)
 
     def _enter_transmission(self, transport: asyncio.Transport) -> None:
         assert self._handshake.export is not None
@@ -171,7 +248,7 @@ class Connection(asyncio.BufferedProtocol):
             reader.get_buffer()[: len(trailing)] = trailing
             reader.received(len(trailing))
         self._transmission = Transmission(
-            transport,
+            TlsTransport(transport) if self._handshake.encrypted else transport,
             reader,
             export,
             terms,

@@ -1,6 +1,6 @@
 """What is served: a node under a name, and which requests it takes."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from nbdqcow.block.status import DirtyBitmap, Extents
@@ -134,6 +134,8 @@ class Export:
         size: bytes.
         read_only: whether requests that change data are refused.
         info: what the handshake tells.
+        may_use: says whether the client with this certificate (DER; None if
+            it has shown none) may use the export.
     """
 
     def __init__(
@@ -145,6 +147,8 @@ class Export:
         description: str = "",
         multi_conn: bool = True,
         meta_contexts: Sequence[str] | None = None,
+        tls_only: bool = False,
+        may_use: Callable[[bytes | None], bool] = lambda certificate: True,
     ) -> None:
         """``multi_conn`` promises that a flush on one connection covers the
         writes of all: the node is shared, so it holds unless one is told
@@ -161,8 +165,14 @@ class Export:
         if meta_contexts is None:
             meta_contexts = all_meta_contexts(node)
         self.info = ExportInfo(
-            name, self.size, flags, description, meta_contexts=tuple(meta_contexts)
+            name,
+            self.size,
+            flags,
+            description,
+            meta_contexts=tuple(meta_contexts),
+            tls_only=tls_only,
         )
+        self.may_use = may_use
 
     @property
     def maximum_payload(self) -> int:

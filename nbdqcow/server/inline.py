@@ -31,6 +31,7 @@ from nbdqcow.server.dispatch import Dispatcher, Shared, error_text, request_erro
 from nbdqcow.server.export import Export, Refusal
 from nbdqcow.server.options import ServerOptions
 from nbdqcow.server.sendfile import FileSender
+from nbdqcow.server.tls import TlsTransport
 from nbdqcow.types import Buffer, Buffers
 from nbdqcow.units import KiB, MiB
 
@@ -92,6 +93,7 @@ class Transmission(asyncio.BufferedProtocol):
         requests is in flight any more.
         """
         self._transport = transport
+        self._encrypted = isinstance(transport, TlsTransport)
         self._reader = reader
         self._export = export
         self._node = export.node
@@ -164,8 +166,9 @@ class Transmission(asyncio.BufferedProtocol):
         """Serve what has arrived, then close."""
         self._eof = True
         self._schedule_run()
-        # Keep the other direction: the client may wait for its replies.
-        return True
+        # Keep the other direction: the client may wait for its replies. TLS
+        # ends both at once.
+        return not self._encrypted
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let requests in flight end without anybody to tell."""
@@ -376,6 +379,8 @@ class Transmission(asyncio.BufferedProtocol):
         command, flags, cookie, offset, length, payload = request
         try:
             if command == nbd.CMD_READ and length >= _VIEW_READ:
+                if self._encrypted:
+                    return self._try_copy(request)
                 if length <= _MAX_SENDFILE and self._try_sendfile(
                     cookie, offset, length
                 ):
@@ -397,6 +402,17 @@ class Transmission(asyncio.BufferedProtocol):
             self._fail(cookie, offset, exc)
             return True
         return False
+
+    def _try_copy(self, request: Request) -> bool:
+        """Serve a large read for encryption, which reads the data in this
+        process: were it a view, a file cut short would be a fatal signal."""
+        _, flags, cookie, offset, length, _ = request
+        data = self._node.try_pread(offset, length)
+        if data is None:
+            return False
+        whole = bool(flags & nbd.CMD_FLAG_DF)
+        self._out += self._replies.read(cookie, offset, (data,), whole=whole)
+        return True
 
     def _try_sendfile(self, cookie: bytes, offset: int, length: int) -> bool:
         """Send a read's reply past the transport, if nothing waits in it."""

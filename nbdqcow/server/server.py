@@ -18,6 +18,7 @@ from nbdqcow.server.connection import Connection
 from nbdqcow.server.dispatch import Shared
 from nbdqcow.server.export import Export, ExportedNode
 from nbdqcow.server.options import ServerOptions
+from nbdqcow.server.tls import ServerTls
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +39,12 @@ class Server:
             leaves and no client is left.
     """
 
-    def __init__(self, options: ServerOptions | None = None) -> None:
+    def __init__(
+        self, options: ServerOptions | None = None, tls: ServerTls | None = None
+    ) -> None:
         self.on_last_disconnect: Callable[[], None] | None = None
         self._options = options or ServerOptions()
+        self._tls = tls
         self._shared = Shared(BufferPool(), self._options.max_total_bytes)
         self._exports: dict[str, Export] = {}
         self._source = _Exports(self._exports, self._options.sole_is_default)
@@ -68,10 +72,15 @@ class Server:
         description: str = "",
         multi_conn: bool = True,
         meta_contexts: Sequence[str] | None = None,
+        tls_only: bool = False,
+        may_use: Callable[[bytes | None], bool] = lambda certificate: True,
     ) -> None:
         """Offer ``node`` under ``name``; "" is the default export; without one a
         sole export is it (`ServerOptions.sole_is_default`). ``meta_contexts`` are
         those offered: None for all that the node has.
+
+        One that is ``tls_only`` can't be had without TLS, and ``may_use`` says
+        which clients have it, by their certificates (DER, or None).
 
         Raises `ValueError` if the name is taken or can't be sent.
         """
@@ -84,6 +93,8 @@ class Server:
             description=description,
             multi_conn=multi_conn,
             meta_contexts=meta_contexts,
+            tls_only=tls_only,
+            may_use=may_use,
         )
 
     # -- listening ---------------------------------------------------------------
@@ -221,6 +232,7 @@ class Server:
             self._source,
             self._shared,
             self._options,
+            self._tls,
             self._on_made,
             self._on_closed,
         )

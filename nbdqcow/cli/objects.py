@@ -1,0 +1,263 @@
+"""``--object``: credentials, secrets and rules, with the properties of QEMU."""
+
+import base64
+import binascii
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from nbdqcow.cli.image_opts import parse_keyval
+from nbdqcow.errors import UsageError
+
+if TYPE_CHECKING:
+    from nbdqcow.server.authz import Rules
+    from nbdqcow.tls import TlsCredentials
+
+_BOOLEANS: Final = {"on": True, "yes": True, "off": False, "no": False}
+
+
+class Objects:
+    """The objects of a command line, by their ids."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        """Make the objects in their order. Raises `UsageError` and
+        `CredentialsError`."""
+        self._objects: dict[str, object] = {}
+        for text in texts:
+            properties = parse_object(text)
+            kind, name = properties.take("qom-type"), properties.take("id")
+            maker = _MAKERS.get(kind)
+            if maker is None:
+                raise UsageError(
+                    _UNSUPPORTED.get(kind)
+                    or f"Parameter 'qom-type' does not accept value '{kind}'"
+                )
+            if name in self._objects:
+                raise UsageError(f"there are two objects with the id '{name}'")
+            made = maker(self, properties)
+            properties.check_end()
+            self._objects[name] = made
+
+    def credentials(self, name: str, *, is_server: bool) -> "TlsCredentials":
+        """Return the credentials of that id. Raises `UsageError`."""
+        from nbdqcow.tls import TlsCredentials
+
+        prefix = "Failed to get TLS creds: "
+        found = self._objects.get(name)
+        if found is None:
+            raise UsageError(f"{prefix}No TLS credentials with id '{name}'")
+        if not isinstance(found, TlsCredentials):
+            raise UsageError(f"{prefix}Object with id '{name}' is not TLS credentials")
+        if found.is_server != is_server:
+            end = "server" if is_server else "client"
+            raise UsageError(f"{prefix}Expected TLS credentials for a {end} endpoint")
+        return found
+
+    def rules(self, name: str) -> "Rules":
+        """Return the rules of that id. Raises `UsageError`."""
+        found = self._objects.get(name)
+        if found is None:
+            raise UsageError(f"No authorization object with id '{name}'")
+        if not hasattr(found, "allow"):
+            raise UsageError(f"Object with id '{name}' is not for authorization")
+        rules: Rules = found
+        return rules
+
+    def secret(self, name: str) -> str:
+        """Return the text of a secret. Raises `UsageError`."""
+        found = self._objects.get(name)
+        if not isinstance(found, str):
+            raise UsageError(f"No secret with id '{name}'")
+        return found
+
+
+class Properties:
+    """An object's properties, each to be taken once."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self._given = dict(given)
+
+    def take(self, key: str) -> str:
+        """Return a text that must be there. Raises `UsageError`."""
+        value = self.take_optional(key)
+        if value is None:
+            raise UsageError(f"Parameter '{key}' is missing")
+        return value
+
+    def take_optional(self, key: str) -> str | None:
+        """Return a text or None. Raises `UsageError` for anything else."""
+        value = self._given.pop(key, None)
+        if value is not None and not isinstance(value, str):
+            raise UsageError(f"Invalid parameter type for '{key}', expected: string")
+        return value
+
+    def take_boolean(self, key: str, default: bool) -> bool:
+        """Return a truth value. Raises `UsageError`."""
+        value = self._given.pop(key, default)
+        if isinstance(value, str):
+            value = _BOOLEANS.get(value)
+        if not isinstance(value, bool):
+            raise UsageError(f"Parameter '{key}' expects 'on' or 'off'")
+        return value
+
+    def take_choice(self, key: str, choices: Sequence[str], default: str) -> str:
+        """Return one of a few words. Raises `UsageError`."""
+        value = self.take_optional(key)
+        if value is None:
+            return default
+        if value not in choices:
+            raise UsageError(f"Parameter '{key}' does not accept value '{value}'")
+        return value
+
+    def take_rest(self) -> dict[str, Any]:
+        """Return all that was not taken."""
+        rest, self._given = self._given, {}
+        return rest
+
+    def check_end(self) -> None:
+        """Raise `UsageError` unless all was taken."""
+        for key in self._given:
+            raise UsageError(f"Parameter '{key}' is unexpected")
+
+
+def parse_object(text: str) -> Properties:
+    """Return the properties of ``TYPE,id=ID,...`` or of a JSON object.
+
+    Raises `UsageError`.
+    """
+    if text.startswith("{"):
+        try:
+            given = json.loads(text)
+        except (ValueError, RecursionError) as exc:
+            raise UsageError(f"--object {text}: not JSON: {exc}") from None
+        return Properties(given)
+    kind, _, rest = text.partition(",")
+    if "=" in kind:
+        return Properties(parse_keyval(text))
+    return Properties(({"qom-type": kind} if kind else {}) | parse_keyval(rest))
+
+
+def _secret(objects: Objects, properties: Properties) -> str:
+    data, path = properties.take_optional("data"), properties.take_optional("file")
+    encoding = properties.take_choice("format", ("raw", "base64"), "raw")
+    if (data is None) == (path is None):
+        one = "Either 'file' or 'data' must be provided"
+        raise UsageError(one if data is None else f"{one}, not both")
+    if path is not None:
+        try:
+            with open(path, encoding="utf-8") as file:
+                data = file.read(1 << 20)
+        except OSError as exc:
+            raise UsageError(f"Unable to read {path}: {exc.strerror}") from None
+        except ValueError:
+            raise UsageError(f"{path} is not text") from None
+    assert data is not None
+    if encoding == "base64":
+        try:
+            return base64.b64decode(data, validate=True).decode()
+        except (binascii.Error, ValueError):
+            raise UsageError("Unable to decode base64 in the secret") from None
+    return data
+
+
+def _tls_creds_x509(objects: Objects, properties: Properties) -> "TlsCredentials":
+    from nbdqcow.tls import VerifyPeer, X509Credentials
+
+    password = properties.take_optional("passwordid")
+    # What QEMU checks when it starts, OpenSSL checks in each handshake.
+    properties.take_boolean("sanity-check", True)
+    verify = properties.take_boolean("verify-peer", True)
+    return X509Credentials(
+        _directory(properties),
+        is_server=_is_server(properties),
+        verify_peer=VerifyPeer.ON if verify else VerifyPeer.OFF,
+        priority=properties.take_optional("priority"),
+        password=None if password is None else objects.secret(password),
+    )
+
+
+def _tls_creds_psk(objects: Objects, properties: Properties) -> "TlsCredentials":
+    from nbdqcow.tls import PSK_KEYS, PskCredentials
+
+    properties.take_boolean("verify-peer", True)
+    return PskCredentials(
+        os.path.join(_directory(properties), PSK_KEYS),
+        is_server=_is_server(properties),
+        username=properties.take_optional("username") or "qemu",
+        priority=properties.take_optional("priority"),
+    )
+
+
+def _directory(properties: Properties) -> str:
+    directory = properties.take_optional("dir")
+    if directory is None:
+        raise UsageError("Missing 'dir' property value")
+    return directory
+
+
+def _is_server(properties: Properties) -> bool:
+    ends = ("client", "server")
+    return properties.take_choice("endpoint", ends, "client") == "server"
+
+
+def _authz_simple(objects: Objects, properties: Properties) -> "Rules":
+    from nbdqcow.server.authz import Rule, RuleList
+
+    return RuleList([Rule(properties.take("identity"), True)])
+
+
+def _authz_list(objects: Objects, properties: Properties) -> "Rules":
+    from nbdqcow.server.authz import parse_rules
+
+    return parse_rules(_nest_rules(properties.take_rest()))
+
+
+def _authz_list_file(objects: Objects, properties: Properties) -> "Rules":
+    from nbdqcow.server.authz import RuleFile
+
+    refresh = properties.take_boolean("refresh", True)
+    return RuleFile(properties.take("filename"), refresh=refresh)
+
+
+def _nest_rules(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``rules.0.match=...`` as a list ``rules``. Raises `UsageError`."""
+    nested: dict[str, Any] = {}
+    rules: dict[int, dict[str, Any]] = {}
+    for key, value in flat.items():
+        first, _, rest = key.partition(".")
+        index, _, name = rest.partition(".")
+        if first != "rules" or not rest:
+            nested[key] = value
+        elif index.isascii() and index.isdigit() and len(index) < 7 and name:
+            rules.setdefault(int(index), {})[name] = value
+        else:
+            _unexpected(key)
+    if rules:
+        if sorted(rules) != list(range(len(rules))) or "rules" in nested:
+            raise UsageError("'rules' must be numbered from 0 without a gap")
+        nested["rules"] = [rules[index] for index in range(len(rules))]
+    return nested
+
+
+def _unexpected(key: str) -> NoReturn:
+    raise UsageError(f"Parameter '{key}' is unexpected")
+
+
+_MAKERS: Final[dict[str, Callable[[Objects, Properties], object]]] = {
+    "secret": _secret,
+    "tls-creds-x509": _tls_creds_x509,
+    "tls-creds-psk": _tls_creds_psk,
+    "authz-simple": _authz_simple,
+    "authz-list": _authz_list,
+    "authz-listfile": _authz_list_file,
+    "authz-list-file": _authz_list_file,
+}
+_UNSUPPORTED: Final = {
+    "tls-creds-anon": (
+        "tls-creds-anon is not supported: without certificates or keys nobody "
+        "knows who is at the other end; use tls-creds-x509 or tls-creds-psk"
+    ),
+    "authz-pam": "authz-pam is not supported: use authz-list or authz-listfile",
+    "secret_keyring": "secret_keyring is not supported: use secret",
+}

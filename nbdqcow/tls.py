@@ -1,0 +1,337 @@
+"""TLS credentials: directories as QEMU and libnbd lay them out.
+
+A directory has ``ca-cert.pem`` and perhaps ``ca-crl.pem``; for a server
+``server-cert.pem`` and ``server-key.pem``, for a client perhaps
+``client-cert.pem`` and ``client-key.pem``. One for pre-shared keys has
+`PSK_KEYS`. Diffie-Hellman parameters (``dh-params.pem``) are not needed.
+
+The files are looked at for every connection, so new ones are used without a
+restart. A new set that can't be used is reported once, and the old one stays.
+"""
+
+import enum
+import logging
+import os
+import ssl
+import sys
+import threading
+from abc import ABC, abstractmethod
+from typing import Final
+
+from nbdqcow.errors import CredentialsError
+
+logger = logging.getLogger(__name__)
+
+CA_CERT: Final = "ca-cert.pem"
+CA_CRL: Final = "ca-crl.pem"
+PSK_KEYS: Final = "keys.psk"
+
+_MAX_PSK_FILE: Final = 1 << 20
+_MAX_PSK_KEY: Final = 256
+"""Bytes: more than OpenSSL takes."""
+
+_VERSIONS: Final = {
+    "TLS1.2": ssl.TLSVersion.TLSv1_2,
+    "TLS1.3": ssl.TLSVersion.TLSv1_3,
+}
+_ALL_VERSIONS: Final = frozenset(_VERSIONS.values())
+_OLD_VERSIONS: Final = ("SSL3.0", "TLS1.0", "TLS1.1", "DTLS1.0", "DTLS1.2")
+_BASE_PRIORITIES: Final = ("NORMAL", "SECURE128", "SYSTEM", "@SYSTEM")
+
+
+class VerifyPeer(enum.Enum):
+    """Whether a server wants certificates of its clients."""
+
+    OFF = "off"
+    OPTIONAL = "optional"
+    """One that is shown must be good."""
+    ON = "on"
+
+
+class TlsCredentials(ABC):
+    """Files, and the `ssl.SSLContext` made of them.
+
+    Attributes:
+        is_server: which end of the connection this is.
+    """
+
+    def __init__(
+        self, directory: str, *, is_server: bool, priority: str | None = None
+    ) -> None:
+        """Load the files for the first time. Raises `CredentialsError`."""
+        self.is_server = is_server
+        self._directory = directory
+        self._versions = parse_priority(priority or "NORMAL")
+        self._lock = threading.Lock()
+        self._files = self._look()
+        self._first_files = self._files
+        self._context = self._load()
+
+    def context_blocking(self) -> ssl.SSLContext:
+        """Return the context for a new connection. Thread-safe."""
+        with self._lock:
+            files = self._look()
+            if files == self._files:
+                return self._context
+            self._files = files
+            try:
+                for name, first in self._first_files.items():
+                    # Without its revocation list a server would let in those
+                    # that were locked out.
+                    if first is not None and files[name] is None:
+                        raise _missing(self._path(name))
+                self._context = self._load()
+            except CredentialsError as exc:
+                logger.warning("the TLS credentials stay as they were: %s", exc)
+            else:
+                logger.info("the TLS credentials in %s are new", self._directory)
+            return self._context
+
+    @property
+    def verifies_peer(self) -> bool:
+        """Whether the peer's certificate is asked for and checked."""
+        return self._context.verify_mode is not ssl.CERT_NONE
+
+    @property
+    @abstractmethod
+    def _names(self) -> tuple[str, ...]:
+        """The files that matter."""
+
+    @abstractmethod
+    def _load(self) -> ssl.SSLContext:
+        """Make a context of the files. Raises `CredentialsError`."""
+
+    def _look(self) -> dict[str, tuple[int, int, int] | None]:
+        """Return what changes when a file does; None for one that is not there."""
+        found: dict[str, tuple[int, int, int] | None] = {}
+        for name in self._names:
+            try:
+                status = os.stat(self._path(name))
+            except OSError:
+                found[name] = None
+            else:
+                found[name] = status.st_mtime_ns, status.st_ino, status.st_size
+        return found
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self._directory, name)
+
+    def _new_context(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(
+            ssl.PROTOCOL_TLS_SERVER if self.is_server else ssl.PROTOCOL_TLS_CLIENT
+        )
+        context.minimum_version = min(self._versions)
+        context.maximum_version = max(self._versions)
+        # A client that renegotiates could have a reply wait for it, and a
+        # resumed session was not checked against a new revocation list.
+        context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
+        if self.is_server:
+            context.num_tickets = 0
+        return context
+
+
+class X509Credentials(TlsCredentials):
+    """Certificates.
+
+    The certificate authority is trusted whether or not it is a root. With a
+    revocation list, the peer's certificate must not be on it, and the list
+    must be of the peer's issuer and not out of date.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        is_server: bool,
+        verify_peer: VerifyPeer = VerifyPeer.ON,
+        priority: str | None = None,
+        password: str | None = None,
+    ) -> None:
+        """``password`` is that of the key file. A client that verifies its
+        peer checks the host name too, where it knows one."""
+        self._verify_peer = verify_peer
+        self._password = password
+        end = "server" if is_server else "client"
+        self._cert_name = f"{end}-cert.pem"
+        self._key_name = f"{end}-key.pem"
+        super().__init__(directory, is_server=is_server, priority=priority)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return CA_CERT, CA_CRL, self._cert_name, self._key_name
+
+    def _load(self) -> ssl.SSLContext:
+        context = self._new_context()
+        context.check_hostname = False
+        if self._verify_peer is VerifyPeer.OFF:
+            context.verify_mode = ssl.CERT_NONE
+        else:
+            self._load_authority(context)
+            optional = self._verify_peer is VerifyPeer.OPTIONAL
+            context.verify_mode = ssl.CERT_OPTIONAL if optional else ssl.CERT_REQUIRED
+        if self.is_server or os.path.exists(self._path(self._cert_name)):
+            self._load_own(context)
+        return context
+
+    def _load_authority(self, context: ssl.SSLContext) -> None:
+        self._load_trusted(context, CA_CERT)
+        context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
+        if os.path.exists(self._path(CA_CRL)):
+            self._load_trusted(context, CA_CRL)
+            context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
+
+    def _load_trusted(self, context: ssl.SSLContext, name: str) -> None:
+        path = self._path(name)
+        try:
+            context.load_verify_locations(path)
+        except ssl.SSLError as exc:
+            raise _unusable(path, exc) from None
+        except OSError as exc:
+            raise _unreadable(path, exc) from None
+
+    def _load_own(self, context: ssl.SSLContext) -> None:
+        cert, key = self._path(self._cert_name), self._path(self._key_name)
+        for path in (cert, key):
+            # OpenSSL's errors don't say which of the two files they are about.
+            try:
+                os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            except OSError as exc:
+                raise _unreadable(path, exc) from None
+        try:
+            # With no password given OpenSSL asks for it on the terminal.
+            context.load_cert_chain(cert, key, password=self._password or "")
+        except ssl.SSLError as exc:
+            if exc.reason == "KEY_VALUES_MISMATCH":
+                raise CredentialsError(f"{key} is not the key of {cert}") from None
+            raise _unusable(f"{cert} or {key}", exc) from None
+        except (OSError, ValueError) as exc:
+            raise CredentialsError(f"Unable to use {cert} and {key}: {exc}") from None
+
+
+class PskCredentials(TlsCredentials):
+    """Pre-shared keys: a file has lines ``USER:KEY``, the key in hex, as
+    GnuTLS's psktool writes them. A client uses the key of ``username``."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        is_server: bool,
+        username: str = "qemu",
+        priority: str | None = None,
+    ) -> None:
+        if not getattr(ssl, "HAS_PSK", False):
+            raise CredentialsError("TLS-PSK needs Python 3.13")
+        directory, self._name = os.path.split(path)
+        self._username = username
+        super().__init__(directory, is_server=is_server, priority=priority)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return (self._name,)
+
+    def _load(self) -> ssl.SSLContext:
+        path = self._path(self._name)
+        keys = load_psk_file(path)
+        context = self._new_context()
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        context.set_ciphers("ECDHE+PSK:PSK+AESGCM:PSK")
+        if sys.version_info >= (3, 13):
+            if self.is_server:
+                context.set_psk_server_callback(
+                    lambda identity: keys.get(identity or "", b"")
+                )
+            else:
+                if self._username not in keys:
+                    raise CredentialsError(f"{path} has no key of '{self._username}'")
+                answer = self._username, keys[self._username]
+                context.set_psk_client_callback(lambda hint: answer)
+        return context
+
+
+def load_psk_file(path: str) -> dict[str, bytes]:
+    """Return the key of each user. Raises `CredentialsError`."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_MAX_PSK_FILE + 1)
+    except OSError as exc:
+        raise _unreadable(path, exc) from None
+    if len(content) > _MAX_PSK_FILE:
+        raise CredentialsError(f"{path} is larger than {_MAX_PSK_FILE} bytes")
+    keys: dict[str, bytes] = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip() or line.startswith(b"#"):
+            continue
+        user, colon, digits = line.rpartition(b":")
+        try:
+            name, key = user.decode(), bytes.fromhex(digits.decode())
+        except ValueError:
+            name, key = "", b""
+        if not (colon and name and 0 < len(key) <= _MAX_PSK_KEY):
+            raise CredentialsError(f"{path}: line {number} is not USER:HEXKEY")
+        keys[name] = key
+    return keys
+
+
+def parse_priority(text: str) -> frozenset[ssl.TLSVersion]:
+    """Return the versions of TLS that a GnuTLS priority string allows.
+
+    Of those strings we have the base (``NORMAL``) and the versions
+    (``-VERS-TLS1.3``); ciphers are OpenSSL's default. Raises
+    `CredentialsError` for all else.
+    """
+    base, *modifiers = text.split(":")
+    versions = set(_ALL_VERSIONS)
+    if base not in _BASE_PRIORITIES:
+        raise CredentialsError(
+            f"priority '{text}' must begin with one of {', '.join(_BASE_PRIORITIES)}"
+        )
+    for modifier in modifiers:
+        sign, name = modifier[:1], modifier[1:].removeprefix("VERS-")
+        if sign not in ("+", "-", "!") or not modifier[1:].startswith("VERS-"):
+            raise CredentialsError(
+                f"'{modifier}' in priority '{text}' is not supported: only "
+                "versions can be chosen, as in NORMAL:-VERS-TLS1.3"
+            )
+        if name in ("ALL", "TLS-ALL"):
+            chosen = set(_ALL_VERSIONS)
+        elif name in _VERSIONS:
+            chosen = {_VERSIONS[name]}
+        elif name in _OLD_VERSIONS and sign != "+":
+            continue
+        else:
+            raise CredentialsError(f"'{name}' in priority '{text}' is not supported")
+        versions = versions | chosen if sign == "+" else versions - chosen
+    if not versions:
+        raise CredentialsError(f"priority '{text}' leaves no version of TLS")
+    return frozenset(versions)
+
+
+def describe_tls_error(exc: BaseException) -> str:
+    """Return a TLS failure in words, without the place in Python's source."""
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return f"the peer's certificate is refused: {exc.verify_message}"
+    if isinstance(exc, ssl.SSLError) and exc.reason:
+        return str(exc.reason).replace("_", " ").lower()
+    if isinstance(exc, ConnectionError) or not str(exc):
+        return "the connection was closed"
+    return str(exc)
+
+
+def _missing(path: str) -> CredentialsError:
+    return CredentialsError(
+        f"Unable to access credentials {path}: No such file or directory"
+    )
+
+
+def _unreadable(path: str, exc: OSError) -> CredentialsError:
+    return CredentialsError(f"Unable to access credentials {path}: {exc.strerror}")
+
+
+def _unusable(what: str, exc: ssl.SSLError) -> CredentialsError:
+    # For what is no PEM at all OpenSSL has no reason.
+    reason = exc.reason or "no PEM file, or a key whose password is not known"
+    return CredentialsError(
+        f"Unable to use credentials {what}: {reason.replace('_', ' ')}"
+    )

@@ -1,0 +1,415 @@
+"""TLS on the server's connections, on both event loops."""
+
+import asyncio
+import ssl
+from contextlib import asynccontextmanager
+
+import pytest
+
+from nbdqcow.nbd import codec
+from nbdqcow.nbd import constants as nbd
+from nbdqcow.nbd.handshake import TlsMode
+from nbdqcow.server.authz import AllowNames, by_certificate
+from nbdqcow.server.options import ServerOptions
+from nbdqcow.server.server import Server
+from nbdqcow.server.tls import ServerTls
+from nbdqcow.tls import VerifyPeer, X509Credentials
+from tests.block.server.support import Client, FakeNode, Served
+from tests.certificates import Authority
+
+pytestmark = pytest.mark.asyncio
+
+ALICE = "O=Example,CN=alice"
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory):
+    """A directory with an authority, a server and three clients."""
+    directory = tmp_path_factory.mktemp("pki")
+    authority = Authority()
+    authority.write_server(directory / "server")
+    for name in ("alice", "bob"):
+        authority.write_client(directory / name, authority.client(name))
+    authority.write_client(directory / "nobody")
+    return directory
+
+
+@asynccontextmanager
+async def serving_tls(
+    path, pki, *nodes, mode=TlsMode.REQUIRED, verify=VerifyPeer.OFF, options=None,
+    exports=(), directory="server",
+):  # fmt: skip
+    """Serve nodes over TLS as "", "1", "2"...; ``exports`` has arguments of
+    `Server.add_export` for each."""
+    credentials = X509Credentials(
+        str(pki / directory), is_server=True, verify_peer=verify
+    )
+    server = Server(options, ServerTls(credentials, mode))
+    for index, node in enumerate(nodes):
+        arguments = exports[index] if index < len(exports) else {}
+        server.add_export(str(index or ""), node, **arguments)
+    await server.listen_unix(str(path / "socket"))
+    served = Served(server, path / "socket")
+    served.running = asyncio.create_task(server.run_until_stopped())
+    try:
+        yield served
+    finally:
+        for node in nodes:
+            node.gate.set()
+        for client in served.clients:
+            client.writer.transport.abort()
+        await served.stop()
+        await asyncio.sleep(0.01)
+        for node in nodes:
+            assert not node.tokens
+
+
+def client_context(pki, name="nobody"):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(str(pki / name / "ca-cert.pem"))
+    if name != "nobody":
+        context.load_cert_chain(
+            str(pki / name / "client-cert.pem"), str(pki / name / "client-key.pem")
+        )
+    return context
+
+
+class TlsClient(Client):
+    async def option(self, option, data=b""):
+        """Return the type and the data of the last reply to an option."""
+        self.writer.write(codec.option_request(option, data))
+        while True:
+            head = await self.reader.readexactly(codec.OPTION_REPLY.size)
+            _, _, reply, length = codec.OPTION_REPLY.unpack(head)
+            body = await self.reader.readexactly(length)
+            if reply == nbd.REP_ACK or reply & nbd.REP_FLAG_ERROR:
+                return reply, body
+
+    async def starttls(self):
+        await self.greet()
+        return (await self.option(nbd.OPT_STARTTLS))[0]
+
+    async def upgrade(self, context):
+        await self.writer.start_tls(context, server_hostname="localhost")
+
+
+async def connect(served, pki, name="nobody", context=None):
+    """Return a client that has begun TLS."""
+    plain = await served.connect_raw()
+    client = TlsClient(plain.reader, plain.writer)
+    served.clients[-1] = client
+    assert await client.starttls() == nbd.REP_ACK
+    await client.upgrade(context or client_context(pki, name))
+    return client
+
+
+async def gone(client):
+    """Whether the server has closed, however it did."""
+    try:
+        return await asyncio.wait_for(client.reader.read(1 << 20), 20) == b""
+    except OSError:
+        return True
+
+
+# -- it works ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["1.2", "1.3"]
+)
+async def test_requests_over_tls(tmp_path, pki, version):
+    node = FakeNode(4 << 20)
+    expected = bytes(node.data)
+    async with serving_tls(tmp_path, pki, node) as served:
+        context = client_context(pki)
+        context.minimum_version = context.maximum_version = version
+        client = await connect(served, pki, context=context)
+        await client.go("")
+        assert client.size == node.size
+        for offset, length in [(0, 1), (5, 4096), (100, 70000), (0, 4 << 20)]:
+            assert await client.read(offset, length) == expected[offset:][:length]
+        for length in (1, 4096, 65536, 65537, 3 << 20):
+            data = bytes(reversed(expected[:length]))
+            assert await client.write(7, data) == 0
+            assert node.data[7 : 7 + length] == data
+        await client.disconnect()
+    # What is encrypted is read in this process, so it must not be a mapped file.
+    assert not node.nb_tokens
+
+
+async def test_many_requests_at_once(tmp_path, pki):
+    node = FakeNode()
+    expected = bytes(node.data)
+    async with serving_tls(tmp_path, pki, node) as served:
+        client = await connect(served, pki)
+        await client.go("")
+        for node.inline in (True, False):
+            offsets = range(0, 900000, 5000)
+            first = client.nb_cookies + 1
+            client.writer.write(
+                b"".join(client.request(nbd.CMD_READ, o, 5000) for o in offsets)
+            )
+            answers = {}
+            for _ in offsets:
+                cookie, error, data = await client.reply(5000)
+                assert not error
+                answers[cookie] = data
+            for cookie, offset in enumerate(offsets, first):
+                assert answers[cookie] == expected[offset : offset + 5000]
+
+
+async def test_client_that_does_not_read(tmp_path, pki):
+    node = FakeNode(8 << 20)
+    expected = bytes(node.data)
+    async with serving_tls(tmp_path, pki, node) as served:
+        client = await connect(served, pki)
+        await client.go("")
+        nb_requests = 64
+        client.writer.write(
+            b"".join(
+                client.request(nbd.CMD_READ, i, 1 << 20) for i in range(nb_requests)
+            )
+        )
+        await asyncio.sleep(0.3)
+        nb_served = len(node.log)
+        assert nb_served < nb_requests
+        await asyncio.sleep(0.1)
+        assert len(node.log) == nb_served
+        for i in range(nb_requests):
+            cookie, error, data = await client.reply(1 << 20)
+            assert (cookie, error) == (i + 1, 0)
+            assert data == expected[i : i + (1 << 20)]
+
+
+async def test_requests_right_behind_the_handshake(tmp_path, pki):
+    # They may be decrypted before the server has its new transport.
+    node = FakeNode()
+    async with serving_tls(tmp_path, pki, node) as served:
+        for _ in range(20):
+            client = await connect(served, pki)
+            request = client.request(nbd.CMD_READ, 3, 1000)
+            await client.go("", trailing=request)
+            assert await client.reply(1000) == (1, 0, bytes(node.data[3:1003]))
+            client.close()
+
+
+async def test_disconnect_without_a_word(tmp_path, pki):
+    node = FakeNode()
+    async with serving_tls(tmp_path, pki, node) as served:
+        for _ in range(3):
+            client = await connect(served, pki)
+            await client.go("")
+            assert await client.write(0, b"x" * 100) == 0
+            client.writer.transport.abort()
+        other = await connect(served, pki)
+        await other.go("")
+        assert await other.read(0, 4) == b"xxxx"
+
+
+async def test_stop_while_clients_are_there(tmp_path, pki):
+    node = FakeNode()
+    async with serving_tls(tmp_path, pki, node) as served:
+        idle = await connect(served, pki)
+        await idle.go("")
+        haggling = await connect(served, pki)
+        await served.stop()
+        assert await gone(idle)
+        assert await gone(haggling)
+    assert ("flush",) in node.log
+
+
+# -- modes -------------------------------------------------------------------------
+
+
+async def test_tls_is_required(tmp_path, pki):
+    async with serving_tls(tmp_path, pki, FakeNode()) as served:
+        plain = await served.connect_raw()
+        client = TlsClient(plain.reader, plain.writer)
+        await client.greet()
+        for option in (nbd.OPT_LIST, nbd.OPT_STRUCTURED_REPLY):
+            assert (await client.option(option))[0] == nbd.REP_ERR_TLS_REQD
+        data = codec.info_request("")
+        assert (await client.option(nbd.OPT_GO, data))[0] == nbd.REP_ERR_TLS_REQD
+        # And it still can begin.
+        assert (await client.option(nbd.OPT_STARTTLS))[0] == nbd.REP_ACK
+        await client.upgrade(client_context(pki))
+        await client.go("")
+
+
+async def test_tls_for_one_export(tmp_path, pki):
+    nodes = FakeNode(), FakeNode()
+    async with serving_tls(
+        tmp_path, pki, *nodes, mode=TlsMode.ON, exports=({}, {"tls_only": True})
+    ) as served:
+        data = codec.info_request("1")
+        plain = await served.connect_raw()
+        client = TlsClient(plain.reader, plain.writer)
+        await client.greet()
+        assert (await client.option(nbd.OPT_GO, data))[0] == nbd.REP_ERR_TLS_REQD
+        await client.go("")
+        assert len(await client.read(0, 10)) == 10
+        encrypted = await connect(served, pki)
+        await encrypted.go("1")
+        assert len(await encrypted.read(0, 10)) == 10
+
+
+# -- certificates ------------------------------------------------------------------
+
+
+async def test_client_certificate_is_required(tmp_path, pki):
+    async with serving_tls(tmp_path, pki, FakeNode(), verify=VerifyPeer.ON) as served:
+        client = await connect(served, pki, "alice")
+        await client.go("")
+        with pytest.raises((OSError, asyncio.IncompleteReadError)):
+            # With TLS 1.3 the client learns of it after the handshake.
+            client = await connect(served, pki, "nobody")
+            await client.go("")
+
+
+async def test_client_certificate_is_optional(tmp_path, pki):
+    allowed = by_certificate(AllowNames(frozenset((ALICE,))))
+    nodes = FakeNode(), FakeNode()
+    async with serving_tls(
+        tmp_path,
+        pki,
+        *nodes,
+        verify=VerifyPeer.OPTIONAL,
+        exports=({}, {"may_use": allowed}),
+    ) as served:
+        data = codec.info_request("1")
+        for name, answer in {
+            "alice": nbd.REP_ACK,
+            "bob": nbd.REP_ERR_POLICY,
+            "nobody": nbd.REP_ERR_POLICY,
+        }.items():
+            client = await connect(served, pki, name)
+            reply, text = await client.option(nbd.OPT_INFO, data)
+            assert reply == answer
+            if reply != nbd.REP_ACK:
+                assert b"not allowed" in text
+            await client.go("")
+
+
+async def test_certificate_of_another_authority(tmp_path, pki):
+    stranger = Authority("stranger")
+    directory = tmp_path / "stranger"
+    stranger.write_client(directory, stranger.client("alice"))
+    for verify in (VerifyPeer.ON, VerifyPeer.OPTIONAL):
+        async with serving_tls(tmp_path, pki, FakeNode(), verify=verify) as served:
+            context = client_context(pki)
+            context.load_cert_chain(
+                str(directory / "client-cert.pem"), str(directory / "client-key.pem")
+            )
+            with pytest.raises((OSError, asyncio.IncompleteReadError)):
+                client = await connect(served, pki, context=context)
+                await client.go("")
+
+
+async def test_new_certificates_without_a_restart(tmp_path, pki, caplog):
+    old, new = Authority("old"), Authority("new")
+    directory = old.write_server(tmp_path / "server")
+    old.write_client(tmp_path / "old")
+    new.write_client(tmp_path / "new")
+    # The socket's directory is one of its own.
+    path = tmp_path / "run"
+    path.mkdir()
+    async with serving_tls(path, tmp_path, FakeNode(), directory="server") as served:
+
+        async def trusted_by(name):
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.load_verify_locations(str(tmp_path / name / "ca-cert.pem"))
+            try:
+                client = await connect(served, tmp_path, context=context)
+            except ssl.SSLCertVerificationError:
+                return False
+            await client.go("")
+            return True
+
+        assert await trusted_by("old")
+        (directory / "server-key.pem").write_bytes(b"broken")
+        for _ in range(3):
+            assert await trusted_by("old")
+        complaints = [r for r in caplog.records if "stay as they were" in r.message]
+        assert len(complaints) == 1
+        new.write_server(directory)
+        assert await trusted_by("new")
+        assert not await trusted_by("old")
+
+
+# -- handshakes that fail ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("injected", [b"\0", codec.option_request(nbd.OPT_LIST)])
+async def test_bytes_with_starttls(tmp_path, pki, injected):
+    async with serving_tls(tmp_path, pki, FakeNode()) as served:
+        client = await served.connect_raw()
+        await client.greet()
+        client.writer.write(codec.option_request(nbd.OPT_STARTTLS) + injected)
+        assert await gone(client)
+        await (await connect(served, pki)).go("")
+
+
+async def test_plain_bytes_instead_of_tls(tmp_path, pki):
+    async with serving_tls(tmp_path, pki, FakeNode()) as served:
+        plain = await served.connect_raw()
+        client = TlsClient(plain.reader, plain.writer)
+        assert await client.starttls() == nbd.REP_ACK
+        client.writer.write(
+            codec.option_request(nbd.OPT_GO, codec.info_request("")) * 3
+        )
+        assert await gone(client)
+        await (await connect(served, pki)).go("")
+
+
+async def test_closing_instead_of_tls(tmp_path, pki):
+    async with serving_tls(tmp_path, pki, FakeNode()) as served:
+        for end in ("close", "abort", "eof"):
+            plain = await served.connect_raw()
+            client = TlsClient(plain.reader, plain.writer)
+            assert await client.starttls() == nbd.REP_ACK
+            if end == "close":
+                client.close()
+            elif end == "abort":
+                client.writer.transport.abort()
+            else:
+                client.writer.write_eof()
+                assert await gone(client)
+        await (await connect(served, pki)).go("")
+        # Each has left its place.
+        await asyncio.sleep(0.1)
+        assert len(served.server._connections) == 1
+
+
+async def test_silence_instead_of_tls(tmp_path, pki, caplog):
+    options = ServerOptions(handshake_timeout=0.3)
+    async with serving_tls(tmp_path, pki, FakeNode(), options=options) as served:
+        plain = await served.connect_raw()
+        client = TlsClient(plain.reader, plain.writer)
+        assert await client.starttls() == nbd.REP_ACK
+        assert await gone(client)
+        encrypted = await connect(served, pki)
+        assert await gone(encrypted)
+    closed = [r for r in caplog.records if "no handshake in time" in r.message]
+    assert len(closed) == 2
+    assert len(caplog.records) == 2
+
+
+async def test_stop_in_the_middle_of_the_handshake(tmp_path, pki):
+    async with serving_tls(tmp_path, pki, FakeNode()) as served:
+        plain = await served.connect_raw()
+        client = TlsClient(plain.reader, plain.writer)
+        assert await client.starttls() == nbd.REP_ACK
+        await served.stop()
+        assert await gone(client)
+
+
+async def test_client_that_wants_old_tls(tmp_path, pki):
+    async with serving_tls(tmp_path, pki, FakeNode()) as served:
+        context = client_context(pki)
+        context.set_ciphers("DEFAULT:@SECLEVEL=0")
+        with pytest.warns(DeprecationWarning, match="TLSv1"):
+            context.minimum_version = ssl.TLSVersion.TLSv1
+        with pytest.warns(DeprecationWarning, match="TLSv1"):
+            context.maximum_version = ssl.TLSVersion.TLSv1_1
+        with pytest.raises(OSError):
+            await connect(served, pki, context=context)
