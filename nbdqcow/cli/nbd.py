@@ -486,7 +486,7 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
             max_connections=settings.shared or _NO_LIMIT,
             wait_when_full=True,
             sole_is_default=False,
-        )
+        ),
         tls,
     )
     try:
