@@ -10,6 +10,7 @@ False) means "not now, take the coroutine". Errors are `OSError`s.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 from nbdqcow.types import Buffer, Buffers
@@ -106,6 +107,13 @@ class StorageDriver(ABC):
         """Return ``(allocated, run)``: whether ``offset`` holds data, and for
         how many bytes (1 to ``length``) that holds. Default: all data."""
         return True, length
+
+    async def extents(
+        self, offset: int, length: int, limit: int
+    ) -> Sequence[tuple[bool, int]]:
+        """Return `block_status` of at most ``limit`` stretches in a row, which
+        may cover less than ``length``."""
+        return [await self.block_status(offset, length)]
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring a range near, if the driver can. A hint."""

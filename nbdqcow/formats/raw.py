@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from nbdqcow.block.driver import FormatDriver, WritePlan
 from nbdqcow.block.inflight import Epochs
+from nbdqcow.block.status import Kinds
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import ImageError
 from nbdqcow.types import DATA, ZERO, Run
@@ -68,6 +69,15 @@ class RawDriver(FormatDriver):
         host_offset = self._offset + offset
         allocated, run = await self.storage.block_status(host_offset, length)
         return (DATA, host_offset, run) if allocated else (ZERO, 0, run)
+
+    async def extents(self, offset: int, length: int, limit: int) -> Kinds:
+        """See `FormatDriver.extents`."""
+        import numpy as np
+
+        found = await self.storage.extents(self._offset + offset, length, limit)
+        table = np.array(found, np.uint64)
+        kinds = np.where(table[:, 0], DATA, ZERO).astype(np.uint8)
+        return Kinds(table[:, 1].copy(), kinds)
 
     def try_map_write(self, offset: int, length: int) -> int:
         """Every write is in place."""

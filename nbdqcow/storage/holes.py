@@ -20,6 +20,8 @@ from nbdqcow.units import KiB, round_up
 
 _PUNCH_HOLE: Final = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _DEVICE_ALIGNMENT: Final = 4 * KiB
+_MAX_STRETCHES: Final = 1 << 14
+"""Stretches looked for in one go: some 3 us each."""
 
 
 class Holes:
@@ -83,6 +85,21 @@ class Holes:
                 raise
             return error.errno == errno.EINVAL, length
         return True, min(max(hole - offset, 1), length)
+
+    def find_all_blocking(
+        self, offset: int, length: int, limit: int
+    ) -> list[tuple[bool, int]]:
+        """Return `find_blocking` of consecutive stretches: at most ``limit``
+        of them, and no more than take a moment."""
+        found = []
+        end = offset + length
+        for _ in range(min(limit, _MAX_STRETCHES)):
+            allocated, run = self.find_blocking(offset, end - offset)
+            found.append((allocated, run))
+            offset += run
+            if offset == end:
+                break
+        return found
 
     def _try_fallocate(self, mode: int, offset: int, length: int) -> bool:
         """Whether the file system could do it; remembers what it can't."""

@@ -3,6 +3,8 @@
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nbdqcow.buffers import BufferPool
 from nbdqcow.errors import ProtocolError
@@ -259,3 +261,43 @@ def test_expand_malformed_status(length):
     expanded = expand_status(status(payload))
     assert expanded.length == 0
     assert not expanded.payload
+
+
+# -- any bytes at all ----------------------------------------------------------
+
+WORD = st.integers(0, 0xFFFF)
+REQUESTS = st.lists(
+    st.one_of(
+        st.binary(max_size=80),
+        st.builds(
+            lambda build, *fields, tail: build(*fields) + tail,
+            st.sampled_from([codec.request, codec.extended_request]),
+            st.one_of(st.integers(0, 8), WORD),
+            st.integers(0, (1 << 64) - 1),
+            st.integers(0, (1 << 64) - 1),
+            st.integers(0, (1 << 32) - 1),
+            st.one_of(st.just(0), st.just(PAYLOAD), WORD),
+            tail=st.binary(max_size=100),
+        ),
+    ),
+    max_size=6,
+)
+
+
+@given(pieces=REQUESTS, layout=st.sampled_from([COMPACT, EXTENDED]))
+def test_any_bytes_are_requests_or_an_error(pieces, layout):
+    stream = b"".join(pieces)
+    outcomes = []
+    for step in (len(stream) or 1, 1, 13):
+        feeder = Feeder(4096, layout)
+        error = ""
+        try:
+            for start in range(0, len(stream), step):
+                feeder.feed(stream[start : start + step])
+        except ProtocolError as exc:
+            error = str(exc)
+        outcomes.append((feeder.requests, error))
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    for request in outcomes[0][0]:
+        if request.command == nbd.CMD_BLOCK_STATUS and request.flags & PAYLOAD:
+            expand_status(request)

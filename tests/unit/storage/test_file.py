@@ -917,6 +917,22 @@ async def test_block_status_tells_holes(directory: Path):
 
 
 @pytest.mark.asyncio
+async def test_many_extents_at_once(directory: Path):
+    path = directory / "striped"
+    with path.open("wb") as file:
+        for index in range(100):
+            file.seek(index * 131072)
+            file.write(b"x" * 65536)
+        file.truncate(100 * 131072)
+    storage = await FileStorage.open(str(path), read_only=True)
+    found = await storage.extents(0, 100 * 131072, 1000)
+    assert found == [(True, 65536), (False, 65536)] * 100
+    assert await storage.extents(0, 100 * 131072, 3) == found[:3]
+    assert await storage.extents(65535, 3, 9) == [(True, 1), (False, 2)]
+    await storage.close()
+
+
+@pytest.mark.asyncio
 async def test_block_status_where_holes_are_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
