@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,8 +11,6 @@ from nbdqcow.errors import ImageError, NbdQcowError, UsageError
 
 if TYPE_CHECKING:
     from nbdqcow.block.node import Node
-    from nbdqcow.cli.objects import Objects
-    from nbdqcow.server.tls import ServerTls
 
 _MAX_STRING_LENGTH: Final = 4096
 _NO_LIMIT: Final = 1 << 31
@@ -469,7 +466,8 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
     from nbdqcow.server.options import ServerOptions
     from nbdqcow.server.server import Server
 
-    tls, may_use = _server_tls(settings, Objects(settings.objects))
+    objects = Objects(settings.objects)
+    tls, may_use = objects.server_tls(settings.tls_creds, settings.tls_authz)
     filename, options = settings.filename, {"discard": "ignore"}
     options |= settings.open_options
     if settings.image_opts:
@@ -542,27 +540,6 @@ def _meta_contexts(settings: Settings, node: "Node") -> list[str]:
             raise ImageError(f"Bitmap '{settings.bitmap}' is not found")
         contexts.append(DIRTY_BITMAP + settings.bitmap)
     return contexts
-
-
-def _server_tls(
-    settings: Settings, objects: "Objects"
-) -> tuple["ServerTls | None", Callable[[bytes | None], bool]]:
-    """Return the TLS that is asked for, and which clients it lets in.
-
-    Raises `UsageError`.
-    """
-    if settings.tls_creds is None:
-        return None, lambda certificate: True
-    from nbdqcow.server.tls import ServerTls
-
-    credentials = objects.credentials(settings.tls_creds, is_server=True)
-    if settings.tls_authz is None:
-        return ServerTls(credentials), lambda certificate: True
-    from nbdqcow.server.authz import by_certificate
-
-    if not credentials.verifies_peer:
-        raise UsageError("--tls-authz needs credentials with verify-peer=on")
-    return ServerTls(credentials), by_certificate(objects.rules(settings.tls_authz))
 
 
 def _as_qemu_says(filename: str, exc: ImageError) -> str:

@@ -12,6 +12,7 @@ from nbdqcow.errors import UsageError
 
 if TYPE_CHECKING:
     from nbdqcow.server.authz import Rules
+    from nbdqcow.server.tls import ServerTls
     from nbdqcow.tls import TlsCredentials
 
 _BOOLEANS: Final = {"on": True, "yes": True, "off": False, "no": False}
@@ -53,6 +54,26 @@ class Objects:
             end = "server" if is_server else "client"
             raise UsageError(f"{prefix}Expected TLS credentials for a {end} endpoint")
         return found
+
+    def server_tls(
+        self, credentials_id: str | None, rules_id: str | None
+    ) -> tuple["ServerTls | None", Callable[[bytes | None], bool]]:
+        """Return a server's TLS, and which clients' certificates it lets in.
+
+        Raises `UsageError`.
+        """
+        if credentials_id is None:
+            return None, lambda certificate: True
+        from nbdqcow.server.tls import ServerTls
+
+        credentials = self.credentials(credentials_id, is_server=True)
+        if rules_id is None:
+            return ServerTls(credentials), lambda certificate: True
+        from nbdqcow.server.authz import by_certificate
+
+        if not credentials.verifies_peer:
+            raise UsageError("--tls-authz needs credentials with verify-peer=on")
+        return ServerTls(credentials), by_certificate(self.rules(rules_id))
 
     def rules(self, name: str) -> "Rules":
         """Return the rules of that id. Raises `UsageError`."""

@@ -108,12 +108,15 @@ class TlsSettings:
     def uri(self, place: NbdUri, export: str) -> NbdUri:
         """Return what a client calls an export of the listener ``place``."""
         tls = self.needs_tls(export)
-        parameters = dict(place.parameters)
-        if tls and self.certificates is not None:
-            parameters["tls-certificates"] = "DIR"
-        elif tls:
-            parameters["tls-psk-file"] = "FILE"
-        return replace(place, export=export, tls=tls, parameters=parameters)
+        if not tls:
+            return replace(place, export=export)
+        if self.psk is not None:
+            place = replace(place, username="USER")
+        key, value = (
+            ("tls-psk-file", "FILE") if self.psk else ("tls-certificates", "DIR")
+        )
+        parameters = {**place.parameters, key: value}
+        return replace(place, export=export, tls=True, parameters=parameters)
 
     def server_tls(self) -> "ServerTls | None":
         """Return what the server is made with. Raises `CredentialsError`."""

@@ -5,6 +5,7 @@ import pytest
 
 from nbdqcow.cli import serve
 from nbdqcow.cli.main import main
+from nbdqcow.cli.tls_options import TlsSettings, take_tls
 from nbdqcow.errors import UsageError
 from nbdqcow.nbd.uri import NbdUri
 
@@ -62,6 +63,7 @@ def test_announcement(monkeypatch):
         images=[("my disk", "a.qcow2"), ("b", "b\udcff.raw")],
         listen=(), unix=(), read_only=True, open_options={},
         max_connections=1, handshake_timeout=1.0, pid_file=None,
+        tls=TlsSettings(),
     )  # fmt: skip
     places = [
         serve._tcp_place("::", 10809),
@@ -115,3 +117,64 @@ def test_nbd_is_passed_on(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["nbdqcow", "nbd", "--version"])
     assert main() == 0
     assert capsys.readouterr().out.startswith("nbdqcow-nbd 0.")
+
+
+# -- TLS ---------------------------------------------------------------------------
+
+NO_TLS = {
+    "tls": None, "tls_certificates": None, "tls_psk": None, "tls_verify_peer": None,
+    "tls_allow_dn": (), "tls_export_allow_dn": (), "tls_only": (),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "mode", "verify_peer"),
+    [
+        ({}, "off", "off"),
+        ({"tls_certificates": "d"}, "require", "off"),
+        ({"tls_psk": "f"}, "require", "off"),
+        ({"tls_certificates": "d", "tls": "on"}, "on", "off"),
+        ({"tls_certificates": "d", "tls": "off"}, "off", "off"),
+        ({"tls_certificates": "d", "tls_verify_peer": "on"}, "require", "on"),
+        ({"tls_certificates": "d", "tls_allow_dn": ("a",)}, "require", "on"),
+        (
+            {
+                "tls_certificates": "d",
+                "tls_export_allow_dn": (("x", "a"),),
+                "tls_verify_peer": "optional",
+            },
+            "require",
+            "optional",
+        ),
+    ],
+)
+def test_tls_settings(options, mode, verify_peer):
+    given = NO_TLS | options
+    settings = take_tls(given)
+    assert given == {}
+    assert (settings.mode, settings.verify_peer) == (mode, verify_peer)
+
+
+def test_exports_that_need_tls():
+    settings = TlsSettings(mode="on", export_allow=(("a", "x"),), only=("b",))
+    assert [settings.needs_tls(name) for name in ("a", "b", "c")] == [True, True, False]
+    assert TlsSettings(mode="require").needs_tls("c")
+    assert not TlsSettings().needs_tls("c")
+    settings.check_exports(["a", "b"])
+    for names in (["a"], ["b"]):
+        with pytest.raises(UsageError):
+            settings.check_exports(names)
+
+
+def test_uris_of_exports_that_need_tls():
+    place = NbdUri("unix", socket="/s")
+    settings = TlsSettings(mode="on", certificates="d", only=("b",))
+    assert str(settings.uri(place, "a")) == "nbd+unix:///a?socket=/s"
+    assert (
+        str(settings.uri(place, "b")) == "nbds+unix:///b?socket=/s&tls-certificates=DIR"
+    )
+    settings = TlsSettings(mode="require", psk="f")
+    assert (
+        str(settings.uri(place, "a"))
+        == "nbds+unix://USER@/a?socket=/s&tls-psk-file=FILE"
+    )

@@ -438,7 +438,7 @@ def test_haggling_goes_on_after_errors():
         + ask(12345, b"y" * 999)
     )
     assert [r.reply for r in replies] == [
-        nbd.REP_ERR_UNSUP,
+        nbd.REP_ERR_POLICY,
         nbd.REP_ERR_INVALID,
         nbd.REP_ERR_UNKNOWN,
         nbd.REP_ERR_INVALID,

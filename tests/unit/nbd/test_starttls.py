@@ -8,6 +8,7 @@ from nbdqcow.nbd.handshake import (
     ExportInfo,
     HandshakeState,
     ServerHandshake,
+    Terms,
     TlsMode,
 )
 from tests.unit.nbd.test_handshake import (
@@ -21,7 +22,7 @@ from tests.unit.nbd.test_handshake import (
     parse_replies,
 )
 
-OPEN = ExportInfo("open", 1 << 20, 0)
+OPEN = ExportInfo("open", 1 << 20, 0, meta_contexts=("base:allocation",))
 SECRET = ExportInfo("secret", 2 << 20, 0, tls_only=True)
 STARTTLS = ask(nbd.OPT_STARTTLS)
 ACK = Reply(nbd.OPT_STARTTLS, nbd.REP_ACK)
@@ -117,6 +118,46 @@ def test_starttls_needs_fixed_newstyle(mode):
     talk = Talk(mode, client_flags=NO_ZEROES)
     assert talk.say(STARTTLS) == []
     assert talk.state is HandshakeState.CLOSED
+
+
+STRUCTURED = ask(nbd.OPT_STRUCTURED_REPLY)
+EXTENDED = ask(nbd.OPT_EXTENDED_HEADERS)
+
+
+def meta(option, name, *queries):
+    words = [name, *queries]
+    encoded = [codec.U32.pack(len(w)) + w.encode() for w in words]
+    encoded.insert(1, codec.U32.pack(len(queries)))
+    return ask(option, b"".join(encoded))
+
+
+@pytest.mark.parametrize("before", [STRUCTURED, EXTENDED])
+def test_nothing_negotiated_before_remains(before):
+    talk = Talk(TlsMode.ON)
+    assert talk.reply(before) == nbd.REP_ACK
+    select = meta(nbd.OPT_SET_META_CONTEXT, "open", "base:allocation")
+    replies = talk.say(select)
+    assert [r.reply for r in replies] == [nbd.REP_META_CONTEXT, nbd.REP_ACK]
+    talk.start_tls()
+    assert talk.handshake.terms == Terms()
+    # And it may be negotiated again, where twice would be an error.
+    assert talk.reply(select) == nbd.REP_ERR_INVALID
+    assert talk.reply(before) == nbd.REP_ACK
+    talk.say(info("open", option=nbd.OPT_GO))
+    assert talk.handshake.terms.meta_contexts == ()
+
+
+@pytest.mark.parametrize(
+    "option", [nbd.OPT_LIST_META_CONTEXT, nbd.OPT_SET_META_CONTEXT]
+)
+def test_contexts_of_an_export_that_needs_tls(option):
+    # TLS_REQD is for INFO, GO and EXPORT_NAME only.
+    talk = Talk(TlsMode.ON)
+    assert talk.reply(STRUCTURED) == nbd.REP_ACK
+    assert talk.reply(meta(option, "secret", "base:allocation")) == nbd.REP_ERR_UNKNOWN
+    talk.start_tls()
+    assert talk.reply(STRUCTURED) == nbd.REP_ACK
+    assert talk.say(meta(option, "secret", "base:allocation"))[-1].reply == nbd.REP_ACK
 
 
 # -- unencrypted bytes behind it ---------------------------------------------------
