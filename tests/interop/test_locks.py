@@ -37,14 +37,13 @@ def qemu_nbd(
     )
     try:
         deadline = time.monotonic() + 20
-        while not socket_path.exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
         # The socket comes first; who greets has opened the image.
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(20)
-            client.connect(str(socket_path))
+            while client.connect_ex(str(socket_path)) != 0:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
             assert client.recv(8) == b"NBDMAGIC"
         yield process.pid
     finally:
