@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import socket
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Final, cast
@@ -20,6 +19,7 @@ from nbdqcow.server.dispatch import Shared
 from nbdqcow.server.export import Export
 from nbdqcow.server.inline import Transmission, peer_name
 from nbdqcow.server.options import ServerOptions
+from nbdqcow.server.sockets import tune
 from nbdqcow.server.tls import ServerTls, TlsTransport, peer_certificate, start_tls
 from nbdqcow.tls import describe_tls_error
 from nbdqcow.types import Buffer
@@ -92,7 +92,8 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.resume_reading()
         # Not when there is something to tell: the socket may be gone by then.
         self._peer = peer_name(self._transport)
-        _tune(self._transport.get_extra_info("socket"))
+        with suppress(OSError):
+            tune(self._transport.get_extra_info("socket"), send_buffer=_SEND_BUFFER)
         self._timer = asyncio.get_running_loop().call_later(
             self._options.handshake_timeout, self._time_out
         )
@@ -262,14 +263,3 @@ class Connection(asyncio.BufferedProtocol):
         # new protocol.
         transport.resume_reading()
         self._transmission.start()
-
-
-def _tune(sock: socket.socket) -> None:
-    with suppress(OSError):
-        if sock.family == socket.AF_UNIX:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        else:
-            # asyncio does not set it on sockets whose listener came from
-            # elsewhere; without it a reply in two pieces waits 40 ms.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -1,15 +1,11 @@
 """Listeners, exports, and an orderly end."""
 
 import asyncio
-import errno
 import logging
-import os
 import signal
 import socket
-import stat
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Final
 
 from nbdqcow.buffers import BufferPool, keep_freed_memory
@@ -18,11 +14,19 @@ from nbdqcow.server.connection import Connection
 from nbdqcow.server.dispatch import Shared
 from nbdqcow.server.export import Export, ExportedNode
 from nbdqcow.server.options import ServerOptions
+from nbdqcow.server.sockets import (
+    Listener,
+    SocketFile,
+    as_stream,
+    bind_tcp,
+    bind_unix_blocking,
+    bind_vsock,
+)
 from nbdqcow.server.tls import ServerTls
 
 logger = logging.getLogger(__name__)
 
-_BACKLOG: Final = 128
+_MAX_WAITING: Final = 128
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _CANCEL_TIMEOUT: Final = 1.0
 """Seconds that requests have to end once they are cancelled."""
@@ -48,9 +52,9 @@ class Server:
         self._shared = Shared(BufferPool(), self._options.max_total_bytes)
         self._exports: dict[str, Export] = {}
         self._source = _Exports(self._exports, self._options.sole_is_default)
-        self._listeners: list[asyncio.Server] = []
-        # Unix sockets that we made: path, device, inode.
-        self._paths: list[tuple[str, int, int]] = []
+        self._listeners: list[Listener] = []
+        # Clients that are accepted and have no `Connection` yet.
+        self._accepting: set[asyncio.Task[None]] = set()
         self._connections: set[Connection] = set()
         # Clients that have a place to wait for, longest first.
         self._waiting: deque[Connection] = deque()
@@ -105,42 +109,68 @@ class Server:
         Returns the address and port of each socket. Port 0 takes a free one,
         perhaps a different one for each address. Raises `OSError`.
         """
-        listener = await asyncio.get_running_loop().create_server(
-            self._make_connection, host, port, backlog=_BACKLOG
-        )
-        self._listeners.append(listener)
-        return [sock.getsockname()[:2] for sock in listener.sockets]
+        sockets = await bind_tcp(host, port)
+        try:
+            for sock in sockets:
+                self._listen(sock)
+        except BaseException:
+            for sock in sockets:
+                self._forget(sock)
+            raise
+        return [sock.getsockname()[:2] for sock in sockets]
 
-    async def listen_unix(self, path: str) -> None:
+    async def listen_unix(
+        self,
+        path: str,
+        *,
+        mode: int | None = None,
+        owner: tuple[int, int] | None = None,
+    ) -> None:
         """Listen on a unix socket, which is removed at the end.
 
-        A socket file that nobody listens on any more is replaced. Raises
-        `OSError` (EADDRINUSE if something else is there).
+        ``path`` begins with NUL for an abstract one; ``mode`` and ``owner``
+        (user and group) are the file's. A socket file that nobody listens on
+        any more is replaced. Raises `OSError` (EADDRINUSE if something else
+        is there).
         """
-        sock = await asyncio.to_thread(_bind_unix, path)
-        try:
-            status = os.stat(path)
-            listener = await asyncio.get_running_loop().create_unix_server(
-                self._make_connection, sock=sock, backlog=_BACKLOG
-            )
-        except BaseException:
-            sock.close()
-            raise
-        self._listeners.append(listener)
-        self._paths.append((path, status.st_dev, status.st_ino))
+        sock, file = await asyncio.to_thread(
+            bind_unix_blocking, path, mode=mode, owner=owner
+        )
+        self._listen(sock, file)
+
+    async def listen_vsock(self, cid: int, port: int) -> tuple[int, int]:
+        """Listen on a vsock port of ``cid``; returns both as they are then.
+        Raises `OSError`."""
+        sock = bind_vsock(cid, port)
+        self._listen(sock)
+        found: tuple[int, int] = sock.getsockname()
+        return found
 
     async def listen_socket(self, sock: socket.socket) -> None:
         """Listen on a bound stream socket, which the server closes."""
-        sock.setblocking(False)
-        loop = asyncio.get_running_loop()
-        create = (
-            loop.create_unix_server
-            if sock.family == socket.AF_UNIX
-            else loop.create_server
-        )
-        self._listeners.append(
-            await create(self._make_connection, sock=sock, backlog=_BACKLOG)
-        )
+        self._listen(sock)
+
+    async def serve_socket(self, sock: socket.socket) -> None:
+        """Serve the client on a connected stream socket, which the server
+        closes. Without any listener the server stops when it leaves."""
+        self._on_accepted(sock)
+
+    def _listen(self, sock: socket.socket, file: SocketFile | None = None) -> None:
+        try:
+            listener = Listener(sock, self._on_accepted, file)
+        except BaseException:
+            sock.close()
+            if file is not None:
+                file.remove()
+            raise
+        self._listeners.append(listener)
+
+    def _forget(self, sock: socket.socket) -> None:
+        """Undo `_listen`, if it came to that."""
+        for listener in [each for each in self._listeners if each.sock is sock]:
+            self._listeners.remove(listener)
+            listener.close()
+        sock.close()
 
     # -- running -------------------------------------------------------------------
 
@@ -216,15 +246,22 @@ class Server:
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
-        for path, device, inode in self._paths:
-            with suppress(OSError):
-                status = os.stat(path)
-                # Somebody may have put another socket there.
-                if (status.st_dev, status.st_ino) == (device, inode):
-                    os.unlink(path)
-        self._paths.clear()
 
     # -- clients -----------------------------------------------------------------
+
+    def _on_accepted(self, sock: socket.socket) -> None:
+        task = asyncio.get_running_loop().create_task(self._connect(as_stream(sock)))
+        self._accepting.add(task)
+        task.add_done_callback(self._accepting.discard)
+
+    async def _connect(self, sock: socket.socket) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                self._make_connection, sock
+            )
+        except OSError as exc:
+            logger.warning("a client was lost at once: %s", exc)
+            sock.close()
 
     def _make_connection(self) -> Connection:
         return Connection(
@@ -244,7 +281,7 @@ class Server:
             self._connections.add(connection)
             connection.start()
             return True
-        if self._options.wait_when_full and len(self._waiting) < _BACKLOG:
+        if self._options.wait_when_full and len(self._waiting) < _MAX_WAITING:
             self._waiting.append(connection)
             connection.wait()
             return True
@@ -274,6 +311,9 @@ class Server:
             waiting = self._waiting.popleft()
             self._connections.add(waiting)
             waiting.start()
+        elif not (self._listeners or self._connections or self._accepting):
+            # Nobody can come any more.
+            self.stop()
 
 
 class _Exports:
@@ -296,36 +336,3 @@ class _Exports:
         ):
             (export,) = self._exports.values()
         return None if export is None else export.info
-
-
-def _bind_unix(path: str) -> socket.socket:
-    """Return a socket bound to ``path``, in the place of a stale one."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        try:
-            sock.bind(path)
-        except OSError as exc:
-            if exc.errno != errno.EADDRINUSE or not _is_stale(path):
-                raise
-            os.unlink(path)
-            sock.bind(path)
-        sock.setblocking(False)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def _is_stale(path: str) -> bool:
-    """Tell whether ``path`` is a socket that nobody listens on."""
-    if not stat.S_ISSOCK(os.stat(path).st_mode):
-        return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
-    return False
