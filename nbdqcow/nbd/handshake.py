@@ -145,6 +145,7 @@ class ServerHandshake:
         error: why the connection is CLOSED; None after an ABORT.
         shutting_down: set by the shell: every option but ABORT is refused.
         encrypted: whether TLS has begun.
+        refusal: set by the shell: the same, for a reason of its own.
     """
 
     def __init__(
@@ -155,9 +156,11 @@ class ServerHandshake:
         may_use: Callable[[ExportInfo], bool] = lambda export: True,
         max_options: int = 4096,
         max_option_length: int = 64 << 10,
+        admit: Callable[[ExportInfo], None] | None = None,
     ) -> None:
         """``may_use`` says whether this client may use an export; it is asked
-        anew each time, so the answer may change when TLS has begun."""
+        anew each time, so the answer may change when TLS has begun. ``admit``
+        may raise `OptionError` to keep the client from one that it chooses."""
         self.state = HandshakeState.HANDSHAKING
         self.export: ExportInfo | None = None
         self.terms = Terms()
@@ -165,6 +168,8 @@ class ServerHandshake:
         self.error: str | None = None
         self.shutting_down = False
         self.encrypted = False
+        self.refusal: OptionError | None = None
+        self._admit = admit
         self._exports = exports
         self._tls = tls
         self._may_use = may_use
@@ -302,6 +307,8 @@ class ServerHandshake:
             raise ProtocolError(text)
         if self.shutting_down:
             return OptionError(nbd.REP_ERR_SHUTDOWN, "the server is shutting down")
+        if self.refusal is not None:
+            return self.refusal
         if (
             self._tls is TlsMode.REQUIRED
             and not self.encrypted
@@ -333,6 +340,7 @@ class ServerHandshake:
     def _export_name(self, option: int, data: bytes) -> None:
         try:
             export = self._find_export(option, data)
+            self._check_admission(export)
         except OptionError as exc:
             # No error reply exists: "it MUST terminate the session".
             raise ProtocolError(exc.text) from None
@@ -375,6 +383,8 @@ class ServerHandshake:
     def _info(self, option: int, data: bytes) -> None:
         name, infos = _parse_info_request(data)
         export = self._find_export(option, name)
+        if option == nbd.OPT_GO:
+            self._check_admission(export)
         self._reply(
             option,
             nbd.REP_INFO,
@@ -477,6 +487,12 @@ class ServerHandshake:
 
     def _must_start_tls(self, export: ExportInfo) -> bool:
         return export.tls_only and not self.encrypted
+
+    def _check_admission(self, export: ExportInfo) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+        if self._admit is not None:
+            self._admit(export)
 
     def _enter_transmission(self, export: ExportInfo) -> None:
         if self.terms.contexts_export != export.name:

@@ -6,6 +6,7 @@ which serves the most frequent requests right out of the buffer; whatever that
 does not take, `RequestReader.next_request` parses.
 """
 
+import mmap
 from struct import Struct
 from typing import Final, NamedTuple
 
@@ -131,6 +132,7 @@ class RequestReader:
         "_head",
         "_nb_filled",
         "_nb_skip",
+        "_pages",
         "_payload",
         "_pool",
         "_window",
@@ -140,7 +142,11 @@ class RequestReader:
         self, pool: BufferPool, maximum_payload: int, layout: Layout = COMPACT
     ) -> None:
         self.layout = layout
-        self.buffer = memoryview(bytearray(_CAPACITY))
+        # Pages that nothing was received into take no memory.
+        self._pages: mmap.mmap | None = mmap.mmap(
+            -1, _CAPACITY, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
+        self.buffer = memoryview(self._pages)
         self.start = 0
         self.end = 0
         self.maximum_payload = maximum_payload
@@ -243,8 +249,16 @@ class RequestReader:
             return self.maximum_payload
         return STAGED_PAYLOAD if command == nbd.CMD_BLOCK_STATUS else -1
 
+    def shrink(self) -> None:
+        """Give back the memory of an empty buffer, until it is filled again."""
+        if self.start == self.end and self._pages is not None:
+            self._pages.madvise(mmap.MADV_DONTNEED)
+
     def close(self) -> None:
-        """Give back a payload that will not be completed."""
+        """Give back all memory: nothing will be received any more."""
+        self.buffer = self._window = memoryview(b"")
+        self.start = self.end = 0
+        self._pages = None
         if self._payload is not None:
             self._pool.release(self._payload)
             self._payload = None

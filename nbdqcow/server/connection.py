@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Final, cast
 
+from nbdqcow.errors import OptionError
+from nbdqcow.nbd import constants as nbd
 from nbdqcow.nbd.handshake import (
     ExportInfo,
     ExportSource,
@@ -61,7 +63,11 @@ class Connection(asyncio.BufferedProtocol):
         self._on_closed = on_closed
         self._tls = tls
         self._handshake = ServerHandshake(
-            source, tls=tls.mode if tls else TlsMode.OFF, may_use=self._may_use
+            source,
+            tls=tls.mode if tls else TlsMode.OFF,
+            may_use=self._may_use,
+            max_option_length=options.max_option_length,
+            admit=self._admit,
         )
         self._certificate: bytes | None = None
         # Decrypted bytes that came before the upgraded transport did; None
@@ -84,9 +90,12 @@ class Connection(asyncio.BufferedProtocol):
         if not self._welcome:
             self._transport.abort()
 
-    def start(self) -> None:
-        """Greet the client."""
+    def start(self, refusal: str | None = None) -> None:
+        """Greet the client; with ``refusal`` only to tell it why it can't
+        stay, whatever it asks for."""
         assert self._transport is not None
+        if refusal is not None:
+            self._handshake.refusal = OptionError(nbd.REP_ERR_POLICY, refusal)
         if self._waiting:
             self._waiting = False
             self._transport.resume_reading()
@@ -169,6 +178,11 @@ class Connection(asyncio.BufferedProtocol):
         if self._welcome:
             self._on_closed(self)
 
+    def check_quiet(self, now: float) -> None:
+        """See `Transmission.check_quiet`; the handshake has its own deadline."""
+        if self._transmission is not None:
+            self._transmission.check_quiet(now)
+
     # -- TLS -------------------------------------------------------------------
 
     async def _upgrade(self, transport: asyncio.Transport) -> None:
@@ -233,11 +247,21 @@ class Connection(asyncio.BufferedProtocol):
     def _log_closed(self, reason: str) -> None:
         logger.warning("%s closed: %s", self._peer, reason)
 
+    def _admit(self, info: ExportInfo) -> None:
+        """Keep the client from an export that has enough of them."""
+        limit = self._options.max_export_connections
+        if limit and self._exports[info.name].nb_clients >= limit:
+            raise OptionError(
+                nbd.REP_ERR_POLICY,
+                f"the export has {limit} clients already, and takes no more",
+            )
+
     def _enter_transmission(self, transport: asyncio.Transport) -> None:
         assert self._handshake.export is not None
         assert self._timer is not None
         self._timer.cancel()
         export = self._exports[self._handshake.export.name]
+        export.nb_clients += 1
         terms = self._handshake.terms
         reader = RequestReader(
             self._shared.pool,
@@ -255,11 +279,16 @@ class Connection(asyncio.BufferedProtocol):
             terms,
             self._shared,
             self._options,
-            lambda: self._on_closed(self),
+            lambda: self._leave(export),
         )
         self.negotiated = True
+        self._buffer = memoryview(b"")
         transport.set_protocol(self._transmission)
         # `pause_writing` may have stopped it, and `resume_writing` goes to the
         # new protocol.
         transport.resume_reading()
         self._transmission.start()
+
+    def _leave(self, export: Export) -> None:
+        export.nb_clients -= 1
+        self._on_closed(self)

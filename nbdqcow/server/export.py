@@ -136,6 +136,7 @@ class Export:
         info: what the handshake tells.
         may_use: says whether the client with this certificate (DER; None if
             it has shown none) may use the export.
+        nb_clients: how many have chosen it.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class Export:
         `ValueError` for a name that can't be sent."""
         self.name = name
         self.node = node
+        self.nb_clients = 0
         self.size = node.size
         self.read_only = read_only or node.read_only
         flags = _READ_FLAGS

@@ -32,6 +32,7 @@ from nbdqcow.server.export import Export, Refusal
 from nbdqcow.server.options import ServerOptions
 from nbdqcow.server.sendfile import FileSender
 from nbdqcow.server.tls import TlsTransport
+from nbdqcow.server.watch import Watch
 from nbdqcow.types import Buffer, Buffers
 from nbdqcow.units import KiB, MiB
 
@@ -129,6 +130,8 @@ class Transmission(asyncio.BufferedProtocol):
         self._closing = False
         self._lost = False
         self._abort_timer: asyncio.TimerHandle | None = None
+        self._heard = True
+        self._watch = Watch(options, self._loop.time())
 
     # -- the transport's callbacks -------------------------------------------
 
@@ -145,6 +148,7 @@ class Transmission(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Serve what has arrived: `asyncio.BufferedProtocol`."""
+        self._heard = True
         self._reader.received(nbytes)
         if not self._run_scheduled:
             self._run()
@@ -194,6 +198,22 @@ class Transmission(asyncio.BufferedProtocol):
     def abort(self) -> None:
         """Close now, whatever is in flight."""
         self._transport.abort()
+
+    def check_quiet(self, now: float) -> None:
+        """Give back memory that a quiet client does not need, or close one
+        that was quiet for too long; called every now and then."""
+        if self._lost:
+            return
+        busy = self._heard or self._dispatcher.nb_requests > 0
+        if not busy:
+            self._reader.shrink()
+        self._heard = False
+        reason = self._watch.complaint(
+            now, busy=busy, nb_queued=self._transport.get_write_buffer_size()
+        )
+        if reason:
+            logger.warning("%s closed: %s", peer_name(self._transport), reason)
+            self._transport.abort()
 
     def _stop_reading(self) -> None:
         """Look at nothing more from this client: finish, reply, close."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from nbdqcow.units import MiB
+from nbdqcow.units import KiB, MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,9 +10,16 @@ class ServerOptions:
     """Limits and timeouts.
 
     Attributes:
-        max_connections: clients at a time; more are closed at once,
+        max_connections: clients at a time; more are told so and closed,
         wait_when_full: unless this has them wait until another one leaves.
+        max_export_connections: clients of one export at a time; 0 for any
+            number.
+        max_option_length: bytes of data of one option in the handshake.
         handshake_timeout: seconds from connecting to the transmission phase.
+        idle_timeout: seconds without a request, after which a client is
+            closed; 0 for never.
+        reply_timeout: seconds in which a client takes nothing of the replies
+            that wait for it, after which it is closed; 0 for never.
         close_timeout: seconds that a client has to read its last replies.
         max_requests: requests in flight of one connection.
         max_bytes: bytes of data in flight of one connection; one payload more
@@ -24,7 +31,11 @@ class ServerOptions:
 
     max_connections: int = 100
     wait_when_full: bool = False
+    max_export_connections: int = 0
+    max_option_length: int = 64 * KiB
     handshake_timeout: float = 10.0
+    idle_timeout: float = 0.0
+    reply_timeout: float = 0.0
     close_timeout: float = 10.0
     max_requests: int = 128
     max_bytes: int = 64 * MiB

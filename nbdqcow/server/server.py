@@ -27,6 +27,10 @@ from nbdqcow.server.tls import ServerTls
 logger = logging.getLogger(__name__)
 
 _MAX_WAITING: Final = 128
+_MAX_REFUSED: Final = 16
+"""Clients at a time that are told why they are refused; more are just closed."""
+_CHECK_INTERVAL: Final = 1.0
+"""Seconds between two looks at who has gone quiet, at the most."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 _CANCEL_TIMEOUT: Final = 1.0
 """Seconds that requests have to end once they are cancelled."""
@@ -58,6 +62,8 @@ class Server:
         self._connections: set[Connection] = set()
         # Clients that have a place to wait for, longest first.
         self._waiting: deque[Connection] = deque()
+        # Clients that are being told that there is no place.
+        self._refused: set[Connection] = set()
         self._refusing = False
         self._stopping = False
         self._abandoned = False
@@ -196,17 +202,19 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
+        checking = loop.create_task(self._check_quiet())
         try:
             while not self._stopping:
                 await self._wait_for_change()
             self._close_listeners()
-            for connection in (*self._connections, *self._waiting):
+            for connection in (*self._connections, *self._waiting, *self._refused):
                 connection.drain()
             while self._connections and not self._abandoned:
                 await self._wait_for_change()
             if not self._abandoned:
                 await self._flush_exports()
         finally:
+            checking.cancel()
             for number in _SIGNALS:
                 loop.remove_signal_handler(number)
             self._close_listeners()
@@ -218,13 +226,23 @@ class Server:
         self._signalled = True
         self.stop()
 
+    async def _check_quiet(self) -> None:
+        timeouts = (self._options.idle_timeout, self._options.reply_timeout)
+        interval = min([_CHECK_INTERVAL, *(t / 4 for t in timeouts if t)])
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(interval)
+            now = loop.time()
+            for connection in tuple(self._connections):
+                connection.check_quiet(now)
+
     async def _wait_for_change(self) -> None:
         self._changed.clear()
         await self._changed.wait()
 
     async def _give_up(self) -> None:
         """Cancel whatever is left."""
-        for connection in (*self._connections, *self._waiting):
+        for connection in (*self._connections, *self._waiting, *self._refused):
             connection.abort()
         tasks = self._shared.tasks
         for task in tasks:
@@ -262,6 +280,7 @@ class Server:
         except OSError as exc:
             logger.warning("a client was lost at once: %s", exc)
             sock.close()
+            self._stop_if_deserted()
 
     def _make_connection(self) -> Connection:
         return Connection(
@@ -291,9 +310,19 @@ class Server:
             )
         # Once is enough: a client that tries again and again fills the log.
         self._refusing = True
-        return False
+        if len(self._refused) >= _MAX_REFUSED:
+            return False
+        self._refused.add(connection)
+        connection.start(
+            f"the server has {self._options.max_connections} clients already, "
+            f"and takes no more"
+        )
+        return True
 
     def _on_closed(self, connection: Connection) -> None:
+        if connection in self._refused:
+            self._refused.remove(connection)
+            return
         self._refusing = False
         self._changed.set()
         if connection not in self._connections:
@@ -311,8 +340,11 @@ class Server:
             waiting = self._waiting.popleft()
             self._connections.add(waiting)
             waiting.start()
-        elif not (self._listeners or self._connections or self._accepting):
-            # Nobody can come any more.
+        self._stop_if_deserted()
+
+    def _stop_if_deserted(self) -> None:
+        """Stop if nobody is there and nobody can come any more."""
+        if not (self._listeners or self._connections):
             self.stop()
 
 

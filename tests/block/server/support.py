@@ -172,6 +172,14 @@ class FakeNode:
 EIO_ERROR = BlockError(errno.EIO, "the disk is broken")
 
 
+class Refused(Exception):
+    """The server refused an option; ``reply`` is how."""
+
+    def __init__(self, reply: int, text: str) -> None:
+        super().__init__(text)
+        self.reply = reply
+
+
 class Client:
     """A client on a unix socket. Replies are read one by one, by hand."""
 
@@ -261,6 +269,8 @@ class Client:
             _, option, reply, length = codec.OPTION_REPLY.unpack(head)
             data = await self.reader.readexactly(length)
             assert option == nbd.OPT_GO
+            if reply & nbd.REP_FLAG_ERROR:
+                raise Refused(reply, data.decode())
             if reply == nbd.REP_ACK:
                 return
             assert reply == nbd.REP_INFO, data

@@ -12,7 +12,7 @@ from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
 from nbdqcow.server.options import ServerOptions
 from nbdqcow.server.server import Server
-from tests.block.server.support import EIO_ERROR, Client, FakeNode, serving
+from tests.block.server.support import EIO_ERROR, Client, FakeNode, Refused, serving
 from tests.block.server.test_flow import settle
 
 MiB = 1 << 20
@@ -44,7 +44,7 @@ async def test_a_sole_export_is_the_default_one(tmp_path):
         assert (await served.connect()).size == 555
         assert (await served.connect("disk")).size == 555
         served.server.add_export("other", FakeNode(556))
-        with pytest.raises(AssertionError):
+        with pytest.raises(Refused, match="no export"):
             await served.connect()
 
 
@@ -136,8 +136,20 @@ async def test_too_many_connections(tmp_path, caplog):
         await second.greet()
         for _ in range(3):
             third = await served.connect_raw()
-            with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-                await third.greet()
+            await third.greet()
+            with pytest.raises(Refused, match="has 2 clients already") as raised:
+                await third.go("")
+            assert raised.value.reply == nbd.REP_ERR_POLICY
+        # Only so many are told why.
+        others = [await served.connect_raw() for _ in range(30)]
+        greeted = 0
+        for other in others:
+            try:
+                await other.greet()
+                greeted += 1
+            except (asyncio.IncompleteReadError, ConnectionError):
+                pass
+        assert greeted == 13
         assert caplog.text.count("client refused: there are 2 already") == 1
         await first.disconnect()
         await settle(lambda: len(served.server._connections) == 1)
