@@ -4,9 +4,11 @@ import asyncio
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from nbdqcow.errors import UsageError
 from nbdqcow.server.server import Server
+from nbdqcow.server.sockets import inherited_socket
 
 _MAX_PATH_LENGTH = 107
 """Bytes of a unix socket's path on Linux, without its NUL."""
@@ -56,17 +58,54 @@ async def listen_tcp(
         ) from None
 
 
-async def listen_unix(server: Server, path: str) -> None:
-    """Listen on a unix socket. Raises `UsageError`."""
+async def listen_unix(
+    server: Server,
+    path: str,
+    mode: int | None = None,
+    owner: tuple[int, int] | None = None,
+) -> None:
+    """Listen on a unix socket (`Server.listen_unix`). Raises `UsageError`."""
     if len(os.fsencode(path)) > _MAX_PATH_LENGTH:
         raise UsageError(
             f"UNIX socket path '{path}' is too long\n"
             f"Path must be less than {_MAX_PATH_LENGTH + 1} bytes"
         )
     try:
-        await server.listen_unix(path)
+        await server.listen_unix(path, mode=mode, owner=owner)
     except OSError as exc:
-        raise UsageError(f"Failed to bind socket to {path}: {_reason(exc)}") from None
+        name = "@" + path[1:] if path.startswith("\0") else path
+        raise UsageError(f"Failed to bind socket to {name}: {_reason(exc)}") from None
+
+
+async def listen_vsock(server: Server, cid: int, port: int) -> tuple[int, int]:
+    """Listen on a vsock port; returns CID and port. Raises `UsageError`."""
+    try:
+        return await server.listen_vsock(cid, port)
+    except OSError as exc:
+        raise UsageError(
+            f"Failed to listen on vsock port {port} of CID {cid}: {_reason(exc)}"
+        ) from None
+
+
+async def listen_fd(server: Server, fd: int) -> tuple[int, Any] | None:
+    """Take over an inherited socket.
+
+    Returns its family and its own name if it listens; None for one that is
+    connected to a client. Raises `UsageError`.
+    """
+    try:
+        sock, listens = inherited_socket(fd)
+        if not listens:
+            await server.serve_socket(sock)
+            return None
+        name = sock.family, sock.getsockname()
+        await server.listen_socket(sock)
+        return name
+    except OSError as exc:
+        raise UsageError(
+            f"Descriptor {fd} is no stream socket that listens or is connected: "
+            f"{_reason(exc)}"
+        ) from None
 
 
 def _reason(exc: OSError) -> str:

@@ -2,12 +2,14 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdqcow.cli.getopt_long import getopt_long
 from nbdqcow.cli.messages import describe, error, printable, program_name
 from nbdqcow.errors import ImageError, NbdQcowError, UsageError
+from nbdqcow.server.systemd import take_activation
 
 if TYPE_CHECKING:
     from nbdqcow.block.node import Node
@@ -129,6 +131,8 @@ The client:
       --tls-creds=ID         use TLS, with these credentials
       --tls-hostname=NAME    expect this name in the server's certificate
 
+Without -p, -b and -k, sockets that systemd has opened for the server are used.
+
 Not supported yet: -l -s --selinux-label.
 """
 
@@ -148,6 +152,8 @@ class Settings:
         allocation_depth: offer the metadata context of that name.
         bitmap: the dirty bitmap to offer, or None.
         given: options that were given, by the name getopt_long returns.
+        activated: descriptor and name of sockets to listen on, in the place of
+            TCP.
     """
 
     host: str = "0.0.0.0"
@@ -171,6 +177,7 @@ class Settings:
     tls_hostname: str | None = None
     open_options: dict[str, Any] = field(default_factory=dict)
     given: set[str] = field(default_factory=set)
+    activated: Sequence[tuple[int, str]] = ()
 
 
 class _TryHelp(UsageError):
@@ -180,7 +187,7 @@ class _TryHelp(UsageError):
 def main() -> int:
     """Run the command; return its exit status."""
     try:
-        settings = parse_arguments(sys.argv[1:])
+        settings = parse_arguments(sys.argv[1:], take_activation(os.environ))
     except _TryHelp as exc:
         error(str(exc))
         error(f"Try `{program_name()} --help' for more information.")
@@ -206,15 +213,18 @@ def main() -> int:
 # -- the command line --------------------------------------------------------
 
 
-def parse_arguments(arguments: list[str]) -> Settings:
-    """Return what ``arguments`` ask for. Raises `UsageError`."""
+def parse_arguments(
+    arguments: list[str], activated: Sequence[tuple[int, str]] = ()
+) -> Settings:
+    """Return what ``arguments`` ask for; ``activated`` are the sockets that the
+    service manager has opened for us. Raises `UsageError`."""
     try:
         options, operands = getopt_long(
             arguments, _SHORT, {k: v or k.rstrip("=") for k, v in _LONG.items()}
         )
     except UsageError as exc:
         raise _TryHelp(str(exc)) from None
-    settings = Settings()
+    settings = Settings(activated=activated)
     for name, value in options:
         if name in _REFUSED:
             raise UsageError(_REFUSED[name])
@@ -344,6 +354,8 @@ def _check(settings: Settings, operands: list[str]) -> None:
             f"Try `{program_name()} --help' for more information."
         )
     (settings.filename,) = operands
+    if settings.activated:
+        _check_activation(settings)
     if settings.image_opts and "f" in settings.given:
         raise UsageError("--image-opts and -f are mutually exclusive")
 
@@ -357,6 +369,15 @@ def _check_tls(settings: Settings) -> None:
         raise UsageError("TLS authorization is incompatible with export list")
     elif settings.tls_hostname is not None and not settings.list:
         raise UsageError("TLS hostname is only supported with export list")
+
+
+def _check_activation(settings: Settings) -> None:
+    """Refuse what would listen besides the sockets that were opened for us."""
+    for option, text in (
+        ("k", "Unix socket"), ("b", "The interface"), ("p", "TCP port number"),
+    ):  # fmt: skip
+        if option in settings.given:
+            raise UsageError(f"{text} can't be set when using socket activation")
 
 
 def _parse_shared(text: str) -> int:
@@ -460,11 +481,12 @@ def _serve(settings: Settings, ready_fd: int) -> int:
 
 async def _serve_image(settings: Settings, ready_fd: int) -> None:
     from nbdqcow.cli.images import open_node
-    from nbdqcow.cli.listening import listen_tcp, listen_unix, run_server
+    from nbdqcow.cli.listening import listen_fd, listen_tcp, listen_unix, run_server
     from nbdqcow.cli.objects import Objects
     from nbdqcow.cli.pid_file import write_pid_file
     from nbdqcow.server.options import ServerOptions
     from nbdqcow.server.server import Server
+    from nbdqcow.server.systemd import notify
 
     objects = Objects(settings.objects)
     tls, may_use = objects.server_tls(settings.tls_creds, settings.tls_authz)
@@ -501,16 +523,21 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
             )
         except ValueError as exc:
             raise UsageError(str(exc)) from None
+        server.on_stopping = lambda: notify("STOPPING=1")
         if not settings.persistent:
             server.on_last_disconnect = server.stop
 
         async def set_up() -> None:
-            if settings.socket is not None:
+            if settings.activated:
+                for fd, _ in settings.activated:
+                    await listen_fd(server, fd)
+            elif settings.socket is not None:
                 await listen_unix(server, settings.socket)
             else:
                 await listen_tcp(server, settings.host, settings.port)
             if settings.pid_file is not None:
                 write_pid_file(settings.pid_file)
+            notify("READY=1")
             if ready_fd >= 0:
                 _tell_parent(ready_fd, keep_stderr=settings.verbose)
 

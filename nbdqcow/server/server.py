@@ -45,12 +45,14 @@ class Server:
     Attributes:
         on_last_disconnect: called when a client that had chosen an export
             leaves and no client is left.
+        on_stopping: called when the end begins.
     """
 
     def __init__(
         self, options: ServerOptions | None = None, tls: ServerTls | None = None
     ) -> None:
         self.on_last_disconnect: Callable[[], None] | None = None
+        self.on_stopping: Callable[[], None] | None = None
         self._options = options or ServerOptions()
         self._tls = tls
         self._shared = Shared(BufferPool(), self._options.max_total_bytes)
@@ -206,6 +208,8 @@ class Server:
         try:
             while not self._stopping:
                 await self._wait_for_change()
+            if self.on_stopping is not None:
+                self.on_stopping()
             self._close_listeners()
             for connection in (*self._connections, *self._waiting, *self._refused):
                 connection.drain()

@@ -27,8 +27,6 @@ def take_activation(environment: MutableMapping[str, str]) -> list[tuple[int, st
     nb_fds = min(int(count[:9]), _MAX_FDS)
     names += [""] * (nb_fds - len(names))
     fds = range(_FIRST_FD, _FIRST_FD + nb_fds)
-    for fd in fds:
-        os.set_inheritable(fd, False)
     return list(zip(fds, names[:nb_fds], strict=True))
 
 

@@ -12,6 +12,7 @@ from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
 from nbdqcow.server.options import ServerOptions
 from nbdqcow.server.server import Server
+from nbdqcow.server.sockets import as_stream
 from tests.block.server.support import EIO_ERROR, Client, FakeNode, Refused, serving
 from tests.block.server.test_flow import settle
 
@@ -126,6 +127,51 @@ async def test_a_socket_of_somebody_else_is_not_removed(tmp_path):
         other.bind(str(path))
     assert path.exists()
     other.close()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+async def test_tcp_options(tmp_path, address):
+    """Of a listener that asyncio did not make, whose protocol is 0."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    async with serving(tmp_path, FakeNode()) as served:
+        sock = socket.socket(family)
+        sock.bind((address, 0))
+        port = sock.getsockname()[1]
+        await served.server.listen_socket(sock)
+        _, writer = await asyncio.open_connection(address, port)
+        await settle(lambda: len(served.server._connections) == 1)
+        (connection,) = served.server._connections
+        ours = connection._transport.get_extra_info("socket")
+        assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+        writer.transport.abort()
+
+
+async def test_families_that_event_loops_do_not_know(tmp_path):
+    """As vsock is one; a unix socket in disguise stands for it here."""
+    ours, theirs = socket.socketpair()
+    assert as_stream(ours) is ours
+    strange = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM, fileno=theirs.detach())
+    async with serving(tmp_path, FakeNode()) as served:
+        await served.server.serve_socket(strange)
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
+        client = Client(reader, writer)
+        served.clients.append(client)
+        await client.greet()
+        await client.go("")
+        assert await client.read(1, 2) == b"\1\2"
+        await client.disconnect()
+
+
+async def test_last_client_without_listeners(tmp_path):
+    server = Server()
+    server.add_export("", FakeNode())
+    running = asyncio.create_task(server.run_until_stopped())
+    ours, theirs = socket.socketpair()
+    await server.serve_socket(theirs)
+    ours.close()
+    await asyncio.wait_for(running, 20)
 
 
 async def test_too_many_connections(tmp_path, caplog):

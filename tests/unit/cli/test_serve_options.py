@@ -3,11 +3,14 @@
 import click
 import pytest
 
+from nbdqcow.cli import places as places_module
 from nbdqcow.cli import serve
 from nbdqcow.cli.main import main
+from nbdqcow.cli.places import Places
 from nbdqcow.cli.tls_options import TlsSettings, take_tls
 from nbdqcow.errors import UsageError
 from nbdqcow.nbd.uri import NbdUri
+from nbdqcow.server.options import ServerOptions
 
 
 @pytest.mark.parametrize(
@@ -46,7 +49,7 @@ def test_bad_export_names(arguments):
     ],
 )
 def test_addresses(text, address):
-    assert serve.address(text) == address
+    assert places_module.address(text) == address
 
 
 @pytest.mark.parametrize(
@@ -54,20 +57,20 @@ def test_addresses(text, address):
 )
 def test_bad_addresses(text):
     with pytest.raises(click.BadParameter):
-        serve.address(text)
+        places_module.address(text)
 
 
 def test_announcement(monkeypatch):
     monkeypatch.setattr("sys.argv", ["nbdqcow"])
     settings = serve.ServeSettings(
         images=[("my disk", "a.qcow2"), ("b", "b\udcff.raw")],
-        listen=(), unix=(), read_only=True, open_options={},
-        max_connections=1, handshake_timeout=1.0, pid_file=None,
+        places=Places(), read_only=True, open_options={},
+        limits=ServerOptions(), pid_file=None,
         tls=TlsSettings(),
     )  # fmt: skip
     places = [
-        serve._tcp_place("::", 10809),
-        serve._tcp_place("0.0.0.0", 99),
+        places_module.tcp_place("::", 10809),
+        places_module.tcp_place("0.0.0.0", 99),
         ("s", NbdUri("unix", socket="/s")),
     ]
     assert serve._announcement(settings, [1 << 30, 5], places).splitlines() == [
