@@ -65,6 +65,11 @@ def format_size(size: int) -> str:
     return f"{size / (1 << (10 * index)):.3g} {units[index]}"
 
 
+def round_down(value: int, alignment: int) -> int:
+    """Return the greatest multiple of ``alignment`` not above ``value``."""
+    return value // alignment * alignment
+
+
 def round_up(value: int, alignment: int) -> int:
     """Return the least multiple of ``alignment`` not below ``value``."""
     return -(-value // alignment) * alignment

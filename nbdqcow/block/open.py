@@ -15,7 +15,9 @@ from nbdqcow.block.node import Node
 from nbdqcow.block.registry import (
     PROBE_LENGTH,
     format_driver,
+    is_remote,
     probe_format,
+    split_protocol,
     storage_driver,
 )
 from nbdqcow.block.storage import StorageDriver
@@ -151,15 +153,15 @@ def _looks_formatted(head: bytes) -> bool:
 
 
 async def open_storage(filename: str, options: OpenOptions) -> StorageDriver:
-    """Open the file under an image. ``file:`` may stand before its name."""
-    protocol, colon, rest = filename.partition(":")
-    if colon and "/" not in protocol:
-        if protocol != "file":
-            # A file whose name has a colon is written ./a:b, as in QEMU.
-            raise ImageError(f"Unknown protocol '{protocol}'")
-        filename = rest
-    storage: StorageDriver = await storage_driver("file").open(
-        filename,
+    """Open the file under an image: a path, perhaps after ``file:``, or the
+    URI of an NBD export."""
+    protocol, name = split_protocol(filename)
+    storage: StorageDriver
+    if protocol != "file":
+        storage = await storage_driver(protocol).open(name, read_only=options.read_only)
+        return storage
+    storage = await storage_driver("file").open(
+        name,
         read_only=options.read_only,
         cache={"writethrough": "writeback", "directsync": "none"}.get(
             options.cache, options.cache
@@ -219,23 +221,38 @@ async def _open_backing(
 
 
 def backing_path(image_filename: str, backing_filename: str) -> str:
-    """Return the path of a backing file that an image names."""
+    """Return the path of a backing file that an image names.
+
+    Raises `ImageError` for a path that is relative to no directory.
+    """
     protocol, colon, rest = backing_filename.partition(":")
     if colon and protocol == "file" and "/" not in protocol:
         backing_filename = rest
     elif colon and "/" not in protocol:
         return backing_filename
+    if not backing_filename.startswith("/") and is_remote(image_filename):
+        raise ImageError(
+            f"'{backing_filename}' is a relative path, and '{image_filename}' is in "
+            f"no directory"
+        )
     return os.path.join(os.path.dirname(image_filename), backing_filename)
 
 
-def _real_path(path: str) -> str:
-    return os.path.realpath(path)
+def _real_path(filename: str) -> str:
+    return filename if is_remote(filename) else os.path.realpath(filename)
 
 
 def check_allowed(path: str, allowed_paths: Sequence[str] | None) -> None:
-    """Refuse a path outside ``allowed_paths``. Raises `ImageError`."""
+    """Refuse a path outside ``allowed_paths``. Raises `ImageError`.
+
+    An export of an NBD server is allowed by its very name.
+    """
     if allowed_paths is None:
         return
+    if is_remote(path):
+        if path in allowed_paths:
+            return
+        raise ImageError(f"'{path}' is outside the allowed paths")
     real = os.path.realpath(path)
     for allowed in map(os.path.realpath, allowed_paths):
         if real == allowed or real.startswith(allowed.rstrip("/") + "/"):

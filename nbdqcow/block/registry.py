@@ -21,10 +21,25 @@ _TOOLS: Final = {
 _STORAGE: Final = {
     "file": "nbdqcow.storage.file:FileStorage",
     "memory": "nbdqcow.storage.memory:MemoryStorage",
+    "nbd": "nbdqcow.storage.nbd.driver:NbdStorage",
     "null": "nbdqcow.storage.null:NullStorage",
 }
 
 _BLOCKING_FILE: Final = "nbdqcow.storage.blocking:BlockingLocalFile"
+
+_PROTOCOLS: Final = {
+    "file": "file",
+    "nbd": "nbd",
+    "nbds": "nbd",
+    "nbd+tcp": "nbd",
+    "nbds+tcp": "nbd",
+    "nbd+unix": "nbd",
+    "nbds+unix": "nbd",
+    "nbd+vsock": "nbd",
+    "nbds+vsock": "nbd",
+}
+"""What stands before the colon of a file name, and the storage driver that it
+means."""
 
 PROBE_LENGTH: Final = 2048
 """Bytes of a file that `probe_format` is given."""
@@ -77,6 +92,26 @@ def probe_tool(head: bytes) -> str:
 def blocking_file() -> Any:
     """Return the class of local files for programs without an event loop."""
     return _load(_BLOCKING_FILE)
+
+
+def split_protocol(filename: str) -> tuple[str, str]:
+    """Return the storage driver that ``filename`` is for, and what it is to
+    open. Raises `ImageError`.
+
+    A file whose name has a colon is written ``./a:b``, as in QEMU.
+    """
+    protocol, colon, rest = filename.partition(":")
+    if not colon or "/" in protocol:
+        return "file", filename
+    driver = _PROTOCOLS.get(protocol.lower())
+    if driver is None:
+        raise ImageError(f"Unknown protocol '{protocol}'")
+    return driver, rest if driver == "file" else filename
+
+
+def is_remote(filename: str) -> bool:
+    """Tell whether ``filename`` is no path. Raises `ImageError`."""
+    return split_protocol(filename)[0] != "file"
 
 
 def probe_format(head: bytes, filename: str) -> str:

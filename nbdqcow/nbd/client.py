@@ -15,6 +15,7 @@ server refuses is no exception: the answer is in ``result.error``.
 """
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -23,6 +24,7 @@ from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
 from nbdqcow.types import Buffer
 
+_CONTEXT_OPTIONS: Final = (nbd.OPT_LIST_META_CONTEXT, nbd.OPT_SET_META_CONTEXT)
 _MAX_ANSWER: Final = 32 << 20
 """Bytes of all replies to one option, headers included."""
 
@@ -66,6 +68,8 @@ class OptionResult:
         exports: name and description of each export (LIST).
         export: the export asked for (INFO, GO, EXPORT_NAME).
         contexts: names of metadata contexts (LIST_META_CONTEXT).
+        context_ids: the name of each context chosen, by its number
+            (SET_META_CONTEXT).
     """
 
     option: int
@@ -74,6 +78,7 @@ class OptionResult:
     exports: list[tuple[str, str]] = field(default_factory=list)
     export: RemoteExport | None = None
     contexts: list[str] = field(default_factory=list)
+    context_ids: dict[int, str] = field(default_factory=dict)
 
 
 class ClientHandshake:
@@ -141,13 +146,22 @@ class ClientHandshake:
         """Ask for structured replies."""
         self._ask(nbd.OPT_STRUCTURED_REPLY)
 
+    def extended_headers(self) -> None:
+        """Ask for extended headers, which bring structured replies along."""
+        self._ask(nbd.OPT_EXTENDED_HEADERS)
+
+    def starttls(self) -> None:
+        """Ask for TLS. With an ACK all bytes that follow are TLS's; once that
+        stands, the haggling goes on from its beginning."""
+        self._ask(nbd.OPT_STARTTLS)
+
+    def set_meta_contexts(self, name: str, queries: Sequence[str]) -> None:
+        """Choose metadata contexts of an export: ``result.context_ids``."""
+        self._ask(nbd.OPT_SET_META_CONTEXT, _context_request(name, queries))
+
     def list_meta_contexts(self, name: str) -> None:
         """Ask for an export's metadata contexts: ``result.contexts``."""
-        encoded = name.encode()
-        self._ask(
-            nbd.OPT_LIST_META_CONTEXT,
-            codec.U32.pack(len(encoded)) + encoded + codec.U32.pack(0),
-        )
+        self._ask(nbd.OPT_LIST_META_CONTEXT, _context_request(name, ()))
 
     def abort(self) -> None:
         """Say goodbye. The shell may close without waiting for the ACK."""
@@ -235,10 +249,12 @@ class ClientHandshake:
         elif reply == nbd.REP_INFO and option in (nbd.OPT_INFO, nbd.OPT_GO):
             answer.export = answer.export or RemoteExport()
             _parse_info(data, answer.export)
-        elif reply == nbd.REP_META_CONTEXT and option == nbd.OPT_LIST_META_CONTEXT:
+        elif reply == nbd.REP_META_CONTEXT and option in _CONTEXT_OPTIONS:
             if len(data) < 4:
                 raise ProtocolError("a REP_META_CONTEXT without a context")
-            answer.contexts.append(_text(data[4:], "metadata context"))
+            name = _text(data[4:], "metadata context")
+            answer.contexts.append(name)
+            answer.context_ids[codec.U32.unpack_from(data)[0]] = name
         else:
             raise ProtocolError(
                 f"{nbd.reply_name(reply)} is no reply to {nbd.option_name(option)}"
@@ -259,6 +275,13 @@ class ClientHandshake:
     def _finish(self, state: ClientState) -> None:
         self.result = self._answer
         self.state = state
+
+
+def _context_request(name: str, queries: Sequence[str]) -> bytes:
+    """Return the data of LIST_META_CONTEXT or SET_META_CONTEXT."""
+    strings = [name.encode(), *(query.encode() for query in queries)]
+    prefixed = [codec.U32.pack(len(string)) + string for string in strings]
+    return b"".join((prefixed[0], codec.U32.pack(len(queries)), *prefixed[1:]))
 
 
 def _text(data: bytes, what: str) -> str:

@@ -116,6 +116,27 @@ def parse_uri(text: str) -> NbdUri:
     )
 
 
+def parse_place(text: str) -> NbdUri:
+    """Return what an NBD URI, or a name in QEMU's older form, means.
+
+    That is ``nbd:HOST:PORT`` or ``nbd:unix:PATH``, both perhaps followed by
+    ``:exportname=NAME``. Raises `UsageError`.
+    """
+    scheme, _, rest = text.partition(":")
+    if scheme != "nbd" or rest.startswith("//"):
+        return parse_uri(text)
+    place, _, export = rest.partition(":exportname=")
+    if place.startswith("unix:"):
+        path = place.removeprefix("unix:")
+        if not path:
+            raise UsageError(f"'{text}': a unix socket needs a path")
+        return NbdUri("unix", socket=path, export=export)
+    host, port = _parse_host_port(text, place)
+    if not host or port >> 16:
+        raise UsageError(f"'{text}' is not nbd:HOST:PORT")
+    return NbdUri(host=host, port=port, export=export)
+
+
 def _parse_query(uri: str, query: str) -> dict[str, str]:
     parameters: dict[str, str] = {}
     for item in filter(None, query.split("&")):

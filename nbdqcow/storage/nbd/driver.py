@@ -1,0 +1,306 @@
+"""The storage driver ``nbd``: a file that is an export of an NBD server."""
+
+import asyncio
+import errno
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager
+from typing import Any, ClassVar, Final
+
+from nbdqcow.block.inflight import InFlightRanges
+from nbdqcow.block.storage import StorageDriver
+from nbdqcow.errors import (
+    BlockError,
+    ImageError,
+    NotSupported,
+    ProtocolError,
+    UsageError,
+)
+from nbdqcow.nbd import constants as nbd
+from nbdqcow.nbd.client_transmission import Call
+from nbdqcow.nbd.uri import parse_place
+from nbdqcow.storage.nbd.client import Client
+from nbdqcow.storage.nbd.connection import BASE_ALLOCATION
+from nbdqcow.types import Buffer, Buffers
+from nbdqcow.units import GiB, MiB, round_down, round_up
+
+_MAX_LENGTH: Final = 1 * GiB
+"""Bytes of a request without data: any server takes so many, and is back soon."""
+_ZEROES: Final = bytes(1 * MiB)
+
+
+class NbdStorage(StorageDriver):
+    """An export. Its length is fixed: writing past it is ENOSPC.
+
+    `nbdqcow.storage.nbd.client` says what happens when the connection breaks.
+    """
+
+    name: ClassVar[str] = "nbd"
+
+    def __init__(self, client: Client, filename: str, *, read_only: bool) -> None:
+        """Take over ``client``, which is connected. Use `open` instead.
+
+        Raises `ImageError` if the export is not what is asked for.
+        """
+        export = client.export
+        minimum, _, maximum = export.block_sizes or (
+            nbd.DEFAULT_MINIMUM_BLOCK_SIZE,
+            nbd.DEFAULT_PREFERRED_BLOCK_SIZE,
+            nbd.DEFAULT_MAXIMUM_PAYLOAD,
+        )
+        if minimum & (minimum - 1) or not 1 <= minimum <= maximum:
+            raise ImageError(f"the server has a minimum block size of {minimum}")
+        if not read_only and export.flags & nbd.FLAG_READ_ONLY:
+            raise ImageError("the export is read-only")
+        self.filename = filename
+        self.read_only = read_only
+        self.zero_beyond_end = False
+        self.length = round_down(export.size, minimum)
+        self._client = client
+        self._flags = export.flags
+        self._block = minimum
+        self._max_payload = round_down(
+            min(maximum, nbd.DEFAULT_MAXIMUM_PAYLOAD), minimum
+        )
+        # Writes, where those of less than a block read the rest of it first.
+        self._writing = InFlightRanges()
+
+    @classmethod
+    async def open(
+        cls,
+        filename: str,
+        *,
+        read_only: bool = False,
+        connect_timeout: float = 10.0,
+        reconnect_delay: float = 30.0,
+        request_timeout: float = 0.0,
+    ) -> "NbdStorage":
+        """Connect to the export that an NBD URI, or ``nbd:HOST:PORT``, names.
+
+        The timeouts are those of `nbdqcow.storage.nbd.client.Client`. Raises
+        `ImageError` with one clear message.
+        """
+        try:
+            uri = parse_place(filename)
+        except UsageError as exc:
+            raise ImageError(str(exc)) from None
+        client = Client(
+            uri,
+            connect_timeout=connect_timeout,
+            reconnect_delay=reconnect_delay,
+            request_timeout=request_timeout,
+        )
+        try:
+            await client.open()
+            return cls(client, filename, read_only=read_only)
+        except (ImageError, ProtocolError) as exc:
+            await client.close()
+            raise ImageError(f"Could not open '{filename}': {exc}") from None
+        except OSError as exc:
+            await client.close()
+            reason = exc.strerror or str(exc) or "the server does not answer"
+            raise ImageError(f"Could not connect to '{filename}': {reason}") from exc
+        except BaseException:
+            await client.close()
+            raise
+
+    async def close(self) -> None:
+        """Disconnect. Does not flush."""
+        await self._client.close()
+
+    # -- reading -----------------------------------------------------------
+
+    def try_pread(self, offset: int, length: int) -> bytes | None:
+        """Say that every read must wait."""
+        return None
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """Return exactly ``length`` bytes."""
+        end = min(offset + length, self.length)
+        if offset >= end:
+            return bytes(length)
+        first = round_down(offset, self._block)
+        last = round_up(end, self._block)
+        if last - first <= self._max_payload:
+            data = (await self._call(nbd.CMD_READ, first, last - first)).data
+        else:
+            pieces = await _all(
+                self._call(nbd.CMD_READ, start, size)
+                for start, size in _pieces(first, last, self._max_payload)
+            )
+            data = bytearray().join(piece.data for piece in pieces)
+        if (first, last) == (offset, offset + length):
+            return data
+        return bytes(memoryview(data)[offset - first : end - first]).ljust(
+            length, b"\0"
+        )
+
+    async def block_status(self, offset: int, length: int) -> tuple[bool, int]:
+        """Say what the server does; all is data where it does not tell."""
+        if offset >= self.length:
+            return False, length
+        if not self._client.has_status:
+            return True, length
+        length = min(length, self.length - offset)
+        first = round_down(offset, self._block)
+        size = round_up(offset + length, self._block) - first
+        call = await self._call(
+            nbd.CMD_BLOCK_STATUS, first, min(size, self._max_effect)
+        )
+        (_, flags), *_ = extents = call.extents[BASE_ALLOCATION]
+        zero = flags & nbd.STATE_ZERO
+        run = 0
+        for extent_length, extent_flags in extents:
+            if extent_flags & nbd.STATE_ZERO != zero:
+                break
+            run += extent_length
+        run -= offset - first
+        if run <= 0:
+            raise BlockError(errno.EIO, "block status of less than a block")
+        return not zero, min(run, length)
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Ask the server to bring a range near."""
+        end = round_up(min(offset + length, self.length), self._block)
+        if self._flags & nbd.FLAG_SEND_CACHE:
+            first = round_down(offset, self._block)
+            for start, size in _pieces(first, end, self._max_effect):
+                await self._call(nbd.CMD_CACHE, start, size)
+
+    # -- writing -----------------------------------------------------------
+
+    async def pwritev(
+        self, offset: int, buffers: Buffers, *, fua: bool = False
+    ) -> None:
+        """Write ``buffers`` one after the other from ``offset``."""
+        length = sum(map(len, buffers))
+        self._check_range(offset, length)
+        if not length:
+            return
+        async with self._exclusive(offset, offset + length) as (first, last):
+            if (first, last) != (offset, offset + length):
+                head = await self.pread(first, offset - first)
+                tail = await self.pread(offset + length, last - offset - length)
+                buffers = [head, *buffers, tail]
+            with_fua = fua and bool(self._flags & nbd.FLAG_SEND_FUA)
+            flags = nbd.CMD_FLAG_FUA if with_fua else 0
+            if last - first > self._max_payload:
+                whole = memoryview(b"".join(buffers))
+                await _all(
+                    self._call(
+                        nbd.CMD_WRITE, start, size, flags,
+                        (whole[start - first : start - first + size],),
+                    )
+                    for start, size in _pieces(first, last, self._max_payload)
+                )  # fmt: skip
+            else:
+                await self._call(nbd.CMD_WRITE, first, last - first, flags, buffers)
+        if fua and not with_fua:
+            await self.flush()
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool = False
+    ) -> None:
+        """Have the server zero a range, or send it zeroes."""
+        self._check_range(offset, length)
+        needed = nbd.FLAG_SEND_WRITE_ZEROES | (
+            nbd.FLAG_SEND_FAST_ZERO if no_fallback else 0
+        )
+        end = offset + length
+        first, last = round_up(offset, self._block), round_down(end, self._block)
+        if self._flags & needed != needed or first >= last:
+            if no_fallback:
+                raise NotSupported("the NBD server has no fast zeroes")
+            for start, size in _pieces(offset, end, len(_ZEROES)):
+                await self.pwritev(start, (memoryview(_ZEROES)[:size],))
+            return
+        flags = (0 if may_unmap else nbd.CMD_FLAG_NO_HOLE) | (
+            nbd.CMD_FLAG_FAST_ZERO if no_fallback else 0
+        )
+        for start, stop in ((offset, first), (last, end)):
+            if start < stop:
+                await self.pwritev(start, (bytes(stop - start),))
+        async with self._exclusive(first, last):
+            for start, size in _pieces(first, last, self._max_effect):
+                await self._call(nbd.CMD_WRITE_ZEROES, start, size, flags)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Have the server free a range, if it does that."""
+        first = round_up(offset, self._block)
+        last = round_down(min(offset + length, self.length), self._block)
+        if not self._flags & nbd.FLAG_SEND_TRIM or first >= last:
+            return
+        async with self._exclusive(first, last):
+            for start, size in _pieces(first, last, self._max_effect):
+                await self._call(nbd.CMD_TRIM, start, size)
+
+    async def flush(self) -> None:
+        """Make every write completed before this call durable."""
+        if self._flags & nbd.FLAG_SEND_FLUSH and not self.read_only:
+            await self._call(nbd.CMD_FLUSH)
+
+    async def truncate(self, length: int) -> None:
+        """Accept the length that the export has, or one within it."""
+        if length > self.length:
+            raise BlockError(
+                errno.ENOSPC, f"'{self.filename}' has {self.length} bytes for ever"
+            )
+
+    # -- requests ----------------------------------------------------------
+
+    @property
+    def _max_effect(self) -> int:
+        return round_down(_MAX_LENGTH, self._block)
+
+    async def _call(
+        self,
+        command: int,
+        offset: int = 0,
+        length: int = 0,
+        flags: int = 0,
+        payload: Buffers = (),
+    ) -> Call:
+        call = Call(command, offset, length, flags=flags, payload=payload)
+        return await self._client.request(call)
+
+    def _check_range(self, offset: int, length: int) -> None:
+        if self.read_only:
+            raise BlockError(errno.EBADF, f"'{self.filename}' is open read-only")
+        if offset + length > self.length:
+            raise BlockError(
+                errno.ENOSPC, f"'{self.filename}' has no room after {self.length} bytes"
+            )
+
+    @asynccontextmanager
+    async def _exclusive(self, offset: int, end: int) -> AsyncIterator[tuple[int, int]]:
+        """Give the range in whole blocks, when no other write is in them.
+
+        With blocks of one byte, writes are the server's to order.
+        """
+        if self._block == 1:
+            yield offset, end
+            return
+        first, last = round_down(offset, self._block), round_up(end, self._block)
+        while (other := self._writing.find(first, last)) is not None:
+            await other.wait()
+        mine = self._writing.add(first, last)
+        try:
+            yield first, last
+        finally:
+            self._writing.remove(mine)
+
+
+def _pieces(start: int, end: int, length: int) -> Iterator[tuple[int, int]]:
+    """Yield offset and length of pieces that make up a range."""
+    while start < end:
+        size = min(length, end - start)
+        yield start, size
+        start += size
+
+
+async def _all(coroutines: Iterator[Coroutine[Any, Any, Call]]) -> list[Call]:
+    """Run all at once; the first failure is raised when all have ended."""
+    results = await asyncio.gather(*coroutines, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if isinstance(result, Call)]
