@@ -25,6 +25,8 @@ _FIRST_DELAY: Final = 0.05
 _LONGEST_DELAY: Final = 5.0
 """Seconds between two attempts to connect: doubled from one to the other."""
 _REPLAY_BATCH: Final = 64
+_MAX_LOSSES: Final = 5
+"""Connections that a request may see break: it may be what breaks them."""
 
 _LOGGED: Final = frozenset((nbd.CMD_WRITE, nbd.CMD_WRITE_ZEROES))
 
@@ -36,9 +38,10 @@ class _Request(Call):
         future: done when the call is, or has failed.
         started: the loop's time when it was asked for.
         covers: of a FLUSH, how many writes had been answered before it.
+        nb_losses: how many connections it has seen break.
     """
 
-    __slots__ = ("covers", "future", "started")
+    __slots__ = ("covers", "future", "nb_losses", "started")
 
     def __init__(self, call: Call, future: "asyncio.Future[None]", now: float) -> None:
         super().__init__(
@@ -48,6 +51,7 @@ class _Request(Call):
         self.future = future
         self.started = now
         self.covers = 0
+        self.nb_losses = 0
 
 
 class Client:
@@ -179,6 +183,10 @@ class Client:
         if not isinstance(request, _Request) or request not in self._requests:
             # Nobody waits for it any more.
             return
+        if request.error == errno.ESHUTDOWN and self._connection is not None:
+            # The server is about to go, and may come back.
+            self._connection.abort()
+            return
         del self._requests[request]
         if request.command == nbd.CMD_FLUSH:
             if request.error:
@@ -248,6 +256,10 @@ class Client:
             logger.error("%s: written data is lost: %s", self._uri, exc)
             self._flush_error = exc
         self._forget_writes(self._nb_written)
+        for request in [r for r in self._requests if _is_durable(r)]:
+            del self._requests[request]
+            if not request.future.done():
+                request.future.set_exception(self._flush_error)
 
     async def _flush(self) -> None:
         """Flush for the sake of `_log_length`."""
@@ -277,6 +289,13 @@ class Client:
         if self._closed:
             return
         logger.warning("%s: connection lost: %s", self._uri, exc)
+        for request in tuple(self._requests):
+            request.nb_losses += 1
+            if request.nb_losses >= _MAX_LOSSES:
+                del self._requests[request]
+                if not request.future.done():
+                    text = f"lost {_MAX_LOSSES} connections to {self._uri}: {exc}"
+                    request.future.set_exception(BlockError(errno.EIO, text))
         self._reconnecting = asyncio.get_running_loop().create_task(self._reconnect())
 
     async def _reconnect(self) -> None:
@@ -284,6 +303,8 @@ class Client:
         deadline = loop.time() + self._reconnect_delay
         delay = _FIRST_DELAY
         while True:
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, _LONGEST_DELAY)
             timeout = self._connect_timeout
             if self._gone is None:
                 timeout = min(timeout, max(deadline - loop.time(), _FIRST_DELAY))
@@ -308,8 +329,6 @@ class Client:
                 self._gone = f"no connection to {self._uri}: {reason}"
                 logger.error("%s", self._gone)
                 self._fail_all(self._gone)
-            await asyncio.sleep(delay)
-            delay = min(delay * 2, _LONGEST_DELAY)
 
     def _check_same(self, export: RemoteExport) -> None:
         """Raise `ProtocolError` if this can't be the export that we had."""

@@ -2,6 +2,8 @@
 
 import asyncio
 import errno
+import os
+import socket
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar, Final
@@ -97,8 +99,9 @@ class NbdStorage(StorageDriver):
             raise ImageError(f"Could not open '{filename}': {exc}") from None
         except OSError as exc:
             await client.close()
-            reason = exc.strerror or str(exc) or "the server does not answer"
-            raise ImageError(f"Could not connect to '{filename}': {reason}") from exc
+            raise ImageError(
+                f"Could not connect to '{filename}': {_reason(exc)}"
+            ) from exc
         except BaseException:
             await client.close()
             raise
@@ -287,6 +290,16 @@ class NbdStorage(StorageDriver):
             yield first, last
         finally:
             self._writing.remove(mine)
+
+
+def _reason(exc: OSError) -> str:
+    """Return why there is no connection, in the system's words."""
+    if isinstance(exc, TimeoutError):
+        return "the server does not answer"
+    if isinstance(exc, socket.gaierror) or not exc.errno:
+        return exc.strerror or str(exc)
+    # asyncio puts a sentence of its own in strerror.
+    return os.strerror(exc.errno)
 
 
 def _pieces(start: int, end: int, length: int) -> Iterator[tuple[int, int]]:
