@@ -157,11 +157,11 @@ class ClientHandshake:
 
     def set_meta_contexts(self, name: str, queries: Sequence[str]) -> None:
         """Choose metadata contexts of an export: ``result.context_ids``."""
-        self._ask(nbd.OPT_SET_META_CONTEXT, _context_request(name, queries))
+        self._ask(nbd.OPT_SET_META_CONTEXT, codec.meta_context_request(name, queries))
 
     def list_meta_contexts(self, name: str) -> None:
         """Ask for an export's metadata contexts: ``result.contexts``."""
-        self._ask(nbd.OPT_LIST_META_CONTEXT, _context_request(name, ()))
+        self._ask(nbd.OPT_LIST_META_CONTEXT, codec.meta_context_request(name))
 
     def abort(self) -> None:
         """Say goodbye. The shell may close without waiting for the ACK."""
@@ -275,13 +275,6 @@ class ClientHandshake:
     def _finish(self, state: ClientState) -> None:
         self.result = self._answer
         self.state = state
-
-
-def _context_request(name: str, queries: Sequence[str]) -> bytes:
-    """Return the data of LIST_META_CONTEXT or SET_META_CONTEXT."""
-    strings = [name.encode(), *(query.encode() for query in queries)]
-    prefixed = [codec.U32.pack(len(string)) + string for string in strings]
-    return b"".join((prefixed[0], codec.U32.pack(len(queries)), *prefixed[1:]))
 
 
 def _text(data: bytes, what: str) -> str:

@@ -19,6 +19,7 @@ from struct import Struct
 from typing import Final
 
 from nbdqcow.errors import ProtocolError
+from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
 from nbdqcow.types import Buffers
 from nbdqcow.units import KiB, MiB
@@ -27,13 +28,6 @@ _CAPACITY: Final = 64 * KiB
 _MAX_PAYLOAD: Final = 16 * MiB
 """Bytes of a chunk that is no data: block status of a million extents."""
 
-_REQUEST: Final = Struct(">IHHQQI")
-_EXTENDED_REQUEST: Final = Struct(">IHHQQQ")
-_SIMPLE_REPLY: Final = Struct(">IIQ")
-_STRUCTURED_REPLY: Final = Struct(">IHHQI")
-_EXTENDED_REPLY: Final = Struct(">IHHQQQ")
-_U32: Final = Struct(">I")
-_U64: Final = Struct(">Q")
 _HOLE: Final = Struct(">QI")
 _ERROR: Final = Struct(">IH")
 _STATUS_EXT: Final = Struct(">II")
@@ -172,17 +166,15 @@ class ClientTransmission:
         self._cookie += 1
         self.calls[self._cookie] = call
         flags = call.flags
-        if self._extended:
-            if call.command == nbd.CMD_WRITE:
-                flags |= nbd.CMD_FLAG_PAYLOAD_LEN
-            return _EXTENDED_REQUEST.pack(
-                nbd.EXTENDED_REQUEST_MAGIC, flags, call.command,
-                self._cookie, call.offset, call.length,
-            )  # fmt: skip
-        return _REQUEST.pack(
-            nbd.REQUEST_MAGIC, flags, call.command,
-            self._cookie, call.offset, call.length,
-        )  # fmt: skip
+        if not self._extended:
+            return codec.request(
+                call.command, self._cookie, call.offset, call.length, flags
+            )
+        if call.command == nbd.CMD_WRITE:
+            flags |= nbd.CMD_FLAG_PAYLOAD_LEN
+        return codec.extended_request(
+            call.command, self._cookie, call.offset, call.length, flags
+        )
 
     def get_buffer(self) -> memoryview:
         """Return where to put the bytes that arrive next."""
@@ -220,32 +212,32 @@ class ClientTransmission:
     def _step(self, complete: list[Call]) -> bool:
         """Take one message from the buffer; False if it is not complete."""
         nb_available = self._end - self._start
-        if nb_available < _U32.size:
+        if nb_available < codec.U32.size:
             return False
-        (magic,) = _U32.unpack_from(self._buffer, self._start)
+        (magic,) = codec.U32.unpack_from(self._buffer, self._start)
         if magic == nbd.SIMPLE_REPLY_MAGIC and not self._extended:
-            if nb_available < _SIMPLE_REPLY.size:
+            if nb_available < codec.SIMPLE_REPLY.size:
                 return False
             return self._take_simple(complete)
         if magic == nbd.STRUCTURED_REPLY_MAGIC and (
             self._structured and not self._extended
         ):
-            if nb_available < _STRUCTURED_REPLY.size:
+            if nb_available < codec.STRUCTURED_REPLY.size:
                 return False
-            _, flags, kind, cookie, length = _STRUCTURED_REPLY.unpack_from(
+            _, flags, kind, cookie, length = codec.STRUCTURED_REPLY.unpack_from(
                 self._buffer, self._start
             )
             return self._take_chunk(
-                complete, flags, kind, cookie, length, _STRUCTURED_REPLY.size
+                complete, flags, kind, cookie, length, codec.STRUCTURED_REPLY.size
             )
         if magic == nbd.EXTENDED_REPLY_MAGIC and self._extended:
-            if nb_available < _EXTENDED_REPLY.size:
+            if nb_available < codec.EXTENDED_REPLY.size:
                 return False
-            _, flags, kind, cookie, _, length = _EXTENDED_REPLY.unpack_from(
+            _, flags, kind, cookie, _, length = codec.EXTENDED_REPLY.unpack_from(
                 self._buffer, self._start
             )
             return self._take_chunk(
-                complete, flags, kind, cookie, length, _EXTENDED_REPLY.size
+                complete, flags, kind, cookie, length, codec.EXTENDED_REPLY.size
             )
         raise ProtocolError(f"bad reply magic {magic:#010x}")
 
@@ -275,12 +267,12 @@ class ClientTransmission:
     # -- simple replies ----------------------------------------------------
 
     def _take_simple(self, complete: list[Call]) -> bool:
-        _, error, cookie = _SIMPLE_REPLY.unpack_from(self._buffer, self._start)
+        _, error, cookie = codec.SIMPLE_REPLY.unpack_from(self._buffer, self._start)
         call = self._find(cookie)
         with_payload = call.command in (nbd.CMD_READ, nbd.CMD_BLOCK_STATUS)
         if not error and with_payload and self._structured:
             raise ProtocolError("a simple reply where a structured one is due")
-        self._start += _SIMPLE_REPLY.size
+        self._start += codec.SIMPLE_REPLY.size
         del self.calls[cookie]
         if error:
             call.fail(error)
@@ -316,14 +308,14 @@ class ClientTransmission:
             return call
 
         if kind == nbd.REPLY_TYPE_OFFSET_DATA:
-            if call.command != nbd.CMD_READ or length <= _U64.size:
+            if call.command != nbd.CMD_READ or length <= codec.U64.size:
                 raise ProtocolError(f"OFFSET_DATA of {length} bytes out of place")
-            if self._end - start < _U64.size:
+            if self._end - start < codec.U64.size:
                 return False
-            (offset,) = _U64.unpack_from(self._buffer, start)
-            length -= _U64.size
+            (offset,) = codec.U64.unpack_from(self._buffer, start)
+            length -= codec.U64.size
             first = call.add_chunk(offset, length)
-            self._start = start + _U64.size
+            self._start = start + codec.U64.size
             self._receive(
                 complete, memoryview(call.data)[first : first + length], finish
             )
@@ -364,7 +356,9 @@ class ClientTransmission:
             )
 
     def _take_status(self, call: Call, payload: bytes) -> None:
-        head, extent = (_STATUS_EXT, _EXTENT_EXT) if self._extended else (_U32, _EXTENT)
+        head, extent = (
+            (_STATUS_EXT, _EXTENT_EXT) if self._extended else (codec.U32, _EXTENT)
+        )
         body = payload[head.size :]
         if not body or len(body) % extent.size:
             raise ProtocolError(f"a block status of {len(payload)} bytes")

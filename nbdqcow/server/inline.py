@@ -64,7 +64,8 @@ def _is_plain_unix(transport: asyncio.BaseTransport) -> bool:
     sock = transport.get_extra_info("socket")
     return (
         sock is not None
-        and sock.family == socket.AF_UNIX
+        # Not ``family``: see `nbdqcow.server.sockets.as_stream`.
+        and sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) == socket.AF_UNIX
         and transport.get_extra_info("sslcontext") is None
     )
 

@@ -228,17 +228,17 @@ async def test_request_timeout(tmp_path):
         assert await storage.pread(0, 1) == b"\0"
 
 
-async def test_request_that_breaks_every_connection(tmp_path, monkeypatch):
+async def test_request_that_breaks_every_connection(tmp_path):
     node = VolatileNode()
     async with serving(tmp_path, node) as served, storage_on(tmp_path) as storage:
 
-        async def pread(offset, length):
+        async def pread_pieces(offset, length):
             if offset == 666:
                 for connection in tuple(served.server._connections):
                     connection.abort()
-            return bytes(length)
+            yield bytes(length)
 
-        node.pread = pread
+        node.pread_pieces = pread_pieces
         poison = asyncio.create_task(storage.pread(666, 1))
         with pytest.raises(OSError, match="lost 5 connections"):
             await poison
