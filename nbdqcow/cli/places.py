@@ -259,7 +259,8 @@ def raise_fd_limit(nb_clients: int) -> None:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = nb_clients + 256
+    # A client on a unix socket has two descriptors.
+    wanted = 2 * nb_clients + 256
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return
     if hard != resource.RLIM_INFINITY and hard < wanted:

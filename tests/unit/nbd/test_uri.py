@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdqcow.errors import UsageError
-from nbdqcow.nbd.uri import NbdUri, parse_uri
+from nbdqcow.nbd.uri import NbdUri, parse_place, parse_uri
 
 # A URI in the form that we write, and what it means.
 EXACT = [
@@ -98,6 +98,33 @@ def test_other_spellings(text, uri):
 def test_bad_uris(text, reason):
     with pytest.raises(UsageError, match=reason):
         parse_uri(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "uri"),
+    [
+        ("nbd:h:1", NbdUri(host="h", port=1)),
+        ("nbd:h", NbdUri(host="h")),
+        ("nbd:[::1]:1", NbdUri(host="::1", port=1)),
+        ("nbd:h:1:exportname=", NbdUri(host="h", port=1)),
+        ("nbd:h:1:exportname=a:b/c%20", NbdUri(host="h", port=1, export="a:b/c%20")),
+        ("nbd:unix:/s", NbdUri("unix", socket="/s")),
+        ("nbd:unix:/a:b:exportname=x", NbdUri("unix", socket="/a:b", export="x")),
+        ("nbd://h/x", NbdUri(host="h", export="x")),
+        ("nbd+unix:///?socket=s", NbdUri("unix", socket="s")),
+    ],
+    ids=str,
+)
+def test_older_names(text, uri):
+    assert parse_place(text) == uri
+
+
+@pytest.mark.parametrize(
+    "text", ["nbd:", "nbd::1", "nbd:h:x", "nbd:h:65536", "nbd:unix:", "file:x", "x"]
+)
+def test_bad_older_names(text):
+    with pytest.raises(UsageError):
+        parse_place(text)
 
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
