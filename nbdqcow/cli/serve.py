@@ -222,9 +222,9 @@ def _announcement(
         lines.append(f"{program_name()}: ready on {text}")
         if place is None:
             continue
-        for (name, filename), size in zip(settings.images, sizes, strict=True):
+        for (name, filename), length in zip(settings.images, sizes, strict=True):
             uri = settings.tls.uri(place, name)
-            lines.append(f"    {uri}  {filename}, {format_size(size)}{mode}")
+            lines.append(f"    {uri}  {filename}, {format_size(length)}{mode}")
     known = [place for _, place in places if place is not None]
     if known:
         uri = settings.tls.uri(known[0], settings.images[0][0])

@@ -150,11 +150,6 @@ class ClientHandshake:
         """Ask for extended headers, which bring structured replies along."""
         self._ask(nbd.OPT_EXTENDED_HEADERS)
 
-    def starttls(self) -> None:
-        """Ask for TLS. With an ACK all bytes that follow are TLS's; once that
-        stands, the haggling goes on from its beginning."""
-        self._ask(nbd.OPT_STARTTLS)
-
     def set_meta_contexts(self, name: str, queries: Sequence[str]) -> None:
         """Choose metadata contexts of an export: ``result.context_ids``."""
         self._ask(nbd.OPT_SET_META_CONTEXT, codec.meta_context_request(name, queries))

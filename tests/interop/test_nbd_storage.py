@@ -12,6 +12,7 @@ import pytest
 from nbdqcow.block.open import open_image
 from nbdqcow.errors import ImageError
 from nbdqcow.storage.nbd.driver import NbdStorage
+from tests.certificates import Authority
 from tests.conftest import find_free_port, find_tool
 from tests.interop.test_cli_serve import run, short_path
 
@@ -224,6 +225,60 @@ async def test_backing_file_on_an_export(start, tmp_path):
         await open_image(overlay, allowed_paths=[str(tmp_path)])
     async with open_image(overlay, allowed_paths=[str(tmp_path), uri]) as node:
         assert bytes(await node.pread(MiB + 5, 5)) == b"hello"
+
+
+@pytest.fixture
+def pki(tmp_path):
+    authority = Authority()
+    authority.write_server(tmp_path / "server")
+    authority.write_client(tmp_path / "alice", authority.client("alice"))
+    authority.write_client(tmp_path / "nobody")
+    Authority().write_client(tmp_path / "stranger")
+    return tmp_path
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("name", ["ours", "qemu-nbd", "nbdkit"])
+async def test_tls(served, pki, seed, name):
+    port = find_free_port()
+    raw = pki / "disk.raw"
+    with raw.open("wb") as file:
+        file.truncate(SIZE)
+    command = {
+        "ours": [sys.executable, "-m", "nbdqcow", "serve", raw, "-f", "raw", "--listen",
+                 f"127.0.0.1:{port}", "--tls-certificates", pki / "server"],
+        "qemu-nbd": [find_tool("qemu-nbd"), "-t", "-f", "raw", "-b", "127.0.0.1", "-p",
+                     str(port), "--object", "tls-creds-x509,id=t,endpoint=server,"
+                     f"verify-peer=off,dir={pki / 'server'}", "--tls-creds", "t", raw],
+        "nbdkit": [find_tool("nbdkit"), "-f", "-i", "127.0.0.1", "-p", str(port),
+                   "--tls=require", f"--tls-certificates={pki / 'server'}", "memory",
+                   str(SIZE)],
+    }[name]  # fmt: skip
+    served(command=list(map(str, command)), is_ready=lambda: listens(port))
+    uri = f"nbds://localhost:{port}/?tls-certificates={pki}"
+    storage = await NbdStorage.open(f"{uri}/alice")
+    try:
+        await work(storage, seed, 10)
+    finally:
+        await storage.close()
+    for rest, reason in (
+        ("/stranger", "certificate is refused"),
+        ("/nobody&tls-hostname=other.example", "ostname mismatch"),
+        ("/none", "No such file"),
+    ):
+        with pytest.raises(ImageError, match=reason):
+            await NbdStorage.open(uri + rest)
+    storage = await NbdStorage.open(f"{uri}/stranger&tls-verify-peer=0")
+    await storage.close()
+    with pytest.raises(ImageError, match=r"TLS|tls"):
+        await NbdStorage.open(f"nbd://127.0.0.1:{port}/")
+
+
+@pytest.mark.asyncio
+async def test_no_tls(start, pki):
+    uri = start("qemu-nbd").replace("nbd+unix", "nbds+unix")
+    with pytest.raises(ImageError, match="does not offer TLS"):
+        await NbdStorage.open(f"{uri}&tls-certificates={pki}/nobody")
 
 
 @pytest.mark.asyncio

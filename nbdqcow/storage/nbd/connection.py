@@ -16,6 +16,8 @@ from nbdqcow.nbd.client import (
 )
 from nbdqcow.nbd.client_transmission import Call, ClientTransmission
 from nbdqcow.nbd.uri import NbdUri
+from nbdqcow.storage.nbd.tls import client_context_blocking
+from nbdqcow.tls import describe_tls_error
 from nbdqcow.types import Buffer
 from nbdqcow.units import KiB, MiB
 
@@ -100,7 +102,7 @@ class Connection(asyncio.BufferedProtocol):
         while handshake.state is ClientState.GREETING:
             await self._wait()
         if self._uri.tls:
-            raise ImageError("TLS is not supported yet")
+            await self._start_tls()
         if not handshake.server_flags & nbd.FLAG_FIXED_NEWSTYLE:
             handshake.export_name(name)
             self._begin(await self._answer(), structured=False, contexts={})
@@ -123,6 +125,31 @@ class Connection(asyncio.BufferedProtocol):
             text = answer.text or nbd.reply_name(answer.error)
             raise ImageError(f"the server refuses export '{name}': {text}")
         self._begin(answer, structured=structured, contexts=contexts)
+
+    async def _start_tls(self) -> None:
+        """Go on encrypted. Raises `ImageError` or `CredentialsError`."""
+        context, hostname = await asyncio.to_thread(client_context_blocking, self._uri)
+        if self._handshake.server_flags & nbd.FLAG_FIXED_NEWSTYLE:
+            self._handshake.starttls()
+            answer = await self._answer()
+            refusal = answer.error and (answer.text or nbd.reply_name(answer.error))
+        else:
+            refusal = "it is too old"
+        if refusal:
+            raise ImageError(f"the server does not offer TLS: {refusal}")
+        assert self._transport is not None
+        try:
+            transport = await asyncio.get_running_loop().start_tls(
+                self._transport,
+                self,
+                context,
+                server_hostname=hostname if context.check_hostname else None,
+            )
+        except (OSError, ValueError) as exc:
+            raise ImageError(f"TLS: {describe_tls_error(exc)}") from None
+        if transport is None or transport.is_closing():
+            raise ConnectionAbortedError("the server closed the connection")
+        self._transport = transport
 
     def _begin(
         self, answer: OptionResult, *, structured: bool, contexts: dict[int, str]

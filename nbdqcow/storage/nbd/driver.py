@@ -12,6 +12,7 @@ from nbdqcow.block.inflight import InFlightRanges
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import (
     BlockError,
+    CredentialsError,
     ImageError,
     NotSupported,
     ProtocolError,
@@ -94,7 +95,7 @@ class NbdStorage(StorageDriver):
         try:
             await client.open()
             return cls(client, filename, read_only=read_only)
-        except (ImageError, ProtocolError) as exc:
+        except (ImageError, ProtocolError, CredentialsError) as exc:
             await client.close()
             raise ImageError(f"Could not open '{filename}': {exc}") from None
         except OSError as exc:

@@ -6,10 +6,10 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from nbdqcow.nbd.client_transmission import Call, ClientTransmission
 
 from nbdqcow.errors import ProtocolError
 from nbdqcow.nbd import constants as nbd
+from nbdqcow.nbd.client_transmission import Call, ClientTransmission
 
 DONE = nbd.REPLY_FLAG_DONE
 CONTEXTS = {5: "base:allocation", 6: "other:thing"}
