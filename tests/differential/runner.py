@@ -15,6 +15,7 @@ from tests.nbd_client import NbdClient
 
 ENOTSUP = 95
 ESHUTDOWN = 108
+ESHUTDOWN = 108
 
 # A settled disk is cheap to check; past so many open changes, settle.
 _MAXIMUM_OPEN_CHANGES = 60
@@ -128,6 +129,7 @@ class Runner:
 
     Attributes:
         overlap: how often a change may overlap another that is in flight.
+        stops: the server is going to stop, and refuses what comes then.
         crash_safe: keep what `DiskModel.crash` needs, at some cost.
         history: all operations on the image so far, of earlier runs too.
     """
@@ -139,6 +141,7 @@ class Runner:
     depth: int = 8
     overlap: float = 0.3
     crash_safe: bool = False
+    stops: bool = False
     history: list[Record] = field(default_factory=list)
     _in_flight: dict[int, Record] = field(default_factory=dict)
 
@@ -261,6 +264,11 @@ class Runner:
             # Some of the range may have been zeroed before the server saw
             # that the rest can't be done fast.
             assert record.change is not None
+            record.change.optional = True
+        elif outcome.error == ESHUTDOWN and self.stops:
+            if record.change is None:
+                record.done_at = self.model.tick()
+                return
             record.change.optional = True
         elif outcome.error:
             raise AssertionError(f"{record} failed with error {outcome.error}")

@@ -66,7 +66,7 @@ def test_sigterm_under_load_loses_no_answered_write(tmp_path: Path, seed: int) -
             target = NbdTarget(clients, source)
             weights = Weights(read=10, write=70, zero=8, trim=8, flush=4, cache=0)
             generator = Generator(source, model.size, 64 << 10, weights)
-            runner = Runner(target, model, generator, source, depth=24)
+            runner = Runner(target, model, generator, source, depth=24, stops=True)
             timer = threading.Timer(
                 source.uniform(0.1, 0.6),
                 server.process.send_signal,
