@@ -5,7 +5,6 @@ state that we are in.
 """
 
 import os
-import socket
 from collections.abc import MutableMapping
 from typing import Final
 
@@ -38,6 +37,9 @@ def notify(*lines: str) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return
+    # Not for commands that only look for `take_activation`.
+    import socket
+
     if address.startswith("@"):
         address = "\0" + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
