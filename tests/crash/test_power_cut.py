@@ -1,10 +1,12 @@
 """Power cuts: whatever the disk kept, the image is sound and flushed data there.
 
-Several clients write, zero, discard and flush on a recorded disk. For sampled
-cuts the replayer makes a disk that the cut could have left; `qemu-img check`
-must find no corruption (leaks are allowed), every flushed sector must hold
-what was flushed or something written later, every other sector its old
-content or something that was written to it.
+Several clients write, zero, discard and flush on a recorded disk, and in some
+histories one takes, deletes and applies snapshots. For sampled cuts the
+replayer makes a disk that the cut could have left; `qemu-img check` must find
+no corruption (leaks are allowed), every flushed sector must hold what was
+flushed or something written later, every other sector its old content or
+something that was written to it. A snapshot that was answered is there, and
+every snapshot has one content for ever.
 """
 
 import asyncio
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from nbdqcow.block.node import Node
+from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from tests.crash.recording import SECTOR, RecordingStorage
 
@@ -37,6 +40,17 @@ class Change:
     end_time: int = 0
 
 
+@dataclass(slots=True)
+class Kept:
+    """A snapshot: its content, and the disk's event numbers at the answer to
+    its making and at the beginning of its removal (None: neither yet)."""
+
+    name: str
+    content: bytes | None = None
+    made_event: int | None = None
+    removed_event: int | None = None
+
+
 class Workload:
     """Clients on one node, and what they know of each sector's history."""
 
@@ -46,6 +60,7 @@ class Workload:
         self.flushes: list[tuple[int, int]] = []
         self.busy: set[int] = set()
         self.clock = 0
+        self.snapshots: list[Kept] = []
 
     def tick(self) -> int:
         self.clock += 1
@@ -102,6 +117,46 @@ class Workload:
         for change in changes:
             change.end_time = ended
 
+    async def snapshots_client(self) -> None:
+        """Take and delete snapshots while the others write."""
+        rnd, driver = self.rnd, self.node.driver
+        for _ in range(rnd.randrange(1, 5)):
+            for _ in range(rnd.randrange(20)):
+                await asyncio.sleep(0)
+            present = [k for k in self.snapshots if k.removed_event is None]
+            if present and rnd.random() < 0.4:
+                kept = rnd.choice(present)
+                kept.removed_event = self.event
+                await driver.snapshot_delete(kept.name)
+            else:
+                await self.take_snapshot()
+
+    async def take_snapshot(self) -> Kept:
+        kept = Kept(f"s{len(self.snapshots)}")
+        self.snapshots.append(kept)
+        started = self.tick()
+        await self.node.driver.snapshot_create(kept.name)
+        # All that was answered before it is durable with it.
+        self.flushes.append((started, self.event))
+        kept.made_event = self.event
+        kept.content = await snapshot_content(bytes(self.storage.bytes), kept.name)
+        return kept
+
+    async def apply_snapshot(self, kept: Kept) -> None:
+        """Go back, while nobody writes: each sector has what it had then."""
+        assert kept.content is not None
+        started, event = self.tick(), self.event
+        changes = []
+        for sector in range(self.node.size // SECTOR):
+            value = kept.content[sector * SECTOR : (sector + 1) * SECTOR]
+            changes.append(Change(value, started, event))
+            self.sectors.setdefault(sector, []).append(changes[-1])
+        await self.node.driver.snapshot_apply(kept.name)
+        ended = self.tick()
+        for change in changes:
+            change.end_time = ended
+        self.flushes.append((self.tick(), self.event))
+
     def allowed(self, sector: int, cut: int) -> set[bytes]:
         """Return what a sector may hold on a disk that was cut."""
         flushed = max((t for t, event in self.flushes if event <= cut), default=0)
@@ -116,6 +171,19 @@ class Workload:
         return later | {durable}
 
 
+async def snapshot_content(disk: bytes, name: str) -> bytes | None:
+    """Return what a snapshot on a disk holds, None if it is not there."""
+    storage = RecordingStorage(disk, random.Random(0))
+    try:
+        driver = await Qcow2Driver.open(
+            storage, read_only=True, options={"snapshot": name}
+        )
+    except ImageError:
+        return None
+    node = Node(driver, filename="recording")
+    return bytes(await node.pread(0, node.size))
+
+
 async def open_node(data: bytes, rnd: random.Random) -> tuple[Node, RecordingStorage]:
     storage = RecordingStorage(data, rnd)
     driver = await Qcow2Driver.open(
@@ -126,7 +194,7 @@ async def open_node(data: bytes, rnd: random.Random) -> tuple[Node, RecordingSto
     return Node(driver, filename="recording"), storage
 
 
-async def explore(seed: int, path: Path) -> int:
+async def explore(seed: int, path: Path, *, with_snapshots: bool = False) -> int:
     """Run one history and look at some of its cuts; return how many."""
     rnd = random.Random(seed)
     cluster_size = rnd.choice((512, 512, 4096, 65536))
@@ -138,7 +206,14 @@ async def explore(seed: int, path: Path) -> int:
     )
     node, storage = await open_node(path.read_bytes(), rnd)
     work = Workload(node, storage, rnd)
-    await asyncio.gather(*(work.client() for _ in range(NB_CLIENTS)))
+    clients = [work.client() for _ in range(NB_CLIENTS)]
+    if with_snapshots:
+        await asyncio.gather(*clients, work.snapshots_client())
+        present = [k for k in work.snapshots if k.removed_event is None]
+        if present:
+            await work.apply_snapshot(rnd.choice(present))
+        clients = [work.client() for _ in range(NB_CLIENTS)]
+    await asyncio.gather(*clients)
     history = storage.history
     for number in range(CUTS_PER_HISTORY):
         cut = rnd.randrange(len(history.events) + 1)
@@ -153,6 +228,13 @@ async def explore(seed: int, path: Path) -> int:
         for sector in work.sectors:
             got = bytes(await after.pread(sector * SECTOR, SECTOR))
             assert got in work.allowed(sector, cut), f"{where}: sector {sector}"
+        for kept in work.snapshots:
+            found = await snapshot_content(disk, kept.name)
+            if kept.made_event is not None and kept.made_event <= cut:
+                removed = kept.removed_event is not None and kept.removed_event <= cut
+                assert found == kept.content or (removed and found is None), where
+            else:
+                assert found in (None, kept.content), where
     await node.close()
     path.write_bytes(storage.bytes)
     subprocess.run(["qemu-img", "check", "-q", path], check=True)
@@ -163,6 +245,15 @@ def test_power_cuts_leave_a_sound_image_with_all_flushed_data(tmp_path):
     states = 0
     for seed in range(FIRST_SEED, FIRST_SEED + NB_HISTORIES):
         states += asyncio.run(explore(seed, tmp_path / "disk.qcow2"))
+    print(f"{states} disks after a power cut, seeds from {FIRST_SEED}")
+
+
+def test_power_cuts_during_snapshot_operations(tmp_path):
+    states = 0
+    for seed in range(FIRST_SEED, FIRST_SEED + NB_HISTORIES):
+        states += asyncio.run(
+            explore(seed, tmp_path / "disk.qcow2", with_snapshots=True)
+        )
     print(f"{states} disks after a power cut, seeds from {FIRST_SEED}")
 
 

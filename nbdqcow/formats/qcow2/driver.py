@@ -6,12 +6,14 @@ import logging
 from array import array
 from collections.abc import Coroutine
 from collections.abc import Mapping as Options
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
 from nbdqcow.block.driver import FormatDriver, WritePlan
 from nbdqcow.block.inflight import Epochs, InFlightRanges
 from nbdqcow.block.status import Kinds
+from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import StorageDriver
+from nbdqcow.block.tools import SnapshotInfo
 from nbdqcow.errors import BlockError, CorruptImage, ImageError
 from nbdqcow.formats.qcow2 import discard, extents, write
 from nbdqcow.formats.qcow2 import header as qcow2_header
@@ -20,10 +22,13 @@ from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES, OFFSET_MASK
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.mapping import Mapping
 from nbdqcow.formats.qcow2.refcount import Refcounts
+from nbdqcow.formats.qcow2.snapshot_table import read_snapshots, select_snapshot
 from nbdqcow.formats.qcow2.tables import Tables, load_be64
 from nbdqcow.formats.qcow2.writeback import Freed, Writeback
 from nbdqcow.types import Buffer, Run
 from nbdqcow.units import MiB, round_up
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +92,10 @@ class Qcow2Driver(FormatDriver):
         self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
         end = round_up(storage.length, self.cluster_size)
         self.reads_zero_from = end if storage.zero_beyond_end else 1 << 63
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._nb_in_place = 0
+        self._in_place_done: asyncio.Future[None] | None = None
+        self.failed = False
 
     # -- opening ---------------------------------------------------------
 
@@ -104,7 +112,10 @@ class Qcow2Driver(FormatDriver):
         """Open the image in ``storage``.
 
         Options: ``l2_cache_size`` in bytes; ``discard``, True if a guest's
-        discard goes down to the file. Raises `ImageError`.
+        discard goes down to the file; ``snapshot``, the ID or name of an
+        internal snapshot to show instead of the disk (``(id, name)``, either
+        of them None, for one that must match both), read-only. Raises
+        `ImageError`.
         """
         head = bytes(await storage.pread(0, qcow2_header.HEADER_READ_LENGTH))
         wanted = qcow2_header.needed(head)
@@ -112,6 +123,11 @@ class Qcow2Driver(FormatDriver):
             head = bytes(await storage.pread(0, wanted))
         header = Header.parse(head)
         header.check_supported(read_only=read_only)
+        wanted_snapshot = options.get("snapshot")
+        if wanted_snapshot is not None:
+            if not read_only:
+                raise ImageError("A snapshot can only be opened read-only")
+            await _show_snapshot(storage, header, wanted_snapshot)
         l1 = await _read_table(storage, header.l1_table_offset, header.l1_size, "L1")
         # Nothing below the size needs the entries behind it (VM state does),
         # but they are references all the same and stay in the file.
@@ -292,9 +308,113 @@ class Qcow2Driver(FormatDriver):
                 f" {cluster_index << self.cluster_bits:#x})"
             )
 
+    # -- waiting for writers ---------------------------------------------
+
+    def enter_in_place(self) -> int:
+        """Begin a write in place; give the number to `leave_in_place`."""
+        self._nb_in_place += 1
+        return self.epochs.enter()
+
+    def leave_in_place(self, epoch: int) -> None:
+        """End a write in place."""
+        self.epochs.leave(epoch)
+        self._nb_in_place -= 1
+        if not self._nb_in_place and self._in_place_done is not None:
+            if not self._in_place_done.done():
+                self._in_place_done.set_result(None)
+            self._in_place_done = None
+
+    async def writers_quiet(self) -> None:
+        """Wait for all writes that have begun. The lock is held, so none of
+        those that wait can begin. Reads may take as long as they like."""
+        while (busy := self.in_flight.first_overlap(0, 1 << 64)) is not None:
+            await busy.wait()
+        if self._nb_in_place:
+            self._in_place_done = asyncio.get_running_loop().create_future()
+            await self._in_place_done
+
+    def fail(self) -> None:
+        """A write of the image's roots failed: no more writes, no flushes."""
+        log.error("%s: its header could not be written", self.storage.filename)
+        self.read_only = self.failed = True
+        self.mapping.freeze()
+
     def note_used(self, host_end: int) -> None:
         """Clusters below ``host_end`` may hold bytes from now on."""
         self.reads_zero_from = max(self.reads_zero_from, host_end)
+
+    # -- snapshots -------------------------------------------------------
+
+    async def snapshot_list(self) -> list[SnapshotInfo]:
+        """Return the internal snapshots in the table's order."""
+        from nbdqcow.formats.qcow2 import snapshot
+
+        async with self.lock:
+            snapshots, _ = await snapshot.read(self)
+        return [one.info for one in snapshots]
+
+    async def snapshot_create(
+        self,
+        name: str,
+        *,
+        vm_state_length: int = 0,
+        vm_clock_nanoseconds: int = 0,
+        icount: int | None = None,
+        date_nanoseconds: int | None = None,
+    ) -> SnapshotInfo:
+        """Keep the disk's content as it is now; ``date_nanoseconds`` since the
+        epoch, None for now. Several snapshots may have one name.
+
+        Raises `BlockError`.
+        """
+        from nbdqcow.formats.qcow2 import snapshot
+
+        return await self._operate(
+            snapshot.create(
+                self,
+                name,
+                vm_state_length=vm_state_length,
+                vm_clock_nanoseconds=vm_clock_nanoseconds,
+                icount=icount,
+                date_nanoseconds=date_nanoseconds,
+            )
+        )
+
+    async def snapshot_apply(self, id_or_name: str) -> None:
+        """Make the disk what it was in a snapshot, which stays; ``size`` may
+        change with it. An ID comes before all names.
+
+        Raises `BlockError`, ENOENT if there is no such snapshot.
+        """
+        from nbdqcow.formats.qcow2 import snapshot
+
+        await self._operate(snapshot.apply(self, id_or_name))
+
+    async def snapshot_delete(self, id_or_name: str) -> None:
+        """Remove a snapshot, and free what only it had. An ID comes before
+        all names.
+
+        Raises `BlockError`, ENOENT if there is no such snapshot.
+        """
+        from nbdqcow.formats.qcow2 import snapshot
+
+        await self._operate(snapshot.delete(self, id_or_name))
+
+    async def _operate(self, operation: Coroutine[Any, Any, T]) -> T:
+        """Run an operation to its end, even if the caller is cancelled."""
+        try:
+            self._check_writable()
+        except BlockError:
+            operation.close()
+            raise
+        task = asyncio.create_task(operation)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            return await asyncio.shield(task)
+        except CorruptImage as error:
+            await self.mark_corrupt(str(error))
+            raise
 
     # -- durability ------------------------------------------------------
 
@@ -334,6 +454,8 @@ class Qcow2Driver(FormatDriver):
         """See `FormatDriver.flush`."""
         if self.header.corrupt:
             raise BlockError(errno.EIO, "the image is marked corrupt")
+        if self.failed:
+            raise BlockError(errno.EIO, "the image's header could not be written")
         await self.writeback.flush()
 
     async def close(self) -> None:
@@ -355,3 +477,23 @@ async def _read_table(
     if nb_entries and offset >= storage.length:
         raise ImageError(f"Could not read {what} table: it is past the file's end")
     return load_be64(await storage.pread(offset, nb_entries * 8))
+
+
+async def _show_snapshot(
+    storage: StorageDriver, header: Header, wanted: str | tuple[str | None, str | None]
+) -> None:
+    """Let a header that is in memory only describe a snapshot's disk.
+
+    Raises `ImageError` if there is no such snapshot, or it can't be right.
+    """
+    snapshots, _ = await run_steps(read_snapshots(header), storage)
+    chosen = select_snapshot(snapshots, wanted)
+    if chosen.disk_size is not None:
+        header.size = chosen.disk_size
+    header.l1_size, header.l1_table_offset = chosen.l1_size, chosen.l1_table_offset
+    if (
+        header.l1_size * 8 > MAX_L1_BYTES
+        or header.l1_table_offset % header.cluster_size
+        or header.l1_size < header.l1_entries_needed
+    ):
+        raise ImageError("Snapshot L1 table is invalid")

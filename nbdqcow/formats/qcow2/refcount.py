@@ -234,6 +234,11 @@ class Refcounts:
             self._scan_index = self._free_runs[0][0]
             self._free_runs.clear()
 
+    def replace_table(self, table: "array[int]") -> None:
+        """Take another refcount table. Nothing under the old one is dirty."""
+        self.table = table
+        self.blocks.clear()
+
     # -- allocating ------------------------------------------------------
 
     async def allocate(self, nb_clusters: int) -> tuple[int, int]:

@@ -3,14 +3,16 @@
 Source: qcow2.txt, "Snapshots".
 """
 
+import errno
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from nbdqcow.block.steps import Read, Steps
 from nbdqcow.block.tools import SnapshotInfo
-from nbdqcow.errors import ImageError
-from nbdqcow.formats.qcow2.header import Header
+from nbdqcow.errors import BlockError, ImageError
+from nbdqcow.formats.qcow2.header import MAX_SNAPSHOTS, Header
 from nbdqcow.units import round_up
 
 MAX_TABLE_BYTES: Final = 64 << 20
@@ -18,6 +20,7 @@ MAX_TABLE_BYTES: Final = 64 << 20
 MAX_EXTRA_BYTES: Final = 1024
 
 _ENTRY: Final = struct.Struct(">QIHHIIQII")
+_EXTRA: Final = struct.Struct(">QQQ")
 _V3_EXTRA_LENGTH: Final = 16
 """Version 3 wants at least the 64-bit VM state size and the disk size."""
 _NO_ICOUNT: Final = (1 << 64) - 1
@@ -93,6 +96,75 @@ def read_snapshots(header: Header) -> Steps[tuple[list[Snapshot], int]]:
         disk_size = int.from_bytes(extra[8:16], "big") if extra_length >= 16 else None
         snapshots.append(Snapshot(info, l1_offset, l1_size, disk_size, extra))
     return snapshots, offset - header.snapshots_offset
+
+
+def pack_snapshots(snapshots: Sequence[Snapshot]) -> bytes:
+    """Return a snapshot table. Raises `ImageError` if it is too long."""
+    table = bytearray()
+    for one in snapshots:
+        info = one.info
+        id_, name = _encode(info.id), _encode(info.name)
+        table += bytes(-len(table) % 8)
+        table += _ENTRY.pack(
+            one.l1_table_offset,
+            one.l1_size,
+            len(id_),
+            len(name),
+            info.date_seconds,
+            info.date_nanoseconds,
+            info.vm_clock_nanoseconds,
+            info.vm_state_length if info.vm_state_length < 1 << 32 else 0,
+            len(one.extra),
+        )
+        table += one.extra + id_ + name
+    if len(table) > MAX_TABLE_BYTES or len(snapshots) > MAX_SNAPSHOTS:
+        raise ImageError("Snapshot table is too big")
+    return bytes(table)
+
+
+def pack_extra(vm_state_length: int, disk_size: int, icount: int | None) -> bytes:
+    """Return the extra data of a new entry."""
+    return _EXTRA.pack(
+        vm_state_length, disk_size, _NO_ICOUNT if icount is None else icount
+    )
+
+
+def find_snapshot(snapshots: Sequence[Snapshot], id_or_name: str) -> int:
+    """Return the index of a snapshot; an ID comes before all names.
+
+    Raises `BlockError` (ENOENT) if there is none.
+    """
+    for names in (
+        [one.info.id for one in snapshots],
+        [one.info.name for one in snapshots],
+    ):
+        if id_or_name in names:
+            return names.index(id_or_name)
+    raise BlockError(errno.ENOENT, f"there is no snapshot '{id_or_name}'")
+
+
+def select_snapshot(
+    snapshots: Sequence[Snapshot], wanted: str | tuple[str | None, str | None]
+) -> Snapshot:
+    """Return the snapshot of an ID or name, or of an ID and a name.
+
+    Raises `ImageError` if there is none.
+    """
+    if isinstance(wanted, str):
+        try:
+            return snapshots[find_snapshot(snapshots, wanted)]
+        except BlockError:
+            raise ImageError(f"Can't find snapshot '{wanted}'") from None
+    id_, name = wanted
+    for one in snapshots:
+        if id_ in (None, one.info.id) and name in (None, one.info.name):
+            return one
+    what = [f"{k} '{v}'" for k, v in (("ID", id_), ("name", name)) if v is not None]
+    raise ImageError(f"Can't find a snapshot of {' and '.join(what)}")
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _decode(data: bytes) -> str:

@@ -209,6 +209,16 @@ class Tables:
 
     # -- changing --------------------------------------------------------
 
+    def replace(self, l1: "array[int]", l1_offset: int) -> None:
+        """Take another active L1 table. Nothing of the old one is dirty."""
+        self.l1 = l1
+        self.l1_offset = l1_offset
+        # In place: the mapping holds on to this very dictionary. Whoever is
+        # reading a slice misses its ticket, and reads again.
+        self.young.clear()
+        self.old.clear()
+        self._loading.clear()
+
     def mark_dirty(self, changed: L2Slice, first: int, end: int) -> None:
         """Words ``first`` to ``end`` (half-open) of a slice have changed."""
         if changed.dirty_first == changed.dirty_end:

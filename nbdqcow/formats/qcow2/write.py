@@ -118,7 +118,7 @@ def _try_plan(
         if whole and covered < length:
             return None
         host_offset = (l2.words[index] & OFFSET_MASK) + in_cluster
-        epoch = image.epochs.enter()
+        epoch = image.enter_in_place()
         return WritePlan(offset, covered, host_offset, private=epoch)
 
     words = l2.words
@@ -217,7 +217,7 @@ def end_write(image: "Qcow2Driver", plan: WritePlan) -> None:
     all of the old mapping or all of the new."""
     allocation = plan.private
     if isinstance(allocation, int):
-        image.epochs.leave(allocation)
+        image.leave_in_place(allocation)
         return
     l2, first = allocation.l2, allocation.l2_index
     entry = (allocation.cluster_index << image.cluster_bits) | OFLAG_COPIED
@@ -235,7 +235,7 @@ def abort_write(image: "Qcow2Driver", plan: WritePlan) -> None:
     """See `FormatDriver.abort_write`."""
     allocation = plan.private
     if isinstance(allocation, int):
-        image.epochs.leave(allocation)
+        image.leave_in_place(allocation)
         return
     if not allocation.reused:
         # Nothing on disk names these clusters, so no write-back is needed
@@ -248,7 +248,7 @@ def cancel_write(image: "Qcow2Driver", plan: WritePlan) -> None:
     """See `FormatDriver.cancel_write`."""
     allocation = plan.private
     if isinstance(allocation, int):
-        image.epochs.leave(allocation)
+        image.leave_in_place(allocation)
         return
     if not allocation.reused:
         image.refcounts.untake(allocation.cluster_index, allocation.nb_clusters)

@@ -20,7 +20,7 @@ quarantine list is needed beside the counts.
 
 import asyncio
 import contextlib
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
 from nbdqcow.formats.qcow2.refcount import pack_counts
@@ -134,12 +134,18 @@ def _sectors(indices: Iterable[int], length: int) -> list[tuple[int, int]]:
 
 
 class Writeback:
-    """Runs the commits of one image, one at a time."""
+    """Runs the commits of one image, one at a time.
+
+    Attributes:
+        waiting: what was freed durably and is not given back yet.
+    """
 
     def __init__(self, image: "Qcow2Driver") -> None:
         self.image = image
         self._running = asyncio.Lock()
         self._queued: asyncio.Task[None] | None = None
+        self._dropping = asyncio.Lock()
+        self.waiting: list[Freed] = []
 
     async def flush(self) -> None:
         """Make all that was answered before this call durable.
@@ -164,13 +170,12 @@ class Writeback:
 
     async def _commit(self) -> None:
         image = self.image
-        storage = image.storage
         if not image.metadata_dirty:
             # Taken before the flush: what is freed while it runs is still
             # named by entries on disk.
             freed = image.take_freed()
             try:
-                await self._flush_files()
+                await self.flush_files()
             except BaseException:
                 image.freed.take_back(freed)
                 raise
@@ -178,11 +183,28 @@ class Writeback:
             return
         async with image.lock:
             picture = _Picture(image)
+        await self._carry_out(picture)
+
+    @contextlib.asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """Let no commit run and give no clusters back meanwhile.
+
+        Take it before the image's lock.
+        """
+        async with self._running, self._dropping:
+            yield
+
+    async def commit_alone(self) -> None:
+        """Commit what is dirty. Commits are paused and the lock is held."""
+        await self._carry_out(_Picture(self.image))
+
+    async def _carry_out(self, picture: _Picture) -> None:
+        image, storage = self.image, self.image.storage
         try:
             await self._write_refcounts(picture)
             for offset, data in picture.table_writes:
                 await storage.pwritev(offset, [data])
-            await self._flush_files()
+            await self.flush_files()
             # The tables are whole now. From here on a change to one of them
             # may go to disk only after what it names, like any other's.
             for index, offset in picture.fresh_tables.items():
@@ -201,7 +223,8 @@ class Writeback:
             picture.release()
         self._give_back(picture.freed)
 
-    async def _flush_files(self) -> None:
+    async def flush_files(self) -> None:
+        """Make all that was written so far durable."""
         image = self.image
         if image.data is not image.storage:
             await image.data.flush()
@@ -235,22 +258,35 @@ class Writeback:
     def _give_back(self, freed: Freed) -> None:
         """Step 6, beside whatever else goes on."""
         if freed.ranges:
+            self.waiting.append(freed)
             self.image.spawn(self._drop_references(freed))
 
     async def _drop_references(self, freed: Freed) -> None:
         image = self.image
         await image.epochs.quiet()
-        for index, nb_clusters, discard in freed.ranges:
-            if discard:
-                for first, count in await self._unshared(index, nb_clusters):
-                    # Before the count goes down, or the hole would be punched
-                    # under the cluster's next user. A hint: it may fail.
-                    with contextlib.suppress(OSError):
-                        await image.storage.discard(
-                            first << image.cluster_bits, count << image.cluster_bits
-                        )
-            async with image.lock:
-                await image.refcounts.add(index, nb_clusters, -1)
+        freed.ranges.reverse()
+        try:
+            while freed.ranges:
+                async with self._dropping:
+                    # A snapshot operation may have seen to them all.
+                    if freed.ranges:
+                        await self._drop_range(*freed.ranges[-1])
+                        freed.ranges.pop()
+        finally:
+            self.waiting.remove(freed)
+
+    async def _drop_range(self, index: int, nb_clusters: int, discard: bool) -> None:
+        image = self.image
+        if discard:
+            for first, count in await self._unshared(index, nb_clusters):
+                # Before the count goes down, or the hole would be punched
+                # under the cluster's next user. A hint: it may fail.
+                with contextlib.suppress(OSError):
+                    await image.storage.discard(
+                        first << image.cluster_bits, count << image.cluster_bits
+                    )
+        async with image.lock:
+            await image.refcounts.add(index, nb_clusters, -1)
 
     async def _unshared(self, index: int, nb_clusters: int) -> list[tuple[int, int]]:
         """Return the parts of a range whose last reference is going away."""
