@@ -7,7 +7,7 @@ writes them through ``data``, the storage driver that holds guest data.
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -57,6 +57,7 @@ class FormatDriver(ABC):
         lock: guards the metadata. Held to map, allocate and link; never
             across guest data I/O.
         dirty_bitmaps: those that can be read, by name; none in most formats.
+        when_rebound: the node's; called when a ``try_*`` method was replaced.
         epochs: the requests in flight on guest data, so that a freed cluster
             is not handed out again under one of them.
     """
@@ -70,6 +71,7 @@ class FormatDriver(ABC):
     backing_filename: str | None = None
     backing_format: str | None = None
     dirty_bitmaps: Mapping[str, DirtyBitmap] = MappingProxyType({})
+    when_rebound: Callable[[], None] = staticmethod(lambda: None)
     lock: asyncio.Lock
     epochs: Epochs
 

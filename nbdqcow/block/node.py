@@ -65,7 +65,12 @@ class Node:
         )
         self._guard = guard
         self._guard_lock = asyncio.Lock()
+        self._bind()
+        driver.when_rebound = self._bind
+
+    def _bind(self) -> None:
         # Bound once: the inline path pays for every attribute on the way.
+        driver = self.driver
         self._try_map = driver.try_map
         self._try_map_write = driver.try_map_write
         self._storage_try_pread = driver.data.try_pread

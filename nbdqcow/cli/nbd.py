@@ -64,7 +64,6 @@ _REFUSED: Final = {
     "d": "--disconnect is not supported: this program opens no kernel device; "
     "use 'nbd-client -d DEVICE'",
     "s": "--snapshot is not supported yet",
-    "l": "--load-snapshot is not supported yet",
     "selinux-label": "--selinux-label is not supported yet",
 }
 _CACHE_MODES: Final = {
@@ -108,6 +107,8 @@ The image:
   -o, --offset=BYTES         where in a raw image the disk begins
   -A, --allocation-depth     offer the metadata context qemu:allocation-depth
   -B, --bitmap=NAME          offer the dirty bitmap NAME of the image
+  -l, --load-snapshot=NAME   serve an internal snapshot, by ID or name or as
+                             snapshot.id=ID,snapshot.name=NAME; read-only
   -f, --format=FORMAT        raw or qcow2 (default: guessed)
   -r, --read-only            refuse all writes
   -n, --nocache              the same as --cache=none
@@ -131,9 +132,13 @@ The client:
       --tls-creds=ID         use TLS, with these credentials
       --tls-hostname=NAME    expect this name in the server's certificate
 
+<<<<<<< HEAD
 Without -p, -b and -k, sockets that systemd has opened for the server are used.
 
 Not supported yet: -l -s --selinux-label.
+=======
+Not supported yet: -s --object --tls-* --selinux-label.
+>>>>>>> snap
 """
 
 
@@ -151,6 +156,8 @@ class Settings:
         open_options: of `nbdqcow.block.open.open_image`, where given.
         allocation_depth: offer the metadata context of that name.
         bitmap: the dirty bitmap to offer, or None.
+        snapshot: the internal snapshot to serve: its ID or name, or its ID
+            and its name; None serves the disk.
         given: options that were given, by the name getopt_long returns.
         activated: descriptor and name of sockets to listen on, in the place of
             TCP.
@@ -170,6 +177,7 @@ class Settings:
     image_opts: bool = False
     allocation_depth: bool = False
     bitmap: str | None = None
+    snapshot: str | tuple[str | None, str | None] | None = None
     filename: str = ""
     objects: tuple[str, ...] = ()
     tls_creds: str | None = None
@@ -262,6 +270,8 @@ def _apply(settings: Settings, name: str, value: str) -> None:
             settings.allocation_depth = True
         case "B":
             settings.bitmap = value
+        case "l":
+            settings.snapshot = _parse_snapshot(value)
         case "L":
             settings.list = True
         case "fork":
@@ -390,6 +400,21 @@ def _parse_shared(text: str) -> int:
     return shared
 
 
+def _parse_snapshot(text: str) -> str | tuple[str | None, str | None]:
+    """Return what ``--load-snapshot`` names: an ID or name, or
+    ``snapshot.id=ID,snapshot.name=NAME``, each of them optional."""
+    if not text.startswith("snapshot."):
+        return text
+    found: dict[str, str] = {}
+    # A comma that belongs to a value is doubled.
+    for part in text.replace(",,", "\0").split(","):
+        key, equals, value = part.replace("\0", ",").partition("=")
+        if key not in ("snapshot.id", "snapshot.name") or not equals:
+            raise UsageError(f"Failed to load snapshot: Invalid parameter '{key}'")
+        found[key] = value
+    return found.get("snapshot.id"), found.get("snapshot.name")
+
+
 def _parse_offset(text: str) -> int:
     try:
         offset = int(text, 0)
@@ -490,13 +515,20 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
 
     objects = Objects(settings.objects)
     tls, may_use = objects.server_tls(settings.tls_creds, settings.tls_authz)
-    filename, options = settings.filename, {"discard": "ignore"}
+    filename = settings.filename
+    options: dict[str, Any] = {"discard": "ignore"}
     options |= settings.open_options
     if settings.image_opts:
         from nbdqcow.cli.image_opts import parse_image_opts
 
         filename, image_options = parse_image_opts(settings.filename)
         options |= image_options
+    if settings.snapshot is not None:
+        options["read_only"] = True
+        options["driver_options"] = {
+            **options.get("driver_options", {}),
+            "snapshot": settings.snapshot,
+        }
     try:
         node = await open_node(filename, **options)
     except ImageError as exc:

@@ -352,3 +352,43 @@ def test_version_does_not_load_the_loop(tmp_path):
     assert done.stdout.startswith("nbdqcow 0.")
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert not loaded & {"asyncio", "click", "uvloop", "numpy", "socket", "logging"}
+
+
+def test_load_snapshot(image, start, path):
+    uri = f"nbd+unix:///?socket={path}"
+    qemu_io = (find_tool("qemu-io"), "-f", "qcow2", "-c")
+    run(*qemu_io, "write -P 1 0 1M", image)
+    run(find_tool("qemu-img"), "snapshot", "-c", "first", image)
+    run(*qemu_io, "write -P 2 0 1M", image)
+    run(find_tool("qemu-img"), "snapshot", "-c", "2nd", image)
+    run(*qemu_io, "write -P 3 0 1M", image)
+    for option, pattern in (
+        ("first", 1), ("1", 1), ("snapshot.name=2nd", 2),
+        ("snapshot.id=1,snapshot.name=first", 1),
+    ):  # fmt: skip
+        process = start("-r", "-l", option, image)
+        run(
+            find_tool("qemu-io"),
+            "-r",
+            "-f",
+            "raw",
+            "-c",
+            f"read -P {pattern} 0 1M",
+            uri,
+        )
+        assert process.wait(20) == 0
+
+
+def test_bitmap(image, start, path):
+    run(find_tool("qemu-img"), "bitmap", "--add", image, "b0")
+    qemu_io = (find_tool("qemu-io"), "-c")
+    run(*qemu_io, "write 1M 64k", image)
+    run(find_tool("qemu-img"), "bitmap", "--disable", image, "b0")
+    start("-t", "-r", "-B", "b0", image)
+    uri = f"nbd+unix:///?socket={path}"
+    text, _ = run(find_tool("nbdinfo"), "--map=qemu:dirty-bitmap:b0", uri)
+    assert [line.split()[:3] for line in text.splitlines()] == [
+        ["0", "1048576", "0"],
+        ["1048576", "65536", "1"],
+        ["1114112", "9371648", "0"],
+    ]

@@ -4,6 +4,7 @@ Source: qcow2.txt, "Bitmaps".
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -54,6 +55,25 @@ def read_bitmap_directory(header: Header) -> Steps[list[BitmapEntry]]:
     if len(entries) != extension.nb_bitmaps:
         raise ImageError("Broken bitmap directory")
     return entries
+
+
+def pack_bitmap_directory(entries: Sequence[BitmapEntry]) -> bytes:
+    """Return a directory."""
+    data = bytearray()
+    for entry in entries:
+        name = entry.name.encode("utf-8", "surrogateescape")
+        data += _ENTRY.pack(
+            entry.table_offset,
+            entry.table_entries,
+            entry.flags,
+            TYPE_DIRTY,
+            entry.granularity_bits,
+            len(name),
+            0,
+        )
+        data += name
+        data += bytes(-len(data) % 8)
+    return bytes(data)
 
 
 def _parse_entry(header: Header, data: bytes, offset: int) -> tuple[BitmapEntry, int]:

@@ -4,7 +4,7 @@ import asyncio
 import errno
 import logging
 from array import array
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from collections.abc import Mapping as Options
 from typing import Any, Final, Self, TypeVar
 
@@ -17,6 +17,7 @@ from nbdqcow.block.tools import SnapshotInfo
 from nbdqcow.errors import BlockError, CorruptImage, ImageError
 from nbdqcow.formats.qcow2 import discard, extents, write
 from nbdqcow.formats.qcow2 import header as qcow2_header
+from nbdqcow.formats.qcow2.bitmap import Bitmap, BitmapInfo, Bitmaps
 from nbdqcow.formats.qcow2.compress import CompressedClusters
 from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES, OFFSET_MASK
 from nbdqcow.formats.qcow2.header import Header
@@ -92,6 +93,8 @@ class Qcow2Driver(FormatDriver):
         self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
         end = round_up(storage.length, self.cluster_size)
         self.reads_zero_from = end if storage.zero_beyond_end else 1 << 63
+        self.bitmaps = Bitmaps(self)
+        self._tracked: Sequence[Bitmap] = ()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._nb_in_place = 0
         self._in_place_done: asyncio.Future[None] | None = None
@@ -148,6 +151,8 @@ class Qcow2Driver(FormatDriver):
         )
         if not read_only:
             await image._prepare_for_writing()
+        if wanted_snapshot is None and header.bitmaps_consistent:
+            await image.bitmaps.load()
         return image
 
     async def _prepare_for_writing(self) -> None:
@@ -241,6 +246,8 @@ class Qcow2Driver(FormatDriver):
     def end_write(self, plan: WritePlan) -> None:
         """See `FormatDriver.end_write`."""
         write.end_write(self, plan)
+        for bitmap in self._tracked:
+            bitmap.mark(plan.guest_offset, plan.length)
 
     def cancel_write(self, plan: WritePlan) -> None:
         """See `FormatDriver.cancel_write`."""
@@ -249,6 +256,9 @@ class Qcow2Driver(FormatDriver):
     def abort_write(self, plan: WritePlan) -> None:
         """See `FormatDriver.abort_write`."""
         write.abort_write(self, plan)
+        # A write in place may have come half the way.
+        for bitmap in self._tracked:
+            bitmap.mark(plan.guest_offset, plan.length)
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool
@@ -257,6 +267,7 @@ class Qcow2Driver(FormatDriver):
         self._check_writable()
         try:
             await discard.write_zeroes(self, offset, length, may_unmap=may_unmap)
+            self._mark(offset, length)
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
             raise
@@ -264,16 +275,24 @@ class Qcow2Driver(FormatDriver):
     async def claim_zero(self, offset: int, backing_zero: bool) -> bool:
         """See `FormatDriver.claim_zero`."""
         self._check_writable()
-        return await discard.claim_zero(self, offset, backing_zero)
+        claimed = await discard.claim_zero(self, offset, backing_zero)
+        if claimed:
+            self._mark(offset, min(self.cluster_size, self.size - offset))
+        return claimed
 
     async def discard(self, offset: int, length: int) -> None:
         """See `FormatDriver.discard`."""
         self._check_writable()
         try:
             await discard.discard(self, offset, length)
+            self._mark(offset, length)
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
             raise
+
+    def _mark(self, offset: int, length: int) -> None:
+        for bitmap in self._tracked:
+            bitmap.mark(offset, length)
 
     def _check_writable(self) -> None:
         if self.read_only:
@@ -416,6 +435,64 @@ class Qcow2Driver(FormatDriver):
             await self.mark_corrupt(str(error))
             raise
 
+    # -- dirty bitmaps ---------------------------------------------------
+
+    def track(self, enabled: "Sequence[Bitmap]") -> None:
+        """Mark every write from now on in these bitmaps, and in no others."""
+        self._tracked = enabled
+        if enabled:
+            self.try_map_write = self._try_map_tracked_write  # type: ignore[method-assign]
+        else:
+            self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
+        self.when_rebound()
+
+    def _try_map_tracked_write(self, offset: int, length: int) -> int:
+        """As `try_map_write`. The write follows in the same turn of the loop,
+        so nobody can see the mark before it."""
+        host_offset = self.mapping.try_map_write(offset, length)
+        if host_offset >= 0:
+            for bitmap in self._tracked:
+                bitmap.mark(offset, length)
+        return host_offset
+
+    def bitmap_list(self) -> list[BitmapInfo]:
+        """Return all persistent bitmaps."""
+        return self.bitmaps.infos
+
+    def bitmap_add(
+        self, name: str, *, granularity: int | None = None, enabled: bool = True
+    ) -> None:
+        """Add an empty bitmap; on disk it will be when the image is closed.
+
+        ``granularity`` is bytes of the disk for a bit, a power of 2 from 512
+        on; by default the cluster size, if that is 4 to 64 KiB. A bitmap that
+        is not enabled takes no notice of writes. Raises `BlockError`.
+        """
+        self._check_writable()
+        self.bitmaps.add(name, granularity, enabled=enabled)
+
+    async def bitmap_remove(self, name: str) -> None:
+        """Remove a bitmap, an inconsistent one also. Raises `BlockError`."""
+        await self._operate(self.bitmaps.remove(name))
+
+    def bitmap_enable(self, name: str, enabled: bool = True) -> None:
+        """Let writes be marked in a bitmap, or no longer. Raises `BlockError`."""
+        self._check_writable()
+        self.bitmaps.enable(name, enabled)
+
+    def bitmap_clear(self, name: str) -> None:
+        """Forget the writes of a bitmap. Raises `BlockError`."""
+        self._check_writable()
+        self.bitmaps.clear(name)
+
+    def bitmap_merge(self, name: str, source: str) -> None:
+        """Add the writes of the bitmap ``source`` to another one.
+
+        Their granularities may differ. Raises `BlockError`.
+        """
+        self._check_writable()
+        self.bitmaps.merge(name, source)
+
     # -- durability ------------------------------------------------------
 
     @property
@@ -462,7 +539,11 @@ class Qcow2Driver(FormatDriver):
         """See `FormatDriver.close`."""
         try:
             if not self.read_only:
-                await self.writeback.finish()
+                await self.settle()
+                try:
+                    await self.bitmaps.store()
+                finally:
+                    await self.writeback.finish()
             await self.settle()
         finally:
             await self.compressed.close()

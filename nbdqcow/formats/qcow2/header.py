@@ -476,9 +476,6 @@ class Header:
             "external data file": self.has_data_file,
             "extended L2 entries": self.extended_l2,
             "zstd compression": self.compression_type == COMPRESSION_ZSTD,
-            "writing with persistent bitmaps": (
-                not read_only and self.extension(EXT_BITMAPS) is not None
-            ),
         }
         names = [name for name, used in lacking.items() if used]
         if names:

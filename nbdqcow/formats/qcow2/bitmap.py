@@ -1,0 +1,413 @@
+"""Persistent dirty bitmaps: which parts of a disk were written.
+
+While an image is open for writing, its bitmaps live in memory and are marked
+"in use" on disk: after a power cut they are known to be out of date. Closing
+the image writes them to new clusters and switches to a new directory.
+
+Source: qcow2.txt, "Bitmaps", "Bitmaps extension".
+"""
+
+import asyncio
+import errno
+import struct
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from nbdqcow.block.steps import run_steps
+from nbdqcow.errors import BlockError, ImageError, NotSupported
+from nbdqcow.formats.qcow2 import header as qcow2_header
+from nbdqcow.formats.qcow2.bitmap_directory import (
+    FLAG_AUTO,
+    FLAG_IN_USE,
+    MAX_NAME_BYTES,
+    BitmapEntry,
+    pack_bitmap_directory,
+    read_bitmap_directory,
+)
+from nbdqcow.formats.qcow2.entries import OFFSET_MASK
+from nbdqcow.formats.qcow2.tables import dump_be64, load_be64
+from nbdqcow.units import GiB, MiB, round_up
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from nbdqcow.formats.qcow2.driver import Qcow2Driver
+
+_MAX_TOTAL_BYTES: Final = GiB
+"""Memory that all bitmaps of an image may take."""
+_MAX_TABLE_BYTES: Final = 64 * MiB
+_ALL_ONES: Final = 1
+"""A table entry for a cluster of ones that has no cluster."""
+_STRIDE_BITS: Final = 1 << 20
+_BITMAPS: Final = struct.Struct(">IIQQ")
+_SECTOR: Final = 512
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapInfo:
+    """One bitmap, for lists; ``granularity`` is bytes of the disk for a bit.
+
+    ``inconsistent``: it was in use when its last user died. It holds nothing
+    of worth and can only be removed.
+    """
+
+    name: str
+    granularity: int
+    enabled: bool
+    inconsistent: bool
+
+
+class Bitmap:
+    """One bitmap in memory.
+
+    Attributes:
+        bits: one for each `granularity` bytes of the disk, in a byte from the
+            least significant up.
+        entry: where the file has it; None before it was first stored.
+    """
+
+    def __init__(self, name: str, size: int, granularity_bits: int) -> None:
+        self.name = name
+        self.size = size
+        self.granularity_bits = granularity_bits
+        self.enabled = True
+        self.inconsistent = False
+        self.entry: BitmapEntry | None = None
+        self.nb_bits = (size + (1 << granularity_bits) - 1) >> granularity_bits
+        self.bits = bytearray((self.nb_bits + 7) // 8)
+
+    @property
+    def info(self) -> BitmapInfo:
+        """What lists show."""
+        return BitmapInfo(
+            self.name, 1 << self.granularity_bits, self.enabled, self.inconsistent
+        )
+
+    def mark(self, offset: int, length: int) -> None:
+        """A range of the disk, at least a byte, was written."""
+        first = offset >> self.granularity_bits
+        last = (offset + length - 1) >> self.granularity_bits
+        bits = self.bits
+        low, high = first >> 3, last >> 3
+        if low == high:
+            bits[low] |= (2 << (last & 7)) - (1 << (first & 7))
+            return
+        bits[low] |= 0x100 - (1 << (first & 7))
+        bits[high] |= (2 << (last & 7)) - 1
+        if high - low > 1:
+            bits[low + 1 : high] = b"\xff" * (high - low - 1)
+
+    def clear(self) -> None:
+        """Forget all writes."""
+        self.bits = bytearray(len(self.bits))
+
+    def merge(self, other: "Bitmap") -> None:
+        """Add what another bitmap of the same disk has."""
+        import numpy as np
+
+        if other.granularity_bits == self.granularity_bits:
+            own = np.frombuffer(self.bits, np.uint8)
+            own |= np.frombuffer(other.bits, np.uint8)
+            return
+        flags = np.unpackbits(np.frombuffer(other.bits, np.uint8), bitorder="little")
+        edges = np.flatnonzero(np.diff(flags, prepend=np.uint8(0), append=np.uint8(0)))
+        shift = other.granularity_bits
+        for start, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+            stop = min(end << shift, self.size)
+            self.mark(start << shift, stop - (start << shift))
+
+    async def extents(
+        self, offset: int, length: int, limit: int
+    ) -> tuple["npt.NDArray[np.uint64]", "npt.NDArray[np.bool_]"]:
+        """See `DirtyBitmap.extents`."""
+        import numpy as np
+
+        shift, end = self.granularity_bits, offset + length
+        position = offset >> shift
+        last = (end - 1) >> shift
+        starts: list[npt.NDArray[np.int64]] = []
+        states: list[npt.NDArray[np.uint8]] = []
+        previous = 2
+        nb_found = 0
+        while position <= last and nb_found <= limit:
+            stop = min(last + 1, (position & ~7) + _STRIDE_BITS)
+            raw = np.frombuffer(self.bits, np.uint8)[position >> 3 : (stop + 7) >> 3]
+            flags = np.unpackbits(raw, bitorder="little")
+            flags = flags[position & 7 : (position & 7) + stop - position]
+            changes = np.flatnonzero(np.diff(flags, prepend=np.uint8(previous)))
+            del raw
+            starts.append(changes + position)
+            states.append(flags[changes])
+            nb_found += len(changes)
+            previous = int(flags[-1])
+            position = stop
+            await asyncio.sleep(0)
+        bounds = np.concatenate(starts).astype(np.uint64) << np.uint64(shift)
+        bounds[0] = offset
+        covered = min(end, position << shift)
+        lengths = np.diff(np.append(bounds, np.uint64(covered)))
+        return lengths[:limit], np.concatenate(states).astype(np.bool_)[:limit]
+
+
+class Bitmaps:
+    """All bitmaps of one image, and their place in the file."""
+
+    def __init__(self, image: "Qcow2Driver") -> None:
+        self._image = image
+        self._all: dict[str, Bitmap] = {}
+        self._lock = asyncio.Lock()
+
+    # -- opening ---------------------------------------------------------
+
+    async def load(self) -> None:
+        """Read all bitmaps; in an image open for writing they are in use on
+        disk when this returns. Raises `ImageError`."""
+        image = self._image
+        entries = await run_steps(read_bitmap_directory(image.header), image.storage)
+        budget = _MAX_TOTAL_BYTES
+        for entry in entries:
+            budget -= image.size >> (entry.granularity_bits + 3)
+            if budget < 0:
+                raise ImageError("the bitmaps of the image take too much memory")
+            bitmap = Bitmap(entry.name, image.size, entry.granularity_bits)
+            if entry.name in self._all:
+                raise ImageError(f"Bitmap '{entry.name}' is there twice")
+            bitmap.entry = entry
+            bitmap.enabled = bool(entry.flags & FLAG_AUTO)
+            bitmap.inconsistent = bool(entry.flags & FLAG_IN_USE)
+            if not bitmap.inconsistent:
+                await self._load_bits(bitmap, entry)
+            self._all[entry.name] = bitmap
+        if entries and not image.read_only:
+            await self._note_metadata(entries)
+            extension = image.header.bitmaps
+            assert extension is not None
+            in_use = [replace(e, flags=e.flags | FLAG_IN_USE) for e in entries]
+            data = pack_bitmap_directory(in_use)
+            await image.storage.pwritev(extension.directory_offset, [data])
+            await image.storage.flush()
+        self._changed()
+
+    async def _load_bits(self, bitmap: Bitmap, entry: BitmapEntry) -> None:
+        image, size = self._image, self._image.cluster_size
+        for index, word in enumerate(await self._read_table(entry)):
+            start = index * size
+            length = min(size, len(bitmap.bits) - start)
+            if word & OFFSET_MASK:
+                data = await image.storage.pread(word & OFFSET_MASK, length)
+                bitmap.bits[start : start + length] = data
+            elif word & _ALL_ONES:
+                bitmap.bits[start : start + length] = b"\xff" * length
+        # What is behind the last bit is nobody's.
+        if bitmap.nb_bits % 8:
+            bitmap.bits[-1] &= (1 << bitmap.nb_bits % 8) - 1
+
+    async def _read_table(self, entry: BitmapEntry) -> list[int]:
+        length = entry.table_entries * 8
+        file_end = round_up(self._image.storage.length, self._image.cluster_size)
+        if length > _MAX_TABLE_BYTES or entry.table_offset + length > file_end:
+            raise ImageError(f"Bitmap '{entry.name}' has an invalid table")
+        data = await self._image.storage.pread(entry.table_offset, length)
+        table = load_be64(data).tolist()
+        for word in table:
+            offset = word & OFFSET_MASK
+            if offset & (self._image.cluster_size - 1) or (
+                word & ~OFFSET_MASK & ~_ALL_ONES or (offset and word & _ALL_ONES)
+            ):
+                raise ImageError(f"Bitmap '{entry.name}' has an invalid table")
+        return table
+
+    async def _note_metadata(self, entries: list[BitmapEntry]) -> None:
+        for entry in entries:
+            for first, count in await self._clusters_of(entry):
+                self._image.metadata.update(range(first, first + count))
+        first, count = self._directory_clusters()
+        self._image.metadata.update(range(first, first + count))
+
+    async def _clusters_of(self, entry: BitmapEntry) -> list[tuple[int, int]]:
+        """Return the ranges of clusters that one bitmap takes."""
+        bits, size = self._image.cluster_bits, self._image.cluster_size
+        first = entry.table_offset >> bits
+        ranges = [(first, -(-entry.table_entries * 8 // size))]
+        table = await self._read_table(entry)
+        offsets = [word & OFFSET_MASK for word in table]
+        return ranges + [(offset >> bits, 1) for offset in offsets if offset]
+
+    def _directory_clusters(self) -> tuple[int, int]:
+        extension = self._image.header.bitmaps
+        if extension is None or not self._image.header.bitmaps_consistent:
+            return 0, 0
+        size = self._image.cluster_size
+        first = extension.directory_offset // size
+        return first, -(-extension.directory_length // size)
+
+    # -- what there is ---------------------------------------------------
+
+    @property
+    def infos(self) -> list[BitmapInfo]:
+        """All bitmaps, in the directory's order."""
+        return [bitmap.info for bitmap in self._all.values()]
+
+    def _changed(self) -> None:
+        """Tell the driver what can be read and what is to be kept up to date."""
+        usable = {n: b for n, b in self._all.items() if not b.inconsistent}
+        self._image.dirty_bitmaps = MappingProxyType(usable)
+        enabled = [b for b in usable.values() if b.enabled]
+        self._image.track([] if self._image.read_only else enabled)
+
+    def _find(self, name: str, *, usable: bool = True) -> Bitmap:
+        bitmap = self._all.get(name)
+        if bitmap is None:
+            raise BlockError(errno.ENOENT, f"there is no bitmap '{name}'")
+        if usable and bitmap.inconsistent:
+            raise BlockError(
+                errno.EINVAL, f"bitmap '{name}' is inconsistent and can't be used"
+            )
+        return bitmap
+
+    # -- changing --------------------------------------------------------
+
+    def add(self, name: str, granularity: int | None, *, enabled: bool) -> None:
+        """See `Qcow2Driver.bitmap_add`."""
+        image = self._image
+        if image.header.version < 3:
+            raise NotSupported("version 2 images have no bitmaps")
+        if name in self._all:
+            raise BlockError(errno.EEXIST, f"there is a bitmap '{name}' already")
+        if not 1 <= len(name.encode("utf-8", "surrogateescape")) <= MAX_NAME_BYTES:
+            raise BlockError(
+                errno.EINVAL, f"a bitmap's name has 1 to {MAX_NAME_BYTES} bytes"
+            )
+        if len(self._all) >= qcow2_header.MAX_BITMAPS:
+            raise BlockError(errno.EFBIG, "the image has too many bitmaps")
+        if granularity is None:
+            granularity = min(max(image.cluster_size, 4096), 65536)
+        bits = granularity.bit_length() - 1
+        if granularity != 1 << bits or not 9 <= bits <= 31:
+            raise BlockError(
+                errno.EINVAL, "a granularity is a power of 2 from 512 bytes to 2 GiB"
+            )
+        total = sum(len(b.bits) for b in self._all.values())
+        if total + (image.size >> (bits + 3)) > _MAX_TOTAL_BYTES:
+            raise BlockError(errno.EFBIG, "the bitmaps would take too much memory")
+        bitmap = Bitmap(name, image.size, bits)
+        bitmap.enabled = enabled
+        self._all[name] = bitmap
+        self._changed()
+
+    async def remove(self, name: str) -> None:
+        """See `Qcow2Driver.bitmap_remove`."""
+        async with self._lock:
+            bitmap = self._find(name, usable=False)
+            entry = bitmap.entry
+            old = [] if entry is None else await self._clusters_of(entry)
+            del self._all[name]
+            self._changed()
+            if entry is not None:
+                stored = [b.entry for b in self._all.values() if b.entry is not None]
+                in_use = [replace(e, flags=e.flags | FLAG_IN_USE) for e in stored]
+                await self._switch(in_use, old)
+
+    def enable(self, name: str, enabled: bool) -> None:
+        """See `Qcow2Driver.bitmap_enable`."""
+        self._find(name).enabled = enabled
+        self._changed()
+
+    def clear(self, name: str) -> None:
+        """See `Qcow2Driver.bitmap_clear`."""
+        self._find(name).clear()
+
+    def merge(self, name: str, source: str) -> None:
+        """See `Qcow2Driver.bitmap_merge`."""
+        self._find(name).merge(self._find(source))
+
+    # -- storing ---------------------------------------------------------
+
+    async def store(self) -> None:
+        """Write all bitmaps: on disk they are not in use any more. Nobody
+        writes to the image while this runs, nor afterwards."""
+        if not self._all:
+            return
+        async with self._lock:
+            entries, old = [], []
+            for bitmap in self._all.values():
+                if bitmap.inconsistent:
+                    assert bitmap.entry is not None
+                    entries.append(bitmap.entry)
+                    continue
+                if bitmap.entry is not None:
+                    old += await self._clusters_of(bitmap.entry)
+                bitmap.entry = await self._store_one(bitmap)
+                entries.append(bitmap.entry)
+            await self._switch(entries, old)
+
+    async def _store_one(self, bitmap: Bitmap) -> BitmapEntry:
+        size = self._image.cluster_size
+        table = []
+        for start in range(0, len(bitmap.bits), size):
+            piece = bytes(bitmap.bits[start : start + size])
+            if not piece.strip(b"\0"):
+                table.append(0)
+            elif not piece.strip(b"\xff"):
+                table.append(_ALL_ONES)
+            else:
+                table.append(await self._write_new(piece))
+        words = load_be64(b"")
+        words.extend(table)
+        offset = await self._write_new(dump_be64(words))
+        flags = FLAG_AUTO if bitmap.enabled else 0
+        return BitmapEntry(
+            bitmap.name, offset, len(table), flags, bitmap.granularity_bits
+        )
+
+    async def _write_new(self, data: bytes) -> int:
+        """Write data to new clusters in a row; return their host offset."""
+        image, size = self._image, self._image.cluster_size
+        nb_clusters = -(-len(data) // size)
+        async with image.lock:
+            first = await image.refcounts.allocate_contiguous(nb_clusters)
+        image.metadata.update(range(first, first + nb_clusters))
+        image.note_used((first + nb_clusters) * size)
+        padded = data.ljust(nb_clusters * size, b"\0")
+        await image.storage.pwritev(first * size, [padded])
+        return first * size
+
+    async def _switch(
+        self, entries: list[BitmapEntry], old: list[tuple[int, int]]
+    ) -> None:
+        """Let a new directory take the place of the old one, durably, and
+        give the clusters ``old`` back.
+
+        Until the header is whole again the image says that its bitmaps are
+        not to be trusted.
+        """
+        image, header = self._image, self._image.header
+        old = [*old, self._directory_clusters()]
+        extension = None
+        if entries:
+            directory = pack_bitmap_directory(entries)
+            offset = await self._write_new(directory)
+            extension = _BITMAPS.pack(len(entries), 0, len(directory), offset)
+        await image.writeback.flush()
+        async with image.lock:
+            if header.bitmaps_consistent:
+                header.autoclear_features &= ~qcow2_header.AUTOCLEAR_BITMAPS
+                await image.storage.pwritev(
+                    qcow2_header.AUTOCLEAR_FEATURES_OFFSET,
+                    [header.autoclear_features.to_bytes(8, "big")],
+                )
+                await image.storage.flush()
+            header.set_extension(qcow2_header.EXT_BITMAPS, extension)
+            if extension is not None:
+                header.autoclear_features |= qcow2_header.AUTOCLEAR_BITMAPS
+            packed = header.pack()
+            if len(packed) > _SECTOR:
+                await image.storage.pwritev(_SECTOR, [packed[_SECTOR:]])
+                await image.storage.flush()
+            await image.storage.pwritev(0, [packed[:_SECTOR]])
+            await image.storage.flush()
+            for first, nb_clusters in old:
+                image.metadata.difference_update(range(first, first + nb_clusters))
+                await image.refcounts.add(first, nb_clusters, -1)
