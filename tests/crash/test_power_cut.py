@@ -281,7 +281,7 @@ def links_before_data(driver):
     async def no_flush():
         pass
 
-    driver.writeback._flush_files = no_flush
+    driver.writeback.flush_files = no_flush
 
 
 @pytest.mark.parametrize("mutate", [early_free, links_before_data])
