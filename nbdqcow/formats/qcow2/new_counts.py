@@ -1,5 +1,6 @@
 """The refcounts of a new generation: changed blocks go to new clusters."""
 
+import asyncio
 import errno
 from collections.abc import Callable
 from typing import Final
@@ -161,6 +162,7 @@ class NewCounts:
             if freed.any():
                 counts[freed] = 1
                 self.freed[block_index] = np.packbits(freed).tobytes()
+            await asyncio.sleep(0)
         await self._write_blocks()
 
 

@@ -321,18 +321,24 @@ class Refcounts:
 
     async def allocate_contiguous(self, nb_clusters: int) -> int:
         """Take exactly ``nb_clusters`` clusters in a row; return the first."""
-        index = self._scan_index
-        run_start = index
-        while index - run_start < nb_clusters:
-            block_index, first = divmod(index, self.block_entries)
-            block = await self._block_for_allocation(block_index)
-            limit = min(self.block_entries, first + nb_clusters - (index - run_start))
-            while first < limit:
-                if block.counts[first]:
-                    run_start = index + 1
-                    limit = min(self.block_entries, first + 1 + nb_clusters)
+        run_start = end = self._scan_index
+        while end - run_start < nb_clusters:
+            block_index, first = divmod(end, self.block_entries)
+            counts = (await self._block_for_allocation(block_index)).counts
+            if end == run_start:
+                # Nearly all counts are passed here, in long strides.
+                try:
+                    first = counts.index(0, first)
+                except ValueError:
+                    run_start = end = (block_index + 1) * self.block_entries
+                    continue
+                run_start = end = block_index * self.block_entries + first
+            limit = min(self.block_entries, first + nb_clusters - (end - run_start))
+            while first < limit and not counts[first]:
                 first += 1
-                index += 1
+                end += 1
+            if first < limit:
+                run_start = end = end + 1
         self._check_free(run_start, nb_clusters)
         await self.add(run_start, nb_clusters, 1)
         return run_start
