@@ -1,0 +1,110 @@
+"""Ciphers by name: what an encrypted disk says it uses.
+
+The names are dm-crypt's: a cipher, and its mode with an IV generator, such as
+``aes`` and ``xts-plain64`` or ``cbc-essiv:sha256``.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Self
+
+from nbdqcow.crypto import cbc, xts
+from nbdqcow.crypto.cbc import CbcCipher, EcbCipher
+from nbdqcow.crypto.iv import IvGenerator, iv_generator
+from nbdqcow.crypto.sectors import SectorCipher
+from nbdqcow.crypto.xts import XtsCipher
+from nbdqcow.errors import ImageError, UnsupportedFeature
+
+_KEY_LENGTHS: Final = {
+    "xts": xts.KEY_LENGTHS,
+    "cbc": cbc.KEY_LENGTHS,
+    "ecb": cbc.KEY_LENGTHS,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CipherSpec:
+    """How sectors are encrypted, but for the key.
+
+    Attributes:
+        cipher: ``aes``.
+        mode: ``xts``, ``cbc`` or ``ecb``.
+        ivgen: ``plain64``, ``plain`` or ``essiv``; of no effect for ``ecb``.
+        ivgen_hash: the hash of ``essiv``, else "".
+        key_length: bytes, both halves of an ``xts`` key together.
+    """
+
+    cipher: str = "aes"
+    mode: str = "xts"
+    ivgen: str = "plain64"
+    ivgen_hash: str = ""
+    key_length: int = 64
+
+    @classmethod
+    def parse(cls, cipher: str, mode: str, key_length: int) -> Self:
+        """Read the two names of a LUKS header.
+
+        Raises `ImageError` for a mode that is no name with an IV generator,
+        `UnsupportedFeature` for what `check` refuses.
+        """
+        mode_name, dash, ivgen = mode.partition("-")
+        if not dash:
+            raise ImageError(f"Unexpected cipher mode string format '{mode}'")
+        ivgen, _, ivgen_hash = ivgen.partition(":")
+        spec = cls(cipher, mode_name, ivgen, ivgen_hash, key_length)
+        spec.check()
+        return spec
+
+    @property
+    def mode_text(self) -> str:
+        """Mode and IV generator as a LUKS header has them."""
+        text = f"{self.mode}-{self.ivgen}"
+        return f"{text}:{self.ivgen_hash}" if self.ivgen_hash else text
+
+    @property
+    def bits(self) -> int:
+        """Bits of the AES key by which QEMU names the cipher."""
+        return self.key_length * 8 // (2 if self.mode == "xts" else 1)
+
+    def check(self) -> None:
+        """Raise `UnsupportedFeature` or `ImageError` if `make` could not
+        make the cipher."""
+        if self.cipher != "aes":
+            raise UnsupportedFeature(f"Cipher '{self.cipher}' is not supported")
+        lengths = _KEY_LENGTHS.get(self.mode)
+        if lengths is None:
+            raise UnsupportedFeature(f"Cipher mode '{self.mode}' is not supported")
+        if self.key_length not in lengths:
+            raise ImageError(
+                f"Cipher aes-{self.mode} can't have a key of {self.key_length} bytes"
+            )
+        if self.ivgen == "essiv" and not self.ivgen_hash:
+            raise ImageError("IV generator essiv needs a hash")
+        try:
+            self._make_ivs(bytes(self.key_length))
+        except ValueError:
+            raise UnsupportedFeature(
+                f"Hash '{self.ivgen_hash}' is not supported"
+            ) from None
+
+    def _make_ivs(self, key: bytes) -> IvGenerator:
+        return iv_generator(self.ivgen, self.ivgen_hash, key)
+
+    def make(self, key: bytes) -> SectorCipher:
+        """Return the cipher with a key of ``key_length`` bytes."""
+        if len(key) != self.key_length:
+            raise ValueError(f"the key has {len(key)} bytes, not {self.key_length}")
+        if self.mode == "xts":
+            return XtsCipher(key, lambda: self._make_ivs(key))
+        if self.mode == "cbc":
+            return CbcCipher(key, lambda: self._make_ivs(key))
+        return EcbCipher(key)
+
+
+LEGACY_AES: Final = CipherSpec(mode="cbc", key_length=16)
+"""The cipher of qcow images, and of qcow2 images without LUKS."""
+
+
+def legacy_key(passphrase: bytes) -> bytes:
+    """Return the key of a legacy image: the passphrase's first 16 bytes, with
+    NULs behind a shorter one."""
+    return passphrase[:16].ljust(16, b"\0")

@@ -1,0 +1,74 @@
+"""What tells the sectors of a disk apart: initialisation vectors.
+
+The names are those of dm-crypt and QEMU: ``plain64`` is the sector number,
+little-endian, ``plain`` its low 32 bits, ``essiv:HASH`` the number encrypted
+with the hash of the disk's key.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from nbdqcow.errors import UnsupportedFeature
+
+IV_LENGTH: Final = 16
+
+Words: TypeAlias = npt.NDArray[Any]
+"""Little-endian unsigned 64-bit words, two for each block of a cipher."""
+
+IvGenerator: TypeAlias = Callable[[int, int], Words]
+"""``generator(sector, n)`` gives the vectors of ``n`` sectors from ``sector``
+on: ``n`` rows of two words. One generator serves one thread."""
+
+
+def plain64(sector: int, nb_sectors: int) -> Words:
+    """Return the sector numbers, modulo 2^64."""
+    vectors = np.zeros((nb_sectors, 2), "<u8")
+    vectors[:, 0] = np.arange(nb_sectors, dtype="<u8")
+    vectors[:, 0] += np.uint64(sector & 0xFFFF_FFFF_FFFF_FFFF)
+    return vectors
+
+
+def plain(sector: int, nb_sectors: int) -> Words:
+    """Return the sector numbers modulo 2^32."""
+    vectors = plain64(sector, nb_sectors)
+    vectors[:, 0] &= np.uint64(0xFFFF_FFFF)
+    return vectors
+
+
+def essiv(hash_name: str, key: bytes) -> IvGenerator:
+    """Return a generator of ``essiv:HASH`` for the key of a disk.
+
+    Raises `UnsupportedFeature` for a hash whose length is no AES key's.
+    """
+    salt = hashlib.new(hash_name, key).digest()
+    if len(salt) not in (16, 24, 32):
+        raise UnsupportedFeature(
+            f"essiv:{hash_name}: there is no AES key of {len(salt)} bytes"
+        )
+    encryptor = Cipher(algorithms.AES(salt), modes.ECB()).encryptor()
+
+    def generate(sector: int, nb_sectors: int) -> Words:
+        numbers = plain64(sector, nb_sectors)
+        encrypted = encryptor.update(numbers.view("u1").reshape(-1).data)
+        return np.frombuffer(encrypted, "<u8").reshape(-1, 2)
+
+    return generate
+
+
+def iv_generator(name: str, hash_name: str, key: bytes) -> IvGenerator:
+    """Return a generator by name; ``hash_name`` is for ``essiv`` alone.
+
+    Raises `UnsupportedFeature` for a name that is not known.
+    """
+    if name == "plain64":
+        return plain64
+    if name == "plain":
+        return plain
+    if name == "essiv":
+        return essiv(hash_name, key)
+    raise UnsupportedFeature(f"IV generator '{name}' is not supported")

@@ -1,0 +1,84 @@
+"""What the ciphers of disks share: sectors in, sectors out, in any thread.
+
+Several megabytes at a time go through AES as fast as through memory, one
+sector at a time not nearly: each has a vector of its own, and setting up a
+cipher for it costs 3 us. So the ciphers here do the part that depends on the
+vectors for many sectors at once, and have AES itself in ECB mode for the rest.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Final
+
+import numpy as np
+
+from nbdqcow.crypto.iv import Words
+from nbdqcow.types import Buffer
+from nbdqcow.units import SECTOR_SIZE
+
+BLOCK_LENGTH: Final = 16
+SECTOR_BLOCKS: Final = SECTOR_SIZE // BLOCK_LENGTH
+CHUNK_SECTORS: Final = 128
+"""Sectors taken at once: their bytes and scratch arrays stay in cache."""
+
+CHUNK_LENGTH: Final = CHUNK_SECTORS * SECTOR_SIZE
+
+UPDATE_SLACK: Final = BLOCK_LENGTH - 1
+"""Bytes that ``update_into`` wants room for behind its output."""
+
+
+class SectorWorker(ABC):
+    """The state that one thread needs to work with one cipher and key."""
+
+    @abstractmethod
+    def encrypt(self, sector: int, source: Words, target: Words) -> None:
+        """Encrypt at most `CHUNK_SECTORS` sectors.
+
+        ``source`` and ``target`` are contiguous bytes (dtype ``u1``) and do
+        not overlap.
+        """
+
+    @abstractmethod
+    def decrypt(self, sector: int, source: Words, target: Words) -> None:
+        """Decrypt likewise."""
+
+
+class SectorCipher(ABC):
+    """A cipher with a key, for sectors of `SECTOR_SIZE` bytes.
+
+    Any number of threads may use it at once; the work is done outside of the
+    interpreter's lock for the most part.
+    """
+
+    def __init__(self) -> None:
+        self._idle_workers: list[SectorWorker] = []
+
+    @abstractmethod
+    def make_worker(self) -> SectorWorker:
+        """Return new state for one more thread."""
+
+    def encrypt_blocking(self, sector: int, data: Buffer) -> memoryview:
+        """Return ``data``, whole sectors from number ``sector`` on, encrypted."""
+        return self._work(sector, data, encrypt=True)
+
+    def decrypt_blocking(self, sector: int, data: Buffer) -> memoryview:
+        """Return ``data``, whole sectors from number ``sector`` on, decrypted."""
+        return self._work(sector, data, encrypt=False)
+
+    def _work(self, sector: int, data: Buffer, *, encrypt: bool) -> memoryview:
+        length = len(data)
+        if length % SECTOR_SIZE:
+            raise ValueError(f"{length} bytes are not whole sectors")
+        source = np.frombuffer(data, "u1")
+        target = np.empty(length, "u1")
+        try:
+            worker = self._idle_workers.pop()
+        except IndexError:
+            worker = self.make_worker()
+        work = worker.encrypt if encrypt else worker.decrypt
+        for start in range(0, length, CHUNK_LENGTH):
+            stop = start + CHUNK_LENGTH
+            work(sector, source[start:stop], target[start:stop])
+            sector += CHUNK_SECTORS
+        # After a failure the worker is not used again.
+        self._idle_workers.append(worker)
+        return target.data
