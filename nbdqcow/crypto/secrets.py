@@ -1,0 +1,50 @@
+"""Passphrases: where they come from, and that they show nowhere.
+
+A file's bytes are the passphrase as they are, a newline at its end included,
+as QEMU has it: ``printf %s`` writes a file without one.
+"""
+
+import os
+from typing import Final
+
+from nbdqcow.errors import UsageError
+
+MAX_LENGTH: Final = 1 << 20
+"""Bytes of a passphrase, far more than anyone has; a device has no end."""
+
+
+class Secret:
+    """Bytes that neither ``repr`` nor a traceback's text shows."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def reveal(self) -> bytes:
+        """Return the bytes: for the key derivation alone."""
+        return self._data
+
+    def __repr__(self) -> str:
+        return "Secret(...)"
+
+
+def from_file(path: str) -> Secret:
+    """Return what a file holds. Raises `UsageError` with the reason."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_LENGTH + 1)
+    except (OSError, ValueError) as error:
+        text = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(f"Unable to read {path}: {text}") from None
+    if len(data) > MAX_LENGTH:
+        raise UsageError(f"{path} is too long for a secret")
+    return Secret(data)
+
+
+def from_environment(name: str) -> Secret:
+    """Return an environment variable's value. Raises `UsageError`."""
+    value = os.environb.get(os.fsencode(name))
+    if value is None:
+        raise UsageError(f"there is no environment variable {name}")
+    return Secret(value)

@@ -1,0 +1,157 @@
+"""LUKS disks and QEMU, both directions: headers, key slots and sectors."""
+
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nbdqcow.crypto import luks
+from nbdqcow.crypto.cipher import CipherSpec
+from nbdqcow.crypto.luks import LuksHeader
+from nbdqcow.units import MiB
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("qemu-img") is None, reason="qemu-img is not installed"
+)
+
+LENGTH = MiB
+NB_TRIES = 8
+
+SPECS = [
+    CipherSpec(),
+    CipherSpec(mode="xts", key_length=32),
+    CipherSpec(mode="xts", ivgen="essiv", ivgen_hash="sha256", key_length=64),
+    CipherSpec(mode="cbc", ivgen="essiv", ivgen_hash="sha256", key_length=32),
+    CipherSpec(mode="cbc", ivgen="plain", key_length=16),
+    CipherSpec(mode="ecb", key_length=32),
+]
+by_spec = pytest.mark.parametrize(
+    "spec", SPECS, ids=lambda spec: f"{spec.bits}-{spec.mode_text}"
+)
+
+
+def run(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(word) for word in words], capture_output=True, text=True, timeout=60
+    )
+
+
+def secret(name: str, passphrase: str) -> tuple[str, str]:
+    return "--object", f"secret,id={name},data={passphrase}"
+
+
+def qemu_create(path: Path, options: str, passphrase: str = "one") -> None:
+    """Make an image. QEMU 7.2 needs several tries on some virtual machines."""
+    for _ in range(NB_TRIES):
+        done = run(
+            "qemu-img", "create", "-q", *path_format(path), *secret("s", passphrase),
+            "-o", f"{options},{prefix(path)}key-secret=s", path, LENGTH,
+        )  # fmt: skip
+        if "accurate CPU usage" not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr
+
+
+def path_format(path: Path) -> tuple[str, str]:
+    return "-f", path.suffix[1:]
+
+
+def prefix(path: Path) -> str:
+    return "encrypt." if path.suffix == ".qcow2" else ""
+
+
+def qemu_convert(path: Path, output: Path, passphrase: str) -> None:
+    done = run(
+        "qemu-img", "convert", *secret("s", passphrase), "--image-opts",
+        f"driver=luks,file.filename={path},key-secret=s", "-O", "raw", output,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def qemu_write(path: Path, source: Path) -> None:
+    done = run(
+        "qemu-img", "convert", "-n", *secret("s", "one"), "-f", "raw", source,
+        "--target-image-opts", f"driver=luks,file.filename={path},key-secret=s",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@by_spec
+@pytest.mark.parametrize("hash_name", ["sha256", "sha1"])
+def test_we_open_what_qemu_makes(
+    tmp_path: Path, spec: CipherSpec, hash_name: str, seed: int
+) -> None:
+    content = random.Random(seed).randbytes(LENGTH)
+    (tmp_path / "content").write_bytes(content)
+    path = tmp_path / "disk.luks"
+    options = (
+        f"cipher-alg=aes-{spec.bits},cipher-mode={spec.mode},"
+        f"ivgen-alg={spec.ivgen},hash-alg={hash_name},iter-time=10"
+    )
+    if spec.ivgen_hash:
+        options += f",ivgen-hash-alg={spec.ivgen_hash}"
+    qemu_create(path, options)
+    qemu_write(path, tmp_path / "content")
+
+    image = path.read_bytes()
+    header = LuksHeader.parse(image)
+    assert (header.spec, header.hash_name) == (spec, hash_name)
+    assert header.pack() == image[: luks.HEADER_LENGTH]
+    key, slot = header.unlock_blocking(image[: header.area_length], b"one")
+    assert slot == 0
+    payload = image[header.payload_sector * 512 :]
+    assert spec.make(key).decrypt_blocking(0, payload) == content
+
+
+@by_spec
+def test_qemu_opens_what_we_make(tmp_path: Path, spec: CipherSpec, seed: int) -> None:
+    content = random.Random(seed).randbytes(LENGTH)
+    path = tmp_path / "disk.luks"
+    _, key, area = luks.create_blocking(b"one", spec=spec, iteration_ms=10)
+    path.write_bytes(area + spec.make(key).encrypt_blocking(0, content))
+    qemu_convert(path, tmp_path / "output", "one")
+    assert (tmp_path / "output").read_bytes() == content
+
+
+def test_key_slots(tmp_path: Path, seed: int) -> None:
+    """We add and erase keys, QEMU opens; QEMU adds one, we open."""
+    content = random.Random(seed).randbytes(LENGTH)
+    (tmp_path / "content").write_bytes(content)
+    path, output = tmp_path / "disk.luks", tmp_path / "output"
+    qemu_create(path, "iter-time=10")
+    qemu_write(path, tmp_path / "content")
+    image = bytearray(path.read_bytes())
+    header = LuksHeader.parse(image)
+    key, _ = header.unlock_blocking(image, b"one")
+    for edits in (
+        header.add_key_blocking(key, b"two", iteration_ms=10),
+        header.add_key_blocking(key, b"three", slot=7, iteration_ms=10),
+        header.erase_key(0),
+    ):
+        for offset, data in edits:
+            image[offset : offset + len(data)] = data
+    path.write_bytes(image)
+    for passphrase in ("two", "three"):
+        qemu_convert(path, output, passphrase)
+        assert output.read_bytes() == content
+    done = run(
+        "qemu-img", "convert", *secret("s", "one"), "--image-opts",
+        f"driver=luks,file.filename={path},key-secret=s", "-O", "raw", output,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Invalid password" in done.stderr
+
+    for _ in range(NB_TRIES):
+        done = run(
+            "qemu-img", "amend", *secret("s", "two"), *secret("n", "four"),
+            "--image-opts", f"driver=luks,file.filename={path},key-secret=s",
+            "-o", "state=active,new-secret=n,iter-time=10",
+        )  # fmt: skip
+        if "accurate CPU usage" not in done.stderr:
+            break
+    assert done.returncode == 0, done.stderr
+    image = bytearray(path.read_bytes())
+    header = LuksHeader.parse(image)
+    assert header.unlock_blocking(image, b"four") == (key, 0)
