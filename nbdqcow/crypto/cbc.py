@@ -13,16 +13,15 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from nbdqcow.crypto.iv import IvGenerator, Words
 from nbdqcow.crypto.sectors import (
-    BLOCK_LENGTH,
     CHUNK_LENGTH,
     CHUNK_SECTORS,
     SECTOR_BLOCKS,
+    SECTOR_WORDS,
     UPDATE_SLACK,
     SectorCipher,
     SectorWorker,
 )
 from nbdqcow.types import Buffer
-from nbdqcow.units import SECTOR_SIZE
 
 KEY_LENGTHS: Final = (16, 24, 32)
 
@@ -61,9 +60,10 @@ class _EcbWorker(SectorWorker):
         self, update_into: Callable[[Buffer, Buffer], int], source: Words
     ) -> Words:
         """Return the result in the scratch array, valid until the next call."""
-        length = len(source)
-        update_into(source.data, self._after[: length + UPDATE_SLACK].data)
-        return self._after[:length]
+        length = len(source) * 8
+        after = self._after[: length + UPDATE_SLACK]
+        update_into(source.view("u1").data, after.data)
+        return after[:length].view("<u8")
 
 
 class CbcCipher(SectorCipher):
@@ -86,41 +86,43 @@ class _CbcWorker(_EcbWorker):
         self._algorithm = algorithm
         self._ivs = ivs
         self._mixed = np.empty((CHUNK_SECTORS, 2), "<u8")
+        self._vectors = np.zeros((CHUNK_SECTORS, 2), "<u8")
 
     def decrypt(self, sector: int, source: Words, target: Words) -> None:
         """See `SectorWorker.decrypt`."""
         blocks = _blocks(self._update(self._decrypt_blocks, source))
         plain = _blocks(target)
-        ivs = self._ivs(sector, len(plain))
-        np.bitwise_xor(blocks[:, 0], ivs, out=plain[:, 0])
+        vectors = self._vectors[: len(plain)]
+        self._ivs(sector, vectors)
+        np.bitwise_xor(blocks[:, 0], vectors, out=plain[:, 0])
         np.bitwise_xor(blocks[:, 1:], _blocks(source)[:, :-1], out=plain[:, 1:])
 
     def encrypt(self, sector: int, source: Words, target: Words) -> None:
         """See `SectorWorker.encrypt`."""
-        nb_sectors = len(source) // SECTOR_SIZE
-        ivs = self._ivs(sector, nb_sectors)
+        nb_sectors = len(source) // SECTOR_WORDS
+        vectors = self._vectors[:nb_sectors]
+        self._ivs(sector, vectors)
         if nb_sectors <= _FEW_SECTORS:
-            self._encrypt_few(ivs, source, target)
+            self._encrypt_few(vectors, source, target)
             return
         plain, encrypted = _blocks(source), _blocks(target)
         mixed = self._mixed[:nb_sectors]
-        mixed_bytes = mixed.view("u1").reshape(-1)
-        before = ivs
+        mixed_words = mixed.reshape(-1)
+        before = vectors
         for index in range(SECTOR_BLOCKS):
             np.bitwise_xor(plain[:, index], before, out=mixed)
-            done = self._update(self._encrypt_blocks, mixed_bytes)
-            before = done.view("<u8").reshape(-1, 2)
+            done = self._update(self._encrypt_blocks, mixed_words)
+            before = done.reshape(-1, 2)
             encrypted[:, index] = before
 
-    def _encrypt_few(self, ivs: Words, source: Words, target: Words) -> None:
-        for index, iv in enumerate(ivs):
-            context = Cipher(self._algorithm, modes.CBC(iv.tobytes())).encryptor()
-            start = index * SECTOR_SIZE
-            stop = start + SECTOR_SIZE
-            done = context.update(source[start:stop].data)
-            target[start:stop] = np.frombuffer(done, "u1")
+    def _encrypt_few(self, vectors: Words, source: Words, target: Words) -> None:
+        for index, vector in enumerate(vectors):
+            context = Cipher(self._algorithm, modes.CBC(vector.tobytes())).encryptor()
+            words = slice(index * SECTOR_WORDS, (index + 1) * SECTOR_WORDS)
+            done = context.update(source[words].tobytes())
+            target[words] = np.frombuffer(done, "<u8")
 
 
-def _blocks(data: Words) -> Words:
-    """View bytes as sectors of blocks of two words."""
-    return data.view("<u8").reshape(-1, SECTOR_BLOCKS, BLOCK_LENGTH // 8)
+def _blocks(words: Words) -> Words:
+    """View words as sectors of blocks of two words."""
+    return words.reshape(-1, SECTOR_BLOCKS, 2)

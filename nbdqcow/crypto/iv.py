@@ -20,24 +20,27 @@ IV_LENGTH: Final = 16
 Words: TypeAlias = npt.NDArray[Any]
 """Little-endian unsigned 64-bit words, two for each block of a cipher."""
 
-IvGenerator: TypeAlias = Callable[[int, int], Words]
-"""``generator(sector, n)`` gives the vectors of ``n`` sectors from ``sector``
-on: ``n`` rows of two words. One generator serves one thread."""
+IvGenerator: TypeAlias = Callable[[int, Words], None]
+"""``generator(sector, vectors)`` fills in the vectors of the sectors from
+``sector`` on, one in each row of two words. The rows hold zeroes, or what the
+same generator left there. One generator serves one thread."""
+
+MAX_SECTORS: Final = 128
+"""Rows that a generator fills in at a time."""
+
+_COUNT: Final = np.arange(MAX_SECTORS, dtype="<u8")
+_WORD_MASK: Final = 0xFFFF_FFFF_FFFF_FFFF
 
 
-def plain64(sector: int, nb_sectors: int) -> Words:
-    """Return the sector numbers, modulo 2^64."""
-    vectors = np.zeros((nb_sectors, 2), "<u8")
-    vectors[:, 0] = np.arange(nb_sectors, dtype="<u8")
-    vectors[:, 0] += np.uint64(sector & 0xFFFF_FFFF_FFFF_FFFF)
-    return vectors
+def plain64(sector: int, vectors: Words) -> None:
+    """Fill in the sector numbers, modulo 2^64."""
+    np.add(_COUNT[: len(vectors)], np.uint64(sector & _WORD_MASK), out=vectors[:, 0])
 
 
-def plain(sector: int, nb_sectors: int) -> Words:
-    """Return the sector numbers modulo 2^32."""
-    vectors = plain64(sector, nb_sectors)
+def plain(sector: int, vectors: Words) -> None:
+    """Fill in the sector numbers, modulo 2^32."""
+    plain64(sector, vectors)
     vectors[:, 0] &= np.uint64(0xFFFF_FFFF)
-    return vectors
 
 
 def essiv(hash_name: str, key: bytes) -> IvGenerator:
@@ -52,10 +55,11 @@ def essiv(hash_name: str, key: bytes) -> IvGenerator:
         )
     encryptor = Cipher(algorithms.AES(salt), modes.ECB()).encryptor()
 
-    def generate(sector: int, nb_sectors: int) -> Words:
-        numbers = plain64(sector, nb_sectors)
+    def generate(sector: int, vectors: Words) -> None:
+        numbers = np.zeros_like(vectors)
+        plain64(sector, numbers)
         encrypted = encryptor.update(numbers.view("u1").reshape(-1).data)
-        return np.frombuffer(encrypted, "<u8").reshape(-1, 2)
+        vectors[:] = np.frombuffer(encrypted, "<u8").reshape(-1, 2)
 
     return generate
 

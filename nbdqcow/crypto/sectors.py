@@ -1,9 +1,9 @@
 """What the ciphers of disks share: sectors in, sectors out, in any thread.
 
-Several megabytes at a time go through AES as fast as through memory, one
-sector at a time not nearly: each has a vector of its own, and setting up a
-cipher for it costs 3 us. So the ciphers here do the part that depends on the
-vectors for many sectors at once, and have AES itself in ECB mode for the rest.
+AES goes through a megabyte nearly as fast as memory does, but not a sector at
+a time: each has a vector of its own, and setting up a cipher for it costs 3 us.
+So the ciphers here do the part that depends on the vectors for many sectors at
+once, and have AES itself in ECB mode for the rest.
 """
 
 from abc import ABC, abstractmethod
@@ -11,13 +11,14 @@ from typing import Final
 
 import numpy as np
 
-from nbdqcow.crypto.iv import Words
+from nbdqcow.crypto.iv import MAX_SECTORS, Words
 from nbdqcow.types import Buffer
 from nbdqcow.units import SECTOR_SIZE
 
 BLOCK_LENGTH: Final = 16
 SECTOR_BLOCKS: Final = SECTOR_SIZE // BLOCK_LENGTH
-CHUNK_SECTORS: Final = 128
+SECTOR_WORDS: Final = SECTOR_SIZE // 8
+CHUNK_SECTORS: Final = MAX_SECTORS
 """Sectors taken at once: their bytes and scratch arrays stay in cache."""
 
 CHUNK_LENGTH: Final = CHUNK_SECTORS * SECTOR_SIZE
@@ -33,8 +34,8 @@ class SectorWorker(ABC):
     def encrypt(self, sector: int, source: Words, target: Words) -> None:
         """Encrypt at most `CHUNK_SECTORS` sectors.
 
-        ``source`` and ``target`` are contiguous bytes (dtype ``u1``) and do
-        not overlap.
+        ``source`` and ``target`` are contiguous, dtype ``<u8``, and do not
+        overlap.
         """
 
     @abstractmethod
@@ -68,17 +69,20 @@ class SectorCipher(ABC):
         length = len(data)
         if length % SECTOR_SIZE:
             raise ValueError(f"{length} bytes are not whole sectors")
-        source = np.frombuffer(data, "u1")
-        target = np.empty(length, "u1")
+        source = np.frombuffer(data, "<u8")
+        target = np.empty(length // 8, "<u8")
         try:
             worker = self._idle_workers.pop()
         except IndexError:
             worker = self.make_worker()
         work = worker.encrypt if encrypt else worker.decrypt
-        for start in range(0, length, CHUNK_LENGTH):
-            stop = start + CHUNK_LENGTH
-            work(sector, source[start:stop], target[start:stop])
-            sector += CHUNK_SECTORS
+        if length <= CHUNK_LENGTH:
+            work(sector, source, target)
+        else:
+            for start in range(0, len(source), CHUNK_LENGTH // 8):
+                stop = start + CHUNK_LENGTH // 8
+                work(sector, source[start:stop], target[start:stop])
+                sector += CHUNK_SECTORS
         # After a failure the worker is not used again.
         self._idle_workers.append(worker)
-        return target.data
+        return target.view("u1").data

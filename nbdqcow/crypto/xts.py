@@ -12,9 +12,10 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from nbdqcow.crypto.iv import IvGenerator, Words
 from nbdqcow.crypto.sectors import (
-    CHUNK_LENGTH,
+    BLOCK_LENGTH,
     CHUNK_SECTORS,
     SECTOR_BLOCKS,
+    SECTOR_WORDS,
     UPDATE_SLACK,
     SectorCipher,
     SectorWorker,
@@ -25,30 +26,9 @@ from nbdqcow.units import SECTOR_SIZE
 KEY_LENGTHS: Final = (32, 48, 64)
 """Bytes of the two AES keys together."""
 
-_FEW_SECTORS: Final = 2
-"""Sectors up to which one cipher object for each is quicker."""
-
 _POWERS: Final = np.arange(SECTOR_BLOCKS, dtype="<u8")
 _REST: Final = np.uint64(64) - _POWERS
 _1, _2, _7 = (np.uint64(shift) for shift in (1, 2, 7))
-
-
-def expand_tweaks(first: Words, tweaks: Words) -> None:
-    """Fill in the tweaks of all blocks of some sectors.
-
-    ``first`` are those of block 0, shape (n, 2); ``tweaks``, shape
-    (n, SECTOR_BLOCKS, 2), gets block 0's times x^j for each block j, in
-    GF(2^128) modulo x^128 + x^7 + x^2 + x + 1.
-
-    j stays below 32, so what is shifted out at the top comes back in at the
-    bottom without being shifted out again: no block has to wait for the one
-    before it. (A shift by 64 gives 0 in numpy.)
-    """
-    low, high = first[:, :1], first[:, 1:]
-    carry = high >> _REST
-    np.left_shift(low, _POWERS, out=tweaks[:, :, 0])
-    tweaks[:, :, 0] ^= carry ^ (carry << _1) ^ (carry << _2) ^ (carry << _7)
-    np.bitwise_or(high << _POWERS, low >> _REST, out=tweaks[:, :, 1])
 
 
 class XtsCipher(SectorCipher):
@@ -75,29 +55,19 @@ class _XtsWorker(SectorWorker):
         self._encrypt_blocks = cipher.encryptor().update_into
         self._decrypt_blocks = cipher.decryptor().update_into
         tweak_cipher = Cipher(algorithms.AES(tweak_key), modes.ECB())
-        self._encrypt_tweaks = tweak_cipher.encryptor().update
+        self._encrypt_tweaks = tweak_cipher.encryptor().update_into
         self._ivs = ivs
-        # What `cryptography` lacks as XTS are 192-bit keys and equal halves.
-        self._whole = (
-            algorithms.AES(key) if half != 24 and data_key != tweak_key else None
-        )
-        self._tweaks = np.empty((CHUNK_SECTORS, SECTOR_BLOCKS, 2), "<u8")
-        self._before = np.empty(CHUNK_LENGTH, "u1")
-        self._after = np.empty(CHUNK_LENGTH + UPDATE_SLACK, "u1")
+        self._memory = _Memory(CHUNK_SECTORS)
+        # Slicing costs as much as the work on a slice of 4 KiB.
+        self._slices: dict[int, _Memory] = {}
 
     def encrypt(self, sector: int, source: Words, target: Words) -> None:
         """See `SectorWorker.encrypt`."""
-        if self._whole is not None and len(source) <= _FEW_SECTORS * SECTOR_SIZE:
-            self._crypt_few(sector, source, target, encrypt=True)
-        else:
-            self._crypt(sector, source, target, self._encrypt_blocks)
+        self._crypt(sector, source, target, self._encrypt_blocks)
 
     def decrypt(self, sector: int, source: Words, target: Words) -> None:
         """See `SectorWorker.decrypt`."""
-        if self._whole is not None and len(source) <= _FEW_SECTORS * SECTOR_SIZE:
-            self._crypt_few(sector, source, target, encrypt=False)
-        else:
-            self._crypt(sector, source, target, self._decrypt_blocks)
+        self._crypt(sector, source, target, self._decrypt_blocks)
 
     def _crypt(
         self,
@@ -106,29 +76,79 @@ class _XtsWorker(SectorWorker):
         target: Words,
         update_into: Callable[[Buffer, Buffer], int],
     ) -> None:
-        length = len(source)
-        nb_sectors = length // SECTOR_SIZE
-        ivs = self._ivs(sector, nb_sectors)
-        first = np.frombuffer(
-            self._encrypt_tweaks(ivs.view("u1").reshape(-1).data), "<u8"
-        )
-        tweaks = self._tweaks[:nb_sectors]
-        expand_tweaks(first.reshape(-1, 2), tweaks)
-        mask = tweaks.reshape(-1)
-        before = self._before[:length]
-        np.bitwise_xor(source.view("<u8"), mask, out=before.view("<u8"))
-        update_into(before.data, self._after[: length + UPDATE_SLACK].data)
-        np.bitwise_xor(self._after[:length].view("<u8"), mask, out=target.view("<u8"))
+        nb_sectors = len(source) // SECTOR_WORDS
+        memory = self._slices.get(nb_sectors)
+        if memory is None:
+            memory = self._slices[nb_sectors] = _Memory(nb_sectors, self._memory)
+        self._ivs(sector, memory.vectors)
+        self._encrypt_tweaks(memory.vector_bytes, memory.first_room)
+        memory.expand_tweaks()
+        np.bitwise_xor(source, memory.mask, out=memory.before)
+        update_into(memory.before_bytes, memory.after_room)
+        np.bitwise_xor(memory.after, memory.mask, out=target)
 
-    def _crypt_few(
-        self, sector: int, source: Words, target: Words, *, encrypt: bool
-    ) -> None:
-        assert self._whole is not None
-        ivs = self._ivs(sector, len(source) // SECTOR_SIZE)
-        for index, iv in enumerate(ivs):
-            cipher = Cipher(self._whole, modes.XTS(iv.tobytes()))
-            context = cipher.encryptor() if encrypt else cipher.decryptor()
-            start = index * SECTOR_SIZE
-            stop = start + SECTOR_SIZE
-            done = context.update(source[start:stop].data)
-            target[start:stop] = np.frombuffer(done, "u1")
+
+class _Memory:
+    """Scratch arrays for a number of sectors, in all the shapes they are used.
+
+    Attributes:
+        vectors, vector_bytes: of each sector, before encryption.
+        first, first_room: the tweaks of each sector's first block; and with
+            the room that encrypting to there needs.
+        tweaks, mask: of all blocks, shape (n, SECTOR_BLOCKS, 2), and flat.
+        before, after: of AES; ``before_bytes`` and ``after_room`` for it.
+    """
+
+    def __init__(self, nb_sectors: int, whole: "_Memory | None" = None) -> None:
+        """Without ``whole`` take memory, else share that of ``whole``."""
+        length = nb_sectors * SECTOR_SIZE
+        vectors_length = nb_sectors * BLOCK_LENGTH
+        if whole is None:
+            self.vectors: Words = np.zeros((nb_sectors, 2), "<u8")
+            self._first_bytes: Words = np.empty(vectors_length + UPDATE_SLACK, "u1")
+            self.tweaks = np.empty((nb_sectors, SECTOR_BLOCKS, 2), "<u8")
+            self._planes = np.empty((3, nb_sectors, SECTOR_BLOCKS), "<u8")
+            self.before = np.empty(nb_sectors * SECTOR_WORDS, "<u8")
+            self._after_bytes: Words = np.empty(length + UPDATE_SLACK, "u1")
+        else:
+            self.vectors = whole.vectors[:nb_sectors]
+            self._first_bytes = whole._first_bytes[: vectors_length + UPDATE_SLACK]
+            self.tweaks = whole.tweaks[:nb_sectors]
+            self._planes = whole._planes[:, :nb_sectors]
+            self.before = whole.before[: nb_sectors * SECTOR_WORDS]
+            self._after_bytes = whole._after_bytes[: length + UPDATE_SLACK]
+        first, after = self._first_bytes, self._after_bytes
+        self.vector_bytes: Buffer = self.vectors.view("u1").reshape(-1).data
+        self.first_room: Buffer = first.data
+        self.first = first[:vectors_length].view("<u8").reshape(-1, 2)
+        self.mask = self.tweaks.reshape(-1)
+        self.before_bytes: Buffer = self.before.view("u1").data
+        self.after_room: Buffer = after.data
+        self.after = after[:length].view("<u8")
+        self._first_low, self._first_high = self.first[:, :1], self.first[:, 1:]
+        self._low, self._high = self.tweaks[:, :, 0], self.tweaks[:, :, 1]
+        self._plane, self._carry, self._shifted = self._planes
+
+    def expand_tweaks(self) -> None:
+        """Make the tweaks of all blocks from those of the first ones.
+
+        That of block j is the first one's times x^j, in GF(2^128) modulo
+        x^128 + x^7 + x^2 + x + 1. j stays below 32, so what is shifted out at
+        the top comes back in at the bottom without being shifted out again:
+        no block has to wait for the one before it. (A shift by 64 gives 0 in
+        numpy.)
+        """
+        low, high = self._first_low, self._first_high
+        plane, carry, shifted = self._plane, self._carry, self._shifted
+        np.left_shift(high, _POWERS, out=plane)
+        np.right_shift(low, _REST, out=shifted)
+        np.bitwise_or(plane, shifted, out=self._high)
+        np.left_shift(low, _POWERS, out=plane)
+        np.right_shift(high, _REST, out=carry)
+        np.bitwise_xor(plane, carry, out=plane)
+        np.left_shift(carry, _1, out=shifted)
+        np.bitwise_xor(plane, shifted, out=plane)
+        np.left_shift(carry, _2, out=shifted)
+        np.bitwise_xor(plane, shifted, out=plane)
+        np.left_shift(carry, _7, out=shifted)
+        np.bitwise_xor(plane, shifted, out=self._low)
