@@ -17,12 +17,21 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import uvloop
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 IN_CI = os.environ.get("CI", "") not in ("", "0", "false")
 SEED = int(os.environ.get("NBDQCOW_SEED") or random.SystemRandom().getrandbits(32))
+
+# A machine under load is no failure.
+hypothesis.settings.register_profile(
+    "nbdqcow",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("nbdqcow")
 
 START_SECONDS = 20.0
 STOP_SECONDS = 30.0

@@ -97,6 +97,7 @@ class Generation:
                 self._spares += range(first, first + nb_clusters)
             if image.header.refcount_table_clusters == table_clusters:
                 break
+            self.replaces(self._table_offset, table_clusters * size)
         self._spares.reverse()
         await image.writeback.commit_alone()
         self._counts = NewCounts(image.storage, refcounts, self._take_spare)
