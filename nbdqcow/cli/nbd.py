@@ -132,13 +132,9 @@ The client:
       --tls-creds=ID         use TLS, with these credentials
       --tls-hostname=NAME    expect this name in the server's certificate
 
-<<<<<<< HEAD
 Without -p, -b and -k, sockets that systemd has opened for the server are used.
 
-Not supported yet: -l -s --selinux-label.
-=======
-Not supported yet: -s --object --tls-* --selinux-label.
->>>>>>> snap
+Not supported yet: -s --selinux-label.
 """
 
 
