@@ -300,3 +300,22 @@ def test_a_snapshot_under_load_has_what_was_answered_before_it(tmp_path):
     data = content(path)
     for block in range(nb_blocks):
         assert int.from_bytes(data[block * 4096 :][:8], "big") == answered[block]
+
+
+def test_the_refcount_table_grows_while_a_snapshot_is_taken(tmp_path):
+    path = create(tmp_path / "a", 8 * MiB, cluster_size=512, refcount_bits=64)
+
+    async def run():
+        async with open_image(path, cache="unsafe") as node:
+            nb_grown = 0
+            for number in range(40):
+                # All L2 tables, of 32 KiB each, are copied by each snapshot.
+                for offset in range(0, node.size, 32768):
+                    await node.pwrite(offset, b"x" * 512)
+                clusters = node.driver.header.refcount_table_clusters
+                await node.driver.snapshot_create(str(number))
+                nb_grown += node.driver.header.refcount_table_clusters > clusters
+            assert nb_grown
+
+    asyncio.run(run())
+    check(path)
