@@ -69,7 +69,7 @@ def run_rounds(
     for round_index in range(nb_rounds):
         for peer in able:
             image = prepare(cell, peer, directory)
-            with running(peer, image, l2_cache_size=cache) as server:
+            with running(peer, image, l2_cache_size=cache, tls=cell.tls) as server:
                 sample = run_cell(cell, server, seconds, seed=1 + round_index)
             samples[peer.name].append(sample)
             progress(

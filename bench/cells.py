@@ -35,6 +35,7 @@ class Cell:
             requests allocate, all servers must do the same work.
         targets: peer name to the ratio wanted.
         compare_cpu: our CPU time per operation must not exceed qemu-nbd's.
+        tls: the connection is encrypted, with no certificate of the client.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Cell:
     disk: Disk = Disk.FULL
     nb_requests: int = 0
     compare_cpu: bool = True
+    tls: bool = False
 
 
 def _targets(
@@ -101,6 +103,10 @@ CELLS: Final = (
         disk=Disk.HUGE,
         compare_cpu=False,
     ),
+    Cell("tls-randread-4k-qd16", "randread", 4 * KiB, 16, {QEMU: 1.5}, tls=True),
+    Cell("tls-randwrite-4k-qd16", "randwrite", 4 * KiB, 16, {QEMU: 1.5}, tls=True),
+    Cell("tls-randread-64k-qd16", "randread", 64 * KiB, 16, {QEMU: 1.2}, tls=True),
+    Cell("tls-randwrite-64k-qd16", "randwrite", 64 * KiB, 16, {QEMU: 1.2}, tls=True),
 )
 
 FAIRNESS: Final = "fairness"

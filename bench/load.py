@@ -1,8 +1,10 @@
 """Loads: fio's nbd engine, run once against one server."""
 
 import json
+import os
 import subprocess
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from bench.cells import Cell, KiB, MiB, Sample
@@ -40,10 +42,14 @@ def _job(process: subprocess.Popen[str], direction: str) -> dict[str, Any]:
     return figures
 
 
-def _start(command: list[str]) -> subprocess.Popen[str]:
+def _start(command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
     try:
         return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
         )
     except FileNotFoundError:
         raise BenchError("fio is not installed") from None
@@ -73,7 +79,7 @@ def run_cell(cell: Cell, server: Server, seconds: float, seed: int) -> Sample:
     )
     cpu_before = server.cpu_seconds()
     direction = "read" if cell.rw.endswith("read") else "write"
-    figures = _job(_start(command), direction)
+    figures = _job(_start(command, server.client_environment), direction)
     cpu = server.cpu_seconds() - cpu_before
     nb_requests = figures["total_ios"]
     if not nb_requests:
@@ -103,7 +109,8 @@ def run_fairness(server: Server, seconds: float) -> dict[str, float]:
             "--fsync=64",
             "--time_based",
             f"--runtime={seconds + 2 * lead}s",
-        )
+        ),
+        server.client_environment,
     )
     time.sleep(lead)
     reader = _start(
@@ -116,7 +123,8 @@ def run_fairness(server: Server, seconds: float) -> dict[str, float]:
             "--norandommap",
             "--time_based",
             f"--runtime={seconds}s",
-        )
+        ),
+        server.client_environment,
     )
     reads = _job(reader, "read")
     writes = _job(writer, "write")

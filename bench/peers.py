@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from bench.cells import NBDKIT, OURS, QEMU, QEMU_URING
+from tests.certificates import Authority
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _START_SECONDS = 30.0
@@ -37,9 +38,28 @@ class Peer:
         return shutil.which(self.program) is None
 
     def command(
-        self, image: Path, socket: Path, l2_cache_size: int | None
+        self,
+        image: Path,
+        socket: Path,
+        l2_cache_size: int | None,
+        certificates: Path | None,
     ) -> list[str]:
         """Return the command that serves ``image`` on a unix socket."""
+        command = self._command(image, socket, l2_cache_size)
+        if certificates is None:
+            return command
+        if self.name == OURS:
+            return [*command, "--tls-certificates", str(certificates)]
+        if self.name == NBDKIT:
+            options = ["--tls=require", f"--tls-certificates={certificates}"]
+            return [command[0], *options, *command[1:]]
+        credentials = "tls-creds-x509,id=tls0,endpoint=server,verify-peer=off"
+        options = ["--object", f"{credentials},dir={certificates}"]
+        return [command[0], *options, "--tls-creds=tls0", *command[1:]]
+
+    def _command(
+        self, image: Path, socket: Path, l2_cache_size: int | None
+    ) -> list[str]:
         if self.name == OURS:
             command = [sys.executable, "-m", "nbdqcow", "serve", str(image)]
             command += ["--unix", str(socket), "--format", "qcow2"]
@@ -69,16 +89,27 @@ PEERS = (
 
 
 class Server:
-    """A running peer."""
+    """A running peer.
 
-    def __init__(self, process: subprocess.Popen[str], socket: Path) -> None:
+    Attributes:
+        client_environment: variables that a client needs besides the URI.
+    """
+
+    def __init__(
+        self, process: subprocess.Popen[str], socket: Path, home: Path | None
+    ) -> None:
+        """``home`` is where libnbd looks for certificates, if it needs any."""
         self._process = process
+        self._scheme = "nbd+unix" if home is None else "nbds+unix"
         self.socket = socket
+        self.client_environment: Mapping[str, str] = (
+            {} if home is None else {"HOME": str(home)}
+        )
 
     @property
     def uri(self) -> str:
         """Return what libnbd and qemu call the export."""
-        return f"nbd+unix:///?socket={self.socket}"
+        return f"{self._scheme}:///?socket={self.socket}"
 
     def cpu_seconds(self) -> float:
         """Return user and system time so far, of children too."""
@@ -93,6 +124,16 @@ class Server:
                 if key in ("VmRSS", "VmHWM", "RssAnon", "RssFile"):
                     totals[key] = totals.get(key, 0) + int(value.split()[0]) * 1024
         return totals
+
+
+def make_certificates(server: Path, home: Path) -> None:
+    """Make a server's directory of certificates, and a home for its clients: fio
+    gives libnbd no other way to find them."""
+    client = home / ".pki" / "libnbd"
+    client.parent.mkdir(parents=True)
+    authority = Authority()
+    authority.write_server(server)
+    authority.write_client(client)
 
 
 def _family(pid: int) -> list[int]:
@@ -131,21 +172,25 @@ def _wait_until_ready(
 
 @contextlib.contextmanager
 def running(
-    peer: Peer, image: Path, *, l2_cache_size: int | None = None
+    peer: Peer, image: Path, *, l2_cache_size: int | None = None, tls: bool = False
 ) -> Iterator[Server]:
     """Serve ``image`` with a peer while the block runs."""
     with tempfile.TemporaryDirectory(prefix="nbdq-bench-") as directory:
         socket, log = Path(directory) / "s", Path(directory) / "log"
+        certificates = home = None
+        if tls:
+            certificates, home = Path(directory) / "server", Path(directory) / "home"
+            make_certificates(certificates, home)
         with log.open("w") as errors:
             process = subprocess.Popen(
-                peer.command(image, socket, l2_cache_size),
+                peer.command(image, socket, l2_cache_size, certificates),
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
             )
         try:
             _wait_until_ready(peer, process, socket, log)
-            yield Server(process, socket)
+            yield Server(process, socket, home)
         finally:
             process.send_signal(signal.SIGTERM)
             try:

@@ -49,6 +49,11 @@ _ALLOWANCE: Final = 2 * MiB
 _REQUEST_COST: Final = 4 * KiB
 """One callback serves requests until their data, and this much for each of
 them, make up the allowance: about a millisecond, then others have a turn."""
+_ENCRYPTED_ALLOWANCE: Final = 256 * KiB
+"""The same where data must be encrypted: replies leave before there are so many
+that they no longer fit a processor's cache, and while the client has others."""
+_COPY_PIECE: Final = 64 * KiB
+"""Bytes of a large read that are copied at a time, to be encrypted."""
 
 
 def peer_name(transport: asyncio.BaseTransport) -> str:
@@ -96,6 +101,7 @@ class Transmission(asyncio.BufferedProtocol):
         """
         self._transport = transport
         self._encrypted = isinstance(transport, TlsTransport)
+        self._allowance = _ENCRYPTED_ALLOWANCE if self._encrypted else _ALLOWANCE
         self._reader = reader
         self._export = export
         self._node = export.node
@@ -295,7 +301,7 @@ class Transmission(asyncio.BufferedProtocol):
         inline_write = self._inline_write
         size = self._export.size
         ok = REPLY_OK
-        allowance = _ALLOWANCE
+        allowance = self._allowance
         while allowance > 0:
             if reader.at_header and not self._draining:
                 start = reader.start
@@ -428,11 +434,16 @@ class Transmission(asyncio.BufferedProtocol):
         """Serve a large read for encryption, which reads the data in this
         process: were it a view, a file cut short would be a fatal signal."""
         _, flags, cookie, offset, length, _ = request
-        data = self._node.try_pread(offset, length)
-        if data is None:
-            return False
+        pieces: list[Buffer] = []
+        for start in range(0, length, _COPY_PIECE):
+            piece = self._node.try_pread(
+                offset + start, min(_COPY_PIECE, length - start)
+            )
+            if piece is None:
+                return False
+            pieces.append(piece)
         whole = bool(flags & nbd.CMD_FLAG_DF)
-        self._out += self._replies.read(cookie, offset, (data,), whole=whole)
+        self._out += self._replies.read(cookie, offset, pieces, whole=whole)
         return True
 
     def _try_sendfile(self, cookie: bytes, offset: int, length: int) -> bool:
