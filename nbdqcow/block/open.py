@@ -207,7 +207,7 @@ async def _open_backing(
         format=driver.backing_format,
         read_only=True,
         detect_zeroes="off",
-        driver_options={},
+        driver_options=_passed_down(options.driver_options),
     )
     try:
         return await _open_chain(path, below, above)
@@ -218,6 +218,12 @@ async def _open_backing(
             text = f"{prefix}{text}"
         kind = type(error) if isinstance(error, ImageError) else ImageError
         raise kind(f"Could not open backing file: {text}") from None
+
+
+def _passed_down(driver_options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what backing images are opened with as well: the passphrase, for
+    the overlay of an encrypted image is mostly encrypted alike."""
+    return {k: v for k, v in driver_options.items() if k == "secret"}
 
 
 def backing_path(image_filename: str, backing_filename: str) -> str:

@@ -36,7 +36,7 @@ class StorageDriver(ABC):
     zero_beyond_end: bool
 
     @abstractmethod
-    def try_pread(self, offset: int, length: int) -> bytes | None:
+    def try_pread(self, offset: int, length: int) -> Buffer | None:
         """Return exactly ``length`` bytes if they need no waiting."""
 
     def try_view(self, offset: int, length: int) -> memoryview | None:

@@ -30,6 +30,8 @@ def parse_keyval(text: str) -> dict[str, str]:
 def parse_image_opts(text: str) -> tuple[str, dict[str, Any]]:
     """Return the file name, and the options of `open_image` that are given.
 
+    ``key_secret`` among them is the id of an object, for the caller to look up.
+
     Raises `UsageError`, by name, for an option that we don't have.
     """
     pairs = parse_keyval(text)
@@ -54,6 +56,11 @@ def parse_image_opts(text: str) -> tuple[str, dict[str, Any]]:
                 options["l2_cache_size"] = _size(key, value)
             case "file.locking":
                 options["lock"] = value == "auto" or _boolean(key, value)
+            case "encrypt.key-secret":
+                options["key_secret"] = value
+            case "encrypt.format":
+                # The image says the same; it is not asked for twice.
+                _choice(key, value, {"aes": "aes", "luks": "luks"})
             case "cache.direct" | "cache.no-flush":
                 _boolean(key, value)
             case _:

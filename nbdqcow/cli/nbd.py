@@ -516,9 +516,14 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
     options |= settings.open_options
     if settings.image_opts:
         from nbdqcow.cli.image_opts import parse_image_opts
+        from nbdqcow.crypto.secrets import Secret
 
         filename, image_options = parse_image_opts(settings.filename)
         options |= image_options
+        if (key_id := options.pop("key_secret", None)) is not None:
+            secret = Secret(objects.secret(key_id).encode())
+            given = options.get("driver_options", {})
+            options["driver_options"] = {**given, "secret": secret}
     if settings.snapshot is not None:
         options["read_only"] = True
         options["driver_options"] = {

@@ -176,7 +176,9 @@ def _secret(objects: Objects, properties: Properties) -> str:
     assert data is not None
     if encoding == "base64":
         try:
-            return base64.b64decode(data, validate=True).decode()
+            # Lines of any length are welcome, as in QEMU.
+            joined = data.replace("\n", "")
+            return base64.b64decode(joined, validate=True).decode()
         except (binascii.Error, ValueError):
             raise UsageError("Unable to decode base64 in the secret") from None
     return data

@@ -88,6 +88,17 @@ class ServeSettings:
     show_default=True,
     help="Whether written zeroes become zero clusters, or are unmapped.",
 )
+@click.option(
+    "--key-file",
+    metavar="FILE",
+    help="The passphrase of encrypted images: all bytes of FILE, a newline at its "
+    "end included.",
+)
+@click.option(
+    "--key-env",
+    metavar="NAME",
+    help="The passphrase of encrypted images, in an environment variable.",
+)
 @limit_options
 @tls_options
 @click.option("--pid-file", metavar="PATH", help="Write the process ID to a file.")
@@ -100,6 +111,8 @@ def serve(
     l2_cache_size: int | None,
     discard: str,
     detect_zeroes: str,
+    key_file: str | None,
+    key_env: str | None,
     pid_file: str | None,
     verbose: bool,
     **others: Any,
@@ -122,6 +135,7 @@ def serve(
             "discard": discard,
             "detect_zeroes": detect_zeroes,
             "l2_cache_size": l2_cache_size,
+            "driver_options": _take_key(key_file, key_env),
         },
         limits=take_limits(others),
         pid_file=pid_file,
@@ -131,6 +145,22 @@ def serve(
     from nbdqcow.cli.runner import run
 
     return run(lambda: _serve(settings), verbose=verbose)
+
+
+def _take_key(key_file: str | None, key_env: str | None) -> dict[str, Any]:
+    """Return the passphrase as the format drivers take it.
+
+    Raises `UsageError` if it can't be had.
+    """
+    from nbdqcow.crypto import secrets
+
+    if key_file is not None and key_env is not None:
+        raise click.UsageError("--key-file and --key-env are mutually exclusive")
+    if key_file is not None:
+        return {"secret": secrets.from_file(key_file)}
+    if key_env is not None:
+        return {"secret": secrets.from_environment(key_env)}
+    return {}
 
 
 def export_names(arguments: Sequence[str]) -> list[tuple[str, str]]:

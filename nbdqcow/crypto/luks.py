@@ -56,8 +56,10 @@ Edit = tuple[int, bytes]
 class WrongPassphrase(ImageError):
     """No key slot opens with the passphrase."""
 
-    def __init__(self) -> None:
-        super().__init__("Invalid password, cannot unlock any keyslot")
+    def __init__(
+        self, text: str = "Invalid password, cannot unlock any keyslot"
+    ) -> None:
+        super().__init__(text)
 
 
 @dataclass(slots=True)

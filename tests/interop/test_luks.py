@@ -1,4 +1,4 @@
-"""LUKS disks and QEMU, both directions: headers, key slots and sectors."""
+"""Encrypted disks and QEMU, both directions: headers, key slots and sectors."""
 
 import random
 import shutil
@@ -11,6 +11,8 @@ from nbdqcow.crypto import luks
 from nbdqcow.crypto.cipher import CipherSpec
 from nbdqcow.crypto.luks import LuksHeader
 from nbdqcow.units import MiB
+from tests.nbd_client import NbdClient
+from tests.serving import serving
 
 pytestmark = pytest.mark.skipif(
     shutil.which("qemu-img") is None, reason="qemu-img is not installed"
@@ -155,3 +157,89 @@ def test_key_slots(tmp_path: Path, seed: int) -> None:
     image = bytearray(path.read_bytes())
     header = LuksHeader.parse(image)
     assert header.unlock_blocking(image, b"four") == (key, 0)
+
+
+# -- qcow2 -------------------------------------------------------------------
+
+QCOW2_OPTIONS = [
+    "encrypt.format=luks,encrypt.iter-time=10",
+    "encrypt.format=luks,encrypt.iter-time=10,cluster_size=512",
+    "encrypt.format=luks,encrypt.iter-time=10,encrypt.cipher-mode=cbc,"
+    "encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256,cluster_size=4096",
+    "encrypt.format=aes",
+    "encrypt.format=aes,compat=0.10",
+]
+
+
+def encrypted_opts(path: Path) -> str:
+    return f"driver=qcow2,file.filename={path},encrypt.key-secret=s"
+
+
+def compare(path: Path, content: Path) -> None:
+    """QEMU checks the image, and finds ``content`` in it."""
+    opened = (*secret("s", "one"), "--image-opts", encrypted_opts(path))
+    done = run("qemu-img", "check", *opened)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = run("qemu-img", "compare", *opened, f"driver=raw,file.filename={content}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("options", QCOW2_OPTIONS)
+def test_random_requests_to_a_served_image(
+    tmp_path: Path, options: str, seed: int
+) -> None:
+    """QEMU makes and fills an image, a client changes it, QEMU reads it."""
+    rng = random.Random(seed)
+    path, content = tmp_path / "disk.qcow2", tmp_path / "content"
+    model = bytearray(rng.randbytes(LENGTH // 2) + bytes(LENGTH // 2))
+    content.write_bytes(model)
+    qemu_create(path, options)
+    done = run(
+        "qemu-img", "convert", "-n", *secret("s", "one"), "-f", "raw", content,
+        "--target-image-opts", encrypted_opts(path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    key = tmp_path / "key"
+    key.write_text("one")
+    with (
+        serving(path, options=["--key-file", str(key)]) as server,
+        NbdClient(server.socket) as client,
+    ):
+        for _ in range(300):
+            unit = rng.choice((1, 512, 4096))
+            offset = rng.randrange(LENGTH) // unit * unit
+            length = min(unit * rng.randrange(1, 40), LENGTH - offset)
+            action = rng.random()
+            if action < 0.5:
+                data = rng.randbytes(length)
+                client.write(offset, data)
+                model[offset : offset + length] = data
+            elif action < 0.6:
+                client.write_zeroes(offset, length)
+                model[offset : offset + length] = bytes(length)
+            else:
+                assert client.read(offset, length) == model[offset : offset + length]
+        assert client.read(0, LENGTH) == model
+        client.flush()
+    content.write_bytes(model)
+    compare(path, content)
+
+
+def test_serving_needs_the_right_passphrase(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    qemu_create(path, QCOW2_OPTIONS[0])
+    monkeypatch.setenv("DISK_KEY", "one")
+    with serving(path, options=["--key-env", "DISK_KEY"]):
+        pass
+    monkeypatch.setenv("DISK_KEY", "a wrong one")
+    for options, text in (
+        (["--key-env", "DISK_KEY"], "Invalid password, cannot unlock any keyslot"),
+        ([], "a passphrase is required"),
+    ):
+        with pytest.raises(AssertionError) as failure, serving(path, options=options):
+            pass
+        assert text in str(failure.value)
+        assert "Traceback" not in str(failure.value)
+        assert "a wrong one" not in str(failure.value)

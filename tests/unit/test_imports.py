@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "storage.nbd": CONTRACTS | {"nbd"},
     "jobs": {"nbd", "block"},
     "server": {"nbd", "block"},
-    "cli": {"server", "jobs", "nbd", "block"},
+    "cli": {"server", "jobs", "nbd", "block", "crypto.secrets"},
 }
 
 # Modules that decide without input or output, so that they can be tested, fuzzed

@@ -77,7 +77,7 @@ class CompressedClusters:
         image = self._image
         forgotten = self._forgotten
         offset, length = compressed_range(descriptor, image.cluster_bits)
-        storage = image.data
+        storage = image.storage
         data: Buffer | None = storage.try_pread(offset, length)
         if data is None:
             data = await storage.pread(offset, length)

@@ -15,7 +15,7 @@ from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.block.tools import SnapshotInfo
 from nbdqcow.errors import BlockError, CorruptImage, ImageError
-from nbdqcow.formats.qcow2 import discard, extents, write
+from nbdqcow.formats.qcow2 import discard, encryption, extents, write
 from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.formats.qcow2.bitmap import Bitmap, BitmapInfo, Bitmaps
 from nbdqcow.formats.qcow2.compress import CompressedClusters
@@ -66,8 +66,12 @@ class Qcow2Driver(FormatDriver):
         read_only: bool,
         l2_cache_size: int,
         discard_freed: bool,
+        data: StorageDriver | None = None,
     ) -> None:
-        self.storage = self.data = storage
+        """``data`` is where guest data is read and written, if not in
+        ``storage`` as it stands."""
+        self.storage = storage
+        self.data = data or storage
         self.header = header
         self.read_only = read_only
         self.size = header.size
@@ -91,8 +95,11 @@ class Qcow2Driver(FormatDriver):
         self.try_map = self.mapping.try_map  # type: ignore[method-assign]
         self.map = self.mapping.map  # type: ignore[method-assign]
         self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
+        if header.crypt_method == qcow2_header.CRYPT_AES:
+            encryption.number_by_guest_offset(self)
+        self._try_map_untracked_write = self.try_map_write
         end = round_up(storage.length, self.cluster_size)
-        self.reads_zero_from = end if storage.zero_beyond_end else 1 << 63
+        self.reads_zero_from = end if self.data.zero_beyond_end else 1 << 63
         self.bitmaps = Bitmaps(self)
         self._tracked: Sequence[Bitmap] = ()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -117,7 +124,9 @@ class Qcow2Driver(FormatDriver):
         Options: ``l2_cache_size`` in bytes; ``discard``, True if a guest's
         discard goes down to the file; ``snapshot``, the ID or name of an
         internal snapshot to show instead of the disk (``(id, name)``, either
-        of them None, for one that must match both), read-only. Raises
+        of them None, for one that must match both), read-only; ``secret``, the
+        passphrase of an encrypted image (`nbdqcow.crypto.secrets.Secret` or
+        bytes). Raises
         `ImageError`.
         """
         head = bytes(await storage.pread(0, qcow2_header.HEADER_READ_LENGTH))
@@ -140,6 +149,7 @@ class Qcow2Driver(FormatDriver):
             refcount_table = await _read_table(
                 storage, header.refcount_table_offset, table_entries, "refcount"
             )
+        data = await encryption.open_data(storage, header, options.get("secret"))
         image = cls(
             storage,
             header,
@@ -148,6 +158,7 @@ class Qcow2Driver(FormatDriver):
             read_only=read_only,
             l2_cache_size=options.get("l2_cache_size") or DEFAULT_L2_CACHE,
             discard_freed=bool(options.get("discard", True)),
+            data=data,
         )
         if not read_only:
             await image._prepare_for_writing()
@@ -165,6 +176,8 @@ class Qcow2Driver(FormatDriver):
         ]
         if header.nb_snapshots:
             ranges += await self._snapshot_ranges()
+        if (luks := encryption.luks_range(header)) is not None:
+            ranges.append(luks)
         for offset, length in ranges:
             metadata.update(range(offset >> bits, (offset + length + size - 1) >> bits))
         for table in (self.refcounts.table, self.tables.l1):
@@ -229,19 +242,21 @@ class Qcow2Driver(FormatDriver):
         if self.read_only:
             return None
         try:
-            return write.try_begin_write(self, offset, length)
+            plan = write.try_begin_write(self, offset, length)
         except CorruptImage:
             # The coroutine finds the same, and marks the image.
             return None
+        return None if plan is None else encryption.tag_plan(self.header, plan)
 
     async def begin_write(self, offset: int, length: int) -> WritePlan:
         """See `FormatDriver.begin_write`."""
         self._check_writable()
         try:
-            return await write.begin_write(self, offset, length)
+            plan = await write.begin_write(self, offset, length)
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
             raise
+        return encryption.tag_plan(self.header, plan)
 
     def end_write(self, plan: WritePlan) -> None:
         """See `FormatDriver.end_write`."""
@@ -443,13 +458,13 @@ class Qcow2Driver(FormatDriver):
         if enabled:
             self.try_map_write = self._try_map_tracked_write  # type: ignore[method-assign]
         else:
-            self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
+            self.try_map_write = self._try_map_untracked_write  # type: ignore[method-assign]
         self.when_rebound()
 
     def _try_map_tracked_write(self, offset: int, length: int) -> int:
         """As `try_map_write`. The write follows in the same turn of the loop,
         so nobody can see the mark before it."""
-        host_offset = self.mapping.try_map_write(offset, length)
+        host_offset = self._try_map_untracked_write(offset, length)
         if host_offset >= 0:
             for bitmap in self._tracked:
                 bitmap.mark(offset, length)

@@ -471,8 +471,6 @@ class Header:
         damaged that is to be written.
         """
         lacking = {
-            "AES encryption": self.crypt_method == CRYPT_AES,
-            "LUKS encryption": self.crypt_method == CRYPT_LUKS,
             "external data file": self.has_data_file,
             "extended L2 entries": self.extended_l2,
             "zstd compression": self.compression_type == COMPRESSION_ZSTD,

@@ -210,8 +210,6 @@ def test_a_check_opens_what_it_reports_itself():
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ([(32, "I", 1)], "AES encryption"),
-        ([(32, "I", 2)], "LUKS encryption"),
         ([(72, "Q", 4)], "external data file"),
         ([(72, "Q", 16)], "extended L2 entries"),
         ([(72, "Q", 8), (104, "B", 1)], "zstd compression"),

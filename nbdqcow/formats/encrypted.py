@@ -1,0 +1,204 @@
+"""Guest data that is encrypted, as a storage driver over the one that has it.
+
+Formats give it to the block layer as their ``data``: bytes are plain above it
+and encrypted below. It is for whole clusters and what overwrites parts of
+them; metadata does not go through it.
+"""
+
+import time
+from typing import Final
+
+from nbdqcow.block.inflight import InFlightRanges
+from nbdqcow.block.storage import StorageDriver
+from nbdqcow.crypto.sectors import SectorCipher
+from nbdqcow.errors import NotSupported
+from nbdqcow.pool import Pool
+from nbdqcow.types import Buffer, Buffers
+from nbdqcow.units import SECTOR_SIZE, KiB, MiB, round_up
+
+_MAX_INLINE: Final = 64 * KiB
+"""Bytes that are worked on at once, in about 50 us; more goes to a thread,
+and to no more than one for each request: it is quicker so."""
+
+_PIECE: Final = MiB
+"""Bytes of a write that are encrypted at a time."""
+
+_DECLINED_PAUSE: Final = 0.02
+"""Seconds for which inline writes are not tried once the storage below has
+declined one: what was encrypted for it is lost."""
+
+_OFFSET_BITS: Final = 64
+_OFFSET_MASK: Final = (1 << _OFFSET_BITS) - 1
+
+
+def tag_offset(host_offset: int, guest_offset: int) -> int:
+    """Return ``host_offset`` so that an `EncryptedStorage` numbers the sectors
+    by the guest's offsets.
+
+    The guest's distance stands in the bits above the offset, so adding bytes
+    to the result still gives what belongs to those bytes.
+    """
+    distance = (guest_offset - host_offset) & _OFFSET_MASK
+    return host_offset | distance << _OFFSET_BITS
+
+
+class EncryptedStorage(StorageDriver):
+    """Sectors of another storage driver, decrypted.
+
+    Sectors are numbered by their place in the file, or, where a caller has
+    used `tag_offset`, in the guest's disk. The driver below is not closed.
+    """
+
+    name = "encrypted"
+
+    def __init__(self, storage: StorageDriver, cipher: SectorCipher) -> None:
+        self._storage = storage
+        self._cipher = cipher
+        self.filename = storage.filename
+        self.read_only = storage.read_only
+        # What was never written does not read as zeroes, once decrypted.
+        self.zero_beyond_end = False
+        self._pool: Pool | None = None
+        self._writes = InFlightRanges()
+        self._inline_resume_at = 0.0
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        """Bytes in the file below."""
+        return self._storage.length
+
+    # -- reading -----------------------------------------------------------
+
+    def try_pread(self, offset: int, length: int) -> Buffer | None:
+        """See `StorageDriver.try_pread`."""
+        if length > _MAX_INLINE:
+            return None
+        head = offset % SECTOR_SIZE
+        whole = round_up(head + length, SECTOR_SIZE)
+        host_offset, sector = _locate(offset - head)
+        data = self._storage.try_pread(host_offset, whole)
+        if data is None:
+            return None
+        return self._cipher.decrypt_blocking(sector, data)[head : head + length]
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """See `StorageDriver.pread`."""
+        head = offset % SECTOR_SIZE
+        whole = round_up(head + length, SECTOR_SIZE)
+        plain = await self._read_sectors(offset - head, whole)
+        return plain[head : head + length]
+
+    async def _read_sectors(self, offset: int, length: int) -> memoryview:
+        host_offset, sector = _locate(offset)
+        data: Buffer | None = self._storage.try_pread(host_offset, length)
+        if data is None:
+            data = await self._storage.pread(host_offset, length)
+        if length <= _MAX_INLINE:
+            return self._cipher.decrypt_blocking(sector, data)
+        return await self._threads().run(self._cipher.decrypt_blocking, sector, data)
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """See `StorageDriver.prefetch`."""
+        await self._storage.prefetch(_locate(offset)[0], length)
+
+    # -- writing -----------------------------------------------------------
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        """See `StorageDriver.try_pwrite`."""
+        length = len(data)
+        if length > _MAX_INLINE or (offset | length) % SECTOR_SIZE:
+            return False
+        host_offset, sector = _locate(offset)
+        if self._writes and self._writes.find(host_offset, host_offset + length):
+            return False
+        if time.perf_counter() < self._inline_resume_at:
+            return False
+        encrypted = self._cipher.encrypt_blocking(sector, data)
+        if self._storage.try_pwrite(host_offset, encrypted):
+            return True
+        self._inline_resume_at = time.perf_counter() + _DECLINED_PAUSE
+        return False
+
+    async def pwritev(
+        self, offset: int, buffers: Buffers, *, fua: bool = False
+    ) -> None:
+        """See `StorageDriver.pwritev`.
+
+        Writes that share a sector go one after the other, or one that has to
+        read a sector, change and write it would undo another.
+        """
+        data = buffers[0] if len(buffers) == 1 else b"".join(buffers)
+        head = offset % SECTOR_SIZE
+        start, _ = _locate(offset - head)
+        end = start + round_up(head + len(data), SECTOR_SIZE)
+        while (busy := self._writes.find(start, end)) is not None:
+            await busy.wait()
+        in_flight = self._writes.add(start, end)
+        try:
+            if (offset | len(data)) % SECTOR_SIZE:
+                data = await self._complete_sectors(offset, data)
+            await self._write_sectors(offset - head, memoryview(data), fua)
+        finally:
+            self._writes.remove(in_flight)
+
+    async def _complete_sectors(self, offset: int, data: Buffer) -> bytes:
+        """Return whole sectors: ``data`` and what stands beside it."""
+        head = offset % SECTOR_SIZE
+        tail = -(head + len(data)) % SECTOR_SIZE
+        before: Buffer = b""
+        after: Buffer = b""
+        if head:
+            before = (await self._read_sectors(offset - head, SECTOR_SIZE))[:head]
+        if tail:
+            last = offset + len(data) + tail - SECTOR_SIZE
+            after = (await self._read_sectors(last, SECTOR_SIZE))[SECTOR_SIZE - tail :]
+        return b"".join((before, data, after))
+
+    async def _write_sectors(self, offset: int, view: memoryview, fua: bool) -> None:
+        for start in range(0, len(view), _PIECE):
+            piece = view[start : start + _PIECE]
+            host_offset, sector = _locate(offset + start)
+            encrypt = self._cipher.encrypt_blocking
+            if len(piece) <= _MAX_INLINE:
+                encrypted = encrypt(sector, piece)
+            else:
+                encrypted = await self._threads().run(encrypt, sector, piece)
+            await self._storage.pwritev(host_offset, [encrypted], fua=fua)
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool = False
+    ) -> None:
+        """See `StorageDriver.write_zeroes`: they are encrypted as any bytes."""
+        if no_fallback:
+            raise NotSupported("zeroes of an encrypted image must be written out")
+        for start in range(0, length, _PIECE):
+            await self.pwritev(offset + start, [bytes(min(_PIECE, length - start))])
+
+    async def discard(self, offset: int, length: int) -> None:
+        """See `StorageDriver.discard`."""
+        await self._storage.discard(_locate(offset)[0], length)
+
+    async def flush(self) -> None:
+        """See `StorageDriver.flush`."""
+        await self._storage.flush()
+
+    async def truncate(self, length: int) -> None:
+        """See `StorageDriver.truncate`; what is new does not read as zeroes."""
+        await self._storage.truncate(length)
+
+    def _threads(self) -> Pool:
+        if self._pool is None:
+            self._pool = Pool()
+        return self._pool
+
+    async def close(self) -> None:
+        """Let go of the threads. The file stays open."""
+        if self._pool is not None:
+            await self._pool.close()
+
+
+def _locate(offset: int) -> tuple[int, int]:
+    """Return offset in the file, and sector number, of an aligned offset."""
+    host_offset = offset & _OFFSET_MASK
+    numbered = (host_offset + (offset >> _OFFSET_BITS)) & _OFFSET_MASK
+    return host_offset, numbered // SECTOR_SIZE
