@@ -178,10 +178,10 @@ class Connection(asyncio.BufferedProtocol):
         if self._welcome:
             self._on_closed(self)
 
-    def check_quiet(self, now: float) -> None:
+    def check_quiet(self, now: float, *, held_up: bool) -> None:
         """See `Transmission.check_quiet`; the handshake has its own deadline."""
         if self._transmission is not None:
-            self._transmission.check_quiet(now)
+            self._transmission.check_quiet(now, held_up=held_up)
 
     # -- TLS -------------------------------------------------------------------
 

@@ -206,11 +206,17 @@ class Transmission(asyncio.BufferedProtocol):
         """Close now, whatever is in flight."""
         self._transport.abort()
 
-    def check_quiet(self, now: float) -> None:
+    def check_quiet(self, now: float, *, held_up: bool) -> None:
         """Give back memory that a quiet client does not need, or close one
-        that was quiet for too long; called every now and then."""
+        that was quiet for too long; called every now and then.
+
+        ``held_up``: this server did not run for a while. What a client sent or
+        took in that time is seen only after this call.
+        """
         if self._lost:
             return
+        if held_up:
+            self._watch.excuse(now)
         busy = self._heard or self._dispatcher.nb_requests > 0
         if not busy:
             self._reader.shrink()

@@ -234,11 +234,14 @@ class Server:
         timeouts = (self._options.idle_timeout, self._options.reply_timeout)
         interval = min([_CHECK_INTERVAL, *(t / 4 for t in timeouts if t)])
         loop = asyncio.get_running_loop()
+        last = loop.time()
         while True:
             await asyncio.sleep(interval)
             now = loop.time()
+            held_up = now - last > 2 * interval
+            last = now
             for connection in tuple(self._connections):
-                connection.check_quiet(now)
+                connection.check_quiet(now, held_up=held_up)
 
     async def _wait_for_change(self) -> None:
         self._changed.clear()

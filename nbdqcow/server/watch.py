@@ -21,6 +21,10 @@ class Watch:
         self._stuck_since = now
         self._nb_queued = 0
 
+    def excuse(self, now: float) -> None:
+        """Start again: the server itself was held up, and heard nobody."""
+        self._idle_since = self._stuck_since = now
+
     def complaint(self, now: float, *, busy: bool, nb_queued: int) -> str | None:
         """Return why the client should be closed, or None.
 

@@ -301,6 +301,8 @@ class Runner:
         self.history.append(record)
         self.target.submit(record.operation)
         (outcome,) = self.target.wait()
+        if outcome.error == ESHUTDOWN and self.stops:
+            raise ConnectionAbortedError("the server is about to end")
         assert not outcome.error, f"{record} failed with error {outcome.error}"
         record.done_at = self.model.tick()
         self._check(record, outcome.data)

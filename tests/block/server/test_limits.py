@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -129,7 +130,7 @@ async def test_client_that_never_reads(tmp_path, caplog):
 
 
 async def test_slow_reader_stays(tmp_path, caplog):
-    options = ServerOptions(reply_timeout=0.4)
+    options = ServerOptions(reply_timeout=1.0)
     node = FakeNode(4 * MiB)
     async with serving(tmp_path, node, options=options) as served:
         slow = await served.connect()
@@ -140,7 +141,20 @@ async def test_slow_reader_stays(tmp_path, caplog):
             data = await slow.reader.read(256 * KiB)
             assert data
             left -= len(data)
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.03)
+        assert "closed" not in caplog.text
+
+
+async def test_who_waits_for_a_server_that_was_held_up_stays(tmp_path, caplog):
+    options = ServerOptions(reply_timeout=0.4, idle_timeout=0.4)
+    node = FakeNode(4 * MiB)
+    async with serving(tmp_path, node, options=options) as served:
+        slow, quiet = await served.connect(), await served.connect()
+        for _ in range(3):
+            slow.writer.write(slow.request(nbd.CMD_READ, 0, 4 * MiB))
+        await slow.reader.read(256 * KiB)
+        time.sleep(1)  # noqa: ASYNC251: the whole loop stands still
+        assert await quiet.read(0, 512) == node.data[:512]
         assert "closed" not in caplog.text
 
 
@@ -185,7 +199,7 @@ async def test_idle_clients_take_little_memory(tmp_path):
         now = asyncio.get_running_loop().time()
         for _ in range(2):
             for connection in served.server._connections:
-                connection.check_quiet(now)
+                connection.check_quiet(now, held_up=False)
         gc.collect()
         # Both ends are in this process.
         assert resident() - before < 30 * MiB
