@@ -247,7 +247,11 @@ class Qcow2Driver(FormatDriver):
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """See `FormatDriver.extents`."""
-        return await extents.extents(self, offset, length, limit)
+        try:
+            return await extents.extents(self, offset, length, limit)
+        except CorruptImage as error:
+            await self.mark_corrupt(str(error))
+            raise
 
     # -- writing ---------------------------------------------------------
 
