@@ -3,11 +3,12 @@
 They are not encrypted, also in an encrypted image.
 """
 
+import errno
 import zlib
 from typing import TYPE_CHECKING, Final
 
+from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow1.header import compressed_range
-from nbdqcow.formats.qcow2.compress import inflate_blocking
 from nbdqcow.pool import Pool
 from nbdqcow.types import Buffer
 from nbdqcow.units import MiB
@@ -29,6 +30,22 @@ def deflate_blocking(cluster: Buffer) -> bytes | None:
     )
     packed = packer.compress(cluster) + packer.flush()
     return packed if len(packed) < len(cluster) else None
+
+
+def inflate_blocking(data: Buffer, length: int) -> bytes:
+    """Return the ``length`` bytes that a stream decodes to.
+
+    It may have a larger window than ours, and need not end there. Never takes
+    more than ``length`` bytes. Raises `BlockError` (EIO) for a damaged or a
+    short stream.
+    """
+    try:
+        plain = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, length)
+    except zlib.error as error:
+        raise BlockError(errno.EIO, f"damaged compressed cluster: {error}") from None
+    if len(plain) != length:
+        raise BlockError(errno.EIO, "damaged compressed cluster: it is too short")
+    return plain
 
 
 class CompressedClusters:

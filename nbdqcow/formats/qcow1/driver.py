@@ -14,7 +14,7 @@ from nbdqcow.block.inflight import Epochs, InFlightRanges
 from nbdqcow.block.status import Kinds
 from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import StorageDriver
-from nbdqcow.errors import BlockError, NotSupported
+from nbdqcow.errors import BlockError, CorruptImage, NotSupported
 from nbdqcow.formats.qcow1 import encryption, extents, write
 from nbdqcow.formats.qcow1 import header as qcow1_header
 from nbdqcow.formats.qcow1.compress import CompressedClusters
@@ -144,7 +144,11 @@ class Qcow1Driver(FormatDriver):
         """See `FormatDriver.try_begin_write`."""
         if self.read_only:
             return None
-        return write.try_begin_write(self, offset, length)
+        try:
+            return write.try_begin_write(self, offset, length)
+        except CorruptImage:
+            # The coroutine finds the same, and can say so.
+            return None
 
     async def begin_write(self, offset: int, length: int) -> WritePlan:
         """See `FormatDriver.begin_write`."""
