@@ -473,7 +473,6 @@ class Header:
         lacking = {
             "external data file": self.has_data_file,
             "extended L2 entries": self.extended_l2,
-            "zstd compression": self.compression_type == COMPRESSION_ZSTD,
         }
         names = [name for name, used in lacking.items() if used]
         if names:
