@@ -7,6 +7,7 @@ to be aligned, and falls back where a driver can't do something.
 
 import asyncio
 import errno
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Final, Self
 
@@ -21,6 +22,10 @@ GUARD_LENGTH: Final = 2048
 _MAX_INLINE: Final = 64 * KiB
 """Bytes of a write, copy-on-write included, up to which writing them at once
 is cheaper than a hop to a worker thread."""
+_MAX_DECOMPRESSING: Final = 16
+"""Clusters of one read that are decompressed at a time."""
+_MAX_COMPRESSING: Final = 32
+"""Clusters of one write that are compressed at a time."""
 
 
 class Node:
@@ -100,7 +105,8 @@ class Node:
         if kind == DATA:
             return self._storage_try_pread(host_offset, length)
         if kind == COMPRESSED:
-            return None
+            start = offset & (self.driver.cluster_size - 1)
+            return self.driver.try_read_compressed(host_offset, start, length)
         if kind == UNALLOCATED and self.backing is not None:
             return self._try_pread_backing(offset, length)
         return ZERO_VIEW[:length] if length <= MiB else bytes(length)
@@ -153,7 +159,11 @@ class Node:
                     return None
                 views.append(piece)
             elif kind == COMPRESSED:
-                return None
+                start = offset & (self.driver.cluster_size - 1)
+                piece = self.driver.try_read_compressed(host_offset, start, covered)
+                if piece is None:
+                    return None
+                views.append(piece)
             elif kind == UNALLOCATED and self.backing is not None:
                 piece = self._try_pread_backing(offset, covered)
                 if piece is None:
@@ -288,10 +298,14 @@ class Node:
                     if data is None:
                         data = await driver.data.pread(host_offset, covered)
                     yield data
-                elif kind == COMPRESSED:
-                    cluster = await driver.read_compressed(host_offset)
+                elif kind == COMPRESSED and covered == length:
                     start = offset & (driver.cluster_size - 1)
-                    yield memoryview(cluster)[start : start + covered]
+                    yield await driver.read_compressed_part(host_offset, start, covered)
+                elif kind == COMPRESSED:
+                    covered = 0
+                    async for piece in self._read_compressed(offset, length):
+                        covered += len(piece)
+                        yield piece
                 else:
                     inside = 0
                     if kind == UNALLOCATED and self.backing is not None:
@@ -303,6 +317,39 @@ class Node:
                 offset, length = offset + covered, length - covered
         finally:
             driver.epochs.leave(epoch)
+
+    async def _read_compressed(self, offset: int, length: int) -> AsyncIterator[Buffer]:
+        """Read the compressed clusters from ``offset`` on, up to one that is
+        not, or that needs a table: several at a time."""
+        driver, end = self.driver, offset + length
+        cluster_mask = driver.cluster_size - 1
+        reads: deque[asyncio.Task[Buffer] | Buffer] = deque()
+        try:
+            while True:
+                while offset < end and len(reads) < _MAX_DECOMPRESSING:
+                    run = self._try_map(offset, end - offset)
+                    if run is None or run[0] != COMPRESSED:
+                        end = offset
+                        break
+                    _, descriptor, covered = run
+                    place = descriptor, offset & cluster_mask, covered
+                    offset += covered
+                    reads.append(
+                        driver.try_read_compressed(*place)
+                        or asyncio.ensure_future(driver.read_compressed_part(*place))
+                    )
+                if not reads:
+                    return
+                read = reads[0]
+                piece = await read if isinstance(read, asyncio.Future) else read
+                reads.popleft()
+                yield piece
+        finally:
+            tasks = [read for read in reads if isinstance(read, asyncio.Future)]
+            for task in tasks:
+                task.cancel()
+            # They read what may be freed as soon as this request has ended.
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def reads_zero(self, offset: int, length: int) -> bool:
         """Whether a range reads as zeroes by the look of the maps alone.
@@ -437,6 +484,29 @@ class Node:
         inside = min(length, self.size - offset)
         old = await self.pread(offset, inside)
         return old if inside == length else bytes(old) + bytes(length - inside)
+
+    async def pwrite_compressed(self, offset: int, data: Buffer) -> None:
+        """Write whole clusters (the end of the image counts as such), stored
+        compressed where that saves space.
+
+        Raises `NotSupported` if the image can't have compressed clusters.
+        """
+        self._check_writable()
+        size, end = self.driver.cluster_size, offset + len(data)
+        if offset % size or (end % size and end != self.size):
+            raise BlockError(errno.EINVAL, "only whole clusters can be compressed")
+        view = memoryview(data)
+        for group in range(0, len(view), size * _MAX_COMPRESSING):
+            starts = range(group, len(view), size)[:_MAX_COMPRESSING]
+            writes = (
+                self.driver.write_compressed(offset + start, view[start : start + size])
+                for start in starts
+            )
+            done = await asyncio.gather(*writes, return_exceptions=True)
+            for error in filter(None, done):
+                raise error
+        if self._writethrough:
+            await self.flush()
 
     async def write_zeroes(
         self,

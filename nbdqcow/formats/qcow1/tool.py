@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from nbdqcow.block.steps import BlockingFile, run_blocking
-from nbdqcow.block.tools import FormatTool, ImageInfo, OptionSpec, OptionValue
+from nbdqcow.block.tools import (
+    FormatTool,
+    ImageInfo,
+    OptionSpec,
+    OptionValue,
+    Secrets,
+    no_secrets,
+)
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow1 import header as h
 from nbdqcow.formats.qcow1.create import CreateOptions, CreatePlan, plan_create
@@ -54,7 +61,9 @@ class Qcow1Tool(FormatTool):
             backing_filename=header.backing_filename,
         )
 
-    def prepare(self, values: Mapping[str, OptionValue]) -> CreatePlan:
+    def prepare(
+        self, values: Mapping[str, OptionValue], *, secrets: Secrets = no_secrets
+    ) -> CreatePlan:
         """Plan a new image."""
         encrypt_format = values.get("encrypt.format")
         if encrypt_format is not None and "encryption" in values:
@@ -67,6 +76,9 @@ class Qcow1Tool(FormatTool):
         encrypted = encrypt_format is not None or bool(values.get("encryption"))
         if encrypted and "encrypt.key-secret" not in values:
             raise ImageError("Parameter 'encrypt.key-secret' is required for cipher")
+        if encrypted:
+            # The image does not hold the key; but it must be there to be used.
+            secrets(str(values["encrypt.key-secret"]))
         backing_file = values.get("backing_file")
         return plan_create(
             CreateOptions(
