@@ -51,6 +51,8 @@ class Qcow2Driver(Operations):
             written, so it reads as zeroes.
         discard_freed: a guest's discard gives space back to the file system.
         tasks: operations and background work that run; see `settle`.
+        resizing: held by whoever changes the disk's size.
+        trim_wanted: once no freed cluster waits, the file's end is cut off.
     """
 
     name = "qcow2"
@@ -102,6 +104,8 @@ class Qcow2Driver(Operations):
         self.bitmaps = Bitmaps(self)
         self._tracked: Sequence[Bitmap] = ()
         self.tasks: set[asyncio.Task[Any]] = set()
+        self.resizing = asyncio.Lock()
+        self.trim_wanted = False
         self._nb_in_place = 0
         self._in_place_done: asyncio.Future[None] | None = None
         self.failed = False
@@ -373,6 +377,11 @@ class Qcow2Driver(Operations):
         self.read_only = self.failed = True
         self.mapping.freeze()
 
+    def set_size(self, size: int) -> None:
+        """The header on disk has another size of the disk."""
+        self.size = self.header.size = size
+        self.when_rebound()
+
     def note_used(self, host_end: int) -> None:
         """Clusters below ``host_end`` may hold bytes from now on."""
         self.reads_zero_from = max(self.reads_zero_from, host_end)
@@ -414,6 +423,11 @@ class Qcow2Driver(Operations):
         """Begin a write-back if much freed space waits for one."""
         if self.freed.nb_clusters > max(64, _MAX_FREED_BYTES >> self.cluster_bits):
             self.writeback.start()
+
+    def trim_when_freed(self) -> None:
+        """Cut off the file's end once all that was freed is free."""
+        self.trim_wanted = True
+        self.writeback.start()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run background work of the image; `settle` waits for it."""

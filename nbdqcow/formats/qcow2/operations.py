@@ -42,6 +42,24 @@ class Operations(FormatDriver):
             await self._image.mark_corrupt(str(error))
             raise
 
+    # -- the disk --------------------------------------------------------
+
+    async def resize(
+        self, size: int, *, preallocation: str = "off", backing_size: int = 0
+    ) -> None:
+        """See `FormatDriver.resize`."""
+        from nbdqcow.formats.qcow2 import resize
+
+        await self._operate(
+            resize.resize(self._image, size, preallocation, backing_size)
+        )
+
+    async def make_empty(self) -> None:
+        """See `FormatDriver.make_empty`."""
+        from nbdqcow.formats.qcow2 import resize
+
+        await self._operate(resize.make_empty(self._image))
+
     # -- snapshots -------------------------------------------------------
 
     async def snapshot_list(self) -> list[SnapshotInfo]:
