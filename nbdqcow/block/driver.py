@@ -57,6 +57,8 @@ class FormatDriver(ABC):
             same unless the image has an external data file).
         size: the virtual size in bytes.
         cluster_size: the unit of allocation in bytes (1 for raw).
+        subcluster_size: the unit in which writes are completed with old
+            content, and zeroed by metadata; a cluster in most formats.
         backing_filename, backing_format: as the image names them, or None.
         lock: guards the metadata. Held to map, allocate and link; never
             across guest data I/O.
@@ -79,6 +81,11 @@ class FormatDriver(ABC):
     when_rebound: Callable[[], None] = staticmethod(lambda: None)
     lock: asyncio.Lock
     epochs: Epochs
+
+    @property
+    def subcluster_size(self) -> int:
+        """See above; a driver with subclusters has an attribute instead."""
+        return self.cluster_size
 
     @classmethod
     def probe(cls, head: bytes, filename: str) -> int:
@@ -162,17 +169,18 @@ class FormatDriver(ABC):
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool
     ) -> None:
-        """Make whole clusters read as zeroes by metadata alone.
+        """Make whole subclusters read as zeroes by metadata alone.
 
-        The range is cluster-aligned (the end of the image counts as such).
+        The range is cluster-aligned (the end of the image counts as such), or
+        lies within one cluster and is aligned to subclusters.
         Raises `NotSupported` if the format can't: the block layer then writes
         zeroes, unless the caller wanted no fallback.
         """
         raise NotSupported("no zero clusters in this format")
 
     async def claim_zero(self, offset: int, backing_zero: bool) -> bool:
-        """Make the cluster at ``offset`` read as zeroes if, by its map entry,
-        it holds no data of its own; False if it does.
+        """Make the subcluster at ``offset`` read as zeroes if, by its map
+        entry, it holds no data of its own; False if it does.
 
         ``backing_zero``: what the backing image has there, outside of the
         range that is being zeroed, reads as zeroes.

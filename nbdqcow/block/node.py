@@ -7,7 +7,7 @@ to be aligned, and falls back where a driver can't do something.
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Final, Self
 
 from nbdqcow.block.driver import PREALLOCATIONS, FormatDriver, WritePlan
@@ -225,12 +225,13 @@ class Node:
         return len(data) <= _MAX_INLINE and self._try_pwrite_new(offset, data)
 
     def _try_pwrite_new(self, offset: int, data: Buffer) -> bool:
-        """Write to new clusters, copy-on-write included, without waiting.
+        """Write to new clusters, or to subclusters that were not stored yet,
+        copy-on-write included, without waiting.
 
         Nothing else runs between the look at the old content and the link to
         the new, so the two agree.
         """
-        driver, size = self.driver, self.driver.cluster_size
+        driver, size = self.driver, self.driver.subcluster_size
         if offset + len(data) > self.size:
             return False
         head, tail = offset % size, -(offset + len(data)) % size
@@ -246,10 +247,13 @@ class Node:
         host_offset = plan.host_offset
         try:
             if plan.head or plan.tail:
+                # One of them may be stored where it belongs already.
+                old_head = old_head if plan.head else b""
+                old_tail = old_tail if plan.tail else b""
                 if not plan.reads_zero:
                     old_head, old_tail = (
-                        old_head or bytes(head),
-                        old_tail or bytes(tail),
+                        old_head or bytes(plan.head),
+                        old_tail or bytes(plan.tail),
                     )
                 if old_head:
                     host_offset -= head
@@ -482,9 +486,9 @@ class Node:
         self._check_inside(offset, length)
         may_unmap = may_unmap and self._discard
         end = offset + length
-        cluster_size = self.driver.cluster_size
-        first = -(-offset // cluster_size) * cluster_size
-        last = end // cluster_size * cluster_size if end < self.size else end
+        unit = self.driver.subcluster_size
+        first = -(-offset // unit) * unit
+        last = end // unit * unit if end < self.size else end
         if first > last:
             first = last = end
         for start, stop in ((offset, min(first, end)), (last, end)):
@@ -492,25 +496,40 @@ class Node:
                 if no_fallback:
                     raise NotSupported("the range does not cover whole clusters")
                 await self._write_zero_bytes(start, stop - start)
-        if first < last:
+        for start, stop in self._whole_clusters_apart(first, last):
             try:
                 await self.driver.write_zeroes(
-                    first, last - first, may_unmap=may_unmap, no_fallback=no_fallback
+                    start, stop - start, may_unmap=may_unmap, no_fallback=no_fallback
                 )
             except NotSupported:
                 if no_fallback:
                     raise
-                await self._write_zero_bytes(first, last - first)
+                await self._write_zero_bytes(start, stop - start)
         if fua or self._writethrough:
             await self.flush()
 
+    def _whole_clusters_apart(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Split a range of whole subclusters: those before the first whole
+        cluster, all whole clusters, and those behind."""
+        size = self.driver.cluster_size
+        clusters_start = min(-(-first // size) * size, last)
+        clusters_end = last // size * size if last < self.size else last
+        clusters_end = max(clusters_end, clusters_start)
+        for start, stop in (
+            (first, clusters_start),
+            (clusters_start, clusters_end),
+            (clusters_end, last),
+        ):
+            if start < stop:
+                yield start, stop
+
     async def _claim_zero(self, start: int, end: int) -> bool:
-        """Zero part of a cluster by metadata, if its other bytes are zero.
+        """Zero part of a subcluster by metadata, if its other bytes are zero.
 
         Those of the backing node can be looked at beforehand: it is
         read-only. What this image stores, the driver looks at under its lock.
         """
-        size = self.driver.cluster_size
+        size = self.driver.subcluster_size
         cluster_start = start // size * size
         cluster_end = min(cluster_start + size, self.size)
         backing = self.backing

@@ -91,12 +91,15 @@ def test_what_was_cut_off_does_not_come_back(tmp_path):
     assert check(path)["allocated-clusters"] == 2
 
 
+@pytest.mark.parametrize("extended_l2", ["off", "on"])
 @pytest.mark.parametrize("size", [10 * MiB, 10 * MiB - 30 * KiB])
 @pytest.mark.parametrize("preallocation", ["off", "metadata", "falloc", "full"])
-def test_a_longer_backing_image_does_not_show(tmp_path, preallocation, size):
+def test_a_longer_backing_image_does_not_show(
+    tmp_path, preallocation, size, extended_l2
+):
     base = tmp_path / "base"
     base.write_bytes(b"b" * 20 * MiB)
-    path = create(tmp_path / "a", size, backing=base)
+    path = create(tmp_path / "a", size, backing=base, extended_l2=extended_l2)
     resize(path, 30 * MiB, preallocation=preallocation)
     assert content(path) == b"b" * size + bytes(30 * MiB - size)
     check(path)
@@ -312,15 +315,21 @@ class Model:
             lock.release()
 
 
-@pytest.mark.parametrize("cluster_size", [512, 4096, 65536])
+@pytest.mark.parametrize(
+    ("cluster_size", "extended_l2"),
+    [(512, "off"), (4096, "off"), (65536, "off"), (65536, "on")],
+)
 @pytest.mark.asyncio
-async def test_resizing_under_load(tmp_path, cluster_size):
+async def test_resizing_under_load(tmp_path, cluster_size, extended_l2):
     rnd = random.Random(SEED)
     print(f"NBDQCOW_SEED={SEED}")
     full = 4 * MiB
     base = tmp_path / "base"
     base.write_bytes(rnd.randbytes(3 * MiB))
-    path = create(tmp_path / "a", full, backing=base, cluster_size=cluster_size)
+    path = create(
+        tmp_path / "a", full, backing=base,
+        cluster_size=cluster_size, extended_l2=extended_l2,
+    )  # fmt: skip
     async with open_image(path) as node:
         model = Model(node, rnd)
         model.full = full

@@ -14,13 +14,14 @@ from nbdqcow.block.status import Kinds
 from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import BlockError, CorruptImage, ImageError
-from nbdqcow.formats.qcow2 import discard, encryption, extents, write
+from nbdqcow.formats.qcow2 import discard, encryption, extents, write, write_extended
 from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.formats.qcow2.bitmap import Bitmap, Bitmaps
 from nbdqcow.formats.qcow2.compress import CompressedClusters
 from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES, OFFSET_MASK
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.mapping import Mapping
+from nbdqcow.formats.qcow2.mapping_extended import ExtendedMapping
 from nbdqcow.formats.qcow2.operations import Operations
 from nbdqcow.formats.qcow2.refcount import Refcounts
 from nbdqcow.formats.qcow2.snapshot_table import read_snapshots, select_snapshot
@@ -56,6 +57,7 @@ class Qcow2Driver(Operations):
     """
 
     name = "qcow2"
+    subcluster_size = 0
 
     def __init__(
         self,
@@ -78,6 +80,7 @@ class Qcow2Driver(Operations):
         self.size = header.size
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
+        self.subcluster_size = header.subcluster_size
         self.backing_filename = header.backing_filename
         self.backing_format = header.backing_format
         self.discard_freed = discard_freed
@@ -87,14 +90,20 @@ class Qcow2Driver(Operations):
         self.freed = Freed()
         self.metadata: set[int] = set()
         self.tables = Tables(
-            storage, l1, header.l1_table_offset, header.cluster_bits, l2_cache_size
-        )
+            storage, l1, header.l1_table_offset, header.cluster_bits, l2_cache_size,
+            header.l2_entry_size // 8,
+        )  # fmt: skip
         self.refcounts = Refcounts(storage, header, refcount_table, self.metadata)
         self.mapping = Mapping(self.tables, self.metadata, header.version >= 3)
+        self.try_plan = write.try_plan
+        if header.extended_l2:
+            self.mapping = ExtendedMapping(self.tables, self.metadata)
+            self.try_plan = write_extended.try_plan
         self.compressed = CompressedClusters(self)
         self.writeback = Writeback(self)
         self.try_map = self.mapping.try_map  # type: ignore[method-assign]
-        self.map = self.mapping.map  # type: ignore[method-assign]
+        if not header.extended_l2:
+            self.map = self.mapping.map  # type: ignore[method-assign]
         self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
         if header.crypt_method == qcow2_header.CRYPT_AES:
             encryption.number_by_guest_offset(self)
@@ -227,8 +236,13 @@ class Qcow2Driver(Operations):
         return self.mapping.try_map(offset, length)
 
     async def map(self, offset: int, length: int) -> Run:
-        """See `FormatDriver.map`; `Mapping.map` takes its place."""
-        return await self.mapping.map(offset, length)
+        """See `FormatDriver.map`; `Mapping.map` takes its place, where
+        entries have no bitmaps that could be wrong."""
+        try:
+            return await self.mapping.map(offset, length)
+        except CorruptImage as error:
+            await self.mark_corrupt(str(error))
+            raise
 
     async def read_compressed(self, descriptor: int) -> Buffer:
         """See `FormatDriver.read_compressed`."""
@@ -236,7 +250,11 @@ class Qcow2Driver(Operations):
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """See `FormatDriver.extents`."""
-        return await extents.extents(self, offset, length, limit)
+        try:
+            return await extents.extents(self, offset, length, limit)
+        except CorruptImage as error:
+            await self.mark_corrupt(str(error))
+            raise
 
     # -- writing ---------------------------------------------------------
 
@@ -295,7 +313,7 @@ class Qcow2Driver(Operations):
         self.check_writable()
         claimed = await discard.claim_zero(self, offset, backing_zero)
         if claimed:
-            self._mark(offset, min(self.cluster_size, self.size - offset))
+            self._mark(offset, min(self.subcluster_size, self.size - offset))
         return claimed
 
     async def discard(self, offset: int, length: int) -> None:
@@ -326,7 +344,7 @@ class Qcow2Driver(Operations):
 
         Source: qcow2.txt, "Corrupt bit".
         """
-        if self.header.corrupt:
+        if self.header.corrupt or self.read_only:
             return
         log.error("%s: image is corrupt: %s", self.storage.filename, text)
         self.read_only = True

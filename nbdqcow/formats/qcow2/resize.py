@@ -21,7 +21,13 @@ import numpy as np
 from nbdqcow.block.driver import WritePlan
 from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.formats.qcow2 import discard
-from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES, OFFSET_MASK, OFLAG_COMPRESSED
+from nbdqcow.formats.qcow2.entries import (
+    ALL_ZERO,
+    MAX_L1_BYTES,
+    OFFSET_MASK,
+    OFLAG_COMPRESSED,
+    OFLAG_COPIED,
+)
 from nbdqcow.formats.qcow2.generation import ROOTS_OFFSET, alone
 from nbdqcow.formats.qcow2.new_counts import runs
 from nbdqcow.formats.qcow2.tables import dump_be64
@@ -160,7 +166,7 @@ async def _clear_entries(image: "Qcow2Driver", start: int) -> None:
     The image is `alone`; the tables behind are not there.
     """
     tables = image.tables
-    step = image.header.l2_entry_size // 8
+    step = image.tables.entry_words
     l1_index = start >> tables.l1_shift
     end = round_up(start, 1 << tables.l1_shift)
     offset = start
@@ -183,7 +189,7 @@ async def _free_tables(image: "Qcow2Driver", l1: "array[int]") -> None:
     """Free the L2 tables of an L1 table that no header names any more, and
     what they map. Others may work on the image."""
     size, bits = image.cluster_size, image.cluster_bits
-    step = image.header.l2_entry_size // 8
+    step = image.tables.entry_words
     for entry in l1:
         offset = entry & OFFSET_MASK
         if not offset or offset & (size - 1):
@@ -200,6 +206,30 @@ async def _free_tables(image: "Qcow2Driver", l1: "array[int]") -> None:
             free_entry(image, other, discard=image.discard_freed)
         image.freed.add(offset >> bits, 1, image.discard_freed)
         image.start_writeback_if_due()
+
+
+class _Preallocation(Allocation):
+    """New clusters that are linked without data of the guest's.
+
+    ``bitmap``: with extended L2, what is said of their subclusters.
+    """
+
+    __slots__ = ("bitmap",)
+    bitmap: int
+
+    def link(self, image: "Qcow2Driver") -> None:
+        """Let the L2 entries, which are empty, name the clusters."""
+        step = image.tables.entry_words
+        words, first = self.l2.words, self.l2_index * step
+        end = first + self.nb_clusters * step
+        size = image.cluster_size
+        start = self.cluster_index * size | OFLAG_COPIED
+        words[first:end:step] = array(
+            "Q", range(start, start + self.nb_clusters * size, size)
+        )
+        if step > 1:
+            words[first + 1 : end : step] = array("Q", [self.bitmap]) * self.nb_clusters
+        image.tables.mark_dirty(self.l2, first, end)
 
 
 # -- growing ---------------------------------------------------------------
@@ -223,7 +253,9 @@ async def _grow(
     # Nobody looks at what is past the size until that has changed.
     try:
         if preallocation != "off":
-            await _preallocate(image, start, end, preallocation)
+            # Without a bitmap, the backing image shows until it is written.
+            bitmap = ALL_ZERO if backing_size > start else 0
+            await _preallocate(image, start, end, preallocation, bitmap)
         elif backing_size > start:
             end = min(end, round_up(backing_size, cluster_size))
             await discard.write_zeroes(image, start, end - start, may_unmap=True)
@@ -255,7 +287,7 @@ async def _grow_l1(image: "Qcow2Driver", size: int) -> "array[int]":
 
 
 async def _preallocate(
-    image: "Qcow2Driver", offset: int, end: int, preallocation: str
+    image: "Qcow2Driver", offset: int, end: int, preallocation: str, bitmap: int
 ) -> None:
     """Map guest clusters to new ones at the end of the file, which read as
     zeroes."""
@@ -274,10 +306,11 @@ async def _preallocate(
             place = first + nb_clusters
             image.note_used(place << bits)
         index = (offset >> bits) & ((1 << (tables.slice_shift - bits)) - 1)
-        allocation = Allocation(
+        allocation = _Preallocation(
             image.in_flight.add(offset, offset + length),
             l2, index, first, nb_clusters, False, image.epochs.enter(),
         )  # fmt: skip
+        allocation.bitmap = bitmap
         l2.pins += 1
         plan = WritePlan(offset, length, first << bits, private=allocation)
         try:

@@ -104,7 +104,6 @@ def test_refused(options, text):
     [
         ({"encrypted": True}, "encryption"),
         ({"data_file": "d"}, "data_file"),
-        ({"extended_l2": True}, "extended_l2"),
         ({"compression_type": "zstd"}, "compression_type"),
     ],
 )
