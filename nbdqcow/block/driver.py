@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from nbdqcow.block.inflight import Epochs
 from nbdqcow.block.status import DirtyBitmap, Kinds
@@ -18,6 +18,10 @@ from nbdqcow.block.storage import StorageDriver
 from nbdqcow.block.tools import OptionValue, Secrets
 from nbdqcow.errors import ImageError, NotSupported
 from nbdqcow.types import Buffer, Run
+
+PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
+"""How much of an image's room is taken at once: none; the tables, so that all
+is mapped; the file's space as well; the same by writing zeroes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +64,8 @@ class FormatDriver(ABC):
         lock: guards the metadata. Held to map, allocate and link; never
             across guest data I/O.
         dirty_bitmaps: those that can be read, by name; none in most formats.
-        when_rebound: the node's; called when a ``try_*`` method was replaced.
+        when_rebound: the node's; called when a ``try_*`` method was replaced
+            or ``size`` has changed.
         epochs: the requests in flight on guest data, so that a freed cluster
             is not handed out again under one of them.
     """
@@ -226,6 +231,27 @@ class FormatDriver(ABC):
         `ImageError` before anything is written, and `OSError`.
         """
         raise ImageError("This image format has no passphrases")
+
+    # -- the disk as a whole ---------------------------------------------
+
+    async def resize(
+        self, size: int, *, preallocation: str = "off", backing_size: int = 0
+    ) -> None:
+        """Set the virtual size; the file's end that is not needed goes.
+
+        What is new reads as zeroes from the next cluster on, even if a
+        backing image of ``backing_size`` bytes has data there; what the last
+        cluster holds beyond the old size is the caller's business.
+        ``preallocation`` is one of `PREALLOCATIONS`. Raises `BlockError`.
+        """
+        raise NotSupported("Image format driver does not support resize")
+
+    async def make_empty(self) -> None:
+        """Let every cluster be unallocated: the backing image shows.
+
+        Raises `BlockError`.
+        """
+        raise NotSupported("this format has no empty images")
 
     # -- durability ------------------------------------------------------
 

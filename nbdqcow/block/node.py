@@ -11,11 +11,19 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Final, Self
 
-from nbdqcow.block.driver import FormatDriver, WritePlan
+from nbdqcow.block.driver import PREALLOCATIONS, FormatDriver, WritePlan
 from nbdqcow.block.status import DEFAULT_LIMIT, DirtyBitmap, Extents, block_status
 from nbdqcow.buffers import ZERO_VIEW, ZEROES, zero_views
 from nbdqcow.errors import BlockError, NotSupported
-from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO, ZERO_ALLOCATED, Buffer
+from nbdqcow.types import (
+    COMPRESSED,
+    DATA,
+    UNALLOCATED,
+    ZERO,
+    ZERO_ALLOCATED,
+    Buffer,
+    Run,
+)
 from nbdqcow.units import KiB, MiB
 
 GUARD_LENGTH: Final = 2048
@@ -57,7 +65,7 @@ class Node:
         format. A guest that writes such bytes is refused, or the next one to
         guess would follow whatever backing file it wrote there."""
         self.driver = driver
-        self.size = driver.size
+        self.size = self._largest_size = driver.size
         self.read_only = driver.read_only
         self.filename = filename
         self.backing = backing
@@ -76,10 +84,28 @@ class Node:
     def _bind(self) -> None:
         # Bound once: the inline path pays for every attribute on the way.
         driver = self.driver
+        self.size = driver.size
+        self._largest_size = max(self._largest_size, self.size)
         self._try_map = driver.try_map
         self._try_map_write = driver.try_map_write
+        if self.size < self._largest_size:
+            # There may be clients that do not know.
+            self._try_map = self._try_map_inside
+            self._try_map_write = self._try_map_write_inside
         self._storage_try_pread = driver.data.try_pread
         self._storage_try_pwrite = driver.data.try_pwrite
+
+    def _try_map_inside(self, offset: int, length: int) -> Run | None:
+        """As `FormatDriver.try_map`, and None past the end."""
+        if offset + length > self.size:
+            return None
+        return self.driver.try_map(offset, length)
+
+    def _try_map_write_inside(self, offset: int, length: int) -> int:
+        """As `FormatDriver.try_map_write`, and -1 past the end."""
+        if offset + length > self.size:
+            return -1
+        return self.driver.try_map_write(offset, length)
 
     @property
     def format_name(self) -> str:
@@ -216,6 +242,8 @@ class Node:
         the new, so the two agree.
         """
         driver, size = self.driver, self.driver.subcluster_size
+        if offset + len(data) > self.size:
+            return False
         head, tail = offset % size, -(offset + len(data)) % size
         if head + len(data) + tail > _MAX_INLINE:
             return False
@@ -288,6 +316,7 @@ class Node:
         yielded. What the maps say is zero, `nbdqcow.buffers.is_zeroes` knows.
         """
         driver = self.driver
+        self._check_inside(offset, length)
         epoch = driver.epochs.enter()
         try:
             while length:
@@ -400,6 +429,7 @@ class Node:
         """Write ``data``; with ``fua`` it is durable on return."""
         self._check_writable()
         length = len(data)
+        self._check_inside(offset, length)
         if (
             self._detect_zeroes != "off"
             and length
@@ -523,6 +553,7 @@ class Node:
         `NotSupported`, changing nothing, rather than write zeroes out.
         """
         self._check_writable()
+        self._check_inside(offset, length)
         may_unmap = may_unmap and self._discard
         end = offset + length
         unit = self.driver.subcluster_size
@@ -587,6 +618,7 @@ class Node:
         """Free the whole clusters of a range. A hint: parts of clusters are
         left as they are."""
         self._check_writable()
+        self._check_inside(offset, length)
         if not self._discard:
             return
         size = self.driver.cluster_size
@@ -595,6 +627,47 @@ class Node:
             end = end // size * size
         if start < end:
             await self.driver.discard(start, end - start)
+
+    # -- the image as a whole --------------------------------------------
+
+    async def resize(self, size: int, *, preallocation: str = "off") -> None:
+        """Set ``size``, in bytes; what is new reads as zeroes.
+
+        Requests past the end of a disk that has become smaller fail, whatever
+        their clients think that its size is. ``preallocation`` is one of
+        `nbdqcow.block.driver.PREALLOCATIONS`. Raises `BlockError`.
+        """
+        self._check_writable()
+        if preallocation not in PREALLOCATIONS:
+            raise BlockError(
+                errno.EINVAL, f"Unsupported preallocation mode '{preallocation}'"
+            )
+        if size < 0:
+            raise BlockError(errno.EINVAL, "The new size is below 0")
+        backing_size = 0 if self.backing is None else self.backing.size
+        if size > self.size:
+            await self._zero_last_cluster(size)
+        await self.driver.resize(
+            size, preallocation=preallocation, backing_size=backing_size
+        )
+        self._bind()
+
+    async def _zero_last_cluster(self, size: int) -> None:
+        """Zero what the last cluster has behind the end of the disk, as far as
+        a new ``size`` shows it: a larger disk may have ended there once."""
+        offset = self.size
+        cluster_size = self.driver.cluster_size
+        end = min(-(-offset // cluster_size) * cluster_size, size)
+        while offset < end:
+            kind, _, covered = await self.driver.map(offset, end - offset)
+            if kind in (DATA, COMPRESSED) or (
+                kind == UNALLOCATED
+                and self.backing is not None
+                and self.backing.size > offset
+            ):
+                await self._write_zero_bytes(offset, end - offset)
+                return
+            offset += covered
 
     async def flush(self) -> None:
         """Make every write answered before this call durable."""
@@ -605,6 +678,13 @@ class Node:
     def _check_writable(self) -> None:
         if self.read_only:
             raise BlockError(errno.EPERM, f"{self.filename} is open read-only")
+
+    def _check_inside(self, offset: int, length: int) -> None:
+        if length and offset + length > self.size:
+            raise BlockError(
+                errno.ENOSPC,
+                f"{self.filename} has {self.size} bytes: the request goes past them",
+            )
 
     async def close(self) -> None:
         """Write back all metadata and close the whole chain."""

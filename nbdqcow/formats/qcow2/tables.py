@@ -136,6 +136,11 @@ class Tables:
         ``offset`` on; ``offset`` itself if one does."""
         l1, l1_index = self.l1, offset >> self.l1_shift
         first, last = l1_index, (end - 1) >> self.l1_shift
+        if last >= len(l1):
+            # The disk has become smaller.
+            last = len(l1) - 1
+        if l1_index > last:
+            return end
         while l1_index <= last and not l1[l1_index] & OFFSET_MASK:
             l1_index += 1
         if l1_index == first:

@@ -5,10 +5,12 @@ lets go of the image's lock, and links them when all their bytes are in the
 file. Whoever overlaps it waits and then looks everything up again.
 """
 
+import errno
 from typing import TYPE_CHECKING, Final
 
 from nbdqcow.block.driver import WritePlan
 from nbdqcow.block.inflight import InFlightRange
+from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow2.entries import (
     OFFSET_MASK,
     OFLAG_COMPRESSED,
@@ -215,6 +217,8 @@ async def slice_for_change(image: "Qcow2Driver", offset: int) -> L2Slice:
     tables = image.tables
     key = offset >> tables.slice_shift
     l1_index = tables.l1_index(key)
+    if l1_index >= len(tables.l1):
+        raise BlockError(errno.ENOSPC, "the disk has become smaller")
     table_offset = tables.table_offset(l1_index)
     if not table_offset or tables.l1[l1_index] < OFLAG_COPIED:
         cluster_index, _ = await image.refcounts.allocate(1)
