@@ -24,6 +24,9 @@ Report: TypeAlias = Callable[[str], None]
 
 OptionValue: TypeAlias = str | int | bool
 
+Progress: TypeAlias = Callable[[int, int], None]
+"""Takes how much is done, and of how much, in one measure."""
+
 
 @dataclass(frozen=True, slots=True)
 class OptionSpec:

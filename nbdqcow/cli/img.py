@@ -16,6 +16,14 @@ _COMMANDS: Final = {
         "nbdqcow.cli.img_check",
         "[-q] [-f fmt] [--output=human|json] [-r leaks|all] [-U] filename",
     ),
+    "convert": (
+        "nbdqcow.cli.img_convert",
+        "[--target-image-opts] [--target-is-zero] [--bitmaps "
+        "[--skip-broken-bitmaps]] [--salvage] [-cCnpqUW] [-f fmt] [-O output_fmt] "
+        "[-t cache] [-T src_cache] [-B backing_file [-F backing_fmt]] [-o options] "
+        "[-l snapshot] [-S sparse_size] [-r rate_limit] [-m num_coroutines] "
+        "filename [filename2 ...] output_filename",
+    ),
     "create": (
         "nbdqcow.cli.img_create",
         "[-q] [-f fmt] [-b backing_file [-F backing_fmt]] [-u] [-o options] "
