@@ -27,7 +27,8 @@ from nbdqcow.cli.messages import error
 from nbdqcow.errors import ImageError
 from nbdqcow.jobs.bitmaps import check_bitmaps, copy_bitmaps
 from nbdqcow.jobs.control import JobControl
-from nbdqcow.jobs.convert import ConvertOptions, convert, disk_size
+from nbdqcow.jobs.convert import ConvertOptions, convert
+from nbdqcow.jobs.status import disk_size
 from nbdqcow.units import SECTOR_SIZE, KiB, MiB
 
 _LONG: Final = {

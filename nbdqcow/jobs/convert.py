@@ -14,10 +14,10 @@ from typing import Final
 from nbdqcow.block.node import Node
 from nbdqcow.errors import BlockError, NbdQcowError, NotSupported
 from nbdqcow.jobs.control import JobControl
-from nbdqcow.jobs.status import stretch_of
+from nbdqcow.jobs.status import disk_size, stretch_of
 from nbdqcow.jobs.zeroes import data_runs
 from nbdqcow.types import DATA, UNALLOCATED, ZERO, Buffer
-from nbdqcow.units import SECTOR_SIZE, GiB, KiB, MiB, round_down, round_up
+from nbdqcow.units import SECTOR_SIZE, GiB, KiB, MiB, round_down
 
 _PIECE: Final = 2 * MiB
 _SHORT_HOLE: Final = 64 * KiB
@@ -82,11 +82,6 @@ class _Disk:
     node: Node
     start: int
     end: int
-
-
-def disk_size(node: Node) -> int:
-    """Return the bytes of a disk in whole sectors, as QEMU counts."""
-    return round_up(node.size, SECTOR_SIZE)
 
 
 async def convert(
