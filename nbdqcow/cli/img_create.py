@@ -113,6 +113,16 @@ def print_option_help(format_: str, filename: str | None) -> None:
         local_path(filename)
         specs = option_specs(tool)
         print("Supported options:")
+    print_specs(specs)
+    if filename is None:
+        print(
+            "\nThe protocol level may support further options.\n"
+            "Specify the target filename to include those options."
+        )
+
+
+def print_specs(specs: Sequence[OptionSpec]) -> None:
+    """Print options as qemu-img does, by name."""
     kinds = {
         "str": "<str>",
         "size": "<size>",
@@ -121,11 +131,6 @@ def print_option_help(format_: str, filename: str | None) -> None:
     }
     for spec in sorted(specs, key=lambda spec: spec.name):
         print(f"  {spec.name + '=' + kinds[spec.kind]:<22} - {spec.help}")
-    if filename is None:
-        print(
-            "\nThe protocol level may support further options.\n"
-            "Specify the target filename to include those options."
-        )
 
 
 def _create(

@@ -86,11 +86,13 @@ async def open_node(
     cache: str | None = None,
     snapshot: Any = None,
     shown: str | None = None,
+    with_backing: bool = True,
 ) -> Node:
     """Open an image with its backing chain.
 
     ``format_`` and ``cache`` go before those of ``arguments``; ``shown`` is
-    what messages call it. Raises `ImageError` in qemu-img's words.
+    what messages call it; ``with_backing``: see `OpenOptions`. Raises
+    `ImageError` in qemu-img's words.
     """
     filename, options = _parse_name(name, arguments)
     if format_ is not None:
@@ -114,6 +116,7 @@ async def open_node(
             filename,
             force_share=arguments.force_share,
             driver_options=driver_options,
+            with_backing=with_backing,
             **options,
         )
     except (ImageError, OSError) as exc:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from nbdqcow.block.node import Node
-from nbdqcow.errors import BlockError, NbdQcowError
+from nbdqcow.errors import NbdQcowError
 from nbdqcow.jobs.control import JobControl
+from nbdqcow.jobs.convert import reason_of
 from nbdqcow.jobs.status import Entry, disk_size, entry_of
 from nbdqcow.jobs.zeroes import is_zero
 from nbdqcow.units import SECTOR_SIZE, MiB
@@ -138,7 +139,7 @@ async def _entry(which: int, node: Node, offset: int, length: int) -> Entry:
     try:
         entry = await entry_of(node, offset, length)
     except OSError as error:
-        raise CompareError(which, offset, _reason(error)) from error
+        raise CompareError(which, offset, reason_of(error)) from error
     assert entry is not None
     return entry
 
@@ -171,7 +172,7 @@ async def _read(which: int, node: Node, piece: _Piece) -> bytes:
     try:
         data = await node.pread(piece.offset, inside)
     except OSError as error:
-        raise CompareError(which, piece.offset, _reason(error)) from error
+        raise CompareError(which, piece.offset, reason_of(error)) from error
     # Views compare byte by byte, bytes at once.
     return bytes(data).ljust(piece.length, b"\0")
 
@@ -182,7 +183,3 @@ def _first_difference(first: bytes, second: bytes) -> int:
         if first[start:end] != second[start:end]:
             return start
     raise AssertionError("they are equal")
-
-
-def _reason(error: OSError) -> str:
-    return str(error) if isinstance(error, BlockError) else error.strerror or str(error)

@@ -260,7 +260,7 @@ class _Conversion:
                     await writing
                 raise
         except OSError as error:
-            raise CopyError("writing", piece.offset, _reason(error)) from error
+            raise CopyError("writing", piece.offset, reason_of(error)) from error
         finally:
             # Nobody waits for ever for a piece that failed.
             if not begun.done():
@@ -285,7 +285,7 @@ class _Conversion:
             data = await disk.node.pread(offset, inside)
         except OSError as error:
             if not self._options.salvage:
-                raise CopyError("reading", position, _reason(error)) from error
+                raise CopyError("reading", position, reason_of(error)) from error
             data = await self._salvage(disk, position, inside)
         return data if inside == length else bytes(data).ljust(length, b"\0")
 
@@ -296,7 +296,7 @@ class _Conversion:
             try:
                 pieces.append(await disk.node.pread(start - disk.start, count))
             except OSError as error:
-                self._on_salvaged(start, _reason(error))
+                self._on_salvaged(start, reason_of(error))
                 pieces.append(bytes(count))
         return b"".join(pieces)
 
@@ -378,5 +378,6 @@ class _Conversion:
         await self._write(piece, await self._read(piece))
 
 
-def _reason(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
+    """Return what an error says, without its number."""
     return str(error) if isinstance(error, BlockError) else error.strerror or str(error)
