@@ -1,11 +1,13 @@
 """Many equal requests to a disk: `bench`."""
 
-import asyncio
+import errno
+import os
 import time
 from dataclasses import dataclass
 
 from nbdqcow.block.node import Node
 from nbdqcow.errors import BlockError
+from nbdqcow.jobs.control import Flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,41 +39,25 @@ async def bench(node: Node, options: BenchOptions) -> float:
     data = bytes([options.pattern or 0]) * options.length
     started = time.perf_counter()
     position = options.offset
-    nb_left = options.count
     nb_since_flush = 0
-    running: set[asyncio.Task[None]] = set()
 
     async def request(offset: int) -> None:
         if offset + options.length > node.size:
-            raise BlockError(5, "Input/output error")
+            raise BlockError(errno.EIO, os.strerror(errno.EIO))
         if options.pattern is None:
             await node.pread(offset, options.length)
         else:
             await node.pwrite(offset, data)
 
-    async def settle(tasks: set[asyncio.Task[None]]) -> None:
-        for task in tasks:
-            await task
-
-    try:
-        while nb_left or running:
-            while nb_left and len(running) < options.depth:
-                if options.flush_interval and nb_since_flush == options.flush_interval:
-                    nb_since_flush = 0
-                    if options.drain:
-                        await settle(running)
-                        running.clear()
-                    running.add(asyncio.create_task(node.flush()))
-                    continue
-                running.add(asyncio.create_task(request(position)))
-                nb_left, nb_since_flush = nb_left - 1, nb_since_flush + 1
-                position = (position + options.step) % (node.size or 1)
-            done, running = await asyncio.wait(
-                running, return_when=asyncio.FIRST_COMPLETED
-            )
-            await settle(done)
-    finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+    async with Flight(options.depth) as flight:
+        for _ in range(options.count):
+            if options.flush_interval and nb_since_flush == options.flush_interval:
+                nb_since_flush = 0
+                if options.drain:
+                    await flight.drain()
+                await flight.add(node.flush())
+            await flight.add(request(position))
+            nb_since_flush += 1
+            position = (position + options.step) % (node.size or 1)
+        await flight.drain()
     return time.perf_counter() - started

@@ -7,7 +7,8 @@ pause, resume and cancel meanwhile.
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, Self
 
 from nbdqcow.errors import NbdQcowError
 
@@ -99,3 +100,51 @@ class JobControl:
             ahead = self.done / self._rate - (time.monotonic() - self._started)
             if ahead > 0:
                 await asyncio.sleep(ahead)
+
+
+class Flight:
+    """Tasks that run at the same time, up to a limit.
+
+    Leaving ``async with`` early, for an error or otherwise, cancels what still
+    runs and waits for its end.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._running: set[asyncio.Task[None]] = set()
+
+    def __len__(self) -> int:
+        return len(self._running)
+
+    async def add(self, work: Coroutine[Any, Any, None]) -> None:
+        """Start ``work`` as soon as there is room. Raises what earlier work did."""
+        try:
+            while len(self._running) >= self._limit:
+                await self._wait()
+        except BaseException:
+            work.close()
+            raise
+        self._running.add(asyncio.create_task(work))
+
+    async def drain(self) -> None:
+        """Wait until nothing runs. Raises what the work did."""
+        while self._running:
+            await self._wait()
+
+    async def _wait(self) -> None:
+        done, self._running = await asyncio.wait(
+            self._running, return_when=asyncio.FIRST_COMPLETED
+        )
+        # A task that waited for one that failed was cancelled by it.
+        errors = [task.exception() for task in done if not task.cancelled()]
+        for error in filter(None, errors):
+            raise error
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        for task in self._running:
+            task.cancel()
+        # What they say no longer matters, only that they have ended.
+        await asyncio.gather(*self._running, return_exceptions=True)

@@ -13,7 +13,7 @@ from typing import Final
 
 from nbdqcow.block.node import Node
 from nbdqcow.errors import BlockError, NbdQcowError, NotSupported
-from nbdqcow.jobs.control import JobControl
+from nbdqcow.jobs.control import Flight, JobControl
 from nbdqcow.jobs.status import disk_size, stretch_of
 from nbdqcow.jobs.zeroes import data_runs
 from nbdqcow.types import DATA, UNALLOCATED, ZERO, Buffer
@@ -138,39 +138,20 @@ class _Conversion:
             async for piece in self._pieces():
                 total += 0 if self._is_there(piece) else piece.length
         control.expect(total)
-        running: set[asyncio.Task[None]] = set()
         turn: asyncio.Future[None] | None = None
-        try:
+        async with Flight(options.nb_in_flight) as flight:
             async for piece in self._pieces():
                 await control.checkpoint()
                 if self._is_there(piece):
                     if not options.count_data:
                         control.advance(piece.length)
                     continue
-                if len(running) >= options.nb_in_flight:
-                    done, running = await asyncio.wait(
-                        running, return_when=asyncio.FIRST_COMPLETED
-                    )
-                    for task in done:
-                        task.result()
                 begun = asyncio.get_running_loop().create_future()
-                running.add(
-                    asyncio.create_task(
-                        self._copy(piece, turn if options.in_order else None, begun)
-                    )
+                await flight.add(
+                    self._copy(piece, turn if options.in_order else None, begun)
                 )
                 turn = begun
-            while running:
-                done, running = await asyncio.wait(
-                    running, return_when=asyncio.FIRST_COMPLETED
-                )
-                for task in done:
-                    task.result()
-        finally:
-            for task in running:
-                task.cancel()
-            # What they say no longer matters, only that they have ended.
-            await asyncio.gather(*running, return_exceptions=True)
+            await flight.drain()
 
     def _is_there(self, piece: _Piece) -> bool:
         """Whether nothing has to be done for a piece."""

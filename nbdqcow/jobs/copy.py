@@ -1,10 +1,9 @@
 """Copying a stretch of a disk byte for byte: `dd`."""
 
-import asyncio
 from typing import Final
 
 from nbdqcow.block.node import Node
-from nbdqcow.jobs.control import JobControl
+from nbdqcow.jobs.control import Flight, JobControl
 from nbdqcow.jobs.convert import CopyError, reason_of
 from nbdqcow.units import MiB
 
@@ -21,28 +20,24 @@ async def copy(
     Raises `CopyError`.
     """
     control.expect(length)
-    slots = asyncio.Semaphore(_NB_IN_FLIGHT)
 
     async def copy_piece(offset: int) -> None:
-        async with slots:
-            await control.checkpoint()
-            count = min(_PIECE, length - offset)
-            inside = max(0, min(count, source.size - start - offset))
-            try:
-                data = await source.pread(start + offset, inside) if inside else b""
-            except OSError as error:
-                raise CopyError("reading", start + offset, reason_of(error)) from error
-            if inside < count:
-                data = bytes(data).ljust(count, b"\0")
-            try:
-                await target.pwrite(offset, data)
-            except OSError as error:
-                raise CopyError("writing", offset, reason_of(error)) from error
-            control.advance(count)
+        count = min(_PIECE, length - offset)
+        inside = max(0, min(count, source.size - start - offset))
+        try:
+            data = await source.pread(start + offset, inside) if inside else b""
+        except OSError as error:
+            raise CopyError("reading", start + offset, reason_of(error)) from error
+        if inside < count:
+            data = bytes(data).ljust(count, b"\0")
+        try:
+            await target.pwrite(offset, data)
+        except OSError as error:
+            raise CopyError("writing", offset, reason_of(error)) from error
+        control.advance(count)
 
-    # In groups, so that a large disk is not a million tasks.
-    group = _PIECE * 64
-    for first in range(0, length, group):
-        async with asyncio.TaskGroup() as tasks:
-            for offset in range(first, min(first + group, length), _PIECE):
-                tasks.create_task(copy_piece(offset))
+    async with Flight(_NB_IN_FLIGHT) as flight:
+        for offset in range(0, length, _PIECE):
+            await control.checkpoint()
+            await flight.add(copy_piece(offset))
+        await flight.drain()
