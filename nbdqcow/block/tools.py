@@ -28,6 +28,9 @@ Secrets: TypeAlias = Callable[[str], bytes]
 """Returns the passphrase that an option names by its id; raises `ImageError`
 if there is none."""
 
+Progress: TypeAlias = Callable[[int, int], None]
+"""Takes how much is done, and of how much, in one measure."""
+
 
 def no_secrets(name: str) -> bytes:
     """Be the `Secrets` of a command line that has none."""
