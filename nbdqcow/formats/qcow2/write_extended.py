@@ -63,7 +63,7 @@ class ExtendedAllocation(Allocation):
         self.first = first
         self.last = last
 
-    def link(self, image: "Qcow2Driver") -> None:
+    def _link(self, image: "Qcow2Driver") -> None:
         """Let the L2 entries name the clusters, and say what they hold."""
         words = self.l2.words
         entry = (self.cluster_index << image.cluster_bits) | OFLAG_COPIED
@@ -84,6 +84,36 @@ class ExtendedAllocation(Allocation):
         image.tables.mark_dirty(self.l2, word_index, word_index + 2 * self.nb_clusters)
 
 
+class InlineLink:
+    """A write to one cluster that is planned, carried out and ended in one turn
+    of the loop: nobody can meet it, so nothing is registered.
+
+    ``cluster_index``: the cluster that was taken for it; 0: none was.
+    """
+
+    __slots__ = ("bitmap", "cluster_index", "entry", "l2", "word_index")
+
+    def __init__(
+        self, l2: L2Slice, word_index: int, entry: int, bitmap: int, cluster_index: int
+    ) -> None:
+        self.l2 = l2
+        self.word_index = word_index
+        self.entry = entry
+        self.bitmap = bitmap
+        self.cluster_index = cluster_index
+
+    def end(self, image: "Qcow2Driver") -> None:
+        """The data is in the file."""
+        l2, index = self.l2, self.word_index
+        l2.words[index], l2.words[index + 1] = self.entry, self.bitmap
+        image.tables.mark_dirty(l2, index, index + 2)
+
+    def cancel(self, image: "Qcow2Driver") -> None:
+        """The data was not written."""
+        if self.cluster_index:
+            image.refcounts.untake(self.cluster_index, 1)
+
+
 def try_plan(
     image: "Qcow2Driver", offset: int, length: int, *, whole: bool = False
 ) -> WritePlan | None:
@@ -99,12 +129,59 @@ def try_plan(
     assert isinstance(mapping, ExtendedMapping)
     index = (offset >> image.cluster_bits) & (image.tables.slice_entries - 1)
     in_cluster = offset & (image.cluster_size - 1)
+    if whole and in_cluster + length <= image.cluster_size:
+        plan = _try_plan_inline(image, mapping, l2, 2 * index, offset, length)
+        if plan is not None:
+            return plan
     own = mapping.own_length(l2, index, in_cluster, length)
     if not own:
         return _plan_new(image, mapping, l2, index, offset, length, whole)
     if whole and own < length:
         return None
     return _plan_own(image, l2, index, offset, own)
+
+
+def _try_plan_inline(
+    image: "Qcow2Driver",
+    mapping: ExtendedMapping,
+    l2: L2Slice,
+    word_index: int,
+    offset: int,
+    length: int,
+) -> WritePlan | None:
+    """Plan a write to a cluster that is ours alone or not there yet; None for
+    others, and if no cluster is in reach."""
+    entry, bitmap = l2.words[word_index], l2.words[word_index + 1]
+    cluster_size, unit = image.cluster_size, image.subcluster_size
+    in_cluster = offset & (cluster_size - 1)
+    end = in_cluster + length
+    first, last = in_cluster // unit, (end - 1) // unit
+    written = subcluster_mask(first, last)
+    head, tail = in_cluster % unit, -end % unit
+    cluster_index = 0
+    if not entry and not bitmap & ALL_ALLOCATED:
+        taken = image.refcounts.try_allocate(1)
+        if taken is None:
+            return None
+        cluster_index = taken[0]
+        host_start = cluster_index << image.cluster_bits
+        reads_zero = image.reads_zero_from <= host_start
+        image.note_used(host_start + cluster_size)
+        entry = host_start | OFLAG_COPIED
+    elif mapping.own_length(l2, word_index >> 1, in_cluster, length):
+        host_start = entry & OFFSET_MASK
+        reads_zero = False
+        if bitmap >> first & 1:
+            head = 0
+        if bitmap >> last & 1:
+            tail = 0
+    else:
+        return None
+    bitmap = (bitmap | written) & ~(written << NB_SUBCLUSTERS)
+    return WritePlan(
+        offset, length, host_start + in_cluster, head, tail, reads_zero,
+        InlineLink(l2, word_index, entry, bitmap, cluster_index),
+    )  # fmt: skip
 
 
 def _plan_own(
