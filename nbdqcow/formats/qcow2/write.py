@@ -63,7 +63,7 @@ class Allocation:
 
     def end(self, image: "Qcow2Driver") -> None:
         """The data is in the file."""
-        self._link(image)
+        self.link(image)
         self._finish(image)
 
     def abort(self, image: "Qcow2Driver") -> None:
@@ -86,7 +86,7 @@ class Allocation:
         image.in_flight.remove(self.in_flight)
         image.start_writeback_if_due()
 
-    def _link(self, image: "Qcow2Driver") -> None:
+    def link(self, image: "Qcow2Driver") -> None:
         """Let the L2 entries name the clusters."""
         l2, first = self.l2, self.l2_index
         entry = (self.cluster_index << image.cluster_bits) | OFLAG_COPIED

@@ -63,7 +63,7 @@ class ExtendedAllocation(Allocation):
         self.first = first
         self.last = last
 
-    def _link(self, image: "Qcow2Driver") -> None:
+    def link(self, image: "Qcow2Driver") -> None:
         """Let the L2 entries name the clusters, and say what they hold."""
         words = self.l2.words
         entry = (self.cluster_index << image.cluster_bits) | OFLAG_COPIED
