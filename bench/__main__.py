@@ -26,6 +26,8 @@ def prepare(cell: Cell, peer: Peer, directory: Path) -> Path:
     """Return the image for one run, in the state the cell wants."""
     if cell.disk is Disk.EMPTY:
         return images.fresh_empty(directory)
+    if cell.disk is Disk.SUBCLUSTERS:
+        return images.fresh_subclusters(directory)
     if cell.disk is Disk.OVERLAY:
         return images.fresh_overlay(directory)
     if cell.disk is Disk.HUGE:

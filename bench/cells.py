@@ -19,6 +19,7 @@ class Disk(enum.Enum):
 
     FULL = "every cluster allocated, in page cache"
     EMPTY = "a fresh empty image for each run"
+    SUBCLUSTERS = "a fresh empty image with extended L2 entries for each run"
     OVERLAY = "a fresh overlay over the full image for each run"
     HUGE = "1 TiB, every cluster mapped, sparse"
     ZLIB = "every cluster compressed by zlib, in page cache"
@@ -86,6 +87,15 @@ CELLS: Final = (
         _targets(1.3, 1.3),
         disk=Disk.EMPTY,
         nb_requests=GiB // (64 * KiB),
+    ),
+    Cell(
+        "subclusters-alloc-randwrite-4k-qd16",
+        "randwrite",
+        4 * KiB,
+        16,
+        _targets(1.2, 1.2),
+        disk=Disk.SUBCLUSTERS,
+        nb_requests=65536,
     ),
     Cell(
         "overlay-randwrite-4k-qd16",

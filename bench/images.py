@@ -64,6 +64,15 @@ def fresh_empty(directory: Path) -> Path:
     return path
 
 
+def fresh_subclusters(directory: Path) -> Path:
+    """Return an image with extended L2 entries and no data cluster."""
+    path = directory / "subclusters.qcow2"
+    path.unlink(missing_ok=True)
+    options = ("-o", "extended_l2=on")
+    qemu_img("create", "-q", "-f", "qcow2", *options, path, str(4 * FULL_SIZE))
+    return path
+
+
 def fresh_overlay(directory: Path) -> Path:
     """Return an empty overlay over `full_qcow2`."""
     path = directory / "overlay.qcow2"

@@ -108,6 +108,9 @@ class Qcow2Driver(Operations):
         if header.extended_l2:
             self.mapping = ExtendedMapping(self.tables, self.metadata)
             self.try_plan = write_extended.try_plan
+            inline = write_extended.InlineWriter(self)
+            if header.crypt_method != qcow2_header.CRYPT_AES:
+                self.try_begin_write = inline.try_begin_write  # type: ignore[method-assign]
         self.compressed = CompressedClusters(self)
         self.writeback = Writeback(self)
         self.try_map = self.mapping.try_map  # type: ignore[method-assign]
@@ -280,7 +283,12 @@ class Qcow2Driver(Operations):
     # -- writing ---------------------------------------------------------
 
     def try_begin_write(self, offset: int, length: int) -> WritePlan | None:
-        """See `FormatDriver.try_begin_write`."""
+        """See `FormatDriver.try_begin_write`; `InlineWriter.try_begin_write`
+        takes its place if there are subclusters."""
+        return self.try_begin_any_write(offset, length)
+
+    def try_begin_any_write(self, offset: int, length: int) -> WritePlan | None:
+        """As `try_begin_write`, whatever clusters the write is to."""
         if self.read_only:
             return None
         try:

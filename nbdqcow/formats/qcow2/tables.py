@@ -77,6 +77,8 @@ class Tables:
             never written: on disk there is garbage under them.
         dirty: slices by key with changes that are not on disk.
         dirty_l1: indices of L1 entries that are not on disk.
+        dirty_limit: the `dirty_bytes` at which a writer should start a
+            write-back.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Tables:
         # An array of n words takes 8 n + 64 bytes; the slice and its places
         # in dictionaries about 300 more.
         self._generation_limit = max(4, cache_bytes // (2 * (self.slice_bytes + 364)))
+        self.dirty_limit = max(4, self._generation_limit // 2) * self.slice_bytes
         self.fresh: dict[int, int] = {}
         self.dirty: dict[int, L2Slice] = {}
         self.dirty_l1: set[int] = set()
@@ -260,11 +263,6 @@ class Tables:
     def dirty_bytes(self) -> int:
         """Memory that can't be given back before a write-back."""
         return len(self.dirty) * self.slice_bytes
-
-    @property
-    def dirty_limit(self) -> int:
-        """The `dirty_bytes` at which a writer should start a write-back."""
-        return max(4, self._generation_limit // 2) * self.slice_bytes
 
     @property
     def is_dirty(self) -> bool:
