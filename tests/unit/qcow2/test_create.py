@@ -104,7 +104,6 @@ def test_refused(options, text):
     [
         ({"encrypted": True}, "encryption"),
         ({"data_file": "d"}, "data_file"),
-        ({"extended_l2": True}, "extended_l2"),
     ],
 )
 def test_not_supported_yet_by_name(options, name):

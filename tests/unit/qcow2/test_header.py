@@ -211,8 +211,6 @@ def test_a_check_opens_what_it_reports_itself():
     ("fields", "text"),
     [
         ([(72, "Q", 4)], "external data file"),
-        ([(72, "Q", 16)], "extended L2 entries"),
-        ([(72, "Q", 20)], "external data file, extended L2"),
     ],
 )
 def test_unsupported_by_name(fields, text):
