@@ -137,6 +137,16 @@ HUGE_MEMORY: Final = "memory-huge"
 HUGE_CACHE: Final = 32 * MiB
 HUGE_MEMORY_LIMIT: Final = HUGE_CACHE + 100 * MiB
 
+CONNECTIONS: Final = "memory-connections"
+NB_CONNECTIONS: Final = 1000
+CONNECTIONS_LIMIT: Final = 100 * MiB
+
+STRUCTURED: Final = "structured"
+STRUCTURED_CELL: Final = "randread-4k-qd16"
+STRUCTURED_LIMIT: Final = 5.0
+
+MAP: Final = "map-fragmented"
+
 
 @dataclass(slots=True)
 class Sample:

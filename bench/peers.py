@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -172,9 +172,17 @@ def _wait_until_ready(
 
 @contextlib.contextmanager
 def running(
-    peer: Peer, image: Path, *, l2_cache_size: int | None = None, tls: bool = False
+    peer: Peer,
+    image: Path,
+    *,
+    l2_cache_size: int | None = None,
+    tls: bool = False,
+    options: Sequence[str] = (),
 ) -> Iterator[Server]:
-    """Serve ``image`` with a peer while the block runs."""
+    """Serve ``image`` with a peer while the block runs.
+
+    ``options`` are added to the peer's command line.
+    """
     with tempfile.TemporaryDirectory(prefix="nbdq-bench-") as directory:
         socket, log = Path(directory) / "s", Path(directory) / "log"
         certificates = home = None
@@ -183,7 +191,7 @@ def running(
             make_certificates(certificates, home)
         with log.open("w") as errors:
             process = subprocess.Popen(
-                peer.command(image, socket, l2_cache_size, certificates),
+                [*peer.command(image, socket, l2_cache_size, certificates), *options],
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
