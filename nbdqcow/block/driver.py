@@ -56,6 +56,7 @@ class FormatDriver(ABC):
     Attributes:
         storage: the image file; data: the file with the guest's bytes (the
             same unless the image has an external data file).
+        data_file: the external data file, if the image has one.
         size: the virtual size in bytes.
         cluster_size: the unit of allocation in bytes (1 for raw).
         subcluster_size: the unit in which writes are completed with old
@@ -73,6 +74,7 @@ class FormatDriver(ABC):
     name: ClassVar[str]
     storage: StorageDriver
     data: StorageDriver
+    data_file: StorageDriver | None = None
     size: int
     cluster_size: int
     read_only: bool
@@ -252,6 +254,13 @@ class FormatDriver(ABC):
         Raises `BlockError`.
         """
         raise NotSupported("this format has no empty images")
+
+    async def close_files(self) -> None:
+        """Close what the image is made of. The block layer calls it last."""
+        files = [self.data, self.data_file, self.storage]
+        for index, file in enumerate(files):
+            if file is not None and file not in files[:index]:
+                await file.close()
 
     # -- durability ------------------------------------------------------
 

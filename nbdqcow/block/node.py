@@ -529,8 +529,6 @@ class Node(InlineNode):
         try:
             await self.driver.close()
         finally:
-            await self.driver.storage.close()
-            if self.driver.data is not self.driver.storage:
-                await self.driver.data.close()
+            await self.driver.close_files()
             if self.backing is not None:
                 await self.backing.close()

@@ -22,6 +22,7 @@ from nbdqcow.formats.qcow2 import (
     write,
     write_extended,
 )
+from nbdqcow.formats.qcow2 import data_file as qcow2_data_file
 from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.formats.qcow2.bitmap import Bitmap, Bitmaps
 from nbdqcow.formats.qcow2.compress import CompressedClusters
@@ -78,11 +79,13 @@ class Qcow2Driver(Operations):
         l2_cache_size: int,
         discard_freed: bool,
         data: StorageDriver | None = None,
+        data_file: StorageDriver | None = None,
     ) -> None:
         """``data`` is where guest data is read and written, if not in
-        ``storage`` as it stands."""
+        ``storage`` or ``data_file`` as they stand."""
         self.storage = storage
-        self.data = data or storage
+        self.data_file = data_file
+        self.data = data or data_file or storage
         self.header = header
         self.read_only = read_only
         self.size = header.size
@@ -109,7 +112,9 @@ class Qcow2Driver(Operations):
             self.mapping = ExtendedMapping(self.tables, self.metadata)
             self.try_plan = write_extended.try_plan
             inline = write_extended.InlineWriter(self)
-            if header.crypt_method != qcow2_header.CRYPT_AES:
+            if not (
+                header.has_data_file or header.crypt_method == qcow2_header.CRYPT_AES
+            ):
                 self.try_begin_write = inline.try_begin_write  # type: ignore[method-assign]
         self.compressed = CompressedClusters(self)
         self.writeback = Writeback(self)
@@ -117,11 +122,15 @@ class Qcow2Driver(Operations):
         if not header.extended_l2:
             self.map = self.mapping.map  # type: ignore[method-assign]
         self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
-        if header.crypt_method == qcow2_header.CRYPT_AES:
+        if header.has_data_file:
+            qcow2_data_file.attach(self)
+        elif header.crypt_method == qcow2_header.CRYPT_AES:
             encryption.number_by_guest_offset(self)
         self._try_map_untracked_write = self.try_map_write
         end = round_up(storage.length, self.cluster_size)
-        self.reads_zero_from = end if self.data.zero_beyond_end else 1 << 63
+        # A data file may hold anything where nothing is mapped.
+        known = self.data is storage and storage.zero_beyond_end
+        self.reads_zero_from = end if known else 1 << 63
         self.bitmaps = Bitmaps(self)
         self._tracked: Sequence[Bitmap] = ()
         self.tasks: set[asyncio.Task[Any]] = set()
@@ -150,8 +159,8 @@ class Qcow2Driver(Operations):
         internal snapshot to show instead of the disk (``(id, name)``, either
         of them None, for one that must match both), read-only; ``secret``, the
         passphrase of an encrypted image (`nbdqcow.crypto.secrets.Secret` or
-        bytes). Raises
-        `ImageError`.
+        bytes); ``open_data_file``, a coroutine function that opens the external
+        data file, given its name in the image, or None. Raises `ImageError`.
         """
         head = bytes(await storage.pread(0, qcow2_header.HEADER_READ_LENGTH))
         wanted = qcow2_header.needed(head)
@@ -173,21 +182,31 @@ class Qcow2Driver(Operations):
             refcount_table = await _read_table(
                 storage, header.refcount_table_offset, table_entries, "refcount"
             )
-        data = await encryption.open_data(storage, header, options.get("secret"))
-        image = cls(
-            storage,
-            header,
-            l1,
-            refcount_table,
-            read_only=read_only,
-            l2_cache_size=options.get("l2_cache_size") or DEFAULT_L2_CACHE,
-            discard_freed=bool(options.get("discard", True)),
-            data=data,
-        )
-        if not read_only:
-            await image._prepare_for_writing()
-        if wanted_snapshot is None and header.bitmaps_consistent:
-            await image.bitmaps.load()
+        data_file = None
+        if header.has_data_file:
+            data_file = await options["open_data_file"](header.data_file_name)
+        try:
+            image = cls(
+                storage,
+                header,
+                l1,
+                refcount_table,
+                read_only=read_only,
+                l2_cache_size=options.get("l2_cache_size") or DEFAULT_L2_CACHE,
+                discard_freed=bool(options.get("discard", True)),
+                data=await encryption.open_data(
+                    storage, header, options.get("secret"), data_file
+                ),
+                data_file=data_file,
+            )
+            if not read_only:
+                await image._prepare_for_writing()
+            if wanted_snapshot is None and header.bitmaps_consistent:
+                await image.bitmaps.load()
+        except BaseException:
+            if data_file is not None:
+                await data_file.close()
+            raise
         return image
 
     async def _prepare_for_writing(self) -> None:
@@ -206,7 +225,7 @@ class Qcow2Driver(Operations):
             metadata.update(range(offset >> bits, (offset + length + size - 1) >> bits))
         for table in (self.refcounts.table, self.tables.l1):
             metadata.update((entry & OFFSET_MASK) >> bits for entry in table if entry)
-        unknown = header.autoclear_features & ~qcow2_header.AUTOCLEAR_BITMAPS
+        unknown = header.autoclear_features & ~qcow2_header.AUTOCLEAR_KNOWN_MASK
         if unknown:
             # "An implementation may only write to an image with unknown
             # auto-clear features if it clears the respective bits first."
@@ -296,6 +315,12 @@ class Qcow2Driver(Operations):
         except CorruptImage:
             # The coroutine finds the same, and marks the image.
             return None
+        if plan is not None and self.data_file is not None:
+            try:
+                qcow2_data_file.place_plan(plan)
+            except CorruptImage:
+                write.cancel_write(self, plan)
+                return None
         return None if plan is None else encryption.tag_plan(self.header, plan)
 
     async def begin_write(self, offset: int, length: int) -> WritePlan:
@@ -303,6 +328,12 @@ class Qcow2Driver(Operations):
         self.check_writable()
         try:
             plan = await write.begin_write(self, offset, length)
+            if self.data_file is not None:
+                try:
+                    qcow2_data_file.place_plan(plan)
+                except CorruptImage:
+                    write.abort_write(self, plan)
+                    raise
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
             raise
@@ -341,7 +372,12 @@ class Qcow2Driver(Operations):
         """See `FormatDriver.write_zeroes`."""
         self.check_writable()
         try:
-            await discard.write_zeroes(self, offset, length, may_unmap=may_unmap)
+            if self.data_file is not None:
+                await qcow2_data_file.write_zeroes(
+                    self, offset, length, may_unmap=may_unmap, no_fallback=no_fallback
+                )
+            else:
+                await discard.write_zeroes(self, offset, length, may_unmap=may_unmap)
             self._mark(offset, length)
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
@@ -359,7 +395,10 @@ class Qcow2Driver(Operations):
         """See `FormatDriver.discard`."""
         self.check_writable()
         try:
-            await discard.discard(self, offset, length)
+            if self.data_file is not None:
+                await qcow2_data_file.discard(self, offset, length)
+            else:
+                await discard.discard(self, offset, length)
             self._mark(offset, length)
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
