@@ -149,7 +149,9 @@ class RawDriver(FormatDriver):
         finally:
             self.epochs.leave(epoch)
 
-    async def resize(self, size: int, *, preallocation: str = "off") -> None:
+    async def resize(
+        self, size: int, *, preallocation: str = "off", backing_size: int = 0
+    ) -> None:
         """Set the file's length. Raises `BlockError`."""
         if preallocation == "metadata":
             raise NotSupported("Unsupported preallocation mode: metadata")
