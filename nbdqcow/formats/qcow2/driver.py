@@ -24,6 +24,7 @@ from nbdqcow.formats.qcow2.mapping import Mapping
 from nbdqcow.formats.qcow2.mapping_extended import ExtendedMapping
 from nbdqcow.formats.qcow2.operations import Operations
 from nbdqcow.formats.qcow2.refcount import Refcounts
+from nbdqcow.formats.qcow2.repair import repair_dirty
 from nbdqcow.formats.qcow2.snapshot_table import read_snapshots, select_snapshot
 from nbdqcow.formats.qcow2.tables import Tables, load_be64
 from nbdqcow.formats.qcow2.writeback import Freed, Writeback
@@ -51,6 +52,8 @@ class Qcow2Driver(Operations):
         reads_zero_from: nothing at or after this host offset was ever
             written, so it reads as zeroes.
         discard_freed: a guest's discard gives space back to the file system.
+        lazy_refcounts: refcounts reach the disk when the image is closed; until
+            then it is marked as dirty.
         tasks: operations and background work that run; see `settle`.
         resizing: held by whoever changes the disk's size.
         trim_wanted: once no freed cluster waits, the file's end is cut off.
@@ -69,6 +72,7 @@ class Qcow2Driver(Operations):
         read_only: bool,
         l2_cache_size: int,
         discard_freed: bool,
+        lazy_refcounts: bool = False,
         data: StorageDriver | None = None,
     ) -> None:
         """``data`` is where guest data is read and written, if not in
@@ -84,6 +88,7 @@ class Qcow2Driver(Operations):
         self.backing_filename = header.backing_filename
         self.backing_format = header.backing_format
         self.discard_freed = discard_freed
+        self.lazy_refcounts = lazy_refcounts
         self.lock = asyncio.Lock()
         self.epochs = Epochs()
         self.in_flight = InFlightRanges()
@@ -136,7 +141,9 @@ class Qcow2Driver(Operations):
         Options: ``l2_cache_size`` in bytes; ``discard``, True if a guest's
         discard goes down to the file; ``snapshot``, the ID or name of an
         internal snapshot to show instead of the disk (``(id, name)``, either
-        of them None, for one that must match both), read-only; ``secret``, the
+        of them None, for one that must match both), read-only;
+        ``lazy_refcounts``, whether refcounts may wait until the image is
+        closed, whatever the header says; ``secret``, the
         passphrase of an encrypted image (`nbdqcow.crypto.secrets.Secret` or
         bytes). Raises
         `ImageError`.
@@ -147,6 +154,8 @@ class Qcow2Driver(Operations):
             head = bytes(await storage.pread(0, wanted))
         header = Header.parse(head)
         header.check_supported(read_only=read_only)
+        if header.dirty and not read_only:
+            header = await repair_dirty(storage)
         wanted_snapshot = options.get("snapshot")
         if wanted_snapshot is not None:
             if not read_only:
@@ -170,6 +179,7 @@ class Qcow2Driver(Operations):
             read_only=read_only,
             l2_cache_size=options.get("l2_cache_size") or DEFAULT_L2_CACHE,
             discard_freed=bool(options.get("discard", True)),
+            lazy_refcounts=_wants_lazy_refcounts(header, options),
             data=data,
         )
         if not read_only:
@@ -350,11 +360,8 @@ class Qcow2Driver(Operations):
         self.read_only = True
         self.mapping.freeze()
         if self.header.version >= 3:
-            self.header.incompatible_features |= qcow2_header.INCOMPAT_CORRUPT
-            await self._write_header_field(
-                qcow2_header.INCOMPATIBLE_FEATURES_OFFSET,
-                self.header.incompatible_features,
-            )
+            await self._set_incompatible(qcow2_header.INCOMPAT_CORRUPT, True)
+            await self.storage.flush()
 
     def check_not_metadata(self, cluster_index: int) -> None:
         """Refuse to write guest data to a cluster of metadata."""
@@ -388,6 +395,28 @@ class Qcow2Driver(Operations):
         if self._nb_in_place:
             self._in_place_done = asyncio.get_running_loop().create_future()
             await self._in_place_done
+
+    async def mark_dirty(self) -> None:
+        """Refcounts on disk may be wrong from now on. The caller flushes.
+
+        Source: qcow2.txt, "Dirty bit".
+        """
+        if not self.header.dirty:
+            await self._set_incompatible(qcow2_header.INCOMPAT_DIRTY, True)
+
+    async def mark_clean(self) -> None:
+        """All refcounts on disk are right, and durable."""
+        if self.header.dirty:
+            await self._set_incompatible(qcow2_header.INCOMPAT_DIRTY, False)
+            await self.storage.flush()
+
+    async def _set_incompatible(self, bit: int, value: bool) -> None:
+        features = self.header.incompatible_features
+        features = features | bit if value else features & ~bit
+        await self.storage.pwritev(
+            qcow2_header.INCOMPATIBLE_FEATURES_OFFSET, [features.to_bytes(8, "big")]
+        )
+        self.header.incompatible_features = features
 
     def fail(self) -> None:
         """A write of the image's roots failed: no more writes, no flushes."""
@@ -494,6 +523,18 @@ async def _read_table(
     if nb_entries and offset >= storage.length:
         raise ImageError(f"Could not read {what} table: it is past the file's end")
     return load_be64(await storage.pread(offset, nb_entries * 8))
+
+
+def _wants_lazy_refcounts(header: Header, options: Options[str, Any]) -> bool:
+    wanted = options.get("lazy_refcounts")
+    if wanted is None:
+        return header.lazy_refcounts
+    if wanted and header.version < 3:
+        raise ImageError(
+            "Lazy refcounts require a qcow2 image with at least qemu 1.1"
+            " compatibility level"
+        )
+    return bool(wanted)
 
 
 async def _show_snapshot(

@@ -121,6 +121,11 @@ class Refcounts:
         self._scan_index = 0
         self._free_runs: list[tuple[int, int]] = []
 
+    @property
+    def many_dirty(self) -> bool:
+        """Whether half of the cache can't be given up before a write-back."""
+        return len(self.dirty) > self._max_blocks // 2
+
     # -- reading ---------------------------------------------------------
 
     async def count(self, cluster_index: int) -> int:
