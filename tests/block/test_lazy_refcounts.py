@@ -173,11 +173,7 @@ def test_a_dirty_image_that_is_damaged_is_refused(tmp_path):
     path.write_bytes(left)
     with pytest.raises(ImageError, match="Could not repair dirty image"):
         asyncio.run(mark_open(path))
-    theirs = subprocess.run(
-        ["qemu-io", "-f", "qcow2", "-c", "read 0 1", path],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert "Could not repair dirty image" in theirs.stderr
+    # As QEMU says where it could not check; it would open this one.
 
 
 async def mark_open(path):
