@@ -17,14 +17,16 @@ import struct
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from nbdqcow.crypto import anti_forensic
 from nbdqcow.crypto.cipher import CipherSpec
-from nbdqcow.crypto.sectors import SectorCipher
 from nbdqcow.errors import ImageError, UnsupportedFeature
 from nbdqcow.types import Buffer
 from nbdqcow.units import SECTOR_SIZE, MiB, round_up
+
+if TYPE_CHECKING:
+    from nbdqcow.crypto.sectors import SectorCipher
 
 MAGIC: Final = b"LUKS\xba\xbe"
 HEADER_LENGTH: Final = 592
@@ -47,7 +49,7 @@ _DIGEST_LENGTH: Final = 20
 _SALT_LENGTH: Final = 32
 _SLOT_ALIGNMENT: Final = 4096
 _CALIBRATION_SECONDS: Final = 0.05
-_DEFAULT_ITERATION_MS: Final = 2000
+DEFAULT_ITERATION_MS: Final = 2000
 
 Edit = tuple[int, bytes]
 """Bytes to write, and where, relative to the start of the header."""
@@ -242,7 +244,7 @@ class LuksHeader:
         split = cipher.decrypt_blocking(0, material)[: self._material_length]
         return anti_forensic.merge(bytes(split), NB_STRIPES, self.hash_name)
 
-    def _slot_cipher(self, slot: KeySlot, passphrase: bytes) -> SectorCipher:
+    def _slot_cipher(self, slot: KeySlot, passphrase: bytes) -> "SectorCipher":
         key = hashlib.pbkdf2_hmac(
             self.hash_name, passphrase, slot.salt, slot.iterations, self.spec.key_length
         )
@@ -264,7 +266,7 @@ class LuksHeader:
         passphrase: bytes,
         *,
         slot: int | None = None,
-        iteration_ms: int = _DEFAULT_ITERATION_MS,
+        iteration_ms: int = DEFAULT_ITERATION_MS,
     ) -> list[Edit]:
         """Let ``passphrase`` open the disk too; return what to write.
 
@@ -325,7 +327,7 @@ def create_blocking(
     *,
     spec: CipherSpec | None = None,
     hash_name: str = "sha256",
-    iteration_ms: int = _DEFAULT_ITERATION_MS,
+    iteration_ms: int = DEFAULT_ITERATION_MS,
 ) -> tuple[LuksHeader, bytes, bytes]:
     """Make a header with a new volume key, and the passphrase in slot 0.
 

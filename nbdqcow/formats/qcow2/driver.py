@@ -19,6 +19,7 @@ from nbdqcow.formats.qcow2 import discard, encryption, extents, write
 from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.formats.qcow2.bitmap import Bitmap, BitmapInfo, Bitmaps
 from nbdqcow.formats.qcow2.compress import CompressedClusters
+from nbdqcow.formats.qcow2.encryption_header import luks_range
 from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES, OFFSET_MASK
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.mapping import Mapping
@@ -176,7 +177,7 @@ class Qcow2Driver(FormatDriver):
         ]
         if header.nb_snapshots:
             ranges += await self._snapshot_ranges()
-        if (luks := encryption.luks_range(header)) is not None:
+        if (luks := luks_range(header)) is not None:
             ranges.append(luks)
         for offset, length in ranges:
             metadata.update(range(offset >> bits, (offset + length + size - 1) >> bits))
