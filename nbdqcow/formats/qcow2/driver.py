@@ -13,7 +13,7 @@ from nbdqcow.block.inflight import Epochs, InFlightRanges
 from nbdqcow.block.status import Kinds
 from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import StorageDriver
-from nbdqcow.block.tools import SnapshotInfo
+from nbdqcow.block.tools import OptionValue, Secrets, SnapshotInfo
 from nbdqcow.errors import BlockError, CorruptImage, ImageError
 from nbdqcow.formats.qcow2 import discard, encryption, extents, write
 from nbdqcow.formats.qcow2 import header as qcow2_header
@@ -82,6 +82,7 @@ class Qcow2Driver(FormatDriver):
         self.backing_format = header.backing_format
         self.discard_freed = discard_freed
         self.lock = asyncio.Lock()
+        self.keys_lock = asyncio.Lock()
         self.epochs = Epochs()
         self.in_flight = InFlightRanges()
         self.freed = Freed()
@@ -450,6 +451,21 @@ class Qcow2Driver(FormatDriver):
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
             raise
+
+    # -- encryption --------------------------------------------------------
+
+    async def amend_keys(
+        self,
+        values: Options[str, OptionValue],
+        secrets: Secrets,
+        passphrase: bytes,
+        *,
+        force: bool = False,
+    ) -> None:
+        """See `FormatDriver.amend_keys`."""
+        await self._operate(
+            encryption.amend_keys(self, values, secrets, passphrase, force=force)
+        )
 
     # -- dirty bitmaps ---------------------------------------------------
 

@@ -3,10 +3,12 @@
 Source: qcow2.txt, "Header" (crypt_method), "Data encryption".
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import StorageDriver
+from nbdqcow.block.tools import OptionValue, Secrets
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.formats.qcow2.encryption_header import luks_range
@@ -61,6 +63,27 @@ async def _unlock(
     finally:
         await pool.close()
     return luks.spec.make(key)
+
+
+async def amend_keys(
+    image: "Qcow2Driver",
+    values: Mapping[str, OptionValue],
+    secrets: Secrets,
+    passphrase: bytes,
+    *,
+    force: bool,
+) -> None:
+    """See `FormatDriver.amend_keys`."""
+    if image.header.crypt_method == qcow2_header.CRYPT_NONE:
+        raise ImageError("Can't amend encryption options - encryption not present")
+    place = luks_range(image.header)
+    if place is None:
+        raise ImageError("Only LUKS encryption options can be amended")
+    from nbdqcow.formats.luks_keys import KeyChange, change_keys
+
+    change = KeyChange.parse(values, "encrypt.", secrets, force=force)
+    async with image.keys_lock:
+        await change_keys(image.storage, *place, passphrase, change)
 
 
 def number_by_guest_offset(image: "Qcow2Driver") -> None:
