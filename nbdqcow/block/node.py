@@ -105,6 +105,22 @@ class Node:
             return self._try_pread_backing(offset, length)
         return ZERO_VIEW[:length] if length <= MiB else bytes(length)
 
+    @property
+    def defers_reads(self) -> bool:
+        """Whether `try_pread_later` is worth its while."""
+        return self.driver.data.defers_reads
+
+    def try_pread_later(self, offset: int, length: int) -> Buffer | None:
+        """Do as `try_pread` does; the bytes are right after `finish_reads`."""
+        run = self._try_map(offset, length)
+        if run is not None and run[0] == DATA and run[2] == length:
+            return self.driver.data.try_pread_later(run[1], length)
+        return self.try_pread(offset, length)
+
+    def finish_reads(self) -> None:
+        """Make the bytes right that `try_pread_later` has returned."""
+        self.driver.data.finish_reads()
+
     def _try_pread_backing(self, offset: int, length: int) -> Buffer | None:
         backing = self.backing
         assert backing is not None
