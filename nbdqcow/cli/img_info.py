@@ -139,13 +139,18 @@ def _print_human(info: ImageInfo, values: dict[str, Any]) -> None:
         if info.backing_format is not None:
             print(f"backing file format: {info.backing_format}")
     if info.snapshots:
-        print("Snapshot list:")
-        _print_snapshot("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")
-        for snapshot in info.snapshots:
-            _print_snapshot(*_snapshot_columns(snapshot))
+        print_snapshots(info.snapshots)
     if info.specific is not None:
         print("Format specific information:")
         print_tree(info.specific, 1)
+
+
+def print_snapshots(snapshots: Sequence[SnapshotInfo]) -> None:
+    """Print a table of snapshots as qemu-img does."""
+    print("Snapshot list:")
+    _print_snapshot("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")
+    for snapshot in snapshots:
+        _print_snapshot(*_snapshot_columns(snapshot))
 
 
 def _print_snapshot(

@@ -23,6 +23,7 @@ from nbdqcow.storage.holes import Holes
 from nbdqcow.storage.linux import (
     OVERLAYFS_MAGIC,
     TMPFS_MAGIC,
+    copy_file_range,
     filesystem_type,
     pwrite_all,
 )
@@ -433,6 +434,17 @@ class FileStorage(StorageDriver):
     def _find_length(self) -> int:
         return os.lseek(self._fd, 0, os.SEEK_END)
 
+    async def copy_from(
+        self, source: StorageDriver, source_offset: int, offset: int, length: int
+    ) -> None:
+        """Let the kernel copy, which on some file systems shares the blocks."""
+        if not isinstance(source, FileStorage) or not length:
+            raise NotSupported("the kernel copies between files only")
+        await self._change(
+            offset, offset + length, False, copy_file_range,
+            source._fd, source_offset, self._fd, offset, length,
+        )  # fmt: skip
+
     # -- durability ----------------------------------------------------------
 
     async def flush(self) -> None:
@@ -581,6 +593,13 @@ class FileStorage(StorageDriver):
         return await self._pool.run(
             self._holes.find_all_blocking, offset, length, limit
         )
+
+    async def allocated_length(self) -> int | None:
+        """Return the bytes that the file takes of its file system."""
+        if self._is_device:
+            return None
+        status = await self._pool.run(os.fstat, self._fd)
+        return status.st_blocks * 512
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Start reading a range into page cache."""
