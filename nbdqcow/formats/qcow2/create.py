@@ -120,7 +120,6 @@ class CreateOptions:
             )
         lacking = {
             "an external data file (data_file)": self.data_file is not None,
-            "extended L2 entries (extended_l2)": self.extended_l2,
             "zstd compression (compression_type)": self.compression_type != "zlib",
         }
         names = [name for name, wanted in lacking.items() if wanted]
@@ -189,13 +188,18 @@ class CreatePlan:
     def _mapping_writes(self) -> Iterator[tuple[int, bytes]]:
         header = self.header
         step = header.cluster_size
+        nb_words = header.l2_entry_size // 8
         l1 = array("Q")
         offset = self.data_start
         remaining = self.nb_data_clusters
         while remaining:
             nb = min(remaining, header.l2_entries)
             first = (offset + step) | OFLAG_COPIED
-            yield offset, _big_endian(array("Q", range(first, first + nb * step, step)))
+            # With subclusters, none of them is said to be allocated, so that
+            # a backing file shows through.
+            table = array("Q", bytes(nb * header.l2_entry_size))
+            table[::nb_words] = array("Q", range(first, first + nb * step, step))
+            yield offset, _big_endian(table)
             l1.append(offset | OFLAG_COPIED)
             offset += (nb + 1) * step
             remaining -= nb
@@ -218,6 +222,8 @@ def plan_create(options: CreateOptions) -> CreatePlan:
         compatible_features=h.COMPAT_LAZY_REFCOUNTS if options.lazy_refcounts else 0,
         backing_filename=options.backing_file,
     )
+    if options.extended_l2:
+        header.incompatible_features |= h.INCOMPAT_EXTENDED_L2
     _add_extensions(header, options)
     header.l1_size = header.l1_entries_needed
     if header.l1_size * 8 > MAX_L1_BYTES:

@@ -169,6 +169,11 @@ class Header:
         return bool(self.incompatible_features & INCOMPAT_EXTENDED_L2)
 
     @property
+    def subcluster_size(self) -> int:
+        """Bytes that an L2 entry tells apart: a cluster, or a part of one."""
+        return self.cluster_size // (32 if self.extended_l2 else 1)
+
+    @property
     def l2_entry_size(self) -> int:
         """Bytes in an L2 entry."""
         return 16 if self.extended_l2 else 8
@@ -472,7 +477,6 @@ class Header:
         """
         lacking = {
             "external data file": self.has_data_file,
-            "extended L2 entries": self.extended_l2,
             "zstd compression": self.compression_type == COMPRESSION_ZSTD,
         }
         names = [name for name, used in lacking.items() if used]

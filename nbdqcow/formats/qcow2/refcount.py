@@ -129,6 +129,17 @@ class Refcounts:
         block = await self._block(block_index)
         return 0 if block is None else block.counts[entry_index]
 
+    async def nb_clusters(self) -> int:
+        """Return how many clusters the file has up to the last one in use."""
+        for block_index in range(len(self.table) - 1, -1, -1):
+            block = await self._block(block_index)
+            if block is not None:
+                used = block.counts.tobytes().rstrip(b"\0")
+                if used:
+                    nb_used = -(-len(used) // block.counts.itemsize)
+                    return block_index * self.block_entries + nb_used
+        return 0
+
     async def _block(self, block_index: int) -> RefcountBlock | None:
         """Return a block, None if it does not exist."""
         block = self.blocks.get(block_index)
@@ -227,6 +238,8 @@ class Refcounts:
                 if start is None:
                     start = i
             elif start is not None:
+                # A free cluster holds nothing, so no metadata either.
+                self.metadata.difference_update(range(base + start, base + i))
                 if base + start < self._scan_index:
                     heapq.heappush(self._free_runs, (base + start, i - start))
                 start = None
@@ -319,9 +332,10 @@ class Refcounts:
         self._mark(block_index, block, first, end)
         return end - first
 
-    async def allocate_contiguous(self, nb_clusters: int) -> int:
-        """Take exactly ``nb_clusters`` clusters in a row; return the first."""
-        run_start = end = self._scan_index
+    async def allocate_contiguous(self, nb_clusters: int, lowest: int = 0) -> int:
+        """Take exactly ``nb_clusters`` clusters in a row; return the first,
+        which is not below ``lowest``."""
+        run_start = end = max(lowest, self._scan_index)
         while end - run_start < nb_clusters:
             block_index, first = divmod(end, self.block_entries)
             counts = (await self._block_for_allocation(block_index)).counts

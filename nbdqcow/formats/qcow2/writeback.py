@@ -260,6 +260,16 @@ class Writeback:
         if freed.ranges:
             self.waiting.append(freed)
             self.image.spawn(self._drop_references(freed))
+        else:
+            self._trim_if_wanted()
+
+    def _trim_if_wanted(self) -> None:
+        image = self.image
+        if image.trim_wanted and not self.waiting:
+            from nbdqcow.formats.qcow2 import resize
+
+            image.trim_wanted = False
+            image.spawn(resize.trim(image))
 
     async def _drop_references(self, freed: Freed) -> None:
         image = self.image
@@ -274,6 +284,7 @@ class Writeback:
                         freed.ranges.pop()
         finally:
             self.waiting.remove(freed)
+        self._trim_if_wanted()
 
     async def _drop_range(self, index: int, nb_clusters: int, discard: bool) -> None:
         image = self.image

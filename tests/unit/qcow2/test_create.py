@@ -103,7 +103,6 @@ def test_refused(options, text):
     ("options", "name"),
     [
         ({"data_file": "d"}, "data_file"),
-        ({"extended_l2": True}, "extended_l2"),
         ({"compression_type": "zstd"}, "compression_type"),
     ],
 )
