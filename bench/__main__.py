@@ -13,34 +13,13 @@ import os
 import platform
 import sys
 from pathlib import Path
-from statistics import median
 
 from bench import images
-from bench.cells import (
-    CELLS,
-    FAIRNESS,
-    FAIRNESS_P99_SECONDS,
-    HUGE_CACHE,
-    HUGE_MEMORY,
-    HUGE_MEMORY_LIMIT,
-    IDLE_MEMORY,
-    IDLE_MEMORY_LIMIT,
-    OURS,
-    Cell,
-    Claim,
-    Disk,
-    MiB,
-    Sample,
-)
-from bench.load import run_cell, run_fairness
+from bench.cells import CELLS, HUGE_CACHE, OURS, Cell, Disk, Sample
+from bench.claims import CLAIMS, run_claims
+from bench.load import run_cell
 from bench.peers import PEERS, BenchError, Peer, running
-from bench.report import absolute_table, claim_table, ratio_table
-
-CLAIMS = (FAIRNESS, IDLE_MEMORY, HUGE_MEMORY)
-
-
-def progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+from bench.report import absolute_table, claim_table, progress, ratio_table
 
 
 def prepare(cell: Cell, peer: Peer, directory: Path) -> Path:
@@ -51,6 +30,11 @@ def prepare(cell: Cell, peer: Peer, directory: Path) -> Path:
         return images.fresh_overlay(directory)
     if cell.disk is Disk.HUGE:
         return images.huge_qcow2(directory)
+    if cell.disk is Disk.LUKS:
+        path = images.luks_qcow2(directory)
+        images.warm_up(path)
+        images.write_back(path)
+        return path
     path = images.full_raw(directory) if peer.raw else images.full_qcow2(directory)
     images.write_back(path)
     return path
@@ -62,14 +46,18 @@ def run_rounds(
     """Run one cell against every peer that it has a meaning for."""
     able = [p for p in peers if not (p.raw and cell.disk is not Disk.FULL)]
     samples: dict[str, list[Sample]] = {peer.name: [] for peer in able}
-    images.warm_up(images.full_qcow2(directory))
+    secret = images.secret_file(directory) if cell.disk is Disk.LUKS else None
+    if cell.disk is not Disk.LUKS:
+        images.warm_up(images.full_qcow2(directory))
     if any(peer.raw for peer in able):
         images.warm_up(images.full_raw(directory))
     cache = HUGE_CACHE if cell.disk is Disk.HUGE else None
     for round_index in range(nb_rounds):
         for peer in able:
             image = prepare(cell, peer, directory)
-            with running(peer, image, l2_cache_size=cache, tls=cell.tls) as server:
+            with running(
+                peer, image, l2_cache_size=cache, tls=cell.tls, secret=secret
+            ) as server:
                 sample = run_cell(cell, server, seconds, seed=1 + round_index)
             samples[peer.name].append(sample)
             progress(
@@ -78,83 +66,6 @@ def run_rounds(
                 f" p99 {sample.p99 * 1e6:8,.0f} us  CPU {sample.cpu * 1e6:6.1f} us/op"
             )
     return samples
-
-
-def claim_fairness(
-    peer: Peer, directory: Path, nb_rounds: int, seconds: float
-) -> Claim:
-    """Measure what a small reader suffers from a large writer."""
-    image = images.full_qcow2(directory)
-    images.warm_up(image)
-    runs = []
-    for round_index in range(nb_rounds):
-        images.write_back(image)
-        with running(peer, image) as server:
-            runs.append(run_fairness(server, seconds))
-        progress(
-            f"{FAIRNESS:26} round {round_index + 1} {peer.name:10}"
-            f" p99 {runs[-1]['p99'] * 1e3:.2f} ms"
-            f"  worst {runs[-1]['worst'] * 1e3:.1f} ms"
-            f"  stream {runs[-1]['throughput'] / 1e6:,.0f} MB/s"
-        )
-    return Claim(
-        FAIRNESS,
-        f"{peer.name}: p99 of 4 KiB reads, depth 1, beside a 1 MiB write stream",
-        median(run["p99"] for run in runs) * 1e3,
-        FAIRNESS_P99_SECONDS * 1e3,
-        "ms",
-        {
-            "worst ms": max(run["worst"] for run in runs) * 1e3,
-            "reads/s": median(run["rate"] for run in runs),
-            "stream MB/s": median(run["throughput"] for run in runs) / 1e6,
-        },
-    )
-
-
-def claim_idle_memory(peer: Peer, directory: Path) -> Claim:
-    """Measure a server that serves an image to nobody."""
-    with running(peer, images.full_qcow2(directory)) as server:
-        memory = server.memory()
-    return Claim(
-        IDLE_MEMORY,
-        f"{peer.name}: resident memory, idle",
-        memory["VmRSS"] / MiB,
-        IDLE_MEMORY_LIMIT / MiB,
-        "MiB",
-        {"anonymous MiB": memory["RssAnon"] / MiB},
-    )
-
-
-def claim_huge_memory(peer: Peer, directory: Path, seconds: float) -> Claim:
-    """Measure the peak while random reads go over a 1 TiB map."""
-    cell = next(cell for cell in CELLS if cell.disk is Disk.HUGE)
-    image = images.huge_qcow2(directory)
-    with running(peer, image, l2_cache_size=HUGE_CACHE) as server:
-        run_cell(cell, server, seconds, seed=1)
-        memory = server.memory()
-    return Claim(
-        HUGE_MEMORY,
-        f"{peer.name}: peak resident memory, 1 TiB mapped,"
-        f" {HUGE_CACHE // MiB} MiB L2 cache",
-        memory["VmHWM"] / MiB,
-        HUGE_MEMORY_LIMIT / MiB,
-        "MiB",
-        {"anonymous MiB": memory["RssAnon"] / MiB},
-    )
-
-
-def run_claims(
-    names: list[str], peer: Peer, directory: Path, nb_rounds: int, seconds: float
-) -> list[Claim]:
-    """Measure the figures that have limits of their own."""
-    claims = []
-    if FAIRNESS in names:
-        claims.append(claim_fairness(peer, directory, nb_rounds, seconds))
-    if IDLE_MEMORY in names:
-        claims.append(claim_idle_memory(peer, directory))
-    if HUGE_MEMORY in names:
-        claims.append(claim_huge_memory(peer, directory, seconds))
-    return claims
 
 
 def machine() -> str:

@@ -1,5 +1,6 @@
 """Tables, for a terminal and as markdown."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -8,6 +9,11 @@ from bench.cells import OURS, QEMU, Cell, Claim, Sample
 
 Results = Mapping[str, Mapping[str, Sequence[Sample]]]
 """Samples by cell name, then by peer name."""
+
+
+def progress(text: str) -> None:
+    """Tell what has just been measured."""
+    print(text, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Final, Self
 
 from nbdqcow.block.driver import PREALLOCATIONS, FormatDriver, WritePlan
 from nbdqcow.block.status import DEFAULT_LIMIT, DirtyBitmap, Extents, block_status
+from nbdqcow.block.storage import StorageDriver
 from nbdqcow.buffers import ZERO_VIEW, ZEROES, zero_views
 from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.types import (
@@ -130,6 +131,22 @@ class Node:
         if kind == UNALLOCATED and self.backing is not None:
             return self._try_pread_backing(offset, length)
         return ZERO_VIEW[:length] if length <= MiB else bytes(length)
+
+    @property
+    def defers_reads(self) -> bool:
+        """Whether `try_pread_later` is worth its while."""
+        return self.driver.data.defers_reads
+
+    def try_pread_later(self, offset: int, length: int) -> Buffer | None:
+        """Do as `try_pread` does; the bytes are right after `finish_reads`."""
+        run = self._try_map(offset, length)
+        if run is not None and run[0] == DATA and run[2] == length:
+            return self.driver.data.try_pread_later(run[1], length)
+        return self.try_pread(offset, length)
+
+    def finish_reads(self) -> None:
+        """Make the bytes right that `try_pread_later` has returned."""
+        self.driver.data.finish_reads()
 
     def _try_pread_backing(self, offset: int, length: int) -> Buffer | None:
         backing = self.backing
@@ -377,6 +394,57 @@ class Node:
             offset += covered
 
     # -- writing ---------------------------------------------------------
+
+    async def copy_range(
+        self, offset: int, source: "Node", source_offset: int, length: int
+    ) -> None:
+        """Copy data of another image, letting the files below do it.
+
+        Raises `NotSupported` if they can't, or not all of it is plain data;
+        some of it may be copied then.
+        """
+        self._check_writable()
+        if self._guard is not None or self._detect_zeroes != "off":
+            raise NotSupported("written data must be looked at")
+        epoch = source.driver.epochs.enter()
+        try:
+            while length:
+                kind, host_offset, covered = await source.driver.map(
+                    source_offset, length
+                )
+                below = source.backing
+                if kind == DATA:
+                    covered = await self._copy_piece(
+                        offset, source.driver.data, host_offset, covered
+                    )
+                elif kind == UNALLOCATED and below and source_offset < below.size:
+                    covered = min(covered, below.size - source_offset)
+                    await self.copy_range(offset, below, source_offset, covered)
+                else:
+                    raise NotSupported("only plain data can be copied so")
+                offset, source_offset = offset + covered, source_offset + covered
+                length -= covered
+        finally:
+            source.driver.epochs.leave(epoch)
+
+    async def _copy_piece(
+        self, offset: int, source: StorageDriver, source_offset: int, length: int
+    ) -> int:
+        """Copy what one write plan covers; return how much that is."""
+        plan = await self.driver.begin_write(offset, length)
+        try:
+            end = offset + plan.length
+            for start, count in ((offset - plan.head, plan.head), (end, plan.tail)):
+                if count and await self._old_content(start, count, plan.reads_zero):
+                    raise NotSupported("old content stands beside the copy")
+            await self.driver.data.copy_from(
+                source, source_offset, plan.host_offset, plan.length
+            )
+        except BaseException:
+            self.driver.abort_write(plan)
+            raise
+        self.driver.end_write(plan)
+        return plan.length
 
     async def pwrite(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
         """Write ``data``; with ``fua`` it is durable on return."""

@@ -42,6 +42,8 @@ class OpenOptions:
             from, symbolic links resolved; None for any.
         lock: False opens without image locks (QEMU's ``locking=off``).
         force_share: opens read-only beside a writer (QEMU's ``-U``).
+        with_backing: False opens the image alone: what it does not have reads
+            as zeroes. For work on its metadata.
         driver_options: for the format driver of the image itself, as its
             class describes them.
     """
@@ -56,6 +58,7 @@ class OpenOptions:
     lock: bool = True
     force_share: bool = False
     driver_options: Mapping[str, Any] = field(default_factory=dict)
+    with_backing: bool = True
 
 
 class Opening:
@@ -96,6 +99,7 @@ def open_image(
     lock: bool = True,
     force_share: bool = False,
     driver_options: Mapping[str, Any] | None = None,
+    with_backing: bool = True,
 ) -> Opening:
     """Open an image with its backing chain; see `OpenOptions`.
 
@@ -107,7 +111,7 @@ def open_image(
         os.fspath(filename),
         OpenOptions(
             format, read_only, cache, discard, detect_zeroes, l2_cache_size,
-            allowed_paths, lock, force_share, driver_options or {},
+            allowed_paths, lock, force_share, driver_options or {}, with_backing,
         ),
     )  # fmt: skip
 
@@ -198,7 +202,7 @@ async def _open_driver(
 async def _open_backing(
     filename: str, driver: FormatDriver, options: OpenOptions, above: tuple[str, ...]
 ) -> Node | None:
-    if driver.backing_filename is None:
+    if driver.backing_filename is None or not options.with_backing:
         return None
     path = backing_path(filename, driver.backing_filename)
     check_allowed(path, options.allowed_paths)

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+from nbdqcow.errors import NotSupported
 from nbdqcow.types import Buffer, Buffers
 
 
@@ -34,10 +35,19 @@ class StorageDriver(ABC):
     read_only: bool
     length: int
     zero_beyond_end: bool
+    defers_reads: ClassVar[bool] = False
 
     @abstractmethod
     def try_pread(self, offset: int, length: int) -> Buffer | None:
         """Return exactly ``length`` bytes if they need no waiting."""
+
+    def try_pread_later(self, offset: int, length: int) -> Buffer | None:
+        """Do as `try_pread` does, but the bytes need not be right before the
+        next `finish_reads`; only where `defers_reads` says so, they are not."""
+        return self.try_pread(offset, length)
+
+    def finish_reads(self) -> None:
+        """Make the bytes right that `try_pread_later` has returned."""
 
     def try_view(self, offset: int, length: int) -> memoryview | None:
         """Return resident bytes without copying them, or None.
@@ -95,6 +105,15 @@ class StorageDriver(ABC):
     async def discard(self, offset: int, length: int) -> None:
         """Free the space of a range; what it reads as is undefined. A hint."""
 
+    async def copy_from(
+        self, source: "StorageDriver", source_offset: int, offset: int, length: int
+    ) -> None:
+        """Write bytes of another file that never pass through this process.
+
+        Raises `NotSupported` if that can't be done; some may be written then.
+        """
+        raise NotSupported("this storage can't copy by itself")
+
     @abstractmethod
     async def flush(self) -> None:
         """Make every write completed before this call durable."""
@@ -114,6 +133,11 @@ class StorageDriver(ABC):
         """Return `block_status` of at most ``limit`` stretches in a row, which
         may cover less than ``length``."""
         return [await self.block_status(offset, length)]
+
+    async def allocated_length(self) -> int | None:
+        """Return the bytes that the file takes of its file system, None if
+        that is not known."""
+        return None
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring a range near, if the driver can. A hint."""

@@ -4,7 +4,7 @@ import contextlib
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import click
@@ -100,6 +100,11 @@ class ServeSettings:
     help="The passphrase of encrypted images, in an environment variable.",
 )
 @limit_options
+@click.option(
+    "--no-structured-replies",
+    is_flag=True,
+    help="Give clients simple replies only: no sparse reads, no block status.",
+)
 @tls_options
 @click.option("--pid-file", metavar="PATH", help="Write the process ID to a file.")
 @click.option("-v", "--verbose", is_flag=True, help="Log what clients do.")
@@ -113,6 +118,7 @@ def serve(
     detect_zeroes: str,
     key_file: str | None,
     key_env: str | None,
+    no_structured_replies: bool,
     pid_file: str | None,
     verbose: bool,
     **others: Any,
@@ -137,7 +143,9 @@ def serve(
             "l2_cache_size": l2_cache_size,
             "driver_options": _take_key(key_file, key_env),
         },
-        limits=take_limits(others),
+        limits=replace(
+            take_limits(others), structured_replies=not no_structured_replies
+        ),
         pid_file=pid_file,
         tls=take_tls(others),
     )

@@ -157,10 +157,13 @@ class ServerHandshake:
         max_options: int = 4096,
         max_option_length: int = 64 << 10,
         admit: Callable[[ExportInfo], None] | None = None,
+        structured_replies: bool = True,
     ) -> None:
         """``may_use`` says whether this client may use an export; it is asked
         anew each time, so the answer may change when TLS has begun. ``admit``
-        may raise `OptionError` to keep the client from one that it chooses."""
+        may raise `OptionError` to keep the client from one that it chooses.
+        Without ``structured_replies`` clients get simple ones, and none of
+        what builds on the others."""
         self.state = HandshakeState.HANDSHAKING
         self.export: ExportInfo | None = None
         self.terms = Terms()
@@ -170,6 +173,7 @@ class ServerHandshake:
         self.encrypted = False
         self.refusal: OptionError | None = None
         self._admit = admit
+        self._structured_replies = structured_replies
         self._exports = exports
         self._tls = tls
         self._may_use = may_use
@@ -417,7 +421,14 @@ class ServerHandshake:
             )
         return export
 
+    def _check_style_offered(self, option: int) -> None:
+        if not self._structured_replies:
+            raise OptionError(
+                nbd.REP_ERR_UNSUP, f"{nbd.option_name(option)} is switched off here"
+            )
+
     def _structured_reply(self, option: int, data: bytes) -> None:
+        self._check_style_offered(option)
         if data:
             raise OptionError(nbd.REP_ERR_INVALID, "STRUCTURED_REPLY takes no data")
         if self.terms.style is ReplyStyle.EXTENDED:
@@ -432,6 +443,7 @@ class ServerHandshake:
         self._reply(option, nbd.REP_ACK)
 
     def _extended_headers(self, option: int, data: bytes) -> None:
+        self._check_style_offered(option)
         if data:
             raise OptionError(nbd.REP_ERR_INVALID, "EXTENDED_HEADERS takes no data")
         if self.terms.style is ReplyStyle.EXTENDED:

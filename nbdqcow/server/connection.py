@@ -68,6 +68,7 @@ class Connection(asyncio.BufferedProtocol):
             may_use=self._may_use,
             max_option_length=options.max_option_length,
             admit=self._admit,
+            structured_replies=options.structured_replies,
         )
         self._certificate: bytes | None = None
         # Decrypted bytes that came before the upgraded transport did; None

@@ -26,6 +26,8 @@ class ServerOptions:
             may be being received.
         max_total_bytes: bytes of data in flight of all connections together;
             above it each may still have one request.
+        structured_replies: offer them, and all that builds on them, to
+            clients.
         sole_is_default: a sole export also answers to the empty name.
     """
 
@@ -40,4 +42,5 @@ class ServerOptions:
     max_requests: int = 128
     max_bytes: int = 64 * MiB
     max_total_bytes: int = 512 * MiB
+    structured_replies: bool = True
     sole_is_default: bool = True

@@ -23,6 +23,7 @@ from nbdqcow.storage.holes import Holes
 from nbdqcow.storage.linux import (
     OVERLAYFS_MAGIC,
     TMPFS_MAGIC,
+    copy_file_range,
     filesystem_type,
     pwrite_all,
 )
@@ -33,6 +34,8 @@ from nbdqcow.storage.opening import (
     parse_cache_mode,
     parse_discard_mode,
 )
+from nbdqcow.storage.overwrite import Overwriter
+from nbdqcow.storage.overwrite import pays as overwrite_pays
 from nbdqcow.types import Buffer, Buffers
 from nbdqcow.units import KiB, MiB
 
@@ -110,6 +113,10 @@ class FileStorage(StorageDriver):
                 self._mapped = MappedFile(fd)
 
         inline = not (cache.direct or cache.write_through or read_only)
+        self._overwriter: Overwriter | None = None
+        if inline and self._mapped is not None and overwrite_pays(fd):
+            with contextlib.suppress(OSError):
+                self._overwriter = Overwriter(fd)
         self._max_inline_write = MAX_INLINE_WRITE if inline else -1
         self._inline_resume_at = 0.0 if inline else float("inf")
         self._pause = MIN_PAUSE
@@ -284,7 +291,15 @@ class FileStorage(StorageDriver):
         if length > self._max_inline_write:
             return self._try_pwrite_watched(offset, data)
         started = time.perf_counter()
-        nb_written = os.pwrite(self._fd, data, offset)
+        overwriter = self._overwriter
+        if (
+            overwriter is not None
+            and offset + length <= self.length
+            and overwriter.try_write(offset, data)
+        ):
+            nb_written = length
+        else:
+            nb_written = os.pwrite(self._fd, data, offset)
         self._note_inline_write(started, offset + nb_written, nb_written)
         return nb_written == length
 
@@ -419,6 +434,17 @@ class FileStorage(StorageDriver):
     def _find_length(self) -> int:
         return os.lseek(self._fd, 0, os.SEEK_END)
 
+    async def copy_from(
+        self, source: StorageDriver, source_offset: int, offset: int, length: int
+    ) -> None:
+        """Let the kernel copy, which on some file systems shares the blocks."""
+        if not isinstance(source, FileStorage) or not length:
+            raise NotSupported("the kernel copies between files only")
+        await self._change(
+            offset, offset + length, False, copy_file_range,
+            source._fd, source_offset, self._fd, offset, length,
+        )  # fmt: skip
+
     # -- durability ----------------------------------------------------------
 
     async def flush(self) -> None:
@@ -536,8 +562,11 @@ class FileStorage(StorageDriver):
                     errno.ENOTSUP, f"'{self.filename}' is a device and can't grow"
                 )
             return
-        if length < self.length and self._mapped is not None:
-            self._mapped.forget()
+        if length < self.length:
+            if self._mapped is not None:
+                self._mapped.forget()
+            if self._overwriter is not None:
+                self._overwriter.forget()
         start, end = sorted((length, self.length))
         # Views keep off the lost part from here on.
         self.length = start
@@ -565,6 +594,13 @@ class FileStorage(StorageDriver):
             self._holes.find_all_blocking, offset, length, limit
         )
 
+    async def allocated_length(self) -> int | None:
+        """Return the bytes that the file takes of its file system."""
+        if self._is_device:
+            return None
+        status = await self._pool.run(os.fstat, self._fd)
+        return status.st_blocks * 512
+
     async def prefetch(self, offset: int, length: int) -> None:
         """Start reading a range into page cache."""
         if length and not self._cache.direct:
@@ -587,6 +623,9 @@ class FileStorage(StorageDriver):
             if self._mapped is not None:
                 self._mapped.close()
                 self._mapped = None
+            if self._overwriter is not None:
+                self._overwriter.close()
+                self._overwriter = None
             try:
                 await self._pool.run(os.close, fd)
             finally:

@@ -6,7 +6,7 @@ import logging
 from array import array
 from collections.abc import Coroutine, Sequence
 from collections.abc import Mapping as Options
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from nbdqcow.block.driver import WritePlan
 from nbdqcow.block.inflight import Epochs, InFlightRanges
@@ -18,6 +18,7 @@ from nbdqcow.formats.qcow2 import discard, encryption, extents, write, write_ext
 from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.formats.qcow2.bitmap import Bitmap, Bitmaps
 from nbdqcow.formats.qcow2.compress import CompressedClusters
+from nbdqcow.formats.qcow2.encryption_header import luks_range
 from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES, OFFSET_MASK
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.mapping import Mapping
@@ -30,6 +31,9 @@ from nbdqcow.formats.qcow2.tables import Tables, load_be64
 from nbdqcow.formats.qcow2.writeback import Freed, Writeback
 from nbdqcow.types import Buffer, Run
 from nbdqcow.units import MiB, round_up
+
+if TYPE_CHECKING:
+    from nbdqcow.crypto.secrets import Secret
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +50,7 @@ class Qcow2Driver(Operations):
 
     Attributes:
         tables, refcounts, mapping, writeback: the parts, see their modules.
+        secret: the passphrase that the image was opened with.
         in_flight: guest ranges of allocations that are not linked yet.
         freed: clusters that lost a reference since the last write-back.
         metadata: indices of host clusters that hold metadata.
@@ -90,6 +95,8 @@ class Qcow2Driver(Operations):
         self.discard_freed = discard_freed
         self.lazy_refcounts = lazy_refcounts
         self.lock = asyncio.Lock()
+        self.keys_lock = asyncio.Lock()
+        self.secret: Secret | bytes | None = None
         self.epochs = Epochs()
         self.in_flight = InFlightRanges()
         self.freed = Freed()
@@ -182,6 +189,7 @@ class Qcow2Driver(Operations):
             lazy_refcounts=_wants_lazy_refcounts(header, options),
             data=data,
         )
+        image.secret = options.get("secret")
         if not read_only:
             await image._prepare_for_writing()
         if wanted_snapshot is None and header.bitmaps_consistent:
@@ -198,7 +206,7 @@ class Qcow2Driver(Operations):
         ]
         if header.nb_snapshots:
             ranges += await self._snapshot_ranges()
-        if (luks := encryption.luks_range(header)) is not None:
+        if (luks := luks_range(header)) is not None:
             ranges.append(luks)
         for offset, length in ranges:
             metadata.update(range(offset >> bits, (offset + length + size - 1) >> bits))

@@ -5,12 +5,13 @@ image is served. What only they need is imported by them: it brings numpy.
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nbdqcow.block.driver import FormatDriver
-from nbdqcow.block.tools import SnapshotInfo
+from nbdqcow.block.tools import OptionValue, Secrets, SnapshotInfo
 from nbdqcow.errors import BlockError, CorruptImage
+from nbdqcow.formats.qcow2 import encryption
 from nbdqcow.formats.qcow2.bitmap import BitmapInfo
 
 if TYPE_CHECKING:
@@ -116,6 +117,19 @@ class Operations(FormatDriver):
         from nbdqcow.formats.qcow2 import snapshot
 
         await self._operate(snapshot.delete(self._image, id_or_name))
+
+    # -- encryption ------------------------------------------------------
+
+    async def amend_keys(
+        self,
+        values: Mapping[str, OptionValue],
+        secrets: Secrets,
+        *,
+        force: bool = False,
+    ) -> None:
+        """See `FormatDriver.amend_keys`."""
+        image = self._image
+        await self._operate(encryption.amend_keys(image, values, secrets, force=force))
 
     # -- dirty bitmaps ---------------------------------------------------
 

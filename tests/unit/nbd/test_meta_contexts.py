@@ -331,3 +331,15 @@ def test_any_order_keeps_in_sync(options):
         if reply.reply not in (nbd.REP_INFO, nbd.REP_META_CONTEXT)
     ]
     assert len(finals) == len(options) + 1
+
+
+def test_styles_can_be_switched_off():
+    handshake = ServerHandshake(Exports(), structured_replies=False)
+    handshake.data_to_send()
+    handshake.receive_data(flags(FIXED | NO_ZEROES) + SR + EH + go())
+    refused, also_refused, *others = parse_replies(handshake.data_to_send())
+    for reply in (refused, also_refused):
+        assert reply.reply == nbd.REP_ERR_UNSUP
+        assert b"switched off" in reply.data
+    assert others[-1].reply == ACK
+    assert handshake.terms == Terms(ReplyStyle.SIMPLE)

@@ -102,7 +102,6 @@ def test_refused(options, text):
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"encrypted": True}, "encryption"),
         ({"data_file": "d"}, "data_file"),
         ({"compression_type": "zstd"}, "compression_type"),
     ],

@@ -21,6 +21,7 @@ from nbdqcow.storage.file import FileStorage
 from nbdqcow.storage.linux import BLKDISCARD, OVERLAYFS_MAGIC, PAGE_SIZE
 from nbdqcow.storage.mapped import MIN_LENGTH
 from nbdqcow.storage.opening import CACHE_MODES
+from nbdqcow.storage.overwrite import Overwriter
 
 MODES = list(CACHE_MODES)
 BUFFERED = ["writeback", "writethrough", "unsafe"]
@@ -34,8 +35,22 @@ def make_file(directory: Path, data: bytes = b"") -> str:
 
 def drop_page_cache(filename: str) -> None:
     fd = os.open(filename, os.O_RDONLY)
+    mapped_file = mapped.MappedFile(fd)
     os.fsync(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    # It is only advice: pages that a processor has just put aside to move
+    # between the kernel's lists stay. Others push them out of there.
+    last = os.stat(filename).st_size - PAGE_SIZE
+    cpus = os.sched_getaffinity(0)
+    for _ in range(100):
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        if not mapped_file.is_resident(max(last, 0), 1):
+            break
+        for cpu in cpus:
+            os.sched_setaffinity(0, {cpu})
+            for index in range(40):
+                Path(f"{filename}.{index}").write_bytes(b"x")
+    os.sched_setaffinity(0, cpus)
+    mapped_file.close()
     os.close(fd)
 
 
@@ -435,6 +450,7 @@ class SlowDisk:
         self.write = os.pwrite
         monkeypatch.setattr(time, "perf_counter", lambda: self.now)
         monkeypatch.setattr(os, "pwrite", self.pwrite)
+        monkeypatch.setattr(Overwriter, "try_write", lambda *arguments: False)
         monkeypatch.setattr(resource, "getrusage", self.getrusage)
 
     def pwrite(self, fd: int, data: bytes, offset: int) -> int:
