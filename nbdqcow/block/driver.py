@@ -56,6 +56,7 @@ class FormatDriver(ABC):
     Attributes:
         storage: the image file; data: the file with the guest's bytes (the
             same unless the image has an external data file).
+        data_file: the external data file, if the image has one.
         size: the virtual size in bytes.
         cluster_size: the unit of allocation in bytes (1 for raw).
         subcluster_size: the unit in which writes are completed with old
@@ -75,6 +76,7 @@ class FormatDriver(ABC):
     name: ClassVar[str]
     storage: StorageDriver
     data: StorageDriver
+    data_file: StorageDriver | None = None
     size: int
     cluster_size: int
     read_only: bool
@@ -110,6 +112,20 @@ class FormatDriver(ABC):
     async def read_compressed(self, descriptor: int) -> Buffer:
         """Return the whole cluster that a COMPRESSED run's descriptor names."""
         raise AssertionError("this format has no compressed clusters")
+
+    def try_read_compressed(
+        self, descriptor: int, start: int, length: int
+    ) -> Buffer | None:
+        """Return ``length`` bytes from ``start`` on of a compressed cluster, if
+        they need no waiting."""
+        return None
+
+    async def read_compressed_part(
+        self, descriptor: int, start: int, length: int
+    ) -> Buffer:
+        """Return ``length`` bytes from ``start`` on of a compressed cluster."""
+        cluster = await self.read_compressed(descriptor)
+        return memoryview(cluster)[start : start + length]
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """Return at most ``limit`` extents of this image from ``offset`` on.
@@ -169,6 +185,16 @@ class FormatDriver(ABC):
     @abstractmethod
     def abort_write(self, plan: WritePlan) -> None:
         """The data could not be written: the old mapping stays."""
+
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """Write one whole cluster, or the image's last part of one, compressed;
+        plain if it gets no shorter.
+
+        Calls may overlap: compressing takes all processors, and what is
+        compressed is stored in the order of the calls. Raises `NotSupported`
+        if the image can't have compressed clusters.
+        """
+        raise NotSupported("no compressed clusters in this format")
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool
@@ -249,6 +275,13 @@ class FormatDriver(ABC):
         raise NotSupported(
             f"Format driver '{self.name}' does not support option amendment"
         )
+
+    async def close_files(self) -> None:
+        """Close what the image is made of. The block layer calls it last."""
+        files = [self.data, self.data_file, self.storage]
+        for index, file in enumerate(files):
+            if file is not None and file not in files[:index]:
+                await file.close()
 
     # -- durability ------------------------------------------------------
 

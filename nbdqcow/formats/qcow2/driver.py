@@ -14,7 +14,15 @@ from nbdqcow.block.status import Kinds
 from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import BlockError, CorruptImage, ImageError
-from nbdqcow.formats.qcow2 import discard, encryption, extents, write, write_extended
+from nbdqcow.formats.qcow2 import (
+    compressed_write,
+    discard,
+    encryption,
+    extents,
+    write,
+    write_extended,
+)
+from nbdqcow.formats.qcow2 import data_file as qcow2_data_file
 from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.formats.qcow2.bitmap import Bitmap, Bitmaps
 from nbdqcow.formats.qcow2.compress import CompressedClusters
@@ -79,11 +87,13 @@ class Qcow2Driver(Operations):
         discard_freed: bool,
         lazy_refcounts: bool = False,
         data: StorageDriver | None = None,
+        data_file: StorageDriver | None = None,
     ) -> None:
         """``data`` is where guest data is read and written, if not in
-        ``storage`` as it stands."""
+        ``storage`` or ``data_file`` as they stand."""
         self.storage = storage
-        self.data = data or storage
+        self.data_file = data_file
+        self.data = data or data_file or storage
         self.header = header
         self.read_only = read_only
         self.size = header.size
@@ -109,7 +119,9 @@ class Qcow2Driver(Operations):
         self.compressed = CompressedClusters(self)
         self.writeback = Writeback(self)
         end = round_up(storage.length, self.cluster_size)
-        self.reads_zero_from = end if self.data.zero_beyond_end else 1 << 63
+        # A data file may hold anything where nothing is mapped.
+        known = self.data is storage and storage.zero_beyond_end
+        self.reads_zero_from = end if known else 1 << 63
         self.bitmaps = Bitmaps(self)
         self._tracked: Sequence[Bitmap] = ()
         self.rebind()
@@ -132,7 +144,9 @@ class Qcow2Driver(Operations):
         if not header.extended_l2:
             self.map = self.mapping.map  # type: ignore[method-assign]
         self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
-        if header.crypt_method == qcow2_header.CRYPT_AES:
+        if header.has_data_file:
+            qcow2_data_file.attach(self)
+        elif header.crypt_method == qcow2_header.CRYPT_AES:
             encryption.number_by_guest_offset(self)
         self._try_map_untracked_write = self.try_map_write
         self.track(self._tracked)
@@ -158,8 +172,8 @@ class Qcow2Driver(Operations):
         ``lazy_refcounts``, whether refcounts may wait until the image is
         closed, whatever the header says; ``secret``, the
         passphrase of an encrypted image (`nbdqcow.crypto.secrets.Secret` or
-        bytes). Raises
-        `ImageError`.
+        bytes); ``open_data_file``, a coroutine function that opens the external
+        data file, given its name in the image, or None. Raises `ImageError`.
         """
         head = bytes(await storage.pread(0, qcow2_header.HEADER_READ_LENGTH))
         wanted = qcow2_header.needed(head)
@@ -183,23 +197,33 @@ class Qcow2Driver(Operations):
             refcount_table = await _read_table(
                 storage, header.refcount_table_offset, table_entries, "refcount"
             )
-        data = await encryption.open_data(storage, header, options.get("secret"))
-        image = cls(
-            storage,
-            header,
-            l1,
-            refcount_table,
-            read_only=read_only,
-            l2_cache_size=options.get("l2_cache_size") or DEFAULT_L2_CACHE,
-            discard_freed=bool(options.get("discard", True)),
-            lazy_refcounts=_wants_lazy_refcounts(header, options),
-            data=data,
-        )
-        image.secret = options.get("secret")
-        if not read_only:
-            await image._prepare_for_writing()
-        if wanted_snapshot is None and header.bitmaps_consistent:
-            await image.bitmaps.load()
+        data_file = None
+        if header.has_data_file:
+            data_file = await options["open_data_file"](header.data_file_name)
+        try:
+            image = cls(
+                storage,
+                header,
+                l1,
+                refcount_table,
+                read_only=read_only,
+                l2_cache_size=options.get("l2_cache_size") or DEFAULT_L2_CACHE,
+                discard_freed=bool(options.get("discard", True)),
+                lazy_refcounts=_wants_lazy_refcounts(header, options),
+                data=await encryption.open_data(
+                    storage, header, options.get("secret"), data_file
+                ),
+                data_file=data_file,
+            )
+            image.secret = options.get("secret")
+            if not read_only:
+                await image._prepare_for_writing()
+            if wanted_snapshot is None and header.bitmaps_consistent:
+                await image.bitmaps.load()
+        except BaseException:
+            if data_file is not None:
+                await data_file.close()
+            raise
         return image
 
     async def _prepare_for_writing(self) -> None:
@@ -218,7 +242,7 @@ class Qcow2Driver(Operations):
             metadata.update(range(offset >> bits, (offset + length + size - 1) >> bits))
         for table in (self.refcounts.table, self.tables.l1):
             metadata.update((entry & OFFSET_MASK) >> bits for entry in table if entry)
-        unknown = header.autoclear_features & ~qcow2_header.AUTOCLEAR_BITMAPS
+        unknown = header.autoclear_features & ~qcow2_header.AUTOCLEAR_KNOWN_MASK
         if unknown:
             # "An implementation may only write to an image with unknown
             # auto-clear features if it clears the respective bits first."
@@ -270,7 +294,19 @@ class Qcow2Driver(Operations):
 
     async def read_compressed(self, descriptor: int) -> Buffer:
         """See `FormatDriver.read_compressed`."""
-        return await self.compressed.read(descriptor)
+        return await self.compressed.read(descriptor, 0, self.cluster_size)
+
+    def try_read_compressed(
+        self, descriptor: int, start: int, length: int
+    ) -> Buffer | None:
+        """See `FormatDriver.try_read_compressed`."""
+        return self.compressed.try_read(descriptor, start, length)
+
+    async def read_compressed_part(
+        self, descriptor: int, start: int, length: int
+    ) -> Buffer:
+        """See `FormatDriver.read_compressed_part`."""
+        return await self.compressed.read(descriptor, start, length)
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """See `FormatDriver.extents`."""
@@ -291,6 +327,12 @@ class Qcow2Driver(Operations):
         except CorruptImage:
             # The coroutine finds the same, and marks the image.
             return None
+        if plan is not None and self.data_file is not None:
+            try:
+                qcow2_data_file.place_plan(plan)
+            except CorruptImage:
+                write.cancel_write(self, plan)
+                return None
         return None if plan is None else encryption.tag_plan(self.header, plan)
 
     async def begin_write(self, offset: int, length: int) -> WritePlan:
@@ -298,6 +340,12 @@ class Qcow2Driver(Operations):
         self.check_writable()
         try:
             plan = await write.begin_write(self, offset, length)
+            if self.data_file is not None:
+                try:
+                    qcow2_data_file.place_plan(plan)
+                except CorruptImage:
+                    write.abort_write(self, plan)
+                    raise
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
             raise
@@ -320,13 +368,28 @@ class Qcow2Driver(Operations):
         for bitmap in self._tracked:
             bitmap.mark(plan.guest_offset, plan.length)
 
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """See `FormatDriver.write_compressed`."""
+        self.check_writable()
+        try:
+            await compressed_write.write_compressed(self, offset, data)
+        except CorruptImage as error:
+            await self.mark_corrupt(str(error))
+            raise
+        self._mark(offset, len(data))
+
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool
     ) -> None:
         """See `FormatDriver.write_zeroes`."""
         self.check_writable()
         try:
-            await discard.write_zeroes(self, offset, length, may_unmap=may_unmap)
+            if self.data_file is not None:
+                await qcow2_data_file.write_zeroes(
+                    self, offset, length, may_unmap=may_unmap, no_fallback=no_fallback
+                )
+            else:
+                await discard.write_zeroes(self, offset, length, may_unmap=may_unmap)
             self._mark(offset, length)
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
@@ -344,7 +407,10 @@ class Qcow2Driver(Operations):
         """See `FormatDriver.discard`."""
         self.check_writable()
         try:
-            await discard.discard(self, offset, length)
+            if self.data_file is not None:
+                await qcow2_data_file.discard(self, offset, length)
+            else:
+                await discard.discard(self, offset, length)
             self._mark(offset, length)
         except CorruptImage as error:
             await self.mark_corrupt(str(error))

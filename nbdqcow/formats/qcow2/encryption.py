@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 async def open_data(
-    storage: StorageDriver, header: Header, secret: "Secret | bytes | None"
+    storage: StorageDriver,
+    header: Header,
+    secret: "Secret | bytes | None",
+    data_file: StorageDriver | None = None,
 ) -> "EncryptedStorage | None":
     """Return what reads and writes an image's data plain; None if it is.
 
@@ -47,7 +50,7 @@ async def open_data(
         cipher = LEGACY_AES.make(legacy_key(passphrase))
     else:
         cipher = await _unlock(storage, *place, passphrase)
-    return EncryptedStorage(storage, cipher)
+    return EncryptedStorage(data_file or storage, cipher)
 
 
 async def _unlock(
@@ -129,7 +132,7 @@ def number_by_guest_offset(image: "Qcow2Driver") -> None:
 
 def tagged(header: Header, host_offset: int, guest_offset: int) -> int:
     """Let a host offset say what legacy encryption needs to know."""
-    if header.crypt_method != qcow2_header.CRYPT_AES:
+    if header.crypt_method != qcow2_header.CRYPT_AES or header.has_data_file:
         return host_offset
     from nbdqcow.formats.encrypted import tag_offset
 

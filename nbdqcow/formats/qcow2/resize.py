@@ -345,5 +345,5 @@ async def trim(image: "Qcow2Driver") -> None:
         length = await image.refcounts.nb_clusters() << image.cluster_bits
         if length < image.storage.length:
             await image.storage.truncate(length)
-            if image.data.zero_beyond_end:
+            if image.data is image.storage and image.storage.zero_beyond_end:
                 image.reads_zero_from = min(image.reads_zero_from, length)

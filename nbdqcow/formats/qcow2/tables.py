@@ -8,7 +8,7 @@ Source: qcow2.txt, "Cluster mapping".
 """
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from sys import byteorder
 from typing import Final
 
@@ -77,6 +77,8 @@ class Tables:
             never written: on disk there is garbage under them.
         dirty: slices by key with changes that are not on disk.
         dirty_l1: indices of L1 entries that are not on disk.
+        load_entries, dump_entries: turn L2 entries on disk into those in
+            memory, and back.
     """
 
     def __init__(
@@ -110,6 +112,8 @@ class Tables:
         self.dirty: dict[int, L2Slice] = {}
         self.dirty_l1: set[int] = set()
         self._loading: dict[int, object] = {}
+        self.load_entries: Callable[[Buffer], array[int]] = load_be64
+        self.dump_entries: Callable[[array[int]], bytes] = dump_be64
 
     # -- looking up ------------------------------------------------------
 
@@ -168,7 +172,11 @@ class Tables:
         if l1_index in self.fresh:
             return self._insert(L2Slice(key, array("Q", bytes(self.slice_bytes))))
         data = self.storage.try_pread(self.slice_offset(key), self.slice_bytes)
-        return None if data is None else self._insert(L2Slice(key, load_be64(data)))
+        return (
+            None
+            if data is None
+            else self._insert(L2Slice(key, self.load_entries(data)))
+        )
 
     async def load(self, key: int) -> L2Slice:
         """Return a slice, reading it if needed. Its L2 table exists."""
@@ -185,7 +193,7 @@ class Tables:
                 and self._loading.get(key) is ticket
                 and self.slice_offset(key) == offset
             ):
-                found = self._insert(L2Slice(key, load_be64(data)))
+                found = self._insert(L2Slice(key, self.load_entries(data)))
         return found
 
     def slice_offset(self, key: int) -> int:

@@ -12,6 +12,7 @@ from nbdqcow.block.driver import WritePlan
 from nbdqcow.block.inflight import InFlightRange
 from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow2.entries import (
+    IN_DATA_FILE,
     OFFSET_MASK,
     OFLAG_COMPRESSED,
     OFLAG_COPIED,
@@ -155,13 +156,13 @@ def try_plan(
             nb_clusters += 1
         if whole and nb_clusters < needed:
             return None
-        taken = image.refcounts.try_allocate(nb_clusters)
+        taken = take_clusters(image, offset - in_cluster, nb_clusters)
         if taken is None:
             return None
         cluster_index, nb_clusters = taken
     if whole and nb_clusters < needed:
         if not reused:
-            image.refcounts.untake(cluster_index, nb_clusters)
+            untake_clusters(image, cluster_index, nb_clusters)
         return None
     host_start = cluster_index << image.cluster_bits
     reads_zero = not reused and image.reads_zero_from <= host_start
@@ -183,6 +184,22 @@ def try_plan(
         reads_zero=reads_zero,
         private=allocation,
     )
+
+
+def take_clusters(
+    image: "Qcow2Driver", offset: int, nb_clusters: int
+) -> tuple[int, int] | None:
+    """Take host clusters for the guest's from ``offset`` on; None if that
+    needs waiting. Returns the first one's index and how many there are."""
+    if image.header.has_data_file:
+        return (offset | IN_DATA_FILE) >> image.cluster_bits, nb_clusters
+    return image.refcounts.try_allocate(nb_clusters)
+
+
+def untake_clusters(image: "Qcow2Driver", index: int, nb_clusters: int) -> None:
+    """Give back what `take_clusters` has just returned."""
+    if not image.header.has_data_file:
+        image.refcounts.untake(index, nb_clusters)
 
 
 def _is_own_zero(image: "Qcow2Driver", entry: int) -> bool:
@@ -252,7 +269,7 @@ def abort_write(image: "Qcow2Driver", plan: WritePlan) -> None:
     if isinstance(allocation, int):
         image.leave_in_place(allocation)
         return
-    if not allocation.reused:
+    if not allocation.reused and not image.header.has_data_file:
         # Nothing on disk names these clusters, so no write-back is needed
         # before they are free again; but they are dirty with our bytes now.
         image.freed.add(allocation.cluster_index, allocation.nb_clusters, False)
@@ -266,7 +283,7 @@ def cancel_write(image: "Qcow2Driver", plan: WritePlan) -> None:
         image.leave_in_place(allocation)
         return
     if not allocation.reused:
-        image.refcounts.untake(allocation.cluster_index, allocation.nb_clusters)
+        untake_clusters(image, allocation.cluster_index, allocation.nb_clusters)
     _finish(image, allocation)
 
 
@@ -283,6 +300,8 @@ def free_entry(image: "Qcow2Driver", entry: int, *, discard: bool = False) -> No
     ``discard``: give the space back to the file system, not only to the
     image, where the next allocation would want it.
     """
+    if image.header.has_data_file:
+        return
     if entry & OFLAG_COMPRESSED:
         host_offset, length = compressed_range(entry, image.cluster_bits)
         first = host_offset >> image.cluster_bits

@@ -97,14 +97,17 @@ class _Picture:
                 first = s.dirty_first // _SECTOR_WORDS * _SECTOR_WORDS
                 end = -(-s.dirty_end // _SECTOR_WORDS) * _SECTOR_WORDS
                 offset = tables.slice_offset(s.key) + first * 8
-                self.slice_writes.append((offset, dump_be64(s.words[first:end])))
+                words = s.words[first:end]
+                self.slice_writes.append((offset, tables.dump_entries(words)))
             s.dirty_first = s.dirty_end = 0
             s.pins += 1
         tables.dirty.clear()
         for index, content in contents.items():
             for slot, s in tables.cached_slices(index):
                 start = slot * tables.slice_bytes
-                content[start : start + tables.slice_bytes] = dump_be64(s.words)
+                content[start : start + tables.slice_bytes] = tables.dump_entries(
+                    s.words
+                )
             self.table_writes.append((self.fresh_tables[index], bytes(content)))
         self.dirty_l1 = set(tables.dirty_l1)
         tables.dirty_l1.clear()
