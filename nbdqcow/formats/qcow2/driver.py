@@ -6,7 +6,7 @@ import logging
 from array import array
 from collections.abc import Coroutine, Sequence
 from collections.abc import Mapping as Options
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from nbdqcow.block.driver import WritePlan
 from nbdqcow.block.inflight import Epochs, InFlightRanges
@@ -33,11 +33,15 @@ from nbdqcow.formats.qcow2.mapping import Mapping
 from nbdqcow.formats.qcow2.mapping_extended import ExtendedMapping
 from nbdqcow.formats.qcow2.operations import Operations
 from nbdqcow.formats.qcow2.refcount import Refcounts
+from nbdqcow.formats.qcow2.repair import repair_dirty
 from nbdqcow.formats.qcow2.snapshot_table import read_snapshots, select_snapshot
 from nbdqcow.formats.qcow2.tables import Tables, load_be64
 from nbdqcow.formats.qcow2.writeback import Freed, Writeback
 from nbdqcow.types import Buffer, Run
 from nbdqcow.units import MiB, round_up
+
+if TYPE_CHECKING:
+    from nbdqcow.crypto.secrets import Secret
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +60,15 @@ class Qcow2Driver(Operations):
 
     Attributes:
         tables, refcounts, mapping, writeback: the parts, see their modules.
+        secret: the passphrase that the image was opened with.
         in_flight: guest ranges of allocations that are not linked yet.
         freed: clusters that lost a reference since the last write-back.
         metadata: indices of host clusters that hold metadata.
         reads_zero_from: nothing at or after this host offset was ever
             written, so it reads as zeroes.
         discard_freed: a guest's discard gives space back to the file system.
+        lazy_refcounts: refcounts reach the disk when the image is closed; until
+            then it is marked as dirty.
         tasks: operations and background work that run; see `settle`.
         resizing: held by whoever changes the disk's size.
         trim_wanted: once no freed cluster waits, the file's end is cut off.
@@ -80,6 +87,7 @@ class Qcow2Driver(Operations):
         read_only: bool,
         l2_cache_size: int,
         discard_freed: bool,
+        lazy_refcounts: bool = False,
         data: StorageDriver | None = None,
         data_file: StorageDriver | None = None,
     ) -> None:
@@ -97,8 +105,10 @@ class Qcow2Driver(Operations):
         self.backing_filename = header.backing_filename
         self.backing_format = header.backing_format
         self.discard_freed = discard_freed
+        self.lazy_refcounts = lazy_refcounts
         self.lock = asyncio.Lock()
         self.keys_lock = asyncio.Lock()
+        self.secret: Secret | bytes | None = None
         self.epochs = Epochs()
         self.in_flight = InFlightRanges()
         self.freed = Freed()
@@ -108,6 +118,25 @@ class Qcow2Driver(Operations):
             header.l2_entry_size // 8,
         )  # fmt: skip
         self.refcounts = Refcounts(storage, header, refcount_table, self.metadata)
+        self.compressed = CompressedClusters(self)
+        self.writeback = Writeback(self)
+        end = round_up(storage.length, self.cluster_size)
+        # A data file may hold anything where nothing is mapped.
+        known = self.data is storage and storage.zero_beyond_end
+        self.reads_zero_from = end if known else 1 << 63
+        self.bitmaps = Bitmaps(self)
+        self._tracked: Sequence[Bitmap] = ()
+        self.rebind()
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.resizing = asyncio.Lock()
+        self.trim_wanted = False
+        self._nb_in_place = 0
+        self._in_place_done: asyncio.Future[None] | None = None
+        self.failed = False
+
+    def rebind(self) -> None:
+        """Choose the methods that fit the image's version and features."""
+        header = self.header
         self.mapping = Mapping(self.tables, self.metadata, header.version >= 3)
         self.try_plan = write.try_plan
         if header.extended_l2:
@@ -118,8 +147,6 @@ class Qcow2Driver(Operations):
                 header.has_data_file or header.crypt_method == qcow2_header.CRYPT_AES
             ):
                 self.try_begin_write = inline.try_begin_write  # type: ignore[method-assign]
-        self.compressed = CompressedClusters(self)
-        self.writeback = Writeback(self)
         self.try_map = self.mapping.try_map  # type: ignore[method-assign]
         if not header.extended_l2:
             self.map = self.mapping.map  # type: ignore[method-assign]
@@ -129,18 +156,7 @@ class Qcow2Driver(Operations):
         elif header.crypt_method == qcow2_header.CRYPT_AES:
             encryption.number_by_guest_offset(self)
         self._try_map_untracked_write = self.try_map_write
-        end = round_up(storage.length, self.cluster_size)
-        # A data file may hold anything where nothing is mapped.
-        known = self.data is storage and storage.zero_beyond_end
-        self.reads_zero_from = end if known else 1 << 63
-        self.bitmaps = Bitmaps(self)
-        self._tracked: Sequence[Bitmap] = ()
-        self.tasks: set[asyncio.Task[Any]] = set()
-        self.resizing = asyncio.Lock()
-        self.trim_wanted = False
-        self._nb_in_place = 0
-        self._in_place_done: asyncio.Future[None] | None = None
-        self.failed = False
+        self.track(self._tracked)
 
     # -- opening ---------------------------------------------------------
 
@@ -159,7 +175,9 @@ class Qcow2Driver(Operations):
         Options: ``l2_cache_size`` in bytes; ``discard``, True if a guest's
         discard goes down to the file; ``snapshot``, the ID or name of an
         internal snapshot to show instead of the disk (``(id, name)``, either
-        of them None, for one that must match both), read-only; ``secret``, the
+        of them None, for one that must match both), read-only;
+        ``lazy_refcounts``, whether refcounts may wait until the image is
+        closed, whatever the header says; ``secret``, the
         passphrase of an encrypted image (`nbdqcow.crypto.secrets.Secret` or
         bytes); ``open_data_file``, a coroutine function that opens the external
         data file, given its name in the image, or None. Raises `ImageError`.
@@ -170,6 +188,8 @@ class Qcow2Driver(Operations):
             head = bytes(await storage.pread(0, wanted))
         header = Header.parse(head)
         header.check_supported(read_only=read_only)
+        if header.dirty and not read_only:
+            header = await repair_dirty(storage)
         wanted_snapshot = options.get("snapshot")
         if wanted_snapshot is not None:
             if not read_only:
@@ -196,11 +216,13 @@ class Qcow2Driver(Operations):
                 read_only=read_only,
                 l2_cache_size=options.get("l2_cache_size") or DEFAULT_L2_CACHE,
                 discard_freed=bool(options.get("discard", True)),
+                lazy_refcounts=_wants_lazy_refcounts(header, options),
                 data=await encryption.open_data(
                     storage, header, options.get("secret"), data_file
                 ),
                 data_file=data_file,
             )
+            image.secret = options.get("secret")
             if not read_only:
                 await image._prepare_for_writing()
             if wanted_snapshot is None and header.bitmaps_consistent:
@@ -438,11 +460,8 @@ class Qcow2Driver(Operations):
         self.read_only = True
         self.mapping.freeze()
         if self.header.version >= 3:
-            self.header.incompatible_features |= qcow2_header.INCOMPAT_CORRUPT
-            await self._write_header_field(
-                qcow2_header.INCOMPATIBLE_FEATURES_OFFSET,
-                self.header.incompatible_features,
-            )
+            await self._set_incompatible(qcow2_header.INCOMPAT_CORRUPT, True)
+            await self.storage.flush()
 
     def check_not_metadata(self, cluster_index: int) -> None:
         """Refuse to write guest data to a cluster of metadata."""
@@ -476,6 +495,28 @@ class Qcow2Driver(Operations):
         if self._nb_in_place:
             self._in_place_done = asyncio.get_running_loop().create_future()
             await self._in_place_done
+
+    async def mark_dirty(self) -> None:
+        """Refcounts on disk may be wrong from now on. The caller flushes.
+
+        Source: qcow2.txt, "Dirty bit".
+        """
+        if not self.header.dirty:
+            await self._set_incompatible(qcow2_header.INCOMPAT_DIRTY, True)
+
+    async def mark_clean(self) -> None:
+        """All refcounts on disk are right, and durable."""
+        if self.header.dirty:
+            await self._set_incompatible(qcow2_header.INCOMPAT_DIRTY, False)
+            await self.storage.flush()
+
+    async def _set_incompatible(self, bit: int, value: bool) -> None:
+        features = self.header.incompatible_features
+        features = features | bit if value else features & ~bit
+        await self.storage.pwritev(
+            qcow2_header.INCOMPATIBLE_FEATURES_OFFSET, [features.to_bytes(8, "big")]
+        )
+        self.header.incompatible_features = features
 
     def fail(self) -> None:
         """A write of the image's roots failed: no more writes, no flushes."""
@@ -582,6 +623,18 @@ async def _read_table(
     if nb_entries and offset >= storage.length:
         raise ImageError(f"Could not read {what} table: it is past the file's end")
     return load_be64(await storage.pread(offset, nb_entries * 8))
+
+
+def _wants_lazy_refcounts(header: Header, options: Options[str, Any]) -> bool:
+    wanted = options.get("lazy_refcounts")
+    if wanted is None:
+        return header.lazy_refcounts
+    if wanted and header.version < 3:
+        raise ImageError(
+            "Lazy refcounts require a qcow2 image with at least qemu 1.1"
+            " compatibility level"
+        )
+    return bool(wanted)
 
 
 async def _show_snapshot(

@@ -39,11 +39,12 @@ async def open_data(
         return None
     # 50 ms of imports that other images need not pay.
     from nbdqcow.crypto.cipher import LEGACY_AES, legacy_key
+    from nbdqcow.crypto.secrets import PassphraseRequired
     from nbdqcow.formats.encrypted import EncryptedStorage
 
     if secret is None:
-        raise ImageError("the image is encrypted: a passphrase is required")
-    passphrase = secret if isinstance(secret, bytes) else secret.reveal()
+        raise PassphraseRequired("the image is encrypted: a passphrase is required")
+    passphrase = reveal(secret)
     place = luks_range(header)
     if place is None:
         cipher = LEGACY_AES.make(legacy_key(passphrase))
@@ -68,11 +69,15 @@ async def _unlock(
     return luks.spec.make(key)
 
 
+def reveal(secret: "Secret | bytes") -> bytes:
+    """Return the bytes of a passphrase."""
+    return secret if isinstance(secret, bytes) else secret.reveal()
+
+
 async def amend_keys(
     image: "Qcow2Driver",
     values: Mapping[str, OptionValue],
     secrets: Secrets,
-    passphrase: bytes,
     *,
     force: bool,
 ) -> None:
@@ -85,6 +90,8 @@ async def amend_keys(
     from nbdqcow.formats.luks_keys import KeyChange, change_keys
 
     change = KeyChange.parse(values, "encrypt.", secrets, force=force)
+    assert image.secret is not None
+    passphrase = reveal(image.secret)
     async with image.keys_lock:
         await change_keys(image.storage, *place, passphrase, change)
 
@@ -98,7 +105,8 @@ def number_by_guest_offset(image: "Qcow2Driver") -> None:
     # Not imported for every image: it brings numpy.
     from nbdqcow.formats.encrypted import tag_offset
 
-    mapping = image.mapping
+    map_plain, try_map_plain = image.map, image.try_map
+    try_map_write_plain = image.try_map_write
 
     def tag(offset: int, run: Run) -> Run:
         kind, host_offset, length = run
@@ -107,14 +115,14 @@ def number_by_guest_offset(image: "Qcow2Driver") -> None:
         return kind, host_offset, length
 
     def try_map(offset: int, length: int) -> Run | None:
-        run = mapping.try_map(offset, length)
+        run = try_map_plain(offset, length)
         return run if run is None else tag(offset, run)
 
     async def map_(offset: int, length: int) -> Run:
-        return tag(offset, await mapping.map(offset, length))
+        return tag(offset, await map_plain(offset, length))
 
     def try_map_write(offset: int, length: int) -> int:
-        host_offset = mapping.try_map_write(offset, length)
+        host_offset = try_map_write_plain(offset, length)
         return host_offset if host_offset < 0 else tag_offset(host_offset, offset)
 
     image.try_map = try_map  # type: ignore[method-assign]
@@ -122,10 +130,17 @@ def number_by_guest_offset(image: "Qcow2Driver") -> None:
     image.try_map_write = try_map_write  # type: ignore[method-assign]
 
 
-def tag_plan(header: Header, plan: "WritePlan") -> "WritePlan":
-    """Let a plan's host offset say what legacy encryption needs to know."""
-    if header.crypt_method == qcow2_header.CRYPT_AES and not header.has_data_file:
-        from nbdqcow.formats.encrypted import tag_offset
+def tagged(header: Header, host_offset: int, guest_offset: int) -> int:
+    """Let a host offset say what legacy encryption needs to know."""
+    if header.crypt_method != qcow2_header.CRYPT_AES or header.has_data_file:
+        return host_offset
+    from nbdqcow.formats.encrypted import tag_offset
 
-        plan.host_offset = tag_offset(plan.host_offset, plan.guest_offset)
+    return tag_offset(host_offset, guest_offset)
+
+
+def tag_plan(header: Header, plan: "WritePlan") -> "WritePlan":
+    """Do as `tagged` does with a plan's host offset."""
+    if header.crypt_method == qcow2_header.CRYPT_AES:
+        plan.host_offset = tagged(header, plan.host_offset, plan.guest_offset)
     return plan
