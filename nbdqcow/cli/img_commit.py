@@ -73,7 +73,7 @@ async def _commit(
 ) -> int:
     top = await open_node(name, images, writable=True)
     try:
-        if top.backing is None:
+        if top.backing is None and base_name is None:
             raise ImageError("Image does not have a backing file")
         above = top if base_name is None else overlay_of(top, base_name)
         if above is None:
