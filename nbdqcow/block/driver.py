@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final
 from nbdqcow.block.inflight import Epochs
 from nbdqcow.block.status import DirtyBitmap, Kinds
 from nbdqcow.block.storage import StorageDriver
-from nbdqcow.block.tools import OptionValue, Secrets
+from nbdqcow.block.tools import OptionValue, Progress, Secrets
 from nbdqcow.errors import ImageError, NotSupported
 from nbdqcow.types import Buffer, Run
 
@@ -61,6 +61,8 @@ class FormatDriver(ABC):
         subcluster_size: the unit in which writes are completed with old
             content, and zeroed by metadata; a cluster in most formats.
         backing_filename, backing_format: as the image names them, or None.
+        backing_size: of the backing image that is open, 0 for none; set by
+            the node.
         lock: guards the metadata. Held to map, allocate and link; never
             across guest data I/O.
         dirty_bitmaps: those that can be read, by name; none in most formats.
@@ -78,6 +80,7 @@ class FormatDriver(ABC):
     read_only: bool
     backing_filename: str | None = None
     backing_format: str | None = None
+    backing_size: int = 0
     dirty_bitmaps: Mapping[str, DirtyBitmap] = MappingProxyType({})
     when_rebound: Callable[[], None] = staticmethod(lambda: None)
     lock: asyncio.Lock
@@ -208,14 +211,12 @@ class FormatDriver(ABC):
 
     # -- the disk as a whole ---------------------------------------------
 
-    async def resize(
-        self, size: int, *, preallocation: str = "off", backing_size: int = 0
-    ) -> None:
+    async def resize(self, size: int, *, preallocation: str = "off") -> None:
         """Set the virtual size; the file's end that is not needed goes.
 
-        What is new reads as zeroes from the next cluster on, even if a
-        backing image of ``backing_size`` bytes has data there; what the last
-        cluster holds beyond the old size is the caller's business.
+        What is new reads as zeroes from the next cluster on, even if the
+        backing image has data there; what the last cluster holds beyond the
+        old size is the caller's business.
         ``preallocation`` is one of `PREALLOCATIONS`. Raises `BlockError`.
         """
         raise NotSupported("Image format driver does not support resize")
@@ -226,6 +227,28 @@ class FormatDriver(ABC):
         Raises `BlockError`.
         """
         raise NotSupported("this format has no empty images")
+
+    async def change_backing_file(
+        self, filename: str | None, format_name: str | None
+    ) -> None:
+        """Name another backing file, or none; what is open stays open.
+
+        Raises `BlockError`.
+        """
+        raise NotSupported("this format has no backing files")
+
+    async def amend(
+        self, options: Mapping[str, OptionValue], progress: Progress
+    ) -> None:
+        """Change the image to what ``-o`` options of qemu-img's amend say,
+        but for ``encrypt.*``, which `amend_keys` takes. Of several changes some
+        may be done when one fails.
+
+        Raises `BlockError`.
+        """
+        raise NotSupported(
+            f"Format driver '{self.name}' does not support option amendment"
+        )
 
     # -- durability ------------------------------------------------------
 

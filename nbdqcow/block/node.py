@@ -11,8 +11,10 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Final, Self
 
 from nbdqcow.block.driver import PREALLOCATIONS, FormatDriver, WritePlan
+from nbdqcow.block.resizing import prepare_resize
 from nbdqcow.block.status import DEFAULT_LIMIT, DirtyBitmap, Extents, block_status
 from nbdqcow.block.storage import StorageDriver
+from nbdqcow.block.tools import OptionValue, Progress
 from nbdqcow.buffers import ZERO_VIEW, ZEROES, zero_views
 from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.types import (
@@ -563,7 +565,7 @@ class Node:
             if start < stop and not await self._claim_zero(start, stop):
                 if no_fallback:
                     raise NotSupported("the range does not cover whole clusters")
-                await self._write_zero_bytes(start, stop - start)
+                await self.write_zero_bytes(start, stop - start)
         for start, stop in self._whole_clusters_apart(first, last):
             try:
                 await self.driver.write_zeroes(
@@ -572,7 +574,7 @@ class Node:
             except NotSupported:
                 if no_fallback:
                     raise
-                await self._write_zero_bytes(start, stop - start)
+                await self.write_zero_bytes(start, stop - start)
         if fua or self._writethrough:
             await self.flush()
 
@@ -607,7 +609,8 @@ class Node:
         )
         return await self.driver.claim_zero(cluster_start, backing_zero)
 
-    async def _write_zero_bytes(self, offset: int, length: int) -> None:
+    async def write_zero_bytes(self, offset: int, length: int) -> None:
+        """Write zeroes out, also behind the end in the last cluster."""
         end = offset + length
         for start in range(offset, end, MiB):
             await self._write_data(start, ZERO_VIEW[: min(MiB, end - start)])
@@ -642,30 +645,16 @@ class Node:
             )
         if size < 0:
             raise BlockError(errno.EINVAL, "The new size is below 0")
-        backing_size = 0 if self.backing is None else self.backing.size
-        if size > self.size:
-            await self._zero_last_cluster(size)
-        await self.driver.resize(
-            size, preallocation=preallocation, backing_size=backing_size
-        )
-        self._bind()
+        await prepare_resize(self, size)
+        await self.driver.resize(size, preallocation=preallocation)
 
-    async def _zero_last_cluster(self, size: int) -> None:
-        """Zero what the last cluster has behind the end of the disk, as far as
-        a new ``size`` shows it: a larger disk may have ended there once."""
-        offset = self.size
-        cluster_size = self.driver.cluster_size
-        end = min(-(-offset // cluster_size) * cluster_size, size)
-        while offset < end:
-            kind, _, covered = await self.driver.map(offset, end - offset)
-            if kind in (DATA, COMPRESSED) or (
-                kind == UNALLOCATED
-                and self.backing is not None
-                and self.backing.size > offset
-            ):
-                await self._write_zero_bytes(offset, end - offset)
-                return
-            offset += covered
+    async def amend(
+        self, options: Mapping[str, OptionValue], progress: Progress
+    ) -> None:
+        """See `FormatDriver.amend`."""
+        self._check_writable()
+        await prepare_resize(self, int(options.get("size", self.size)))
+        await self.driver.amend(options, progress)
 
     async def flush(self) -> None:
         """Make every write answered before this call durable."""

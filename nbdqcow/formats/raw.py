@@ -129,9 +129,7 @@ class RawDriver(FormatDriver):
         finally:
             self.epochs.leave(epoch)
 
-    async def resize(
-        self, size: int, *, preallocation: str = "off", backing_size: int = 0
-    ) -> None:
+    async def resize(self, size: int, *, preallocation: str = "off") -> None:
         """Set the file's length. Raises `BlockError`."""
         if preallocation == "metadata":
             raise NotSupported("Unsupported preallocation mode: metadata")

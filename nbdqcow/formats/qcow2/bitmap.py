@@ -320,6 +320,11 @@ class Bitmaps:
                 in_use = [replace(e, flags=e.flags | FLAG_IN_USE) for e in stored]
                 await self._switch(in_use, old)
 
+    async def remove_all(self) -> None:
+        """Remove all bitmaps."""
+        for name in list(self._all):
+            await self.remove(name)
+
     def enable(self, name: str, enabled: bool) -> None:
         """See `Qcow2Driver.bitmap_enable`."""
         self._find(name).enabled = enabled

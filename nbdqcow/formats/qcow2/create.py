@@ -272,12 +272,19 @@ def _add_extensions(header: Header, options: CreateOptions) -> None:
     if options.backing_format is not None:
         raw = options.backing_format.encode("utf-8", "surrogateescape")
         header.extensions.append(Extension(h.EXT_BACKING_FORMAT, raw))
-    if options.version >= 3 and options.cluster_size >= _FEATURE_NAMES_MIN_CLUSTER:
-        names = b"".join(
-            bytes((type_, bit)) + name.ljust(46, b"\0")
-            for type_, bit, name in _FEATURE_NAMES
-        )
+    names = feature_names(options.cluster_size)
+    if options.version >= 3 and names is not None:
         header.extensions.append(Extension(h.EXT_FEATURE_NAMES, names))
+
+
+def feature_names(cluster_size: int) -> bytes | None:
+    """Return the feature name table of a version 3 image; None for none."""
+    if cluster_size < _FEATURE_NAMES_MIN_CLUSTER:
+        return None
+    return b"".join(
+        bytes((type_, bit)) + name.ljust(46, b"\0")
+        for type_, bit, name in _FEATURE_NAMES
+    )
 
 
 def _refcount_structures(

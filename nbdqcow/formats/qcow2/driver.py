@@ -106,13 +106,28 @@ class Qcow2Driver(Operations):
             header.l2_entry_size // 8,
         )  # fmt: skip
         self.refcounts = Refcounts(storage, header, refcount_table, self.metadata)
+        self.compressed = CompressedClusters(self)
+        self.writeback = Writeback(self)
+        end = round_up(storage.length, self.cluster_size)
+        self.reads_zero_from = end if self.data.zero_beyond_end else 1 << 63
+        self.bitmaps = Bitmaps(self)
+        self._tracked: Sequence[Bitmap] = ()
+        self.rebind()
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.resizing = asyncio.Lock()
+        self.trim_wanted = False
+        self._nb_in_place = 0
+        self._in_place_done: asyncio.Future[None] | None = None
+        self.failed = False
+
+    def rebind(self) -> None:
+        """Choose the methods that fit the image's version and features."""
+        header = self.header
         self.mapping = Mapping(self.tables, self.metadata, header.version >= 3)
         self.try_plan = write.try_plan
         if header.extended_l2:
             self.mapping = ExtendedMapping(self.tables, self.metadata)
             self.try_plan = write_extended.try_plan
-        self.compressed = CompressedClusters(self)
-        self.writeback = Writeback(self)
         self.try_map = self.mapping.try_map  # type: ignore[method-assign]
         if not header.extended_l2:
             self.map = self.mapping.map  # type: ignore[method-assign]
@@ -120,16 +135,7 @@ class Qcow2Driver(Operations):
         if header.crypt_method == qcow2_header.CRYPT_AES:
             encryption.number_by_guest_offset(self)
         self._try_map_untracked_write = self.try_map_write
-        end = round_up(storage.length, self.cluster_size)
-        self.reads_zero_from = end if self.data.zero_beyond_end else 1 << 63
-        self.bitmaps = Bitmaps(self)
-        self._tracked: Sequence[Bitmap] = ()
-        self.tasks: set[asyncio.Task[Any]] = set()
-        self.resizing = asyncio.Lock()
-        self.trim_wanted = False
-        self._nb_in_place = 0
-        self._in_place_done: asyncio.Future[None] | None = None
-        self.failed = False
+        self.track(self._tracked)
 
     # -- opening ---------------------------------------------------------
 

@@ -127,10 +127,17 @@ def number_by_guest_offset(image: "Qcow2Driver") -> None:
     image.try_map_write = try_map_write  # type: ignore[method-assign]
 
 
-def tag_plan(header: Header, plan: "WritePlan") -> "WritePlan":
-    """Let a plan's host offset say what legacy encryption needs to know."""
-    if header.crypt_method == qcow2_header.CRYPT_AES:
-        from nbdqcow.formats.encrypted import tag_offset
+def tagged(header: Header, host_offset: int, guest_offset: int) -> int:
+    """Let a host offset say what legacy encryption needs to know."""
+    if header.crypt_method != qcow2_header.CRYPT_AES:
+        return host_offset
+    from nbdqcow.formats.encrypted import tag_offset
 
-        plan.host_offset = tag_offset(plan.host_offset, plan.guest_offset)
+    return tag_offset(host_offset, guest_offset)
+
+
+def tag_plan(header: Header, plan: "WritePlan") -> "WritePlan":
+    """Do as `tagged` does with a plan's host offset."""
+    if header.crypt_method == qcow2_header.CRYPT_AES:
+        plan.host_offset = tagged(header, plan.host_offset, plan.guest_offset)
     return plan

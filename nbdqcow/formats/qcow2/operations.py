@@ -9,7 +9,7 @@ from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nbdqcow.block.driver import FormatDriver
-from nbdqcow.block.tools import OptionValue, Secrets, SnapshotInfo
+from nbdqcow.block.tools import OptionValue, Progress, Secrets, SnapshotInfo
 from nbdqcow.errors import BlockError, CorruptImage
 from nbdqcow.formats.qcow2 import encryption
 from nbdqcow.formats.qcow2.bitmap import BitmapInfo
@@ -45,21 +45,35 @@ class Operations(FormatDriver):
 
     # -- the disk --------------------------------------------------------
 
-    async def resize(
-        self, size: int, *, preallocation: str = "off", backing_size: int = 0
-    ) -> None:
+    async def resize(self, size: int, *, preallocation: str = "off") -> None:
         """See `FormatDriver.resize`."""
         from nbdqcow.formats.qcow2 import resize
 
-        await self._operate(
-            resize.resize(self._image, size, preallocation, backing_size)
-        )
+        await self._operate(resize.resize(self._image, size, preallocation))
 
     async def make_empty(self) -> None:
         """See `FormatDriver.make_empty`."""
         from nbdqcow.formats.qcow2 import resize
 
         await self._operate(resize.make_empty(self._image))
+
+    async def change_backing_file(
+        self, filename: str | None, format_name: str | None
+    ) -> None:
+        """See `FormatDriver.change_backing_file`."""
+        from nbdqcow.formats.qcow2 import amend
+
+        await self._operate(
+            amend.change_backing_file(self._image, filename, format_name)
+        )
+
+    async def amend(
+        self, options: Mapping[str, OptionValue], progress: Progress
+    ) -> None:
+        """See `FormatDriver.amend`."""
+        from nbdqcow.formats.qcow2 import amend
+
+        await self._operate(amend.amend(self._image, options, progress))
 
     # -- snapshots -------------------------------------------------------
 

@@ -108,18 +108,21 @@ class Refcounts:
         self.metadata = metadata
         self.cluster_bits = header.cluster_bits
         self.cluster_size = 1 << header.cluster_bits
-        self.order = header.refcount_order
-        self.max_count = (1 << (1 << self.order)) - 1
-        self.block_entries = self.cluster_size * 8 >> self.order
+        self._set_width(header.refcount_order)
         self.blocks: dict[int, RefcountBlock] = {}
-        # A count of 1, 2 or 4 bits takes a whole byte in memory.
-        in_memory = self.cluster_size << max(0, 3 - self.order)
-        self._max_blocks = max(4, _CACHE_BYTES // in_memory)
         self.dirty: dict[int, RefcountBlock] = {}
         self.fresh: set[int] = set()
         self.table_lock = asyncio.Lock()
         self._scan_index = 0
         self._free_runs: list[tuple[int, int]] = []
+
+    def _set_width(self, order: int) -> None:
+        self.order = order
+        self.max_count = (1 << (1 << order)) - 1
+        self.block_entries = self.cluster_size * 8 >> order
+        # A count of 1, 2 or 4 bits takes a whole byte in memory.
+        in_memory = self.cluster_size << max(0, 3 - order)
+        self._max_blocks = max(4, _CACHE_BYTES // in_memory)
 
     @property
     def many_dirty(self) -> bool:
@@ -251,6 +254,13 @@ class Refcounts:
         if len(self._free_runs) > _MAX_FREE_RUNS:
             self._scan_index = self._free_runs[0][0]
             self._free_runs.clear()
+
+    def reload(self, table: "array[int]") -> None:
+        """All refcounts were written anew, with the width in the header."""
+        self._set_width(self.header.refcount_order)
+        self.replace_table(table)
+        self._scan_index = 0
+        self._free_runs.clear()
 
     def replace_table(self, table: "array[int]") -> None:
         """Take another refcount table. Nothing under the old one is dirty."""
