@@ -1,7 +1,9 @@
 """``nbdqcow-img rebase``: another backing image below an image."""
 
+import errno
+import os
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from nbdqcow.block.node import Node
 from nbdqcow.block.open import backing_path
@@ -21,6 +23,7 @@ _LONG: Final = {
     "image-opts": "--image-opts",
     "force-share": "-U",
 }
+_MAX_NAME_BYTES: Final = 1023
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -100,6 +103,8 @@ class _Change:
                 self._check_format(self._base_format)
             if self._base is not None and self._base_format is None:
                 self._fail("backing format must be specified")
+            if len(os.fsencode(self._base or "")) > _MAX_NAME_BYTES:
+                self._fail(os.strerror(errno.EINVAL))
             progress.show(0)
             if not self._unsafe:
                 await self._copy(node, sources, JobControl(progress))
@@ -152,9 +157,11 @@ class _Change:
         except NotSupported:
             self._fail("Operation not supported")
         except BlockError as exc:
-            self._fail(str(exc))
+            if exc.errno == errno.ENOSPC:
+                self._fail("No space left in the file header")
+            self._fail(os.strerror(exc.errno or errno.EIO))
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str) -> NoReturn:
         raise ImageError(
             f"Could not change the backing file to '{self._base or ''}': {reason}"
         )
