@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from nbdqcow.block.driver import FormatDriver, WritePlan
 from nbdqcow.block.inflight import Epochs
@@ -11,6 +11,8 @@ from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import ImageError
 from nbdqcow.types import DATA, ZERO, Run
 from nbdqcow.units import parse_size
+
+_NB_AHEAD: Final = 256
 
 
 class RawDriver(FormatDriver):
@@ -32,6 +34,10 @@ class RawDriver(FormatDriver):
         self.lock = asyncio.Lock()
         self.epochs = Epochs()
         self._offset = offset
+        # Stretches of the file, the next one last: who asks for one asks for
+        # those behind it, and each costs a hop to a thread.
+        self._stretches: list[tuple[bool, int]] = []
+        self._stretches_from = 0
 
     @classmethod
     def probe(cls, head: bytes, filename: str) -> int:
@@ -67,8 +73,22 @@ class RawDriver(FormatDriver):
     async def map(self, offset: int, length: int) -> Run:
         """Tell data from holes where the file system can."""
         host_offset = self._offset + offset
-        allocated, run = await self.storage.block_status(host_offset, length)
-        return (DATA if allocated else ZERO), host_offset, run
+        if not self.read_only:
+            allocated, run = await self.storage.block_status(host_offset, length)
+            return DATA if allocated else ZERO, host_offset, run
+        start, stretches = self._stretches_from, self._stretches
+        if not stretches or not start <= host_offset < start + stretches[-1][1]:
+            stretches = list(
+                await self.storage.extents(host_offset, length, _NB_AHEAD)
+            )[::-1]
+            start = host_offset
+        allocated, run = stretches[-1]
+        run -= host_offset - start
+        if run <= length:
+            stretches.pop()
+            start = host_offset + run
+        self._stretches_from, self._stretches = start, stretches
+        return DATA if allocated else ZERO, host_offset, min(run, length)
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """See `FormatDriver.extents`."""

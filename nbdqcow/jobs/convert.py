@@ -6,7 +6,6 @@ order, so that an image that grows is laid out as a reader will want it.
 """
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -230,16 +229,10 @@ class _Conversion:
                 data = await self._read(piece)
             if turn is not None:
                 await turn
-            writing = asyncio.create_task(self._write(piece, data))
-            # It runs before whoever waits for this.
+            # Whoever waits for this runs once this task waits for something:
+            # by then it has its clusters.
             begun.set_result(None)
-            try:
-                await asyncio.shield(writing)
-            except asyncio.CancelledError:
-                writing.cancel()
-                with contextlib.suppress(BaseException):
-                    await writing
-                raise
+            await self._write(piece, data)
         except OSError as error:
             raise CopyError("writing", piece.offset, reason_of(error)) from error
         finally:
