@@ -1,7 +1,9 @@
 """The raw driver: the guest's bytes are the file's, or a window of it."""
 
 import asyncio
+from bisect import bisect_right
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any, Final, Self
 
 from nbdqcow.block.driver import FormatDriver, WritePlan
@@ -34,10 +36,11 @@ class RawDriver(FormatDriver):
         self.lock = asyncio.Lock()
         self.epochs = Epochs()
         self._offset = offset
-        # Stretches of the file, the next one last: who asks for one asks for
-        # those behind it, and each costs a hop to a thread.
-        self._stretches: list[tuple[bool, int]] = []
-        self._stretches_from = 0
+        # Stretches of the file from an offset on, and where each ends: who asks
+        # for one asks for those behind it, and each costs a hop to a thread.
+        self._known_from = 0
+        self._known_ends: list[int] = []
+        self._known_allocated: list[bool] = []
 
     @classmethod
     def probe(cls, head: bytes, filename: str) -> int:
@@ -76,19 +79,16 @@ class RawDriver(FormatDriver):
         if not self.read_only:
             allocated, run = await self.storage.block_status(host_offset, length)
             return DATA if allocated else ZERO, host_offset, run
-        start, stretches = self._stretches_from, self._stretches
-        if not stretches or not start <= host_offset < start + stretches[-1][1]:
-            stretches = list(
-                await self.storage.extents(host_offset, length, _NB_AHEAD)
-            )[::-1]
-            start = host_offset
-        allocated, run = stretches[-1]
-        run -= host_offset - start
-        if run <= length:
-            stretches.pop()
-            start = host_offset + run
-        self._stretches_from, self._stretches = start, stretches
-        return DATA if allocated else ZERO, host_offset, min(run, length)
+        ends = self._known_ends
+        if not ends or not self._known_from <= host_offset < ends[-1]:
+            rest = self.size - offset
+            found = await self.storage.extents(host_offset, rest, _NB_AHEAD)
+            ends = list(accumulate((run for _, run in found), initial=host_offset))[1:]
+            self._known_from, self._known_ends = host_offset, ends
+            self._known_allocated = [allocated for allocated, _ in found]
+        index = bisect_right(ends, host_offset)
+        kind = DATA if self._known_allocated[index] else ZERO
+        return kind, host_offset, min(ends[index] - host_offset, length)
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """See `FormatDriver.extents`."""

@@ -150,6 +150,8 @@ class _Conversion:
                     self._copy(piece, turn if options.in_order else None, begun)
                 )
                 turn = begun
+                # Said when begun, as QEMU does: pieces end in any order.
+                control.advance(piece.length)
             await flight.drain()
 
     def _is_there(self, piece: _Piece) -> bool:
@@ -239,7 +241,6 @@ class _Conversion:
             # Nobody waits for ever for a piece that failed.
             if not begun.done():
                 begun.cancel()
-        self._control.advance(piece.length)
 
     async def _read(self, piece: _Piece) -> Buffer:
         parts: list[Buffer] = []
