@@ -30,6 +30,11 @@ def prepare(cell: Cell, peer: Peer, directory: Path) -> Path:
         return images.fresh_overlay(directory)
     if cell.disk is Disk.HUGE:
         return images.huge_qcow2(directory)
+    if cell.disk is Disk.LUKS:
+        path = images.luks_qcow2(directory)
+        images.warm_up(path)
+        images.write_back(path)
+        return path
     path = images.full_raw(directory) if peer.raw else images.full_qcow2(directory)
     images.write_back(path)
     return path
@@ -41,14 +46,18 @@ def run_rounds(
     """Run one cell against every peer that it has a meaning for."""
     able = [p for p in peers if not (p.raw and cell.disk is not Disk.FULL)]
     samples: dict[str, list[Sample]] = {peer.name: [] for peer in able}
-    images.warm_up(images.full_qcow2(directory))
+    secret = images.secret_file(directory) if cell.disk is Disk.LUKS else None
+    if cell.disk is not Disk.LUKS:
+        images.warm_up(images.full_qcow2(directory))
     if any(peer.raw for peer in able):
         images.warm_up(images.full_raw(directory))
     cache = HUGE_CACHE if cell.disk is Disk.HUGE else None
     for round_index in range(nb_rounds):
         for peer in able:
             image = prepare(cell, peer, directory)
-            with running(peer, image, l2_cache_size=cache, tls=cell.tls) as server:
+            with running(
+                peer, image, l2_cache_size=cache, tls=cell.tls, secret=secret
+            ) as server:
                 sample = run_cell(cell, server, seconds, seed=1 + round_index)
             samples[peer.name].append(sample)
             progress(

@@ -21,6 +21,7 @@ class Disk(enum.Enum):
     EMPTY = "a fresh empty image for each run"
     OVERLAY = "a fresh overlay over the full image for each run"
     HUGE = "1 TiB, every cluster mapped, sparse"
+    LUKS = "as full, encrypted with LUKS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,19 @@ CELLS: Final = (
     Cell("tls-randwrite-4k-qd16", "randwrite", 4 * KiB, 16, {QEMU: 1.5}, tls=True),
     Cell("tls-randread-64k-qd16", "randread", 64 * KiB, 16, {QEMU: 1.2}, tls=True),
     Cell("tls-randwrite-64k-qd16", "randwrite", 64 * KiB, 16, {QEMU: 1.2}, tls=True),
+    *(
+        Cell(f"luks-{name}", rw, block, depth, {QEMU: 0.8}, disk=Disk.LUKS)
+        for name, rw, block, depth in (
+            ("randread-4k-qd1", "randread", 4 * KiB, 1),
+            ("randread-4k-qd16", "randread", 4 * KiB, 16),
+            ("randwrite-4k-qd1", "randwrite", 4 * KiB, 1),
+            ("randwrite-4k-qd16", "randwrite", 4 * KiB, 16),
+            ("randread-64k-qd16", "randread", 64 * KiB, 16),
+            ("randwrite-64k-qd16", "randwrite", 64 * KiB, 16),
+            ("read-1m-qd8", "read", MiB, 8),
+            ("write-1m-qd8", "write", MiB, 8),
+        )
+    ),
 )
 
 FAIRNESS: Final = "fairness"

@@ -3,6 +3,7 @@
 import os
 import struct
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,32 @@ def full_qcow2(directory: Path) -> Path:
         source = full_raw(directory)
         qemu_img("convert", "-f", "raw", "-O", "qcow2", source, partial)
         partial.rename(path)
+    return path
+
+
+def luks_qcow2(directory: Path) -> Path:
+    """Return a qcow2 image with the data of `full_raw`, encrypted; the
+    passphrase is in `secret_file`."""
+    path = directory / "luks.qcow2"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        secret = f"secret,id=s,file={secret_file(directory)}"
+        options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100"
+        words = ["create", "-q", "-f", "qcow2", "--object", secret, "-o", options]
+        # With ours: QEMU can't measure its time on every machine.
+        command = [sys.executable, "-m", "nbdqcow.cli.img", *words]
+        subprocess.run([*command, partial, str(FULL_SIZE)], check=True)
+        target = f"driver=qcow2,file.filename={partial},encrypt.key-secret=s"
+        words = ["convert", "-n", "--object", secret, "-f", "raw"]
+        qemu_img(*words, full_raw(directory), "--target-image-opts", target)
+        partial.rename(path)
+    return path
+
+
+def secret_file(directory: Path) -> Path:
+    """Return a file with the passphrase of `luks_qcow2`."""
+    path = directory / "secret"
+    path.write_text("passphrase")
     return path
 
 

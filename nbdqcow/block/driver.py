@@ -10,13 +10,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from nbdqcow.block.inflight import Epochs
 from nbdqcow.block.status import DirtyBitmap, Kinds
 from nbdqcow.block.storage import StorageDriver
-from nbdqcow.errors import NotSupported
+from nbdqcow.block.tools import OptionValue, Progress, Secrets
+from nbdqcow.errors import ImageError, NotSupported
 from nbdqcow.types import Buffer, Run
+
+PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
+"""How much of an image's room is taken at once: none; the tables, so that all
+is mapped; the file's space as well; the same by writing zeroes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -53,11 +58,16 @@ class FormatDriver(ABC):
             same unless the image has an external data file).
         size: the virtual size in bytes.
         cluster_size: the unit of allocation in bytes (1 for raw).
+        subcluster_size: the unit in which writes are completed with old
+            content, and zeroed by metadata; a cluster in most formats.
         backing_filename, backing_format: as the image names them, or None.
+        backing_size: of the backing image that is open, 0 for none; set by
+            the node.
         lock: guards the metadata. Held to map, allocate and link; never
             across guest data I/O.
         dirty_bitmaps: those that can be read, by name; none in most formats.
-        when_rebound: the node's; called when a ``try_*`` method was replaced.
+        when_rebound: the node's; called when a ``try_*`` method was replaced
+            or ``size`` has changed.
         epochs: the requests in flight on guest data, so that a freed cluster
             is not handed out again under one of them.
     """
@@ -70,10 +80,16 @@ class FormatDriver(ABC):
     read_only: bool
     backing_filename: str | None = None
     backing_format: str | None = None
+    backing_size: int = 0
     dirty_bitmaps: Mapping[str, DirtyBitmap] = MappingProxyType({})
     when_rebound: Callable[[], None] = staticmethod(lambda: None)
     lock: asyncio.Lock
     epochs: Epochs
+
+    @property
+    def subcluster_size(self) -> int:
+        """See above; a driver with subclusters has an attribute instead."""
+        return self.cluster_size
 
     @classmethod
     def probe(cls, head: bytes, filename: str) -> int:
@@ -157,17 +173,18 @@ class FormatDriver(ABC):
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool
     ) -> None:
-        """Make whole clusters read as zeroes by metadata alone.
+        """Make whole subclusters read as zeroes by metadata alone.
 
-        The range is cluster-aligned (the end of the image counts as such).
+        The range is cluster-aligned (the end of the image counts as such), or
+        lies within one cluster and is aligned to subclusters.
         Raises `NotSupported` if the format can't: the block layer then writes
         zeroes, unless the caller wanted no fallback.
         """
         raise NotSupported("no zero clusters in this format")
 
     async def claim_zero(self, offset: int, backing_zero: bool) -> bool:
-        """Make the cluster at ``offset`` read as zeroes if, by its map entry,
-        it holds no data of its own; False if it does.
+        """Make the subcluster at ``offset`` read as zeroes if, by its map
+        entry, it holds no data of its own; False if it does.
 
         ``backing_zero``: what the backing image has there, outside of the
         range that is being zeroed, reads as zeroes.
@@ -176,6 +193,62 @@ class FormatDriver(ABC):
 
     async def discard(self, offset: int, length: int) -> None:
         """Free whole clusters. A hint; never exposes a backing file's data."""
+
+    # -- encryption ------------------------------------------------------
+
+    async def amend_keys(
+        self,
+        values: Mapping[str, OptionValue],
+        secrets: Secrets,
+        *,
+        force: bool = False,
+    ) -> None:
+        """Add or erase passphrases as ``encrypt.*`` options of ``amend`` say.
+
+        Raises `ImageError` before anything is written, and `OSError`.
+        """
+        raise ImageError("This image format has no passphrases")
+
+    # -- the disk as a whole ---------------------------------------------
+
+    async def resize(self, size: int, *, preallocation: str = "off") -> None:
+        """Set the virtual size; the file's end that is not needed goes.
+
+        What is new reads as zeroes from the next cluster on, even if the
+        backing image has data there; what the last cluster holds beyond the
+        old size is the caller's business.
+        ``preallocation`` is one of `PREALLOCATIONS`. Raises `BlockError`.
+        """
+        raise NotSupported("Image format driver does not support resize")
+
+    async def make_empty(self) -> None:
+        """Let every cluster be unallocated: the backing image shows.
+
+        Raises `BlockError`.
+        """
+        raise NotSupported("this format has no empty images")
+
+    async def change_backing_file(
+        self, filename: str | None, format_name: str | None
+    ) -> None:
+        """Name another backing file, or none; what is open stays open.
+
+        Raises `BlockError`.
+        """
+        raise NotSupported("this format has no backing files")
+
+    async def amend(
+        self, options: Mapping[str, OptionValue], progress: Progress
+    ) -> None:
+        """Change the image to what ``-o`` options of qemu-img's amend say,
+        but for ``encrypt.*``, which `amend_keys` takes. Of several changes some
+        may be done when one fails.
+
+        Raises `BlockError`.
+        """
+        raise NotSupported(
+            f"Format driver '{self.name}' does not support option amendment"
+        )
 
     # -- durability ------------------------------------------------------
 

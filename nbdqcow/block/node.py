@@ -7,15 +7,25 @@ to be aligned, and falls back where a driver can't do something.
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Final, Self
 
-from nbdqcow.block.driver import FormatDriver, WritePlan
+from nbdqcow.block.driver import PREALLOCATIONS, FormatDriver, WritePlan
+from nbdqcow.block.resizing import prepare_resize
 from nbdqcow.block.status import DEFAULT_LIMIT, DirtyBitmap, Extents, block_status
 from nbdqcow.block.storage import StorageDriver
+from nbdqcow.block.tools import OptionValue, Progress
 from nbdqcow.buffers import ZERO_VIEW, ZEROES, zero_views
 from nbdqcow.errors import BlockError, NotSupported
-from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO, ZERO_ALLOCATED, Buffer
+from nbdqcow.types import (
+    COMPRESSED,
+    DATA,
+    UNALLOCATED,
+    ZERO,
+    ZERO_ALLOCATED,
+    Buffer,
+    Run,
+)
 from nbdqcow.units import KiB, MiB
 
 GUARD_LENGTH: Final = 2048
@@ -53,7 +63,7 @@ class Node:
         format. A guest that writes such bytes is refused, or the next one to
         guess would follow whatever backing file it wrote there."""
         self.driver = driver
-        self.size = driver.size
+        self.size = self._largest_size = driver.size
         self.read_only = driver.read_only
         self.filename = filename
         self.backing = backing
@@ -72,10 +82,28 @@ class Node:
     def _bind(self) -> None:
         # Bound once: the inline path pays for every attribute on the way.
         driver = self.driver
+        self.size = driver.size
+        self._largest_size = max(self._largest_size, self.size)
         self._try_map = driver.try_map
         self._try_map_write = driver.try_map_write
+        if self.size < self._largest_size:
+            # There may be clients that do not know.
+            self._try_map = self._try_map_inside
+            self._try_map_write = self._try_map_write_inside
         self._storage_try_pread = driver.data.try_pread
         self._storage_try_pwrite = driver.data.try_pwrite
+
+    def _try_map_inside(self, offset: int, length: int) -> Run | None:
+        """As `FormatDriver.try_map`, and None past the end."""
+        if offset + length > self.size:
+            return None
+        return self.driver.try_map(offset, length)
+
+    def _try_map_write_inside(self, offset: int, length: int) -> int:
+        """As `FormatDriver.try_map_write`, and -1 past the end."""
+        if offset + length > self.size:
+            return -1
+        return self.driver.try_map_write(offset, length)
 
     @property
     def format_name(self) -> str:
@@ -105,6 +133,22 @@ class Node:
         if kind == UNALLOCATED and self.backing is not None:
             return self._try_pread_backing(offset, length)
         return ZERO_VIEW[:length] if length <= MiB else bytes(length)
+
+    @property
+    def defers_reads(self) -> bool:
+        """Whether `try_pread_later` is worth its while."""
+        return self.driver.data.defers_reads
+
+    def try_pread_later(self, offset: int, length: int) -> Buffer | None:
+        """Do as `try_pread` does; the bytes are right after `finish_reads`."""
+        run = self._try_map(offset, length)
+        if run is not None and run[0] == DATA and run[2] == length:
+            return self.driver.data.try_pread_later(run[1], length)
+        return self.try_pread(offset, length)
+
+    def finish_reads(self) -> None:
+        """Make the bytes right that `try_pread_later` has returned."""
+        self.driver.data.finish_reads()
 
     def _try_pread_backing(self, offset: int, length: int) -> Buffer | None:
         backing = self.backing
@@ -200,12 +244,15 @@ class Node:
         return len(data) <= _MAX_INLINE and self._try_pwrite_new(offset, data)
 
     def _try_pwrite_new(self, offset: int, data: Buffer) -> bool:
-        """Write to new clusters, copy-on-write included, without waiting.
+        """Write to new clusters, or to subclusters that were not stored yet,
+        copy-on-write included, without waiting.
 
         Nothing else runs between the look at the old content and the link to
         the new, so the two agree.
         """
-        driver, size = self.driver, self.driver.cluster_size
+        driver, size = self.driver, self.driver.subcluster_size
+        if offset + len(data) > self.size:
+            return False
         head, tail = offset % size, -(offset + len(data)) % size
         if head + len(data) + tail > _MAX_INLINE:
             return False
@@ -219,10 +266,13 @@ class Node:
         host_offset = plan.host_offset
         try:
             if plan.head or plan.tail:
+                # One of them may be stored where it belongs already.
+                old_head = old_head if plan.head else b""
+                old_tail = old_tail if plan.tail else b""
                 if not plan.reads_zero:
                     old_head, old_tail = (
-                        old_head or bytes(head),
-                        old_tail or bytes(tail),
+                        old_head or bytes(plan.head),
+                        old_tail or bytes(plan.tail),
                     )
                 if old_head:
                     host_offset -= head
@@ -275,6 +325,7 @@ class Node:
         yielded. What the maps say is zero, `nbdqcow.buffers.is_zeroes` knows.
         """
         driver = self.driver
+        self._check_inside(offset, length)
         epoch = driver.epochs.enter()
         try:
             while length:
@@ -401,6 +452,7 @@ class Node:
         """Write ``data``; with ``fua`` it is durable on return."""
         self._check_writable()
         length = len(data)
+        self._check_inside(offset, length)
         if (
             self._detect_zeroes != "off"
             and length
@@ -501,37 +553,53 @@ class Node:
         `NotSupported`, changing nothing, rather than write zeroes out.
         """
         self._check_writable()
+        self._check_inside(offset, length)
         may_unmap = may_unmap and self._discard
         end = offset + length
-        cluster_size = self.driver.cluster_size
-        first = -(-offset // cluster_size) * cluster_size
-        last = end // cluster_size * cluster_size if end < self.size else end
+        unit = self.driver.subcluster_size
+        first = -(-offset // unit) * unit
+        last = end // unit * unit if end < self.size else end
         if first > last:
             first = last = end
         for start, stop in ((offset, min(first, end)), (last, end)):
             if start < stop and not await self._claim_zero(start, stop):
                 if no_fallback:
                     raise NotSupported("the range does not cover whole clusters")
-                await self._write_zero_bytes(start, stop - start)
-        if first < last:
+                await self.write_zero_bytes(start, stop - start)
+        for start, stop in self._whole_clusters_apart(first, last):
             try:
                 await self.driver.write_zeroes(
-                    first, last - first, may_unmap=may_unmap, no_fallback=no_fallback
+                    start, stop - start, may_unmap=may_unmap, no_fallback=no_fallback
                 )
             except NotSupported:
                 if no_fallback:
                     raise
-                await self._write_zero_bytes(first, last - first)
+                await self.write_zero_bytes(start, stop - start)
         if fua or self._writethrough:
             await self.flush()
 
+    def _whole_clusters_apart(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Split a range of whole subclusters: those before the first whole
+        cluster, all whole clusters, and those behind."""
+        size = self.driver.cluster_size
+        clusters_start = min(-(-first // size) * size, last)
+        clusters_end = last // size * size if last < self.size else last
+        clusters_end = max(clusters_end, clusters_start)
+        for start, stop in (
+            (first, clusters_start),
+            (clusters_start, clusters_end),
+            (clusters_end, last),
+        ):
+            if start < stop:
+                yield start, stop
+
     async def _claim_zero(self, start: int, end: int) -> bool:
-        """Zero part of a cluster by metadata, if its other bytes are zero.
+        """Zero part of a subcluster by metadata, if its other bytes are zero.
 
         Those of the backing node can be looked at beforehand: it is
         read-only. What this image stores, the driver looks at under its lock.
         """
-        size = self.driver.cluster_size
+        size = self.driver.subcluster_size
         cluster_start = start // size * size
         cluster_end = min(cluster_start + size, self.size)
         backing = self.backing
@@ -541,7 +609,8 @@ class Node:
         )
         return await self.driver.claim_zero(cluster_start, backing_zero)
 
-    async def _write_zero_bytes(self, offset: int, length: int) -> None:
+    async def write_zero_bytes(self, offset: int, length: int) -> None:
+        """Write zeroes out, also behind the end in the last cluster."""
         end = offset + length
         for start in range(offset, end, MiB):
             await self._write_data(start, ZERO_VIEW[: min(MiB, end - start)])
@@ -550,6 +619,7 @@ class Node:
         """Free the whole clusters of a range. A hint: parts of clusters are
         left as they are."""
         self._check_writable()
+        self._check_inside(offset, length)
         if not self._discard:
             return
         size = self.driver.cluster_size
@@ -558,6 +628,33 @@ class Node:
             end = end // size * size
         if start < end:
             await self.driver.discard(start, end - start)
+
+    # -- the image as a whole --------------------------------------------
+
+    async def resize(self, size: int, *, preallocation: str = "off") -> None:
+        """Set ``size``, in bytes; what is new reads as zeroes.
+
+        Requests past the end of a disk that has become smaller fail, whatever
+        their clients think that its size is. ``preallocation`` is one of
+        `nbdqcow.block.driver.PREALLOCATIONS`. Raises `BlockError`.
+        """
+        self._check_writable()
+        if preallocation not in PREALLOCATIONS:
+            raise BlockError(
+                errno.EINVAL, f"Unsupported preallocation mode '{preallocation}'"
+            )
+        if size < 0:
+            raise BlockError(errno.EINVAL, "The new size is below 0")
+        await prepare_resize(self, size)
+        await self.driver.resize(size, preallocation=preallocation)
+
+    async def amend(
+        self, options: Mapping[str, OptionValue], progress: Progress
+    ) -> None:
+        """See `FormatDriver.amend`."""
+        self._check_writable()
+        await prepare_resize(self, int(options.get("size", self.size)))
+        await self.driver.amend(options, progress)
 
     async def flush(self) -> None:
         """Make every write answered before this call durable."""
@@ -568,6 +665,13 @@ class Node:
     def _check_writable(self) -> None:
         if self.read_only:
             raise BlockError(errno.EPERM, f"{self.filename} is open read-only")
+
+    def _check_inside(self, offset: int, length: int) -> None:
+        if length and offset + length > self.size:
+            raise BlockError(
+                errno.ENOSPC,
+                f"{self.filename} has {self.size} bytes: the request goes past them",
+            )
 
     async def close(self) -> None:
         """Write back all metadata and close the whole chain."""

@@ -37,10 +37,19 @@ class StorageDriver(ABC):
     read_only: bool
     length: int
     zero_beyond_end: bool
+    defers_reads: ClassVar[bool] = False
 
     @abstractmethod
     def try_pread(self, offset: int, length: int) -> Buffer | None:
         """Return exactly ``length`` bytes if they need no waiting."""
+
+    def try_pread_later(self, offset: int, length: int) -> Buffer | None:
+        """Do as `try_pread` does, but the bytes need not be right before the
+        next `finish_reads`; only where `defers_reads` says so, they are not."""
+        return self.try_pread(offset, length)
+
+    def finish_reads(self) -> None:
+        """Make the bytes right that `try_pread_later` has returned."""
 
     def try_view(self, offset: int, length: int) -> memoryview | None:
         """Return resident bytes without copying them, or None.

@@ -1,6 +1,6 @@
 """``nbdqcow-img amend``: another format version, other options."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from nbdqcow.block.tools import FormatTool, OptionSpec, OptionValue
@@ -119,7 +119,11 @@ async def _amend(
         values = _parse(tool, text)
         progress.show(0)
         driver: Any = node.driver
-        await driver.amend(_with_secrets(values, images, force), progress)
+        keys = {name: values.pop(name) for name in list(values) if _is_key(name)}
+        if keys:
+            await driver.amend_keys(keys, images.secret, force=force)
+        if values:
+            await driver.amend(values, progress)
         progress.show(100)
     finally:
         await node.close()
@@ -144,14 +148,5 @@ def _parse(tool: FormatTool, text: str) -> dict[str, OptionValue]:
     return values
 
 
-def _with_secrets(
-    values: Mapping[str, OptionValue], images: ImageArguments, force: bool
-) -> dict[str, Any]:
-    """Return the options with passphrases in place of their objects' ids."""
-    found: dict[str, Any] = dict(values)
-    for name in ("encrypt.old-secret", "encrypt.new-secret"):
-        if found.get(name):
-            found[name] = images.secret(str(found[name]))
-    if force:
-        found["force"] = True
-    return found
+def _is_key(name: str) -> bool:
+    return name.startswith("encrypt.")

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Final
 
 from nbdqcow.block.registry import blocking_file, format_tool
-from nbdqcow.block.tools import FormatTool, OptionSpec, OptionValue
+from nbdqcow.block.tools import FormatTool, OptionSpec, OptionValue, Secrets
 from nbdqcow.cli.img import print_help
+from nbdqcow.cli.img_names import take_secrets
 from nbdqcow.cli.img_open import (
     backing_path,
     check_backing_chain,
@@ -47,6 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     format_, quiet, unsafe = "raw", False, False
     given: dict[str, str] = {}
     option_lists: list[str] = []
+    objects: list[str] = []
     for name, value in options:
         match name:
             case "-h":
@@ -67,7 +69,8 @@ def run(arguments: Sequence[str]) -> int:
             case "-u":
                 unsafe = True
             case _:
-                raise UsageError(f"{name} is not supported yet")
+                objects.append(value)
+    secrets = take_secrets(objects)
     text = ",".join(option_lists)
     filename = operands[0] if operands else None
     if wants_help(text):
@@ -79,7 +82,9 @@ def run(arguments: Sequence[str]) -> int:
     if len(operands) > 2:
         raise UsageError(f"Unexpected argument: {operands[2]}")
     try:
-        _create(filename, format_, text, given, size, quiet=quiet, unsafe=unsafe)
+        _create(
+            filename, format_, text, given, size, secrets, quiet=quiet, unsafe=unsafe
+        )
     except ImageError as exc:
         error(f"{filename}: {exc}")
         return 1
@@ -139,6 +144,7 @@ def _create(
     option_text: str,
     given: dict[str, str],
     size: int | None,
+    secrets: Secrets,
     *,
     quiet: bool,
     unsafe: bool,
@@ -171,7 +177,7 @@ def _create(
         raise ImageError("Image creation needs a size parameter")
     if not quiet:
         _print_formatting(filename, format_, specs, values, texts)
-    plan = tool.prepare(values)
+    plan = tool.prepare(values, secrets=secrets)
     try:
         file = blocking_file().create(path)
     except OSError as exc:

@@ -11,6 +11,7 @@ from nbdqcow.block.registry import is_remote
 from nbdqcow.cli.image_opts import parse_image_opts, parse_pairs
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
 from nbdqcow.cli.objects import Objects
+from nbdqcow.crypto.secrets import PassphraseRequired
 from nbdqcow.errors import ImageError, UsageError
 
 
@@ -125,6 +126,13 @@ async def open_node(
         if not is_remote(filename):
             _explain(filename, options, arguments, opening, writable=writable)
         text = str(exc) if isinstance(exc, ImageError) else exc.strerror or str(exc)
+        if filename != name:
+            text = text.removeprefix(f"Could not open '{filename}': ")
+        if isinstance(exc, PassphraseRequired):
+            before = text.removesuffix(
+                "the image is encrypted: a passphrase is required"
+            )
+            text = f"{before}Parameter 'encrypt.key-secret' is required for cipher"
         kind = type(exc) if isinstance(exc, ImageError) else ImageError
         if text.startswith(opening) and not isinstance(exc.__cause__, OSError):
             opening = ""

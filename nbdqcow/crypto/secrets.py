@@ -7,10 +7,14 @@ as QEMU has it: ``printf %s`` writes a file without one.
 import os
 from typing import Final
 
-from nbdqcow.errors import UsageError
+from nbdqcow.errors import ImageError, UsageError
 
 MAX_LENGTH: Final = 1 << 20
 """Bytes of a passphrase, far more than anyone has; a device has no end."""
+
+
+class PassphraseRequired(ImageError):
+    """An encrypted image was opened without a passphrase."""
 
 
 class Secret:

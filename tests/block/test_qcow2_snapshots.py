@@ -209,13 +209,16 @@ class Guest:
                 await node.flush()
 
 
+@pytest.mark.parametrize("extended_l2", [False, True])
 @pytest.mark.parametrize("round_", range(6))
-def test_random_operations_with_snapshots(tmp_path, round_):
+def test_random_operations_with_snapshots(tmp_path, round_, extended_l2):
     seed = SEED + round_
     print(f"NBDQCOW_SEED={seed}")
     rnd = random.Random(seed)
     options = {"cluster_size": rnd.choice((512, 4096, 65536))}
-    if rnd.random() < 0.3:
+    if extended_l2:
+        options = {"cluster_size": rnd.choice((16384, 65536)), "extended_l2": "on"}
+    elif rnd.random() < 0.3:
         options["compat"] = "0.10"
     else:
         options["refcount_bits"] = rnd.choice((4, 8, 16, 16, 32, 64))

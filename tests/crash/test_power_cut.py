@@ -73,6 +73,7 @@ class Workload:
     async def client(self) -> None:
         rnd, node = self.rnd, self.node
         cluster = node.driver.cluster_size // SECTOR
+        part = node.driver.subcluster_size // SECTOR
         total = node.size // SECTOR
         for _ in range(rnd.randrange(4, 16)):
             kind = rnd.choices(("write", "zero", "discard", "flush"), (60, 10, 20, 10))[
@@ -84,10 +85,14 @@ class Workload:
                 self.flushes.append((started, self.event))
                 continue
             first = rnd.randrange(total)
-            count = min(total - first, rnd.choice((1, 1, 2, cluster, cluster + 1)))
+            choices = (1, 1, 2, part, cluster, cluster + 1)
+            count = min(total - first, rnd.choice(choices))
             if kind == "discard" or rnd.random() < 0.3:
                 first -= first % cluster
                 count = min(total - first, cluster * rnd.choice((1, 1, 2)))
+            elif part < cluster and rnd.random() < 0.3:
+                first -= first % part
+                count = min(total - first, part * rnd.choice((1, 2, 5)))
             sectors = range(first, first + count)
             if not self.busy.isdisjoint(sectors):
                 continue
@@ -194,12 +199,24 @@ async def open_node(data: bytes, rnd: random.Random) -> tuple[Node, RecordingSto
     return Node(driver, filename="recording"), storage
 
 
-async def explore(seed: int, path: Path, *, with_snapshots: bool = False) -> int:
+async def explore(
+    seed: int,
+    path: Path,
+    *,
+    with_snapshots: bool = False,
+    with_subclusters: bool = False,
+) -> int:
     """Run one history and look at some of its cuts; return how many."""
     rnd = random.Random(seed)
-    cluster_size = rnd.choice((512, 512, 4096, 65536))
-    size = cluster_size * rnd.randrange(4, 60)
-    options = f"cluster_size={cluster_size},compat={rnd.choice(('1.1', '0.10'))}"
+    if with_subclusters:
+        # Few clusters, so that writers meet in them.
+        cluster_size = rnd.choice((16384, 16384, 65536))
+        size = cluster_size * rnd.randrange(2, 8)
+        options = f"cluster_size={cluster_size},extended_l2=on"
+    else:
+        cluster_size = rnd.choice((512, 512, 4096, 65536))
+        size = cluster_size * rnd.randrange(4, 60)
+        options = f"cluster_size={cluster_size},compat={rnd.choice(('1.1', '0.10'))}"
     subprocess.run(
         ["qemu-img", "create", "-qf", "qcow2", "-o", options, path, str(size)],
         check=True,
@@ -253,6 +270,20 @@ def test_power_cuts_during_snapshot_operations(tmp_path):
     for seed in range(FIRST_SEED, FIRST_SEED + NB_HISTORIES):
         states += asyncio.run(
             explore(seed, tmp_path / "disk.qcow2", with_snapshots=True)
+        )
+    print(f"{states} disks after a power cut, seeds from {FIRST_SEED}")
+
+
+def test_power_cuts_with_subclusters(tmp_path):
+    states = 0
+    for seed in range(FIRST_SEED, FIRST_SEED + NB_HISTORIES // 2):
+        states += asyncio.run(
+            explore(
+                seed,
+                tmp_path / "disk.qcow2",
+                with_snapshots=bool(seed % 2),
+                with_subclusters=True,
+            )
         )
     print(f"{states} disks after a power cut, seeds from {FIRST_SEED}")
 

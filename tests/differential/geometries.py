@@ -20,6 +20,7 @@ class Layer:
     image_format: str = "qcow2"
     cluster_size: int = 64 * KiB
     filled: float = 0.6
+    extended_l2: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Geometry:
 
     ``filled`` is the share of an image without backing that has data when it
     is made; ``compressed`` stores that data in compressed clusters.
+    ``extended_l2`` gives it subclusters, ``preallocation`` is qemu-img's.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Geometry:
     filled: float = 0.0
     compressed: bool = False
     nb_connections: int = 2
+    extended_l2: bool = False
+    preallocation: str = "off"
 
     def __str__(self) -> str:
         return self.name
@@ -100,6 +104,36 @@ GEOMETRIES = (
         cluster_size=2 * MiB,
         backing=(Layer(9 * MiB + 512, cluster_size=512),),
     ),
+    Geometry("subclusters-16k", 3 * MiB + 512, cluster_size=16 * KiB, extended_l2=True),
+    Geometry(
+        "subclusters-overlay",
+        5 * MiB + 512,
+        extended_l2=True,
+        backing=(Layer(4 * MiB + 1536, cluster_size=16 * KiB, extended_l2=True),),
+        nb_connections=3,
+    ),
+    Geometry(
+        "subclusters-2m-on-raw",
+        13 * MiB + 512,
+        cluster_size=2 * MiB,
+        extended_l2=True,
+        backing=(Layer(9 * MiB + 512, "raw"),),
+    ),
+    Geometry(
+        "subclusters-compressed",
+        6 * MiB + 512,
+        filled=0.8,
+        compressed=True,
+        extended_l2=True,
+    ),
+    Geometry(
+        "subclusters-preallocated",
+        5 * MiB,
+        cluster_size=128 * KiB,
+        extended_l2=True,
+        preallocation="metadata",
+        backing=(Layer(6 * MiB, "raw"),),
+    ),
     Geometry("raw", 4 * MiB, "raw", cluster_size=4 * KiB, filled=0.5),
     Geometry("raw-odd", MiB + 1, "raw", cluster_size=4 * KiB),
 )
@@ -136,27 +170,38 @@ def _write_sparse(path: Path, content: Bytes) -> None:
         file.truncate(len(content))
 
 
+def _options(version: int, cluster_size: int, *, extended_l2: bool) -> str:
+    compat = "0.10" if version == 2 else "1.1"
+    options = f"compat={compat},cluster_size={cluster_size}"
+    return f"{options},extended_l2=on" if extended_l2 else options
+
+
 def _create(
     path: Path,
     size: int,
     cluster_size: int,
     version: int,
     backing: tuple[Path, str] | None,
+    *,
+    extended_l2: bool = False,
+    preallocation: str = "off",
 ) -> None:
-    compat = "0.10" if version == 2 else "1.1"
     command = ["qemu-img", "create", "-q", "-f", "qcow2"]
-    command += ["-o", f"compat={compat},cluster_size={cluster_size}"]
+    options = _options(version, cluster_size, extended_l2=extended_l2)
+    command += ["-o", f"{options},preallocation={preallocation}"]
     if backing is not None:
         command += ["-b", str(backing[0]), "-F", backing[1]]
     run(*command, path, str(size))
 
 
 def _convert(source: Path, target: Path, geometry: Geometry) -> None:
-    compat = "0.10" if geometry.version == 2 else "1.1"
+    options = _options(
+        geometry.version, geometry.cluster_size, extended_l2=geometry.extended_l2
+    )
     run(
         *("qemu-img", "convert", "-f", "raw", "-O", "qcow2"),
         *(["-c"] if geometry.compressed else []),
-        *("-o", f"compat={compat},cluster_size={geometry.cluster_size}"),
+        *("-o", options),
         *(source, target),
     )
 
@@ -186,7 +231,10 @@ def build(geometry: Geometry, directory: Path, source: random.Random) -> Path:
         if layer.image_format == "raw":
             _write_sparse(path, content)
         else:
-            _create(path, layer.size, layer.cluster_size, 3, below)
+            _create(
+                *(path, layer.size, layer.cluster_size, 3, below),
+                extended_l2=layer.extended_l2,
+            )
             _fill_overlay(source, path, layer)
         below = (path, layer.image_format)
     image = directory / f"disk.{geometry.image_format}"
@@ -198,7 +246,11 @@ def build(geometry: Geometry, directory: Path, source: random.Random) -> Path:
         _write_sparse(flat, content)
         _convert(flat, image, geometry)
     else:
-        _create(image, geometry.size, geometry.cluster_size, geometry.version, below)
+        _create(
+            *(image, geometry.size, geometry.cluster_size, geometry.version, below),
+            extended_l2=geometry.extended_l2,
+            preallocation=geometry.preallocation,
+        )
     return image
 
 

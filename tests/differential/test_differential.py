@@ -115,7 +115,11 @@ def test_many_random_operations(geometry: Geometry, tmp_path: Path, seed: int) -
 CRASH_GEOMETRIES = tuple(
     geometry
     for geometry in GEOMETRIES
-    if geometry.name in ("v3-512", "v3-64k", "v2-4k-compressed", "three-levels", "raw")
+    if geometry.name
+    in (
+        *("v3-512", "v3-64k", "v2-4k-compressed", "three-levels", "subclusters-16k"),
+        "raw",
+    )
 )
 
 

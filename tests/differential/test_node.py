@@ -108,7 +108,11 @@ def test_random_operations_on_a_node(
     [
         geometry
         for geometry in GEOMETRIES
-        if geometry.name in ("v3-512", "v3-64k", "v2-4k-compressed", "three-levels")
+        if geometry.name
+        in (
+            *("v3-512", "v3-64k", "v2-4k-compressed", "three-levels"),
+            "subclusters-overlay",
+        )
     ],
     ids=str,
 )

@@ -26,6 +26,7 @@ from nbdqcow.formats.qcow2.bitmap_directory import (
     read_bitmap_directory,
 )
 from nbdqcow.formats.qcow2.entries import OFFSET_MASK
+from nbdqcow.formats.qcow2.header_update import update_header
 from nbdqcow.formats.qcow2.tables import dump_be64, load_be64
 from nbdqcow.units import GiB, MiB, round_up
 
@@ -42,7 +43,6 @@ _ALL_ONES: Final = 1
 """A table entry for a cluster of ones that has no cluster."""
 _STRIDE_BITS: Final = 1 << 20
 _BITMAPS: Final = struct.Struct(">IIQQ")
-_SECTOR: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +70,12 @@ class Bitmap:
 
     def __init__(self, name: str, size: int, granularity_bits: int) -> None:
         self.name = name
-        self.size = size
         self.granularity_bits = granularity_bits
         self.enabled = True
         self.inconsistent = False
         self.entry: BitmapEntry | None = None
-        self.nb_bits = (size + (1 << granularity_bits) - 1) >> granularity_bits
-        self.bits = bytearray((self.nb_bits + 7) // 8)
+        self.bits = bytearray()
+        self.resize(size)
 
     @property
     def info(self) -> BitmapInfo:
@@ -98,6 +97,19 @@ class Bitmap:
         bits[high] |= (2 << (last & 7)) - 1
         if high - low > 1:
             bits[low + 1 : high] = b"\xff" * (high - low - 1)
+
+    def resize(self, size: int) -> None:
+        """The disk has another size; what is new was not written."""
+        self.size = size
+        self.nb_bits = -(-size >> self.granularity_bits)
+        length = (self.nb_bits + 7) // 8
+        self.bits = self.bits[:length].ljust(length, b"\0")
+        self.mask_end()
+
+    def mask_end(self) -> None:
+        """Clear what is behind the last bit: it is nobody's."""
+        if self.nb_bits % 8:
+            self.bits[-1] &= (1 << self.nb_bits % 8) - 1
 
     def clear(self) -> None:
         """Forget all writes."""
@@ -200,9 +212,7 @@ class Bitmaps:
                 bitmap.bits[start : start + length] = data
             elif word & _ALL_ONES:
                 bitmap.bits[start : start + length] = b"\xff" * length
-        # What is behind the last bit is nobody's.
-        if bitmap.nb_bits % 8:
-            bitmap.bits[-1] &= (1 << bitmap.nb_bits % 8) - 1
+        bitmap.mask_end()
 
     async def _read_table(self, entry: BitmapEntry) -> list[int]:
         length = entry.table_entries * 8
@@ -310,6 +320,11 @@ class Bitmaps:
                 in_use = [replace(e, flags=e.flags | FLAG_IN_USE) for e in stored]
                 await self._switch(in_use, old)
 
+    async def remove_all(self) -> None:
+        """Remove all bitmaps."""
+        for name in list(self._all):
+            await self.remove(name)
+
     def enable(self, name: str, enabled: bool) -> None:
         """See `Qcow2Driver.bitmap_enable`."""
         self._find(name).enabled = enabled
@@ -330,6 +345,29 @@ class Bitmaps:
         if source.size != bitmap.size:
             raise BlockError(errno.EINVAL, "the disks of the bitmaps differ in size")
         bitmap.merge(source)
+
+    # -- resizing --------------------------------------------------------
+
+    def check_resize(self, size: int) -> None:
+        """Refuse a size of the disk that the bitmaps can't have.
+
+        Raises `BlockError`.
+        """
+        for bitmap in self._all.values():
+            if bitmap.inconsistent:
+                raise BlockError(
+                    errno.EINVAL,
+                    f"Bitmap '{bitmap.name}' is inconsistent and cannot be used",
+                )
+        if sum(size >> (b.granularity_bits + 3) for b in self._all.values()) > (
+            _MAX_TOTAL_BYTES
+        ):
+            raise BlockError(errno.EFBIG, "the bitmaps would take too much memory")
+
+    def resize(self, size: int) -> None:
+        """The disk has another size: `check_resize` let it pass."""
+        for bitmap in self._all.values():
+            bitmap.resize(size)
 
     # -- storing ---------------------------------------------------------
 
@@ -386,36 +424,24 @@ class Bitmaps:
         self, entries: list[BitmapEntry], old: list[tuple[int, int]]
     ) -> None:
         """Let a new directory take the place of the old one, durably, and
-        give the clusters ``old`` back.
-
-        Until the header is whole again the image says that its bitmaps are
-        not to be trusted.
-        """
-        image, header = self._image, self._image.header
+        give the clusters ``old`` back."""
+        image = self._image
         old = [*old, self._directory_clusters()]
         extension = None
         if entries:
             directory = pack_bitmap_directory(entries)
             offset = await self._write_new(directory)
             extension = _BITMAPS.pack(len(entries), 0, len(directory), offset)
-        await image.writeback.flush()
-        async with image.lock:
-            if header.bitmaps_consistent:
-                header.autoclear_features &= ~qcow2_header.AUTOCLEAR_BITMAPS
-                await image.storage.pwritev(
-                    qcow2_header.AUTOCLEAR_FEATURES_OFFSET,
-                    [header.autoclear_features.to_bytes(8, "big")],
-                )
-                await image.storage.flush()
+
+        def change(header: qcow2_header.Header) -> None:
             header.set_extension(qcow2_header.EXT_BITMAPS, extension)
+            header.autoclear_features &= ~qcow2_header.AUTOCLEAR_BITMAPS
             if extension is not None:
                 header.autoclear_features |= qcow2_header.AUTOCLEAR_BITMAPS
-            packed = header.pack()
-            if len(packed) > _SECTOR:
-                await image.storage.pwritev(_SECTOR, [packed[_SECTOR:]])
-                await image.storage.flush()
-            await image.storage.pwritev(0, [packed[:_SECTOR]])
-            await image.storage.flush()
+
+        await image.writeback.flush(accurate=True)
+        async with image.lock:
+            await update_header(image, change)
             for first, nb_clusters in old:
                 image.metadata.difference_update(range(first, first + nb_clusters))
                 await image.refcounts.add(first, nb_clusters, -1)

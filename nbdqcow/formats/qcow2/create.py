@@ -17,6 +17,7 @@ from typing import Final
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import ImageError, UnsupportedFeature
 from nbdqcow.formats.qcow2 import header as h
+from nbdqcow.formats.qcow2.encryption_header import NewEncryption
 from nbdqcow.formats.qcow2.entries import (
     MAX_L1_BYTES,
     MAX_REFTABLE_BYTES,
@@ -69,7 +70,7 @@ class CreateOptions:
     extended_l2: bool = False
     data_file: str | None = None
     data_file_raw: bool = False
-    encrypted: bool = False
+    encryption: NewEncryption | None = None
 
     def check(self) -> None:
         """Refuse what no image can be, or ours can't be yet.
@@ -118,9 +119,7 @@ class CreateOptions:
                 f"Non-zlib compression type is only supported with {newer}"
             )
         lacking = {
-            "encryption": self.encrypted,
             "an external data file (data_file)": self.data_file is not None,
-            "extended L2 entries (extended_l2)": self.extended_l2,
             "zstd compression (compression_type)": self.compression_type != "zlib",
         }
         names = [name for name, wanted in lacking.items() if wanted]
@@ -139,6 +138,7 @@ class CreatePlan:
         file_length: bytes that the file gets.
         data_start: where the tables and clusters of preallocation begin.
         nb_data_clusters: preallocated guest clusters; 0 without.
+        luks_offset, luks_area: the encryption header; empty without.
     """
 
     header: Header
@@ -148,11 +148,15 @@ class CreatePlan:
     data_start: int
     nb_data_clusters: int
     preallocation: str
+    luks_offset: int
+    luks_area: bytes
 
     def writes(self) -> Iterator[tuple[int, bytes]]:
         """Yield ``(offset, bytes)`` for all that is not zero, header last."""
         yield from self._refcount_writes()
         yield from self._mapping_writes()
+        if self.luks_area:
+            yield self.luks_offset, self.luks_area
         yield 0, self.packed_header
 
     def _block_offset(self, index: int) -> int:
@@ -184,13 +188,18 @@ class CreatePlan:
     def _mapping_writes(self) -> Iterator[tuple[int, bytes]]:
         header = self.header
         step = header.cluster_size
+        nb_words = header.l2_entry_size // 8
         l1 = array("Q")
         offset = self.data_start
         remaining = self.nb_data_clusters
         while remaining:
             nb = min(remaining, header.l2_entries)
             first = (offset + step) | OFLAG_COPIED
-            yield offset, _big_endian(array("Q", range(first, first + nb * step, step)))
+            # With subclusters, none of them is said to be allocated, so that
+            # a backing file shows through.
+            table = array("Q", bytes(nb * header.l2_entry_size))
+            table[::nb_words] = array("Q", range(first, first + nb * step, step))
+            yield offset, _big_endian(table)
             l1.append(offset | OFLAG_COPIED)
             offset += (nb + 1) * step
             remaining -= nb
@@ -213,6 +222,8 @@ def plan_create(options: CreateOptions) -> CreatePlan:
         compatible_features=h.COMPAT_LAZY_REFCOUNTS if options.lazy_refcounts else 0,
         backing_filename=options.backing_file,
     )
+    if options.extended_l2:
+        header.incompatible_features |= h.INCOMPAT_EXTENDED_L2
     _add_extensions(header, options)
     header.l1_size = header.l1_entries_needed
     if header.l1_size * 8 > MAX_L1_BYTES:
@@ -225,16 +236,23 @@ def plan_create(options: CreateOptions) -> CreatePlan:
         nb_data = -(-header.size // cluster_size)
         nb_l2 = header.l1_size
     l1_clusters = -(-header.l1_size * 8 // cluster_size)
+    luks_area = b"" if options.encryption is None else options.encryption.luks_area
+    luks_clusters = -(-len(luks_area) // cluster_size)
     table_clusters, nb_blocks = _refcount_structures(
-        1 + l1_clusters + nb_l2 + nb_data, cluster_size, options.refcount_bits
+        1 + l1_clusters + luks_clusters + nb_l2 + nb_data,
+        cluster_size,
+        options.refcount_bits,
     )
     header.refcount_table_offset = cluster_size
     header.refcount_table_clusters = table_clusters
     l1_offset = (2 + table_clusters) * cluster_size
     header.l1_table_offset = l1_offset if header.l1_size else 0
-    data_start = l1_offset + (l1_clusters + nb_blocks - 1) * cluster_size
+    luks_offset = l1_offset + l1_clusters * cluster_size
+    if options.encryption is not None:
+        options.encryption.describe_in(header, luks_offset)
+    data_start = luks_offset + (luks_clusters + nb_blocks - 1) * cluster_size
     file_length = data_start + (nb_l2 + nb_data) * cluster_size
-    if nb_blocks == 1 and nb_l2 == 0:
+    if nb_blocks == 1 and nb_l2 == luks_clusters == 0:
         # The L1 table ends the file; the rest of its cluster is no one's.
         file_length = l1_offset + header.l1_size * 8
     return CreatePlan(
@@ -245,6 +263,8 @@ def plan_create(options: CreateOptions) -> CreatePlan:
         data_start,
         nb_data,
         options.preallocation,
+        luks_offset,
+        luks_area,
     )
 
 
@@ -252,12 +272,19 @@ def _add_extensions(header: Header, options: CreateOptions) -> None:
     if options.backing_format is not None:
         raw = options.backing_format.encode("utf-8", "surrogateescape")
         header.extensions.append(Extension(h.EXT_BACKING_FORMAT, raw))
-    if options.version >= 3 and options.cluster_size >= _FEATURE_NAMES_MIN_CLUSTER:
-        names = b"".join(
-            bytes((type_, bit)) + name.ljust(46, b"\0")
-            for type_, bit, name in _FEATURE_NAMES
-        )
+    names = feature_names(options.cluster_size)
+    if options.version >= 3 and names is not None:
         header.extensions.append(Extension(h.EXT_FEATURE_NAMES, names))
+
+
+def feature_names(cluster_size: int) -> bytes | None:
+    """Return the feature name table of a version 3 image; None for none."""
+    if cluster_size < _FEATURE_NAMES_MIN_CLUSTER:
+        return None
+    return b"".join(
+        bytes((type_, bit)) + name.ljust(46, b"\0")
+        for type_, bit, name in _FEATURE_NAMES
+    )
 
 
 def _refcount_structures(

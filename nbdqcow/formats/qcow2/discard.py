@@ -1,9 +1,11 @@
 """Discard and write-zeroes: whole clusters by metadata alone."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from nbdqcow.errors import NotSupported
+from nbdqcow.formats.qcow2 import discard_extended
 from nbdqcow.formats.qcow2.entries import (
     OFFSET_MASK,
     OFLAG_COMPRESSED,
@@ -16,8 +18,11 @@ from nbdqcow.types import UNALLOCATED, ZERO, ZERO_ALLOCATED
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
-_Change = Callable[[int], int]
+_Change: TypeAlias = Callable[[int], int]
 """Gives the entry that takes an entry's place; the same one: no change."""
+
+_ChangePiece: TypeAlias = Callable[[int, int], Awaitable[None]]
+"""Changes the entries of a guest range, which lies within one L2 slice."""
 
 _SLICES_PER_LOCK: Final = 16
 """Slices changed before others get a turn at the lock."""
@@ -36,6 +41,12 @@ async def write_zeroes(
     if version2 and (image.backing_filename or not may_unmap):
         raise NotSupported("version 2 images have no zero clusters")
     covered = image.backing_filename is not None
+    if image.header.extended_l2:
+        zero_piece = discard_extended.zeroing(
+            image, covered=covered, may_unmap=may_unmap
+        )
+        await _change_clusters(image, offset, length, zero_piece, covered)
+        return
 
     def change(entry: int) -> int:
         if version2:
@@ -50,12 +61,17 @@ async def write_zeroes(
             return entry | OFLAG_ZERO
         return OFLAG_ZERO
 
-    await _change_clusters(image, offset, length, change, covered)
+    zero_piece = partial(_change_in_slice, image, change)
+    await _change_clusters(image, offset, length, zero_piece, covered)
 
 
 async def claim_zero(image: "Qcow2Driver", offset: int, backing_zero: bool) -> bool:
     """See `FormatDriver.claim_zero`."""
-    length = min(image.cluster_size, image.size - offset)
+    length = min(image.subcluster_size, image.size - offset)
+    if image.header.extended_l2:
+        claim_piece = discard_extended.claiming(image)
+    else:
+        claim_piece = partial(_change_in_slice, image, lambda _: OFLAG_ZERO)
     while True:
         async with image.lock:
             busy = image.in_flight.find(offset, offset + length)
@@ -69,9 +85,7 @@ async def claim_zero(image: "Qcow2Driver", offset: int, backing_zero: bool) -> b
                     return True
                 if image.header.version < 3:
                     return False
-                await _change_in_slice(
-                    image, offset, offset + length, lambda _: OFLAG_ZERO
-                )
+                await claim_piece(offset, offset + length)
                 return True
         await busy.wait()
 
@@ -86,27 +100,35 @@ async def discard(image: "Qcow2Driver", offset: int, length: int) -> None:
     if version2 and image.backing_filename:
         return
 
+    covered = image.backing_filename is not None
+
     def change(entry: int) -> int:
+        if covered:
+            return OFLAG_ZERO
         return 0 if version2 or not entry else OFLAG_ZERO
 
-    def change_covered(entry: int) -> int:
-        return OFLAG_ZERO
-
-    covered = image.backing_filename is not None
-    await _change_clusters(
-        image, offset, length, change_covered if covered else change, covered
-    )
+    discard_piece: _ChangePiece = partial(_change_in_slice, image, change)
+    if image.header.extended_l2:
+        discard_piece = discard_extended.discarding(image, covered=covered)
+    await _change_clusters(image, offset, length, discard_piece, covered)
 
 
 async def _change_clusters(
-    image: "Qcow2Driver", offset: int, length: int, change: _Change, covered: bool
+    image: "Qcow2Driver",
+    offset: int,
+    length: int,
+    change_piece: _ChangePiece,
+    covered: bool,
 ) -> None:
-    """Apply ``change`` to the L2 entries of a cluster-aligned range.
+    """Apply ``change_piece`` to the pieces of a range.
+
+    An entry changes while no writer works on its cluster.
 
     ``covered``: entries in L2 tables that do not exist yet matter, because a
     backing file shows through them.
     """
     tables, end = image.tables, offset + length
+    cluster_mask = image.cluster_size - 1
     while offset < end:
         if tables.dirty_bytes > tables.dirty_limit:
             await image.writeback.flush()
@@ -115,11 +137,13 @@ async def _change_clusters(
             for _ in range(_SLICES_PER_LOCK):
                 slice_end = ((offset >> tables.slice_shift) + 1) << tables.slice_shift
                 piece_end = min(end, slice_end)
-                busy = image.in_flight.first_overlap(offset, piece_end)
+                busy = image.in_flight.first_overlap(
+                    offset & ~cluster_mask, (piece_end + cluster_mask) & ~cluster_mask
+                )
                 if busy is not None:
                     break
                 if covered or tables.table_offset(offset >> tables.l1_shift):
-                    await _change_in_slice(image, offset, piece_end, change)
+                    await change_piece(offset, piece_end)
                     offset = piece_end
                 else:
                     table_end = ((offset >> tables.l1_shift) + 1) << tables.l1_shift
@@ -132,7 +156,7 @@ async def _change_clusters(
 
 
 async def _change_in_slice(
-    image: "Qcow2Driver", offset: int, end: int, change: _Change
+    image: "Qcow2Driver", change: _Change, offset: int, end: int
 ) -> None:
     tables = image.tables
     first = (offset >> image.cluster_bits) & (tables.slice_entries - 1)

@@ -6,30 +6,34 @@ import logging
 from array import array
 from collections.abc import Coroutine, Sequence
 from collections.abc import Mapping as Options
-from typing import Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self
 
-from nbdqcow.block.driver import FormatDriver, WritePlan
+from nbdqcow.block.driver import WritePlan
 from nbdqcow.block.inflight import Epochs, InFlightRanges
 from nbdqcow.block.status import Kinds
 from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import StorageDriver
-from nbdqcow.block.tools import SnapshotInfo
 from nbdqcow.errors import BlockError, CorruptImage, ImageError
-from nbdqcow.formats.qcow2 import discard, encryption, extents, write
+from nbdqcow.formats.qcow2 import discard, encryption, extents, write, write_extended
 from nbdqcow.formats.qcow2 import header as qcow2_header
-from nbdqcow.formats.qcow2.bitmap import Bitmap, BitmapInfo, Bitmaps
+from nbdqcow.formats.qcow2.bitmap import Bitmap, Bitmaps
 from nbdqcow.formats.qcow2.compress import CompressedClusters
+from nbdqcow.formats.qcow2.encryption_header import luks_range
 from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES, OFFSET_MASK
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.mapping import Mapping
+from nbdqcow.formats.qcow2.mapping_extended import ExtendedMapping
+from nbdqcow.formats.qcow2.operations import Operations
 from nbdqcow.formats.qcow2.refcount import Refcounts
+from nbdqcow.formats.qcow2.repair import repair_dirty
 from nbdqcow.formats.qcow2.snapshot_table import read_snapshots, select_snapshot
 from nbdqcow.formats.qcow2.tables import Tables, load_be64
 from nbdqcow.formats.qcow2.writeback import Freed, Writeback
 from nbdqcow.types import Buffer, Run
 from nbdqcow.units import MiB, round_up
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from nbdqcow.crypto.secrets import Secret
 
 log = logging.getLogger(__name__)
 
@@ -41,20 +45,27 @@ _MAX_FREED_BYTES: Final = 256 * MiB
 """Freed space that may wait for a write-back before one is started for it."""
 
 
-class Qcow2Driver(FormatDriver):
+class Qcow2Driver(Operations):
     """One open qcow2 image.
 
     Attributes:
         tables, refcounts, mapping, writeback: the parts, see their modules.
+        secret: the passphrase that the image was opened with.
         in_flight: guest ranges of allocations that are not linked yet.
         freed: clusters that lost a reference since the last write-back.
         metadata: indices of host clusters that hold metadata.
         reads_zero_from: nothing at or after this host offset was ever
             written, so it reads as zeroes.
         discard_freed: a guest's discard gives space back to the file system.
+        lazy_refcounts: refcounts reach the disk when the image is closed; until
+            then it is marked as dirty.
+        tasks: operations and background work that run; see `settle`.
+        resizing: held by whoever changes the disk's size.
+        trim_wanted: once no freed cluster waits, the file's end is cut off.
     """
 
     name = "qcow2"
+    subcluster_size = 0
 
     def __init__(
         self,
@@ -66,6 +77,7 @@ class Qcow2Driver(FormatDriver):
         read_only: bool,
         l2_cache_size: int,
         discard_freed: bool,
+        lazy_refcounts: bool = False,
         data: StorageDriver | None = None,
     ) -> None:
         """``data`` is where guest data is read and written, if not in
@@ -77,35 +89,53 @@ class Qcow2Driver(FormatDriver):
         self.size = header.size
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
+        self.subcluster_size = header.subcluster_size
         self.backing_filename = header.backing_filename
         self.backing_format = header.backing_format
         self.discard_freed = discard_freed
+        self.lazy_refcounts = lazy_refcounts
         self.lock = asyncio.Lock()
+        self.keys_lock = asyncio.Lock()
+        self.secret: Secret | bytes | None = None
         self.epochs = Epochs()
         self.in_flight = InFlightRanges()
         self.freed = Freed()
         self.metadata: set[int] = set()
         self.tables = Tables(
-            storage, l1, header.l1_table_offset, header.cluster_bits, l2_cache_size
-        )
+            storage, l1, header.l1_table_offset, header.cluster_bits, l2_cache_size,
+            header.l2_entry_size // 8,
+        )  # fmt: skip
         self.refcounts = Refcounts(storage, header, refcount_table, self.metadata)
-        self.mapping = Mapping(self.tables, self.metadata, header.version >= 3)
         self.compressed = CompressedClusters(self)
         self.writeback = Writeback(self)
-        self.try_map = self.mapping.try_map  # type: ignore[method-assign]
-        self.map = self.mapping.map  # type: ignore[method-assign]
-        self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
-        if header.crypt_method == qcow2_header.CRYPT_AES:
-            encryption.number_by_guest_offset(self)
-        self._try_map_untracked_write = self.try_map_write
         end = round_up(storage.length, self.cluster_size)
         self.reads_zero_from = end if self.data.zero_beyond_end else 1 << 63
         self.bitmaps = Bitmaps(self)
         self._tracked: Sequence[Bitmap] = ()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self.rebind()
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.resizing = asyncio.Lock()
+        self.trim_wanted = False
         self._nb_in_place = 0
         self._in_place_done: asyncio.Future[None] | None = None
         self.failed = False
+
+    def rebind(self) -> None:
+        """Choose the methods that fit the image's version and features."""
+        header = self.header
+        self.mapping = Mapping(self.tables, self.metadata, header.version >= 3)
+        self.try_plan = write.try_plan
+        if header.extended_l2:
+            self.mapping = ExtendedMapping(self.tables, self.metadata)
+            self.try_plan = write_extended.try_plan
+        self.try_map = self.mapping.try_map  # type: ignore[method-assign]
+        if not header.extended_l2:
+            self.map = self.mapping.map  # type: ignore[method-assign]
+        self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
+        if header.crypt_method == qcow2_header.CRYPT_AES:
+            encryption.number_by_guest_offset(self)
+        self._try_map_untracked_write = self.try_map_write
+        self.track(self._tracked)
 
     # -- opening ---------------------------------------------------------
 
@@ -124,7 +154,9 @@ class Qcow2Driver(FormatDriver):
         Options: ``l2_cache_size`` in bytes; ``discard``, True if a guest's
         discard goes down to the file; ``snapshot``, the ID or name of an
         internal snapshot to show instead of the disk (``(id, name)``, either
-        of them None, for one that must match both), read-only; ``secret``, the
+        of them None, for one that must match both), read-only;
+        ``lazy_refcounts``, whether refcounts may wait until the image is
+        closed, whatever the header says; ``secret``, the
         passphrase of an encrypted image (`nbdqcow.crypto.secrets.Secret` or
         bytes). Raises
         `ImageError`.
@@ -135,6 +167,8 @@ class Qcow2Driver(FormatDriver):
             head = bytes(await storage.pread(0, wanted))
         header = Header.parse(head)
         header.check_supported(read_only=read_only)
+        if header.dirty and not read_only:
+            header = await repair_dirty(storage)
         wanted_snapshot = options.get("snapshot")
         if wanted_snapshot is not None:
             if not read_only:
@@ -158,8 +192,10 @@ class Qcow2Driver(FormatDriver):
             read_only=read_only,
             l2_cache_size=options.get("l2_cache_size") or DEFAULT_L2_CACHE,
             discard_freed=bool(options.get("discard", True)),
+            lazy_refcounts=_wants_lazy_refcounts(header, options),
             data=data,
         )
+        image.secret = options.get("secret")
         if not read_only:
             await image._prepare_for_writing()
         if wanted_snapshot is None and header.bitmaps_consistent:
@@ -176,7 +212,7 @@ class Qcow2Driver(FormatDriver):
         ]
         if header.nb_snapshots:
             ranges += await self._snapshot_ranges()
-        if (luks := encryption.luks_range(header)) is not None:
+        if (luks := luks_range(header)) is not None:
             ranges.append(luks)
         for offset, length in ranges:
             metadata.update(range(offset >> bits, (offset + length + size - 1) >> bits))
@@ -224,8 +260,13 @@ class Qcow2Driver(FormatDriver):
         return self.mapping.try_map(offset, length)
 
     async def map(self, offset: int, length: int) -> Run:
-        """See `FormatDriver.map`; `Mapping.map` takes its place."""
-        return await self.mapping.map(offset, length)
+        """See `FormatDriver.map`; `Mapping.map` takes its place, where
+        entries have no bitmaps that could be wrong."""
+        try:
+            return await self.mapping.map(offset, length)
+        except CorruptImage as error:
+            await self.mark_corrupt(str(error))
+            raise
 
     async def read_compressed(self, descriptor: int) -> Buffer:
         """See `FormatDriver.read_compressed`."""
@@ -233,7 +274,11 @@ class Qcow2Driver(FormatDriver):
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """See `FormatDriver.extents`."""
-        return await extents.extents(self, offset, length, limit)
+        try:
+            return await extents.extents(self, offset, length, limit)
+        except CorruptImage as error:
+            await self.mark_corrupt(str(error))
+            raise
 
     # -- writing ---------------------------------------------------------
 
@@ -250,7 +295,7 @@ class Qcow2Driver(FormatDriver):
 
     async def begin_write(self, offset: int, length: int) -> WritePlan:
         """See `FormatDriver.begin_write`."""
-        self._check_writable()
+        self.check_writable()
         try:
             plan = await write.begin_write(self, offset, length)
         except CorruptImage as error:
@@ -279,7 +324,7 @@ class Qcow2Driver(FormatDriver):
         self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool
     ) -> None:
         """See `FormatDriver.write_zeroes`."""
-        self._check_writable()
+        self.check_writable()
         try:
             await discard.write_zeroes(self, offset, length, may_unmap=may_unmap)
             self._mark(offset, length)
@@ -289,15 +334,15 @@ class Qcow2Driver(FormatDriver):
 
     async def claim_zero(self, offset: int, backing_zero: bool) -> bool:
         """See `FormatDriver.claim_zero`."""
-        self._check_writable()
+        self.check_writable()
         claimed = await discard.claim_zero(self, offset, backing_zero)
         if claimed:
-            self._mark(offset, min(self.cluster_size, self.size - offset))
+            self._mark(offset, min(self.subcluster_size, self.size - offset))
         return claimed
 
     async def discard(self, offset: int, length: int) -> None:
         """See `FormatDriver.discard`."""
-        self._check_writable()
+        self.check_writable()
         try:
             await discard.discard(self, offset, length)
             self._mark(offset, length)
@@ -309,7 +354,8 @@ class Qcow2Driver(FormatDriver):
         for bitmap in self._tracked:
             bitmap.mark(offset, length)
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
+        """Refuse changes to an image that takes none. Raises `BlockError`."""
         if self.read_only:
             raise BlockError(
                 errno.EIO if self.header.corrupt else errno.EROFS,
@@ -322,17 +368,14 @@ class Qcow2Driver(FormatDriver):
 
         Source: qcow2.txt, "Corrupt bit".
         """
-        if self.header.corrupt:
+        if self.header.corrupt or self.read_only:
             return
         log.error("%s: image is corrupt: %s", self.storage.filename, text)
         self.read_only = True
         self.mapping.freeze()
         if self.header.version >= 3:
-            self.header.incompatible_features |= qcow2_header.INCOMPAT_CORRUPT
-            await self._write_header_field(
-                qcow2_header.INCOMPATIBLE_FEATURES_OFFSET,
-                self.header.incompatible_features,
-            )
+            await self._set_incompatible(qcow2_header.INCOMPAT_CORRUPT, True)
+            await self.storage.flush()
 
     def check_not_metadata(self, cluster_index: int) -> None:
         """Refuse to write guest data to a cluster of metadata."""
@@ -367,88 +410,42 @@ class Qcow2Driver(FormatDriver):
             self._in_place_done = asyncio.get_running_loop().create_future()
             await self._in_place_done
 
+    async def mark_dirty(self) -> None:
+        """Refcounts on disk may be wrong from now on. The caller flushes.
+
+        Source: qcow2.txt, "Dirty bit".
+        """
+        if not self.header.dirty:
+            await self._set_incompatible(qcow2_header.INCOMPAT_DIRTY, True)
+
+    async def mark_clean(self) -> None:
+        """All refcounts on disk are right, and durable."""
+        if self.header.dirty:
+            await self._set_incompatible(qcow2_header.INCOMPAT_DIRTY, False)
+            await self.storage.flush()
+
+    async def _set_incompatible(self, bit: int, value: bool) -> None:
+        features = self.header.incompatible_features
+        features = features | bit if value else features & ~bit
+        await self.storage.pwritev(
+            qcow2_header.INCOMPATIBLE_FEATURES_OFFSET, [features.to_bytes(8, "big")]
+        )
+        self.header.incompatible_features = features
+
     def fail(self) -> None:
         """A write of the image's roots failed: no more writes, no flushes."""
         log.error("%s: its header could not be written", self.storage.filename)
         self.read_only = self.failed = True
         self.mapping.freeze()
 
+    def set_size(self, size: int) -> None:
+        """The header on disk has another size of the disk."""
+        self.size = self.header.size = size
+        self.when_rebound()
+
     def note_used(self, host_end: int) -> None:
         """Clusters below ``host_end`` may hold bytes from now on."""
         self.reads_zero_from = max(self.reads_zero_from, host_end)
-
-    # -- snapshots -------------------------------------------------------
-
-    async def snapshot_list(self) -> list[SnapshotInfo]:
-        """Return the internal snapshots in the table's order."""
-        from nbdqcow.formats.qcow2 import snapshot
-
-        async with self.lock:
-            snapshots, _ = await snapshot.read(self)
-        return [one.info for one in snapshots]
-
-    async def snapshot_create(
-        self,
-        name: str,
-        *,
-        vm_state_length: int = 0,
-        vm_clock_nanoseconds: int = 0,
-        icount: int | None = None,
-        date_nanoseconds: int | None = None,
-    ) -> SnapshotInfo:
-        """Keep the disk's content as it is now; ``date_nanoseconds`` since the
-        epoch, None for now. Several snapshots may have one name.
-
-        Raises `BlockError`.
-        """
-        from nbdqcow.formats.qcow2 import snapshot
-
-        return await self._operate(
-            snapshot.create(
-                self,
-                name,
-                vm_state_length=vm_state_length,
-                vm_clock_nanoseconds=vm_clock_nanoseconds,
-                icount=icount,
-                date_nanoseconds=date_nanoseconds,
-            )
-        )
-
-    async def snapshot_apply(self, id_or_name: str) -> None:
-        """Make the disk what it was in a snapshot, which stays; ``size`` may
-        change with it. An ID comes before all names.
-
-        Raises `BlockError`, ENOENT if there is no such snapshot.
-        """
-        from nbdqcow.formats.qcow2 import snapshot
-
-        await self._operate(snapshot.apply(self, id_or_name))
-
-    async def snapshot_delete(self, id_or_name: str) -> None:
-        """Remove a snapshot, and free what only it had. An ID comes before
-        all names.
-
-        Raises `BlockError`, ENOENT if there is no such snapshot.
-        """
-        from nbdqcow.formats.qcow2 import snapshot
-
-        await self._operate(snapshot.delete(self, id_or_name))
-
-    async def _operate(self, operation: Coroutine[Any, Any, T]) -> T:
-        """Run an operation to its end, even if the caller is cancelled."""
-        try:
-            self._check_writable()
-        except BlockError:
-            operation.close()
-            raise
-        task = asyncio.create_task(operation)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        try:
-            return await asyncio.shield(task)
-        except CorruptImage as error:
-            await self.mark_corrupt(str(error))
-            raise
 
     # -- dirty bitmaps ---------------------------------------------------
 
@@ -470,44 +467,6 @@ class Qcow2Driver(FormatDriver):
                 bitmap.mark(offset, length)
         return host_offset
 
-    def bitmap_list(self) -> list[BitmapInfo]:
-        """Return all persistent bitmaps."""
-        return self.bitmaps.infos
-
-    def bitmap_add(
-        self, name: str, *, granularity: int | None = None, enabled: bool = True
-    ) -> None:
-        """Add an empty bitmap; on disk it will be when the image is closed.
-
-        ``granularity`` is bytes of the disk for a bit, a power of 2 from 512
-        on; by default the cluster size, if that is 4 to 64 KiB. A bitmap that
-        is not enabled takes no notice of writes. Raises `BlockError`.
-        """
-        self._check_writable()
-        self.bitmaps.add(name, granularity, enabled=enabled)
-
-    async def bitmap_remove(self, name: str) -> None:
-        """Remove a bitmap, an inconsistent one also. Raises `BlockError`."""
-        await self._operate(self.bitmaps.remove(name))
-
-    def bitmap_enable(self, name: str, enabled: bool = True) -> None:
-        """Let writes be marked in a bitmap, or no longer. Raises `BlockError`."""
-        self._check_writable()
-        self.bitmaps.enable(name, enabled)
-
-    def bitmap_clear(self, name: str) -> None:
-        """Forget the writes of a bitmap. Raises `BlockError`."""
-        self._check_writable()
-        self.bitmaps.clear(name)
-
-    def bitmap_merge(self, name: str, source: str) -> None:
-        """Add the writes of the bitmap ``source`` to another one.
-
-        Their granularities may differ. Raises `BlockError`.
-        """
-        self._check_writable()
-        self.bitmaps.merge(name, source)
-
     # -- durability ------------------------------------------------------
 
     @property
@@ -526,21 +485,26 @@ class Qcow2Driver(FormatDriver):
         if self.freed.nb_clusters > max(64, _MAX_FREED_BYTES >> self.cluster_bits):
             self.writeback.start()
 
+    def trim_when_freed(self) -> None:
+        """Cut off the file's end once all that was freed is free."""
+        self.trim_wanted = True
+        self.writeback.start()
+
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run background work of the image; `settle` waits for it."""
         task = asyncio.create_task(work)
-        self._tasks.add(task)
+        self.tasks.add(task)
         task.add_done_callback(self._background_done)
 
     def _background_done(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
+        self.tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s: %s", self.storage.filename, error)
 
     async def settle(self) -> None:
         """Wait until no background work is left."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        while self.tasks:
+            await asyncio.wait(self.tasks)
 
     async def flush(self) -> None:
         """See `FormatDriver.flush`."""
@@ -573,6 +537,18 @@ async def _read_table(
     if nb_entries and offset >= storage.length:
         raise ImageError(f"Could not read {what} table: it is past the file's end")
     return load_be64(await storage.pread(offset, nb_entries * 8))
+
+
+def _wants_lazy_refcounts(header: Header, options: Options[str, Any]) -> bool:
+    wanted = options.get("lazy_refcounts")
+    if wanted is None:
+        return header.lazy_refcounts
+    if wanted and header.version < 3:
+        raise ImageError(
+            "Lazy refcounts require a qcow2 image with at least qemu 1.1"
+            " compatibility level"
+        )
+    return bool(wanted)
 
 
 async def _show_snapshot(

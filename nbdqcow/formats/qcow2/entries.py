@@ -17,6 +17,14 @@ OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00
 """Bits 9 to 55: the host offset in L1 and standard L2 entries."""
 L1_RESERVED_MASK: Final = 0x7F00_0000_0000_01FF
 L2_RESERVED_MASK: Final = 0x3F00_0000_0000_01FE
+SUBCLUSTERS_BITS: Final = 5
+"""Extended L2: a standard cluster has 32 subclusters."""
+NB_SUBCLUSTERS: Final = 1 << SUBCLUSTERS_BITS
+ALL_ALLOCATED: Final = (1 << NB_SUBCLUSTERS) - 1
+"""The bits of a subcluster bitmap that say "in this file", one for each."""
+ALL_ZERO: Final = ALL_ALLOCATED << NB_SUBCLUSTERS
+"""The bits that say "reads as zeroes"."""
+
 REFTABLE_OFFSET_MASK: Final = 0xFFFF_FFFF_FFFF_FE00
 REFTABLE_RESERVED_MASK: Final = 0x1FF
 
@@ -34,6 +42,36 @@ def classify(entry: int) -> int:
     if entry & OFLAG_ZERO:
         return ZERO_ALLOCATED if entry & OFFSET_MASK else ZERO
     return DATA if entry & OFFSET_MASK else UNALLOCATED
+
+
+def subcluster_stretch(bitmap: int, first: int) -> tuple[int, int]:
+    """Return the kind of subcluster ``first``, and how many from it on are alike.
+
+    The kind is DATA, ZERO or UNALLOCATED; the bitmap is sound.
+    """
+    allocated = (bitmap & ALL_ALLOCATED) >> first
+    zero = bitmap >> (NB_SUBCLUSTERS + first)
+    if allocated & 1:
+        kind, unlike = DATA, ~allocated
+    elif zero & 1:
+        kind, unlike = ZERO, ~zero
+    else:
+        kind, unlike = UNALLOCATED, allocated | zero
+    nb = (unlike & -unlike).bit_length() - 1
+    return kind, nb if 0 <= nb < NB_SUBCLUSTERS - first else NB_SUBCLUSTERS - first
+
+
+def is_sound(entry: int, bitmap: int) -> bool:
+    """Whether the bitmap of an entry for a standard cluster is possible: no
+    subcluster both allocated and zero, none allocated without a cluster."""
+    if bitmap & bitmap >> NB_SUBCLUSTERS & ALL_ALLOCATED:
+        return False
+    return bool(entry & OFFSET_MASK) or not bitmap & ALL_ALLOCATED
+
+
+def subcluster_mask(first: int, last: int) -> int:
+    """Return the allocation bits of subclusters ``first`` to ``last``."""
+    return (2 << last) - (1 << first)
 
 
 def compressed_range(entry: int, cluster_bits: int) -> tuple[int, int]:

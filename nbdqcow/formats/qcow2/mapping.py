@@ -107,13 +107,17 @@ class Mapping:
                 break
             nb_clusters += 1
             covered += self._cluster_size
-        for host_index in range(first_host, first_host + nb_clusters):
+        self._check_not_metadata(first_host, nb_clusters)
+        return min(covered, length)
+
+    def _check_not_metadata(self, first: int, nb_clusters: int) -> None:
+        """Raise `CorruptImage` if one of these host clusters is metadata."""
+        for host_index in range(first, first + nb_clusters):
             if host_index in self._metadata:
                 raise CorruptImage(
                     f"Preventing invalid write on metadata (guest data maps to"
                     f" metadata cluster {host_index << self._cluster_bits:#x})"
                 )
-        return min(covered, length)
 
     def _reach(self, offset: int) -> bool:
         """Bring the slice of a guest offset into ``young`` without waiting.

@@ -108,18 +108,26 @@ class Refcounts:
         self.metadata = metadata
         self.cluster_bits = header.cluster_bits
         self.cluster_size = 1 << header.cluster_bits
-        self.order = header.refcount_order
-        self.max_count = (1 << (1 << self.order)) - 1
-        self.block_entries = self.cluster_size * 8 >> self.order
+        self._set_width(header.refcount_order)
         self.blocks: dict[int, RefcountBlock] = {}
-        # A count of 1, 2 or 4 bits takes a whole byte in memory.
-        in_memory = self.cluster_size << max(0, 3 - self.order)
-        self._max_blocks = max(4, _CACHE_BYTES // in_memory)
         self.dirty: dict[int, RefcountBlock] = {}
         self.fresh: set[int] = set()
         self.table_lock = asyncio.Lock()
         self._scan_index = 0
         self._free_runs: list[tuple[int, int]] = []
+
+    def _set_width(self, order: int) -> None:
+        self.order = order
+        self.max_count = (1 << (1 << order)) - 1
+        self.block_entries = self.cluster_size * 8 >> order
+        # A count of 1, 2 or 4 bits takes a whole byte in memory.
+        in_memory = self.cluster_size << max(0, 3 - order)
+        self._max_blocks = max(4, _CACHE_BYTES // in_memory)
+
+    @property
+    def many_dirty(self) -> bool:
+        """Whether half of the cache can't be given up before a write-back."""
+        return len(self.dirty) > self._max_blocks // 2
 
     # -- reading ---------------------------------------------------------
 
@@ -128,6 +136,17 @@ class Refcounts:
         block_index, entry_index = divmod(cluster_index, self.block_entries)
         block = await self._block(block_index)
         return 0 if block is None else block.counts[entry_index]
+
+    async def nb_clusters(self) -> int:
+        """Return how many clusters the file has up to the last one in use."""
+        for block_index in range(len(self.table) - 1, -1, -1):
+            block = await self._block(block_index)
+            if block is not None:
+                used = block.counts.tobytes().rstrip(b"\0")
+                if used:
+                    nb_used = -(-len(used) // block.counts.itemsize)
+                    return block_index * self.block_entries + nb_used
+        return 0
 
     async def _block(self, block_index: int) -> RefcountBlock | None:
         """Return a block, None if it does not exist."""
@@ -227,12 +246,21 @@ class Refcounts:
                 if start is None:
                     start = i
             elif start is not None:
+                # A free cluster holds nothing, so no metadata either.
+                self.metadata.difference_update(range(base + start, base + i))
                 if base + start < self._scan_index:
                     heapq.heappush(self._free_runs, (base + start, i - start))
                 start = None
         if len(self._free_runs) > _MAX_FREE_RUNS:
             self._scan_index = self._free_runs[0][0]
             self._free_runs.clear()
+
+    def reload(self, table: "array[int]") -> None:
+        """All refcounts were written anew, with the width in the header."""
+        self._set_width(self.header.refcount_order)
+        self.replace_table(table)
+        self._scan_index = 0
+        self._free_runs.clear()
 
     def replace_table(self, table: "array[int]") -> None:
         """Take another refcount table. Nothing under the old one is dirty."""
@@ -319,9 +347,10 @@ class Refcounts:
         self._mark(block_index, block, first, end)
         return end - first
 
-    async def allocate_contiguous(self, nb_clusters: int) -> int:
-        """Take exactly ``nb_clusters`` clusters in a row; return the first."""
-        run_start = end = self._scan_index
+    async def allocate_contiguous(self, nb_clusters: int, lowest: int = 0) -> int:
+        """Take exactly ``nb_clusters`` clusters in a row; return the first,
+        which is not below ``lowest``."""
+        run_start = end = max(lowest, self._scan_index)
         while end - run_start < nb_clusters:
             block_index, first = divmod(end, self.block_entries)
             counts = (await self._block_for_allocation(block_index)).counts

@@ -16,14 +16,17 @@ from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2.bitmap_directory import read_bitmap_directory
 from nbdqcow.formats.qcow2.entries import (
+    ALL_ALLOCATED,
     L1_RESERVED_MASK,
     L2_RESERVED_MASK,
     MAX_L1_BYTES,
+    NB_SUBCLUSTERS,
     OFFSET_MASK,
     OFLAG_COMPRESSED,
     OFLAG_COPIED,
     OFLAG_ZERO,
     compressed_range,
+    is_sound,
 )
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.snapshot_table import Snapshot, read_snapshots
@@ -343,6 +346,7 @@ class _L2Tables:
             counted = is_standard & ~outside
         if bitmaps is not None:
             bad |= is_compressed & (bitmaps != 0)
+            bad |= ~is_compressed & _are_unsound(bitmaps, is_standard)
         if is_compressed.any():
             bad |= self._count_compressed(entries, is_compressed & ~bad, row_times)
         if bad.any():
@@ -394,7 +398,7 @@ class _L2Tables:
             if entry & OFLAG_COMPRESSED:
                 self._report_bad_compressed(entry, bitmap, nb)
             else:
-                self._report_bad_standard(entry, nb)
+                self._report_bad_standard(entry, bitmap, nb)
 
     def _report_bad_compressed(self, entry: int, bitmap: int, times: int) -> None:
         header, references = self.header, self.references
@@ -419,11 +423,16 @@ class _L2Tables:
             )
         references.count_range(offset, length, times)
 
-    def _report_bad_standard(self, entry: int, times: int) -> None:
+    def _report_bad_standard(self, entry: int, bitmap: int, times: int) -> None:
         header, references = self.header, self.references
         if entry & L2_RESERVED_MASK:
             references.bad(
                 f"ERROR found l2 entry with reserved bits set: {entry:x}", times
+            )
+        if not is_sound(entry, bitmap) and not header.has_data_file:
+            references.bad(
+                f"ERROR impossible subcluster bitmap {bitmap:#x}, entry={entry:#x}",
+                times,
             )
         offset = entry & OFFSET_MASK
         if offset % header.cluster_size:
@@ -461,6 +470,15 @@ class _L2Tables:
         follows = flat[1:] == flat[:-1] + np.uint64(self.header.cluster_size)
         apart = rows[1:][(rows[1:] == rows[:-1]) & ~follows]
         result.fragmented_clusters += int(nb_active[apart].sum())
+
+
+def _are_unsound(
+    bitmaps: "Entries", has_cluster: "npt.NDArray[np.bool_]"
+) -> "npt.NDArray[np.bool_]":
+    """As ``not is_sound`` for entries of standard clusters."""
+    allocated = bitmaps & np.uint64(ALL_ALLOCATED)
+    both = (bitmaps >> np.uint64(NB_SUBCLUSTERS)) & allocated
+    return np.asarray((both != 0) | ((allocated != 0) & ~has_cluster))
 
 
 def _batches(

@@ -71,6 +71,7 @@ class Tables:
     Attributes:
         l1: the entries, native order.
         l1_offset: where the table is in the file.
+        entry_words: 64-bit words of an L2 entry: 1, or 2 with extended L2.
         slice_shift: ``guest_offset >> slice_shift`` is a slice's key.
         fresh: L1 index to host offset of L2 tables that were allocated but
             never written: on disk there is garbage under them.
@@ -85,6 +86,7 @@ class Tables:
         l1_offset: int,
         cluster_bits: int,
         cache_bytes: int,
+        entry_words: int = 1,
     ) -> None:
         self.storage = storage
         self.l1 = l1
@@ -92,7 +94,8 @@ class Tables:
         self.cluster_bits = cluster_bits
         self.cluster_size = 1 << cluster_bits
         self.slice_bytes = min(SLICE_BYTES, self.cluster_size)
-        self.slice_entries = self.slice_bytes // 8
+        self.entry_words = entry_words
+        self.slice_entries = self.slice_bytes // (8 * entry_words)
         self.slice_shift = cluster_bits + self.slice_entries.bit_length() - 1
         self._slices_per_table_bits = (
             self.cluster_size // self.slice_bytes
@@ -133,6 +136,11 @@ class Tables:
         ``offset`` on; ``offset`` itself if one does."""
         l1, l1_index = self.l1, offset >> self.l1_shift
         first, last = l1_index, (end - 1) >> self.l1_shift
+        if last >= len(l1):
+            # The disk has become smaller.
+            last = len(l1) - 1
+        if l1_index > last:
+            return end
         while l1_index <= last and not l1[l1_index] & OFFSET_MASK:
             l1_index += 1
         if l1_index == first:

@@ -5,10 +5,12 @@ lets go of the image's lock, and links them when all their bytes are in the
 file. Whoever overlaps it waits and then looks everything up again.
 """
 
+import errno
 from typing import TYPE_CHECKING, Final
 
 from nbdqcow.block.driver import WritePlan
 from nbdqcow.block.inflight import InFlightRange
+from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow2.entries import (
     OFFSET_MASK,
     OFLAG_COMPRESSED,
@@ -61,22 +63,34 @@ class Allocation:
         self.reused = reused
         self.epoch = epoch
 
+    def link(self, image: "Qcow2Driver") -> None:
+        """Let the L2 entries name the clusters."""
+        l2, first = self.l2, self.l2_index
+        entry = (self.cluster_index << image.cluster_bits) | OFLAG_COPIED
+        words = l2.words
+        for index in range(first, first + self.nb_clusters):
+            if not self.reused:
+                free_entry(image, words[index])
+            words[index] = entry
+            entry += image.cluster_size
+        image.tables.mark_dirty(l2, first, first + self.nb_clusters)
+
 
 async def begin_write(image: "Qcow2Driver", offset: int, length: int) -> WritePlan:
     """See `FormatDriver.begin_write`."""
     if image.tables.dirty_bytes > image.tables.dirty_limit:
         await image.writeback.flush()
-    cluster_mask = image.cluster_size - 1
+    unit_mask = image.subcluster_size - 1
     length = min(length, _MAX_PIECE)
     while True:
         async with image.lock:
-            start = offset & ~cluster_mask
-            end = (offset + length + cluster_mask) & ~cluster_mask
+            start = offset & ~unit_mask
+            end = (offset + length + unit_mask) & ~unit_mask
             busy = image.in_flight.first_overlap(start, end)
             if busy is None or busy.start > start:
                 if busy is not None:
                     length = busy.start - offset
-                while (plan := _try_plan(image, offset, length)) is None:
+                while (plan := image.try_plan(image, offset, length)) is None:
                     await slice_for_change(image, offset)
                     await image.refcounts.prepare_allocation()
                 return plan
@@ -88,14 +102,25 @@ def try_begin_write(image: "Qcow2Driver", offset: int, length: int) -> WritePlan
     if image.lock.locked() or image.tables.dirty_bytes > image.tables.dirty_limit:
         return None
     if image.in_flight:
-        cluster_mask = image.cluster_size - 1
-        end = (offset + length + cluster_mask) & ~cluster_mask
-        if image.in_flight.find(offset & ~cluster_mask, end) is not None:
+        unit_mask = image.subcluster_size - 1
+        end = (offset + length + unit_mask) & ~unit_mask
+        if image.in_flight.find(offset & ~unit_mask, end) is not None:
             return None
-    return _try_plan(image, offset, length, whole=True)
+    return image.try_plan(image, offset, length, whole=True)
 
 
-def _try_plan(
+def own_slice(image: "Qcow2Driver", offset: int) -> L2Slice | None:
+    """Return the slice of a guest offset, if its L2 table is ours to change
+    and it is in reach without waiting."""
+    tables = image.tables
+    key = offset >> tables.slice_shift
+    l1_index = tables.l1_index(key)
+    if not tables.table_offset(l1_index) or tables.l1[l1_index] < OFLAG_COPIED:
+        return None
+    return tables.try_load(key)
+
+
+def try_plan(
     image: "Qcow2Driver", offset: int, length: int, *, whole: bool = False
 ) -> WritePlan | None:
     """Find or allocate clusters; None if a table must be read or made first.
@@ -104,11 +129,7 @@ def _try_plan(
     None also if one plan can't cover all of ``length``.
     """
     tables, cluster_size = image.tables, image.cluster_size
-    key = offset >> tables.slice_shift
-    l1_index = tables.l1_index(key)
-    if not tables.table_offset(l1_index) or tables.l1[l1_index] < OFLAG_COPIED:
-        return None
-    l2 = tables.try_load(key)
+    l2 = own_slice(image, offset)
     if l2 is None:
         return None
     index = (offset >> image.cluster_bits) & (tables.slice_entries - 1)
@@ -130,7 +151,7 @@ def _try_plan(
         cluster_index = (words[index] & OFFSET_MASK) >> image.cluster_bits
         image.check_not_metadata(cluster_index)
     else:
-        while nb_clusters < wanted and _needs_cluster(words[index + nb_clusters]):
+        while nb_clusters < wanted and needs_cluster(words[index + nb_clusters]):
             nb_clusters += 1
         if whole and nb_clusters < needed:
             return None
@@ -174,7 +195,7 @@ def _is_own_zero(image: "Qcow2Driver", entry: int) -> bool:
     )
 
 
-def _needs_cluster(entry: int) -> bool:
+def needs_cluster(entry: int) -> bool:
     """Whether a write to the cluster of this entry must allocate.
 
     Not if it is unshared: a plain cluster is written in place then, and a
@@ -196,6 +217,8 @@ async def slice_for_change(image: "Qcow2Driver", offset: int) -> L2Slice:
     tables = image.tables
     key = offset >> tables.slice_shift
     l1_index = tables.l1_index(key)
+    if l1_index >= len(tables.l1):
+        raise BlockError(errno.ENOSPC, "the disk has become smaller")
     table_offset = tables.table_offset(l1_index)
     if not table_offset or tables.l1[l1_index] < OFLAG_COPIED:
         cluster_index, _ = await image.refcounts.allocate(1)
@@ -219,15 +242,7 @@ def end_write(image: "Qcow2Driver", plan: WritePlan) -> None:
     if isinstance(allocation, int):
         image.leave_in_place(allocation)
         return
-    l2, first = allocation.l2, allocation.l2_index
-    entry = (allocation.cluster_index << image.cluster_bits) | OFLAG_COPIED
-    words = l2.words
-    for index in range(first, first + allocation.nb_clusters):
-        if not allocation.reused:
-            free_entry(image, words[index])
-        words[index] = entry
-        entry += image.cluster_size
-    image.tables.mark_dirty(l2, first, first + allocation.nb_clusters)
+    allocation.link(image)
     _finish(image, allocation)
 
 

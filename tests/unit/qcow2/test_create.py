@@ -102,9 +102,7 @@ def test_refused(options, text):
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"encrypted": True}, "encryption"),
         ({"data_file": "d"}, "data_file"),
-        ({"extended_l2": True}, "extended_l2"),
         ({"compression_type": "zstd"}, "compression_type"),
     ],
 )

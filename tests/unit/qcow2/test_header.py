@@ -211,9 +211,8 @@ def test_a_check_opens_what_it_reports_itself():
     ("fields", "text"),
     [
         ([(72, "Q", 4)], "external data file"),
-        ([(72, "Q", 16)], "extended L2 entries"),
         ([(72, "Q", 8), (104, "B", 1)], "zstd compression"),
-        ([(72, "Q", 28), (104, "B", 1)], "external data file, extended L2.*zstd"),
+        ([(72, "Q", 12), (104, "B", 1)], "external data file, zstd"),
     ],
 )
 def test_unsupported_by_name(fields, text):
