@@ -13,6 +13,8 @@ from nbdqcow.cli.messages import program_name
 _PATIENCE: Final = 1.0
 """Seconds that a command may take before a terminal hears how far it is."""
 
+_SWITCH_INTERVAL: Final = 0.0005
+
 TERMINATED: Final = 128 + signal.SIGTERM
 
 
@@ -87,6 +89,8 @@ def run_command(
     from nbdqcow.buffers import keep_much_freed_memory
 
     keep_much_freed_memory()
+    # The loop has little to do, and must not wait long to do it.
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     terminated = False
 
     async def supervised() -> int:

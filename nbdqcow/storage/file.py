@@ -69,6 +69,7 @@ class FileStorage(StorageDriver):
     """
 
     name: ClassVar[str] = "file"
+    reads_in_threads: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -348,6 +349,10 @@ class FileStorage(StorageDriver):
     async def pread(self, offset: int, length: int) -> Buffer:
         """Return exactly ``length`` bytes."""
         return await self._pool.run(self._pread_blocking, offset, length)
+
+    def pread_blocking(self, offset: int, length: int) -> bytes:
+        """Return exactly ``length`` bytes."""
+        return bytes(self._pread_blocking(offset, length))
 
     def _pread_blocking(self, offset: int, length: int) -> Buffer:
         data = os.pread(self._fd, length, offset)
