@@ -238,7 +238,7 @@ def plan_create(options: CreateOptions) -> CreatePlan:
     l1_clusters = -(-header.l1_size * 8 // cluster_size)
     luks_area = b"" if options.encryption is None else options.encryption.luks_area
     luks_clusters = -(-len(luks_area) // cluster_size)
-    table_clusters, nb_blocks = _refcount_structures(
+    table_clusters, nb_blocks = refcount_structures(
         1 + l1_clusters + luks_clusters + nb_l2 + nb_data,
         cluster_size,
         options.refcount_bits,
@@ -287,7 +287,7 @@ def feature_names(cluster_size: int) -> bytes | None:
     )
 
 
-def _refcount_structures(
+def refcount_structures(
     nb_clusters: int, cluster_size: int, refcount_bits: int
 ) -> tuple[int, int]:
     """Return clusters of the refcount table and number of blocks that cover

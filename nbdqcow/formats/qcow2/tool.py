@@ -9,6 +9,7 @@ from nbdqcow.block.tools import (
     CheckResult,
     FormatTool,
     ImageInfo,
+    Measure,
     OptionSpec,
     OptionValue,
     Report,
@@ -31,6 +32,7 @@ from nbdqcow.formats.qcow2.create import (
 )
 from nbdqcow.formats.qcow2.encryption_header import luks_range, new_encryption
 from nbdqcow.formats.qcow2.header import Header, needed
+from nbdqcow.formats.qcow2.measure import measure
 from nbdqcow.formats.qcow2.snapshot_table import read_snapshots
 from nbdqcow.types import Buffer
 from nbdqcow.units import SECTOR_SIZE
@@ -134,6 +136,15 @@ class Qcow2Tool(FormatTool):
         options.check()
         encryption = new_encryption(values, secrets)
         return plan_create(replace(options, encryption=encryption))
+
+    def measure(
+        self,
+        values: Mapping[str, OptionValue],
+        data_length: int = 0,
+        bitmaps: Sequence[tuple[str, int]] | None = None,
+    ) -> Measure:
+        """See `FormatTool.measure`."""
+        return measure(_create_options(values), values, data_length, bitmaps)
 
     def create(self, file: BlockingFile, plan: Any) -> None:
         """Write the planned image, the file's old content gone."""
