@@ -61,7 +61,7 @@ def parse_pairs(pairs: dict[str, str], text: str) -> tuple[str, dict[str, Any]]:
                 options["l2_cache_size"] = _size(key, value)
             case "file.locking":
                 options["lock"] = value == "auto" or _boolean(key, value)
-            case "encrypt.key-secret":
+            case "encrypt.key-secret" | "key-secret":
                 options["key_secret"] = value
             case "encrypt.format":
                 # The image says the same; it is not asked for twice.

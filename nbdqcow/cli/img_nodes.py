@@ -131,10 +131,12 @@ async def open_node(
         if filename != name:
             text = text.removeprefix(f"Could not open '{filename}': ")
         if isinstance(exc, PassphraseRequired):
-            before = text.removesuffix(
-                "the image is encrypted: a passphrase is required"
-            )
-            text = f"{before}Parameter 'encrypt.key-secret' is required for cipher"
+            before, what, _ = text.rpartition("the image is encrypted")
+            option = "encrypt.key-secret"
+            if not what:
+                before, _, _ = text.rpartition("the disk is encrypted")
+                option = "key-secret"
+            text = f"{before}Parameter '{option}' is required for cipher"
         kind = type(exc) if isinstance(exc, ImageError) else ImageError
         if text.startswith(opening) and not isinstance(exc.__cause__, OSError):
             opening = ""
