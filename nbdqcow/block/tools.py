@@ -122,6 +122,7 @@ class FormatTool(ABC):
 
     name: ClassVar[str]
     create_options: ClassVar[Sequence[OptionSpec]]
+    key_options: ClassVar[Sequence[OptionSpec]] = ()
     supports_backing: ClassVar[bool] = False
     supports_check: ClassVar[bool] = False
 

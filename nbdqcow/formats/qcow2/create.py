@@ -159,7 +159,8 @@ class CreatePlan:
         yield from self._refcount_writes()
         yield from self._mapping_writes()
         if self.luks_area:
-            yield self.luks_offset, self.luks_area
+            # The slots that are not in use are zero.
+            yield self.luks_offset, self.luks_area.rstrip(b"\0")
         yield 0, self.packed_header
 
     def _block_offset(self, index: int) -> int:

@@ -17,6 +17,7 @@ from nbdqcow.block.tools import (
     no_secrets,
 )
 from nbdqcow.errors import ImageError
+from nbdqcow.formats.luks_specs import cipher_options, key_options
 from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2.bitmap_directory import (
     FLAG_AUTO,
@@ -62,12 +63,7 @@ _CREATE_OPTIONS: Final = (
         "str",
         "ID of secret providing qcow AES key or LUKS passphrase",
     ),
-    OptionSpec("encrypt.cipher-alg", "str", "Name of encryption cipher algorithm"),
-    OptionSpec("encrypt.cipher-mode", "str", "Name of encryption cipher mode"),
-    OptionSpec("encrypt.ivgen-alg", "str", "Name of IV generator algorithm"),
-    OptionSpec("encrypt.ivgen-hash-alg", "str", "Name of IV generator hash algorithm"),
-    OptionSpec("encrypt.hash-alg", "str", "Name of encryption hash algorithm"),
-    OptionSpec("encrypt.iter-time", "num", "Time to spend in PBKDF in milliseconds"),
+    *cipher_options("encrypt."),
     OptionSpec("cluster_size", "size", "qcow2 cluster size", "65536"),
     OptionSpec("extended_l2", "bool", "Extended L2 tables", "off"),
     OptionSpec(
@@ -103,6 +99,7 @@ class Qcow2Tool(FormatTool):
 
     name: ClassVar[str] = "qcow2"
     create_options: ClassVar[Sequence[OptionSpec]] = _CREATE_OPTIONS
+    key_options: ClassVar[Sequence[OptionSpec]] = key_options("encrypt.")
     supports_backing: ClassVar[bool] = True
     supports_check: ClassVar[bool] = True
 
