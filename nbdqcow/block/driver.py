@@ -253,6 +253,21 @@ class FormatDriver(ABC):
         """
         raise NotSupported("this format has no empty images")
 
+    async def change_backing_file(
+        self, filename: str | None, format: str | None
+    ) -> None:
+        """Name another backing file in the image, or none. What is open stays
+        open; nothing is copied."""
+        raise NotSupported("this format can't change the backing file")
+
+    async def reopen(self, *, read_only: bool) -> None:
+        """Allow changes to the image, or no longer, while it is in use.
+
+        To stop them it waits for writers and writes all metadata back; the
+        storage changes after that, or before changes are allowed.
+        """
+        raise NotSupported("this format can't be opened otherwise while in use")
+
     # -- durability ------------------------------------------------------
 
     @abstractmethod
