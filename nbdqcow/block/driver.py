@@ -54,6 +54,7 @@ class FormatDriver(ABC):
     """One open image of one format.
 
     Attributes:
+        shows_snapshots: whether the option ``snapshot`` has a meaning.
         storage: the image file; data: the file with the guest's bytes (the
             same unless the image has an external data file).
         size: the virtual size in bytes.
@@ -71,6 +72,7 @@ class FormatDriver(ABC):
     """
 
     name: ClassVar[str]
+    shows_snapshots: ClassVar[bool] = False
     storage: StorageDriver
     data: StorageDriver
     size: int

@@ -184,8 +184,14 @@ async def _open_driver(
     if name is None:
         head = await storage.pread(0, min(PROBE_LENGTH, storage.length))
         name = probe_format(bytes(head), filename)
+    kind = format_driver(name)
+    if options.driver_options.get("snapshot") is not None and not kind.shows_snapshots:
+        raise ImageError(
+            f"Block format '{name}' does not support temporarily loading internal"
+            " snapshots"
+        )
     try:
-        driver: FormatDriver = await format_driver(name).open(
+        driver: FormatDriver = await kind.open(
             storage,
             read_only=options.read_only,
             options={

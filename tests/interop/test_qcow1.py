@@ -344,3 +344,20 @@ def test_a_command_line_of_qemu_nbds(tmp_path, served):
     run("qemu-io", "-f", "raw", "-c", "read -P 5 20k 3k", uri)
     done = run("qemu-io", "-f", "raw", "-c", "read -v 12k 16", uri)
     assert "hellohello" in done.stdout
+
+
+@pytest.mark.parametrize("image_format", ["qcow", "raw"])
+def test_there_are_no_snapshots_to_load(tmp_path, image_format):
+    path = tmp_path / "a"
+    run("qemu-img", "create", "-qf", image_format, path, "1M")
+    answers = []
+    for program in ("qemu-nbd", "ours"):
+        command = [program]
+        if program == "ours":
+            code = "import sys; from nbdqcow.cli.nbd import main; sys.exit(main())"
+            command = [sys.executable, "-c", code]
+        words = ["-f", image_format, "-l", "snap", "-k", str(tmp_path / "s"), str(path)]
+        done = run(*command, *words, check=False)
+        text = done.stderr.strip().rpartition(": ")[2]
+        answers.append((done.returncode, text.replace(" used by device ''", "")))
+    assert answers[1] == answers[0]

@@ -87,6 +87,9 @@ class Qcow1Driver(FormatDriver):
             encryption.number_by_guest_offset(self)
         self._shows_backing = header.backing_filename is not None
         self._tasks: set[asyncio.Task[None]] = set()
+        # The end of the latest compressed write: clusters that are compressed
+        # at the same time are stored in the order in which they came.
+        self._last_stored: asyncio.Future[None] | None = None
         self._nb_in_place = 0
         self._in_place_done: asyncio.Future[None] | None = None
 
@@ -209,9 +212,16 @@ class Qcow1Driver(FormatDriver):
         ):
             raise BlockError(errno.EINVAL, "not one whole cluster")
         cluster = bytes(data).ljust(self.cluster_size, b"\0")
-        packed = await self.compressed.pack(cluster)
-        if packed is None or not await self._store_packed(offset, packed):
-            await self._store_plain(offset, cluster, length)
+        earlier, stored = self._last_stored, asyncio.get_running_loop().create_future()
+        self._last_stored = stored
+        try:
+            packed = await self.compressed.pack(cluster)
+            if earlier is not None and not earlier.done():
+                await asyncio.wait((earlier,))
+            if packed is None or not await self._store_packed(offset, packed):
+                await self._store_plain(offset, cluster, length)
+        finally:
+            stored.set_result(None)
 
     async def _store_packed(self, offset: int, packed: bytes) -> bool:
         """Write and link a compressed cluster; False if its place is too far
@@ -278,14 +288,22 @@ class Qcow1Driver(FormatDriver):
         """Give all clusters up: everything is as it is in the backing file, or
         zero, and the file as short as it was when it was new."""
         self.check_writable()
+        await self._operate(self._make_empty())
+
+    async def _make_empty(self) -> None:
         async with self.writeback.running, self.lock:
             await self.writers_quiet()
             header = self.header
             old_end = round_up(self.file_end.offset, self.cluster_size)
             metadata_end = max(end for _, end in header.ranges)
-            # On disk first: if that fails, all is as it was.
-            await self.storage.pwritev(header.l1_table_offset, [bytes(header.l1_bytes)])
-            await self.storage.flush()
+            try:
+                zeroes = bytes(header.l1_bytes)
+                await self.storage.pwritev(header.l1_table_offset, [zeroes])
+                await self.storage.flush()
+            except BaseException:
+                # Some of it may be gone from the disk: bring it back.
+                self.tables.mark_l1_dirty()
+                raise
             self.tables.clear(old_end)
             self.compressed.clear()
             self.file_end.reset(old_end)
@@ -310,6 +328,9 @@ class Qcow1Driver(FormatDriver):
             raise BlockError(errno.EINVAL, "Backing file name too long")
         if b"\0" in name:
             raise BlockError(errno.EINVAL, "A file name can't have a NUL byte")
+        await self._operate(self._change_name(filename, name))
+
+    async def _change_name(self, filename: str | None, name: bytes) -> None:
         async with self.lock:
             changed = replace(
                 self.header,
@@ -336,13 +357,13 @@ class Qcow1Driver(FormatDriver):
         if in_sector <= min(SECTOR_SIZE, self.header.l1_table_offset):
             return qcow1_header.HEADER_LENGTH
         offset, old_end = self.file_end.take(len(name), SECTOR_SIZE)
-        self.tables.protect(offset, offset + len(name))
         try:
             await self.storage.pwritev(offset, [name])
             await self.storage.flush()
         except BaseException:
             self.file_end.give_back(old_end, offset + len(name))
             raise
+        self.tables.protect(offset, offset + len(name))
         return offset
 
     async def reopen(self, *, read_only: bool) -> None:
@@ -394,6 +415,13 @@ class Qcow1Driver(FormatDriver):
             await self._in_place_done
 
     # -- durability ------------------------------------------------------
+
+    async def _operate(self, operation: Coroutine[Any, Any, None]) -> None:
+        """Run an operation to its end, even if the caller is cancelled."""
+        task = asyncio.create_task(operation)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

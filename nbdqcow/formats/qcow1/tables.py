@@ -305,6 +305,12 @@ class Tables:
             changed.dirty_first = min(changed.dirty_first, first)
             changed.dirty_end = max(changed.dirty_end, end)
 
+    def mark_l1_dirty(self) -> None:
+        """All of the L1 table may be missing on disk."""
+        self.dirty_l1.update(
+            index for index, entry in enumerate(self.l1) if entry not in (0, DAMAGED)
+        )
+
     def add_table(self, l1_index: int, offset: int, old_end: int) -> None:
         """Link a new, all-zero L2 table whose place nobody has written; the
         file's used part ended at ``old_end`` before."""
