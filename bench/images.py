@@ -56,6 +56,17 @@ def full_qcow2(directory: Path) -> Path:
     return path
 
 
+def full_qcow1(directory: Path) -> Path:
+    """Return a qcow image, version 1, with the data of `full_raw`."""
+    path = directory / "full.qcow"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        source = full_raw(directory)
+        qemu_img("convert", "-f", "raw", "-O", "qcow", source, partial)
+        partial.rename(path)
+    return path
+
+
 def fresh_empty(directory: Path) -> Path:
     """Return an image without a single data cluster."""
     path = directory / "empty.qcow2"

@@ -62,7 +62,7 @@ class Peer:
     ) -> list[str]:
         if self.name == OURS:
             command = [sys.executable, "-m", "nbdqcow", "serve", str(image)]
-            command += ["--unix", str(socket), "--format", "qcow2"]
+            command += ["--unix", str(socket), "--format", image.suffix[1:]]
             if l2_cache_size is not None:
                 command += ["--l2-cache-size", str(l2_cache_size)]
             return command
@@ -74,7 +74,7 @@ class Peer:
             aio = "io_uring"
             command += ["--aio=io_uring", "--cache=writeback"]
         if l2_cache_size is None:
-            return [*command, "-f", "qcow2", str(image)]
+            return [*command, "-f", image.suffix[1:], str(image)]
         options = f"driver=qcow2,l2-cache-size={l2_cache_size},file.driver=file"
         options += f",file.aio={aio},file.filename={image}"
         return [*command, "--image-opts", options]
