@@ -256,7 +256,7 @@ class FormatDriver(ABC):
         raise NotSupported("this format has no empty images")
 
     async def change_backing_file(
-        self, filename: str | None, format: str | None
+        self, filename: str | None, format_name: str | None
     ) -> None:
         """Name another backing file in the image, or none. What is open stays
         open; nothing is copied."""

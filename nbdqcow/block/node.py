@@ -508,7 +508,7 @@ class Node(InlineNode):
             offset += covered
 
     async def change_backing_file(
-        self, filename: str | None, format: str | None
+        self, filename: str | None, format_name: str | None
     ) -> None:
         """Name another backing file in the image, or none, durably.
 
@@ -516,7 +516,7 @@ class Node(InlineNode):
         again. Nothing is copied. Raises `BlockError`.
         """
         self._check_writable()
-        await self.driver.change_backing_file(filename, format)
+        await self.driver.change_backing_file(filename, format_name)
         await self.driver.flush()
 
     async def reopen(self, *, read_only: bool) -> None:

@@ -70,6 +70,7 @@ _COMMANDS: Final = {
         "[--output=human|json] [-O output_fmt] [-o options] [--size N | "
         "[--object objectdef] [--image-opts] [-f fmt] [-l snapshot] filename]",
     ),
+    "rename": ("nbdqcow.cli.img_rename", "[-f fmt] filename new_filename"),
     "resize": (
         "nbdqcow.cli.img_resize",
         "[--object objectdef] [--image-opts] [-f fmt] [--preallocation=mode] [-q] "

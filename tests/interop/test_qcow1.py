@@ -361,3 +361,21 @@ def test_there_are_no_snapshots_to_load(tmp_path, image_format):
         text = done.stderr.strip().rpartition(": ")[2]
         answers.append((done.returncode, text.replace(" used by device ''", "")))
     assert answers[1] == answers[0]
+
+
+def test_the_rename_command_keeps_the_link(tmp_path):
+    (tmp_path / "archive").mkdir()
+    base, path = tmp_path / "base.raw", tmp_path / "a.qcow"
+    base.write_bytes(b"b" * MiB)
+    link = ("-b", "base.raw", "-F", "raw")
+    run("qemu-img", "create", "-qf", "qcow", *link, path, "1M")
+    moved = tmp_path / "archive" / "b.qcow"
+    nbdqcow_img("rename", "-f", "qcow", path, moved)
+    assert not path.exists()
+    check(moved)
+    assert "backing file: ../base.raw" in run("qemu-img", "info", moved).stdout
+    compare_images(base, moved, second_format="qcow")
+    done = describe("ours", "rename", moved, base)
+    assert done[0] == 1
+    assert done[2] == f"Could not rename '{moved}' to '{base}': File exists"
+    assert base.read_bytes() == b"b" * MiB

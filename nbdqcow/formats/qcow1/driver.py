@@ -314,10 +314,10 @@ class Qcow1Driver(FormatDriver):
             self.tables.clear(round_up(metadata_end, self.cluster_size))
 
     async def change_backing_file(
-        self, filename: str | None, format: str | None
+        self, filename: str | None, format_name: str | None
     ) -> None:
         """See `FormatDriver.change_backing_file`. The image has no place for
-        the ``format``: it is guessed when the backing file is opened.
+        the format: it is guessed when the backing file is opened.
 
         What was named before is named after a power cut, or the new name. It
         goes into the header's sector if there is room, else to the end.
