@@ -19,7 +19,7 @@ from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import CorruptImage
 from nbdqcow.formats.qcow1.header import COMPRESSED, Header, compressed_range
 from nbdqcow.types import Buffer
-from nbdqcow.units import SECTOR_SIZE, round_up
+from nbdqcow.units import SECTOR_SIZE
 
 SLICE_BYTES: Final = 4096
 DAMAGED: Final = 1
@@ -370,8 +370,3 @@ class Tables:
     def is_dirty(self) -> bool:
         """Whether any L1 or L2 entry is not on disk."""
         return bool(self.dirty or self.dirty_l1 or self.fresh)
-
-
-def first_free(file_length: int, cluster_size: int) -> int:
-    """Return the first host offset for a new cluster in a file."""
-    return round_up(file_length, cluster_size)
