@@ -25,6 +25,7 @@ class Disk(enum.Enum):
     LUKS = "as full, encrypted with LUKS"
     ZLIB = "every cluster compressed by zlib, in page cache"
     ZSTD = "every cluster compressed by zstd, in page cache"
+    QCOW1 = "as FULL, in the qcow format of version 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,22 @@ CELLS: Final = (
             ("randread-4k-qd16", 4 * KiB, 16),
             ("read-1m-qd8", MiB, 8),
         )
+    ),
+    Cell(
+        "qcow1-randread-4k-qd16",
+        "randread",
+        4 * KiB,
+        16,
+        {QEMU: 1.5},
+        disk=Disk.QCOW1,
+    ),
+    Cell(
+        "qcow1-randwrite-4k-qd16",
+        "randwrite",
+        4 * KiB,
+        16,
+        {QEMU: 1.5},
+        disk=Disk.QCOW1,
     ),
     Cell("tls-randread-4k-qd16", "randread", 4 * KiB, 16, {QEMU: 1.5}, tls=True),
     Cell("tls-randwrite-4k-qd16", "randwrite", 4 * KiB, 16, {QEMU: 1.5}, tls=True),

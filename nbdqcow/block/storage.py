@@ -149,6 +149,17 @@ class StorageDriver(ABC):
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring a range near, if the driver can. A hint."""
 
+    def expect_sequential(self, sequential: bool) -> None:
+        """Say that reads will mostly follow one another, or no longer. A hint."""
+
+    async def reopen(self, *, read_only: bool) -> None:
+        """Give up the right to change the file, or take it again.
+
+        No write is in flight. Raises `ImageError` (`ImageInUse` for a lock)
+        and leaves all as it was if that can't be.
+        """
+        raise NotSupported(f"'{self.filename}' can't be opened otherwise")
+
     @abstractmethod
     async def close(self) -> None:
         """Release the file and its locks. Does not flush."""

@@ -190,6 +190,12 @@ class RawDriver(FormatDriver):
                     self._offset + offset, [zeroes[: min(MiB, size - offset)]]
                 )
 
+    async def reopen(self, *, read_only: bool) -> None:
+        """See `FormatDriver.reopen`: the block layer keeps writers off."""
+        if read_only and not self.read_only:
+            await self.storage.flush()
+        self.read_only = read_only
+
     async def flush(self) -> None:
         """Make the file's data durable."""
         await self.storage.flush()

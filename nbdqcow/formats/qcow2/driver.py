@@ -76,6 +76,7 @@ class Qcow2Driver(Operations):
 
     name = "qcow2"
     subcluster_size = 0
+    shows_snapshots = True
 
     def __init__(
         self,
