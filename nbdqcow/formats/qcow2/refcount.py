@@ -199,37 +199,41 @@ class Refcounts:
         Raises `BlockError` before changing anything if a count would leave
         its limits; a count below 0 means that the image is corrupt.
         """
-        pieces = []
+        pieces: list[tuple[int, RefcountBlock, int, int]] = []
         index, end = cluster_index, cluster_index + nb_clusters
-        while index < end:
-            block_index, first = divmod(index, self.block_entries)
-            last = min(self.block_entries, first + end - index)
-            block = await self._block(block_index)
-            if block is None:
-                raise BlockError(
-                    errno.EIO, f"host cluster {index:#x} has no refcount block"
-                )
-            counts = block.counts[first:last]
-            if change < 0 and 0 in counts:
-                raise CorruptImage(
-                    f"refcount of a cluster in use is 0"
-                    f" (host cluster {index + counts.index(0):#x}): image is corrupt"
-                )
-            if change > 0 and max(counts) >= self.max_count:
-                raise BlockError(
-                    errno.EINVAL, f"refcount would exceed {self.max_count}"
-                )
-            block.pins += 1
-            pieces.append((block_index, block, first, last))
-            index += last - first
+        try:
+            while index < end:
+                block_index, first = divmod(index, self.block_entries)
+                last = min(self.block_entries, first + end - index)
+                block = await self._block(block_index)
+                if block is None:
+                    raise BlockError(
+                        errno.EIO, f"host cluster {index:#x} has no refcount block"
+                    )
+                self._check_change(index, block.counts[first:last], change)
+                block.pins += 1
+                pieces.append((block_index, block, first, last))
+                index += last - first
+        finally:
+            for _, block, _, _ in pieces:
+                block.pins -= 1
         for block_index, block, first, last in pieces:
-            block.pins -= 1
             counts = block.counts
             for i in range(first, last):
                 counts[i] += change
             self._mark(block_index, block, first, last)
             if change < 0:
                 self._note_free(block_index, counts, first, last)
+
+    def _check_change(self, index: int, counts: "array[int]", change: int) -> None:
+        """Refuse to take counts, of clusters from ``index`` on, out of limits."""
+        if change < 0 and 0 in counts:
+            raise CorruptImage(
+                f"refcount of a cluster in use is 0"
+                f" (host cluster {index + counts.index(0):#x}): image is corrupt"
+            )
+        if change > 0 and max(counts) >= self.max_count:
+            raise BlockError(errno.EINVAL, f"refcount would exceed {self.max_count}")
 
     def _note_free(
         self, block_index: int, counts: "array[int]", first: int, last: int
