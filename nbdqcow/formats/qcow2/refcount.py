@@ -373,6 +373,8 @@ class Refcounts:
     async def allocate_contiguous(self, nb_clusters: int, lowest: int = 0) -> int:
         """Take exactly ``nb_clusters`` clusters in a row; return the first,
         which is not below ``lowest``."""
+        if nb_clusters >= self.block_entries:
+            return await self._allocate_beyond_blocks(nb_clusters, lowest)
         run_start = end = max(lowest, self._scan_index)
         while end - run_start < nb_clusters:
             block_index, first = divmod(end, self.block_entries)
@@ -394,6 +396,33 @@ class Refcounts:
         self._check_free(run_start, nb_clusters)
         await self.add(run_start, nb_clusters, 1)
         return run_start
+
+    async def _allocate_beyond_blocks(self, nb_clusters: int, lowest: int) -> int:
+        """Do as `allocate_contiguous` does for a row longer than the clusters
+        of one new block, which begin with the block itself: put all blocks
+        that the row needs before it."""
+        while True:
+            nb_blocks = len(self.table)
+            while nb_blocks and not self.table[nb_blocks - 1]:
+                nb_blocks -= 1
+            nb_blocks = max(nb_blocks, -(-lowest // self.block_entries))
+            nb_new = 1
+            while nb_new * self.block_entries < nb_new + nb_clusters:
+                nb_new += 1
+            if nb_blocks + nb_new <= len(self.table):
+                break
+            async with self.table_lock:
+                await self._grow_table(nb_blocks + nb_new - 1)
+        start = nb_blocks * self.block_entries
+        for i in range(nb_new):
+            counts = array(_TYPECODES.get(self.order, "B"), [0]) * self.block_entries
+            for j in range(min(self.block_entries, nb_new - i * self.block_entries)):
+                counts[j] = 1
+            block = RefcountBlock(counts)
+            self._keep(nb_blocks + i, block)
+            self._add_block(nb_blocks + i, start + i, block)
+        await self.add(start + nb_new, nb_clusters, 1)
+        return start + nb_new
 
     async def _block_for_allocation(self, block_index: int) -> RefcountBlock:
         """Return a block, making it (and room in the table) if need be."""
