@@ -54,6 +54,9 @@ _MANY_CLUSTERS: Final = 1 << 14
 _MAX_FREED_BYTES: Final = 256 * MiB
 """Freed space that may wait for a write-back before one is started for it."""
 
+_MAX_SNAPSHOT_L1_CLUSTERS: Final = 1 << 21
+"""Each takes about 100 bytes of memory while the image is open for writing."""
+
 
 class Qcow2Driver(Operations):
     """One open qcow2 image.
@@ -267,12 +270,16 @@ class Qcow2Driver(Operations):
         header = self.header
         offset = header.snapshots_offset
         ranges = []
+        nb_clusters = 0
         for _ in range(header.nb_snapshots):
             fixed = bytes(await self.storage.pread(offset, 40))
             l1_offset, l1_size = int.from_bytes(fixed[:8]), int.from_bytes(fixed[8:12])
             if l1_size * 8 > MAX_L1_BYTES or l1_offset % self.cluster_size:
                 raise ImageError("Snapshot L1 table is invalid")
             ranges.append((l1_offset, l1_size * 8))
+            nb_clusters += -(-l1_size * 8 // self.cluster_size)
+            if nb_clusters > _MAX_SNAPSHOT_L1_CLUSTERS:
+                raise ImageError("The L1 tables of the snapshots are too large")
             variable = int.from_bytes(fixed[12:14]) + int.from_bytes(fixed[14:16])
             variable += int.from_bytes(fixed[36:40])
             if offset + 40 + variable - header.snapshots_offset > 64 * MiB:

@@ -257,15 +257,18 @@ class Tables:
         """Replace a shared L2 table by a copy of it in a new cluster."""
         first_key = l1_index << self._slices_per_table_bits
         keys = range(first_key, first_key + (1 << self._slices_per_table_bits))
-        slices = []
-        for key in keys:
-            found = await self.load(key)
-            found.pins += 1
-            slices.append(found)
-        self.add_table(l1_index, entry)
-        for found in slices:
-            self.mark_dirty(found, 0, len(found.words))
-            found.pins -= 1
+        slices: list[L2Slice] = []
+        try:
+            for key in keys:
+                found = await self.load(key)
+                found.pins += 1
+                slices.append(found)
+            self.add_table(l1_index, entry)
+            for found in slices:
+                self.mark_dirty(found, 0, len(found.words))
+        finally:
+            for found in slices:
+                found.pins -= 1
 
     @property
     def dirty_bytes(self) -> int:
