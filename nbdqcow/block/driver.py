@@ -10,13 +10,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from nbdqcow.block.inflight import Epochs
 from nbdqcow.block.status import DirtyBitmap, Kinds
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import NotSupported
 from nbdqcow.types import Buffer, Run
+
+PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
+"""How much of an image's room is taken at once: none; the tables, so that all
+is mapped; the file's space as well; the same by writing zeroes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +55,7 @@ class FormatDriver(ABC):
     Attributes:
         storage: the image file; data: the file with the guest's bytes (the
             same unless the image has an external data file).
+        data_file: the external data file, if the image has one.
         size: the virtual size in bytes.
         cluster_size: the unit of allocation in bytes (1 for raw).
         subcluster_size: the unit in which writes are completed with old
@@ -59,7 +64,8 @@ class FormatDriver(ABC):
         lock: guards the metadata. Held to map, allocate and link; never
             across guest data I/O.
         dirty_bitmaps: those that can be read, by name; none in most formats.
-        when_rebound: the node's; called when a ``try_*`` method was replaced.
+        when_rebound: the node's; called when a ``try_*`` method was replaced
+            or ``size`` has changed.
         epochs: the requests in flight on guest data, so that a freed cluster
             is not handed out again under one of them.
     """
@@ -67,6 +73,7 @@ class FormatDriver(ABC):
     name: ClassVar[str]
     storage: StorageDriver
     data: StorageDriver
+    data_file: StorageDriver | None = None
     size: int
     cluster_size: int
     read_only: bool
@@ -101,6 +108,20 @@ class FormatDriver(ABC):
     async def read_compressed(self, descriptor: int) -> Buffer:
         """Return the whole cluster that a COMPRESSED run's descriptor names."""
         raise AssertionError("this format has no compressed clusters")
+
+    def try_read_compressed(
+        self, descriptor: int, start: int, length: int
+    ) -> Buffer | None:
+        """Return ``length`` bytes from ``start`` on of a compressed cluster, if
+        they need no waiting."""
+        return None
+
+    async def read_compressed_part(
+        self, descriptor: int, start: int, length: int
+    ) -> Buffer:
+        """Return ``length`` bytes from ``start`` on of a compressed cluster."""
+        cluster = await self.read_compressed(descriptor)
+        return memoryview(cluster)[start : start + length]
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """Return at most ``limit`` extents of this image from ``offset`` on.
@@ -161,6 +182,16 @@ class FormatDriver(ABC):
     def abort_write(self, plan: WritePlan) -> None:
         """The data could not be written: the old mapping stays."""
 
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """Write one whole cluster, or the image's last part of one, compressed;
+        plain if it gets no shorter.
+
+        Calls may overlap: compressing takes all processors, and what is
+        compressed is stored in the order of the calls. Raises `NotSupported`
+        if the image can't have compressed clusters.
+        """
+        raise NotSupported("no compressed clusters in this format")
+
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool
     ) -> None:
@@ -184,6 +215,34 @@ class FormatDriver(ABC):
 
     async def discard(self, offset: int, length: int) -> None:
         """Free whole clusters. A hint; never exposes a backing file's data."""
+
+    # -- the disk as a whole ---------------------------------------------
+
+    async def resize(
+        self, size: int, *, preallocation: str = "off", backing_size: int = 0
+    ) -> None:
+        """Set the virtual size; the file's end that is not needed goes.
+
+        What is new reads as zeroes from the next cluster on, even if a
+        backing image of ``backing_size`` bytes has data there; what the last
+        cluster holds beyond the old size is the caller's business.
+        ``preallocation`` is one of `PREALLOCATIONS`. Raises `BlockError`.
+        """
+        raise NotSupported("Image format driver does not support resize")
+
+    async def make_empty(self) -> None:
+        """Let every cluster be unallocated: the backing image shows.
+
+        Raises `BlockError`.
+        """
+        raise NotSupported("this format has no empty images")
+
+    async def close_files(self) -> None:
+        """Close what the image is made of. The block layer calls it last."""
+        files = [self.data, self.data_file, self.storage]
+        for index, file in enumerate(files):
+            if file is not None and file not in files[:index]:
+                await file.close()
 
     # -- durability ------------------------------------------------------
 

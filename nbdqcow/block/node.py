@@ -7,20 +7,33 @@ to be aligned, and falls back where a driver can't do something.
 
 import asyncio
 import errno
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Final, Self
 
-from nbdqcow.block.driver import FormatDriver, WritePlan
+from nbdqcow.block.driver import PREALLOCATIONS, FormatDriver, WritePlan
 from nbdqcow.block.status import DEFAULT_LIMIT, DirtyBitmap, Extents, block_status
 from nbdqcow.buffers import ZERO_VIEW, ZEROES, zero_views
 from nbdqcow.errors import BlockError, NotSupported
-from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO, ZERO_ALLOCATED, Buffer
+from nbdqcow.types import (
+    COMPRESSED,
+    DATA,
+    UNALLOCATED,
+    ZERO,
+    ZERO_ALLOCATED,
+    Buffer,
+    Run,
+)
 from nbdqcow.units import KiB, MiB
 
 GUARD_LENGTH: Final = 2048
 _MAX_INLINE: Final = 64 * KiB
 """Bytes of a write, copy-on-write included, up to which writing them at once
 is cheaper than a hop to a worker thread."""
+_MAX_DECOMPRESSING: Final = 16
+"""Clusters of one read that are decompressed at a time."""
+_MAX_COMPRESSING: Final = 32
+"""Clusters of one write that are compressed at a time."""
 
 
 class Node:
@@ -52,7 +65,7 @@ class Node:
         format. A guest that writes such bytes is refused, or the next one to
         guess would follow whatever backing file it wrote there."""
         self.driver = driver
-        self.size = driver.size
+        self.size = self._largest_size = driver.size
         self.read_only = driver.read_only
         self.filename = filename
         self.backing = backing
@@ -71,10 +84,28 @@ class Node:
     def _bind(self) -> None:
         # Bound once: the inline path pays for every attribute on the way.
         driver = self.driver
+        self.size = driver.size
+        self._largest_size = max(self._largest_size, self.size)
         self._try_map = driver.try_map
         self._try_map_write = driver.try_map_write
+        if self.size < self._largest_size:
+            # There may be clients that do not know.
+            self._try_map = self._try_map_inside
+            self._try_map_write = self._try_map_write_inside
         self._storage_try_pread = driver.data.try_pread
         self._storage_try_pwrite = driver.data.try_pwrite
+
+    def _try_map_inside(self, offset: int, length: int) -> Run | None:
+        """As `FormatDriver.try_map`, and None past the end."""
+        if offset + length > self.size:
+            return None
+        return self.driver.try_map(offset, length)
+
+    def _try_map_write_inside(self, offset: int, length: int) -> int:
+        """As `FormatDriver.try_map_write`, and -1 past the end."""
+        if offset + length > self.size:
+            return -1
+        return self.driver.try_map_write(offset, length)
 
     @property
     def format_name(self) -> str:
@@ -100,7 +131,8 @@ class Node:
         if kind == DATA:
             return self._storage_try_pread(host_offset, length)
         if kind == COMPRESSED:
-            return None
+            start = offset & (self.driver.cluster_size - 1)
+            return self.driver.try_read_compressed(host_offset, start, length)
         if kind == UNALLOCATED and self.backing is not None:
             return self._try_pread_backing(offset, length)
         return ZERO_VIEW[:length] if length <= MiB else bytes(length)
@@ -153,7 +185,11 @@ class Node:
                     return None
                 views.append(piece)
             elif kind == COMPRESSED:
-                return None
+                start = offset & (self.driver.cluster_size - 1)
+                piece = self.driver.try_read_compressed(host_offset, start, covered)
+                if piece is None:
+                    return None
+                views.append(piece)
             elif kind == UNALLOCATED and self.backing is not None:
                 piece = self._try_pread_backing(offset, covered)
                 if piece is None:
@@ -206,6 +242,8 @@ class Node:
         the new, so the two agree.
         """
         driver, size = self.driver, self.driver.subcluster_size
+        if offset + len(data) > self.size:
+            return False
         head, tail = offset % size, -(offset + len(data)) % size
         if head + len(data) + tail > _MAX_INLINE:
             return False
@@ -278,6 +316,7 @@ class Node:
         yielded. What the maps say is zero, `nbdqcow.buffers.is_zeroes` knows.
         """
         driver = self.driver
+        self._check_inside(offset, length)
         epoch = driver.epochs.enter()
         try:
             while length:
@@ -288,10 +327,14 @@ class Node:
                     if data is None:
                         data = await driver.data.pread(host_offset, covered)
                     yield data
-                elif kind == COMPRESSED:
-                    cluster = await driver.read_compressed(host_offset)
+                elif kind == COMPRESSED and covered == length:
                     start = offset & (driver.cluster_size - 1)
-                    yield memoryview(cluster)[start : start + covered]
+                    yield await driver.read_compressed_part(host_offset, start, covered)
+                elif kind == COMPRESSED:
+                    covered = 0
+                    async for piece in self._read_compressed(offset, length):
+                        covered += len(piece)
+                        yield piece
                 else:
                     inside = 0
                     if kind == UNALLOCATED and self.backing is not None:
@@ -303,6 +346,39 @@ class Node:
                 offset, length = offset + covered, length - covered
         finally:
             driver.epochs.leave(epoch)
+
+    async def _read_compressed(self, offset: int, length: int) -> AsyncIterator[Buffer]:
+        """Read the compressed clusters from ``offset`` on, up to one that is
+        not, or that needs a table: several at a time."""
+        driver, end = self.driver, offset + length
+        cluster_mask = driver.cluster_size - 1
+        reads: deque[asyncio.Task[Buffer] | Buffer] = deque()
+        try:
+            while True:
+                while offset < end and len(reads) < _MAX_DECOMPRESSING:
+                    run = self._try_map(offset, end - offset)
+                    if run is None or run[0] != COMPRESSED:
+                        end = offset
+                        break
+                    _, descriptor, covered = run
+                    place = descriptor, offset & cluster_mask, covered
+                    offset += covered
+                    reads.append(
+                        driver.try_read_compressed(*place)
+                        or asyncio.ensure_future(driver.read_compressed_part(*place))
+                    )
+                if not reads:
+                    return
+                read = reads[0]
+                piece = await read if isinstance(read, asyncio.Future) else read
+                reads.popleft()
+                yield piece
+        finally:
+            tasks = [read for read in reads if isinstance(read, asyncio.Future)]
+            for task in tasks:
+                task.cancel()
+            # They read what may be freed as soon as this request has ended.
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def reads_zero(self, offset: int, length: int) -> bool:
         """Whether a range reads as zeroes by the look of the maps alone.
@@ -353,6 +429,7 @@ class Node:
         """Write ``data``; with ``fua`` it is durable on return."""
         self._check_writable()
         length = len(data)
+        self._check_inside(offset, length)
         if (
             self._detect_zeroes != "off"
             and length
@@ -438,6 +515,29 @@ class Node:
         old = await self.pread(offset, inside)
         return old if inside == length else bytes(old) + bytes(length - inside)
 
+    async def pwrite_compressed(self, offset: int, data: Buffer) -> None:
+        """Write whole clusters (the end of the image counts as such), stored
+        compressed where that saves space.
+
+        Raises `NotSupported` if the image can't have compressed clusters.
+        """
+        self._check_writable()
+        size, end = self.driver.cluster_size, offset + len(data)
+        if offset % size or (end % size and end != self.size):
+            raise BlockError(errno.EINVAL, "only whole clusters can be compressed")
+        view = memoryview(data)
+        for group in range(0, len(view), size * _MAX_COMPRESSING):
+            starts = range(group, len(view), size)[:_MAX_COMPRESSING]
+            writes = (
+                self.driver.write_compressed(offset + start, view[start : start + size])
+                for start in starts
+            )
+            done = await asyncio.gather(*writes, return_exceptions=True)
+            for error in filter(None, done):
+                raise error
+        if self._writethrough:
+            await self.flush()
+
     async def write_zeroes(
         self,
         offset: int,
@@ -453,6 +553,7 @@ class Node:
         `NotSupported`, changing nothing, rather than write zeroes out.
         """
         self._check_writable()
+        self._check_inside(offset, length)
         may_unmap = may_unmap and self._discard
         end = offset + length
         unit = self.driver.subcluster_size
@@ -517,6 +618,7 @@ class Node:
         """Free the whole clusters of a range. A hint: parts of clusters are
         left as they are."""
         self._check_writable()
+        self._check_inside(offset, length)
         if not self._discard:
             return
         size = self.driver.cluster_size
@@ -525,6 +627,47 @@ class Node:
             end = end // size * size
         if start < end:
             await self.driver.discard(start, end - start)
+
+    # -- the image as a whole --------------------------------------------
+
+    async def resize(self, size: int, *, preallocation: str = "off") -> None:
+        """Set ``size``, in bytes; what is new reads as zeroes.
+
+        Requests past the end of a disk that has become smaller fail, whatever
+        their clients think that its size is. ``preallocation`` is one of
+        `nbdqcow.block.driver.PREALLOCATIONS`. Raises `BlockError`.
+        """
+        self._check_writable()
+        if preallocation not in PREALLOCATIONS:
+            raise BlockError(
+                errno.EINVAL, f"Unsupported preallocation mode '{preallocation}'"
+            )
+        if size < 0:
+            raise BlockError(errno.EINVAL, "The new size is below 0")
+        backing_size = 0 if self.backing is None else self.backing.size
+        if size > self.size:
+            await self._zero_last_cluster(size)
+        await self.driver.resize(
+            size, preallocation=preallocation, backing_size=backing_size
+        )
+        self._bind()
+
+    async def _zero_last_cluster(self, size: int) -> None:
+        """Zero what the last cluster has behind the end of the disk, as far as
+        a new ``size`` shows it: a larger disk may have ended there once."""
+        offset = self.size
+        cluster_size = self.driver.cluster_size
+        end = min(-(-offset // cluster_size) * cluster_size, size)
+        while offset < end:
+            kind, _, covered = await self.driver.map(offset, end - offset)
+            if kind in (DATA, COMPRESSED) or (
+                kind == UNALLOCATED
+                and self.backing is not None
+                and self.backing.size > offset
+            ):
+                await self._write_zero_bytes(offset, end - offset)
+                return
+            offset += covered
 
     async def flush(self) -> None:
         """Make every write answered before this call durable."""
@@ -536,13 +679,18 @@ class Node:
         if self.read_only:
             raise BlockError(errno.EPERM, f"{self.filename} is open read-only")
 
+    def _check_inside(self, offset: int, length: int) -> None:
+        if length and offset + length > self.size:
+            raise BlockError(
+                errno.ENOSPC,
+                f"{self.filename} has {self.size} bytes: the request goes past them",
+            )
+
     async def close(self) -> None:
         """Write back all metadata and close the whole chain."""
         try:
             await self.driver.close()
         finally:
-            await self.driver.storage.close()
-            if self.driver.data is not self.driver.storage:
-                await self.driver.data.close()
+            await self.driver.close_files()
             if self.backing is not None:
                 await self.backing.close()

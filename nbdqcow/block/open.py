@@ -43,7 +43,8 @@ class OpenOptions:
         lock: False opens without image locks (QEMU's ``locking=off``).
         force_share: opens read-only beside a writer (QEMU's ``-U``).
         driver_options: for the format driver of the image itself, as its
-            class describes them.
+            class describes them; ``data_file``, the path of its external data
+            file, comes before the one that the image names.
     """
 
     format: str | None = None
@@ -124,7 +125,7 @@ async def _open_chain(
         raise ImageError(f"Backing chain of '{above[0]}' is too deep")
     storage = await open_storage(filename, options)
     try:
-        driver = await _open_driver(filename, storage, options)
+        driver = await _open_driver(filename, storage, options, (*above, real))
     except BaseException:
         await storage.close()
         raise
@@ -132,7 +133,7 @@ async def _open_chain(
         backing = await _open_backing(filename, driver, options, (*above, real))
     except BaseException:
         # Nothing was written: there is nothing to write back.
-        await storage.close()
+        await driver.close_files()
         raise
     return Node(
         driver,
@@ -174,12 +175,17 @@ async def open_storage(filename: str, options: OpenOptions) -> StorageDriver:
 
 
 async def _open_driver(
-    filename: str, storage: StorageDriver, options: OpenOptions
+    filename: str, storage: StorageDriver, options: OpenOptions, above: tuple[str, ...]
 ) -> FormatDriver:
     name = options.format
     if name is None:
         head = await storage.pread(0, min(PROBE_LENGTH, storage.length))
         name = probe_format(bytes(head), filename)
+    given = options.driver_options.get("data_file")
+
+    async def open_data_file(name_in_image: str | None) -> StorageDriver:
+        return await _open_data_file(filename, given, name_in_image, options, above)
+
     try:
         driver: FormatDriver = await format_driver(name).open(
             storage,
@@ -188,11 +194,47 @@ async def _open_driver(
                 "l2_cache_size": options.l2_cache_size,
                 "discard": options.discard == "unmap",
                 **options.driver_options,
+                "open_data_file": open_data_file,
             },
         )
     except ImageError as error:
         raise type(error)(f"Could not open '{filename}': {error}") from None
+    if given is not None and driver.data_file is None:
+        await driver.close_files()
+        raise ImageError(
+            f"Could not open '{filename}': 'data-file' can only be set for images with"
+            f" an external data file"
+        )
     return driver
+
+
+async def _open_data_file(
+    filename: str,
+    given: str | None,
+    name_in_image: str | None,
+    options: OpenOptions,
+    above: tuple[str, ...],
+) -> StorageDriver:
+    """Open the external data file of the image ``filename``: the one ``given``
+    by who opens it, or the one that the image names.
+
+    ``above`` are the real paths of this image and of its overlays. Raises
+    `ImageError`.
+    """
+    if given is None and name_in_image is None:
+        raise ImageError("'data-file' is required for this image")
+    if given is not None:
+        path = given
+    else:
+        assert name_in_image is not None
+        path = backing_path(filename, name_in_image)
+        check_allowed(path, options.allowed_paths)
+    if _real_path(path) in above:
+        raise ImageError(f"'{path}' can't be the data file: it is the image itself")
+    try:
+        return await open_storage(path, options)
+    except OSError as error:
+        raise ImageError(f"Could not open '{path}': {error.strerror}") from None
 
 
 async def _open_backing(

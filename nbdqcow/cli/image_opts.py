@@ -56,6 +56,10 @@ def parse_image_opts(text: str) -> tuple[str, dict[str, Any]]:
                 options["l2_cache_size"] = _size(key, value)
             case "file.locking":
                 options["lock"] = value == "auto" or _boolean(key, value)
+            case "data-file.filename" | "data-file.file.filename":
+                options.setdefault("driver_options", {})["data_file"] = value
+            case "data-file.driver" | "data-file.file.driver":
+                _choice(key, value, {"file": "file", "raw": "raw"})
             case "encrypt.key-secret":
                 options["key_secret"] = value
             case "encrypt.format":

@@ -1,6 +1,7 @@
 """The raw driver: the guest's bytes are the file's, or a window of it."""
 
 import asyncio
+import errno
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -8,13 +9,13 @@ from nbdqcow.block.driver import FormatDriver, WritePlan
 from nbdqcow.block.inflight import Epochs
 from nbdqcow.block.status import Kinds
 from nbdqcow.block.storage import StorageDriver
-from nbdqcow.errors import ImageError
+from nbdqcow.errors import BlockError, ImageError, NotSupported
 from nbdqcow.types import DATA, ZERO, Run
-from nbdqcow.units import parse_size
+from nbdqcow.units import MiB, parse_size
 
 
 class RawDriver(FormatDriver):
-    """A file as a disk. Its size is fixed when it is opened.
+    """A file as a disk.
 
     Options: ``offset``, where in the file the disk begins, and ``size``, how
     long it is; without them it is the file, or the rest of it.
@@ -32,6 +33,7 @@ class RawDriver(FormatDriver):
         self.lock = asyncio.Lock()
         self.epochs = Epochs()
         self._offset = offset
+        self._is_window = offset + size != storage.length
 
     @classmethod
     def probe(cls, head: bytes, filename: str) -> int:
@@ -85,28 +87,90 @@ class RawDriver(FormatDriver):
 
     async def begin_write(self, offset: int, length: int) -> WritePlan:
         """Every write is in place."""
-        return WritePlan(offset, length, self._offset + offset)
+        self._check_inside(offset, length)
+        plan = WritePlan(offset, length, self._offset + offset)
+        plan.private = self.epochs.enter()
+        return plan
 
     def end_write(self, plan: WritePlan) -> None:
         """There is nothing to link."""
+        self.epochs.leave(plan.private)
 
     def abort_write(self, plan: WritePlan) -> None:
         """There is nothing to give back."""
+        self.epochs.leave(plan.private)
+
+    def _check_inside(self, offset: int, length: int) -> None:
+        if offset + length > self.size:
+            raise BlockError(errno.ENOSPC, "the disk has become smaller")
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool
     ) -> None:
         """The storage driver zeroes a range, or writes zeroes out."""
-        await self.storage.write_zeroes(
-            self._offset + offset,
-            length,
-            may_unmap=may_unmap,
-            no_fallback=no_fallback,
-        )
+        self._check_inside(offset, length)
+        epoch = self.epochs.enter()
+        try:
+            await self.storage.write_zeroes(
+                self._offset + offset,
+                length,
+                may_unmap=may_unmap,
+                no_fallback=no_fallback,
+            )
+        finally:
+            self.epochs.leave(epoch)
 
     async def discard(self, offset: int, length: int) -> None:
         """The storage driver frees the range's space."""
-        await self.storage.discard(self._offset + offset, length)
+        self._check_inside(offset, length)
+        epoch = self.epochs.enter()
+        try:
+            await self.storage.discard(self._offset + offset, length)
+        finally:
+            self.epochs.leave(epoch)
+
+    async def resize(
+        self, size: int, *, preallocation: str = "off", backing_size: int = 0
+    ) -> None:
+        """Set the file's length. Raises `BlockError`."""
+        if preallocation == "metadata":
+            raise NotSupported("Unsupported preallocation mode: metadata")
+        if self._is_window:
+            raise NotSupported("Cannot resize a raw image that is part of its file")
+        if size < self.size and preallocation != "off":
+            raise BlockError(
+                errno.EINVAL, "Preallocation can only be used for growing images"
+            )
+        if size < self.size:
+            # From here on nobody begins to read or write what goes.
+            self.size, old_size = size, self.size
+            self.when_rebound()
+            await self.epochs.quiet()
+            start = size
+        else:
+            start = old_size = self.size
+        try:
+            await self._set_length(start, size, preallocation)
+        except BaseException:
+            self.size = old_size
+            self.when_rebound()
+            raise
+        self.size = size
+        self.when_rebound()
+
+    async def _set_length(self, start: int, size: int, preallocation: str) -> None:
+        if preallocation == "off":
+            await self.storage.truncate(self._offset + size)
+        elif preallocation == "falloc":
+            await self.storage.write_zeroes(
+                self._offset + start, size - start, may_unmap=False
+            )
+        else:
+            zeroes = memoryview(bytes(MiB))
+            for offset in range(start, size, MiB):
+                await self.storage.pwritev(
+                    self._offset + offset, [zeroes[: min(MiB, size - offset)]]
+                )
 
     async def flush(self) -> None:
         """Make the file's data durable."""

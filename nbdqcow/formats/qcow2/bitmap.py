@@ -70,13 +70,12 @@ class Bitmap:
 
     def __init__(self, name: str, size: int, granularity_bits: int) -> None:
         self.name = name
-        self.size = size
         self.granularity_bits = granularity_bits
         self.enabled = True
         self.inconsistent = False
         self.entry: BitmapEntry | None = None
-        self.nb_bits = (size + (1 << granularity_bits) - 1) >> granularity_bits
-        self.bits = bytearray((self.nb_bits + 7) // 8)
+        self.bits = bytearray()
+        self.resize(size)
 
     @property
     def info(self) -> BitmapInfo:
@@ -98,6 +97,19 @@ class Bitmap:
         bits[high] |= (2 << (last & 7)) - 1
         if high - low > 1:
             bits[low + 1 : high] = b"\xff" * (high - low - 1)
+
+    def resize(self, size: int) -> None:
+        """The disk has another size; what is new was not written."""
+        self.size = size
+        self.nb_bits = -(-size >> self.granularity_bits)
+        length = (self.nb_bits + 7) // 8
+        self.bits = self.bits[:length].ljust(length, b"\0")
+        self.mask_end()
+
+    def mask_end(self) -> None:
+        """Clear what is behind the last bit: it is nobody's."""
+        if self.nb_bits % 8:
+            self.bits[-1] &= (1 << self.nb_bits % 8) - 1
 
     def clear(self) -> None:
         """Forget all writes."""
@@ -200,9 +212,7 @@ class Bitmaps:
                 bitmap.bits[start : start + length] = data
             elif word & _ALL_ONES:
                 bitmap.bits[start : start + length] = b"\xff" * length
-        # What is behind the last bit is nobody's.
-        if bitmap.nb_bits % 8:
-            bitmap.bits[-1] &= (1 << bitmap.nb_bits % 8) - 1
+        bitmap.mask_end()
 
     async def _read_table(self, entry: BitmapEntry) -> list[int]:
         length = entry.table_entries * 8
@@ -322,6 +332,29 @@ class Bitmaps:
     def merge(self, name: str, source: str) -> None:
         """See `Qcow2Driver.bitmap_merge`."""
         self._find(name).merge(self._find(source))
+
+    # -- resizing --------------------------------------------------------
+
+    def check_resize(self, size: int) -> None:
+        """Refuse a size of the disk that the bitmaps can't have.
+
+        Raises `BlockError`.
+        """
+        for bitmap in self._all.values():
+            if bitmap.inconsistent:
+                raise BlockError(
+                    errno.EINVAL,
+                    f"Bitmap '{bitmap.name}' is inconsistent and cannot be used",
+                )
+        if sum(size >> (b.granularity_bits + 3) for b in self._all.values()) > (
+            _MAX_TOTAL_BYTES
+        ):
+            raise BlockError(errno.EFBIG, "the bitmaps would take too much memory")
+
+    def resize(self, size: int) -> None:
+        """The disk has another size: `check_resize` let it pass."""
+        for bitmap in self._all.values():
+            bitmap.resize(size)
 
     # -- storing ---------------------------------------------------------
 

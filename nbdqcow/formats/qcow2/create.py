@@ -120,7 +120,6 @@ class CreateOptions:
         lacking = {
             "encryption": self.encrypted,
             "an external data file (data_file)": self.data_file is not None,
-            "zstd compression (compression_type)": self.compression_type != "zlib",
         }
         names = [name for name, wanted in lacking.items() if wanted]
         if names:
@@ -215,8 +214,11 @@ def plan_create(options: CreateOptions) -> CreatePlan:
             h.V3_HEADER_LENGTH if options.version >= 3 else h.V2_HEADER_LENGTH
         ),
         compatible_features=h.COMPAT_LAZY_REFCOUNTS if options.lazy_refcounts else 0,
+        compression_type=COMPRESSION_TYPES.index(options.compression_type),
         backing_filename=options.backing_file,
     )
+    if header.compression_type != h.COMPRESSION_ZLIB:
+        header.incompatible_features |= h.INCOMPAT_COMPRESSION
     if options.extended_l2:
         header.incompatible_features |= h.INCOMPAT_EXTENDED_L2
     _add_extensions(header, options)

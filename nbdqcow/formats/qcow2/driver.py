@@ -6,31 +6,37 @@ import logging
 from array import array
 from collections.abc import Coroutine, Sequence
 from collections.abc import Mapping as Options
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self
 
-from nbdqcow.block.driver import FormatDriver, WritePlan
+from nbdqcow.block.driver import WritePlan
 from nbdqcow.block.inflight import Epochs, InFlightRanges
 from nbdqcow.block.status import Kinds
 from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import StorageDriver
-from nbdqcow.block.tools import SnapshotInfo
 from nbdqcow.errors import BlockError, CorruptImage, ImageError
-from nbdqcow.formats.qcow2 import discard, encryption, extents, write, write_extended
+from nbdqcow.formats.qcow2 import (
+    compressed_write,
+    discard,
+    encryption,
+    extents,
+    write,
+    write_extended,
+)
+from nbdqcow.formats.qcow2 import data_file as qcow2_data_file
 from nbdqcow.formats.qcow2 import header as qcow2_header
-from nbdqcow.formats.qcow2.bitmap import Bitmap, BitmapInfo, Bitmaps
+from nbdqcow.formats.qcow2.bitmap import Bitmap, Bitmaps
 from nbdqcow.formats.qcow2.compress import CompressedClusters
 from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES, OFFSET_MASK
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.mapping import Mapping
 from nbdqcow.formats.qcow2.mapping_extended import ExtendedMapping
+from nbdqcow.formats.qcow2.operations import Operations
 from nbdqcow.formats.qcow2.refcount import Refcounts
 from nbdqcow.formats.qcow2.snapshot_table import read_snapshots, select_snapshot
 from nbdqcow.formats.qcow2.tables import Tables, load_be64
 from nbdqcow.formats.qcow2.writeback import Freed, Writeback
 from nbdqcow.types import Buffer, Run
 from nbdqcow.units import MiB, round_up
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +48,7 @@ _MAX_FREED_BYTES: Final = 256 * MiB
 """Freed space that may wait for a write-back before one is started for it."""
 
 
-class Qcow2Driver(FormatDriver):
+class Qcow2Driver(Operations):
     """One open qcow2 image.
 
     Attributes:
@@ -53,6 +59,9 @@ class Qcow2Driver(FormatDriver):
         reads_zero_from: nothing at or after this host offset was ever
             written, so it reads as zeroes.
         discard_freed: a guest's discard gives space back to the file system.
+        tasks: operations and background work that run; see `settle`.
+        resizing: held by whoever changes the disk's size.
+        trim_wanted: once no freed cluster waits, the file's end is cut off.
     """
 
     name = "qcow2"
@@ -69,11 +78,13 @@ class Qcow2Driver(FormatDriver):
         l2_cache_size: int,
         discard_freed: bool,
         data: StorageDriver | None = None,
+        data_file: StorageDriver | None = None,
     ) -> None:
         """``data`` is where guest data is read and written, if not in
-        ``storage`` as it stands."""
+        ``storage`` or ``data_file`` as they stand."""
         self.storage = storage
-        self.data = data or storage
+        self.data_file = data_file
+        self.data = data or data_file or storage
         self.header = header
         self.read_only = read_only
         self.size = header.size
@@ -98,8 +109,10 @@ class Qcow2Driver(FormatDriver):
         if header.extended_l2:
             self.mapping = ExtendedMapping(self.tables, self.metadata)
             self.try_plan = write_extended.try_plan
-            inline = write_extended.InlineWriter(self)
-            if header.crypt_method != qcow2_header.CRYPT_AES:
+            if not (
+                header.has_data_file or header.crypt_method == qcow2_header.CRYPT_AES
+            ):
+                inline = write_extended.InlineWriter(self)
                 self.try_begin_write = inline.try_begin_write  # type: ignore[method-assign]
         self.compressed = CompressedClusters(self)
         self.writeback = Writeback(self)
@@ -107,14 +120,20 @@ class Qcow2Driver(FormatDriver):
         if not header.extended_l2:
             self.map = self.mapping.map  # type: ignore[method-assign]
         self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
-        if header.crypt_method == qcow2_header.CRYPT_AES:
+        if header.has_data_file:
+            qcow2_data_file.attach(self)
+        elif header.crypt_method == qcow2_header.CRYPT_AES:
             encryption.number_by_guest_offset(self)
         self._try_map_untracked_write = self.try_map_write
         end = round_up(storage.length, self.cluster_size)
-        self.reads_zero_from = end if self.data.zero_beyond_end else 1 << 63
+        # A data file may hold anything where nothing is mapped.
+        known = self.data is storage and storage.zero_beyond_end
+        self.reads_zero_from = end if known else 1 << 63
         self.bitmaps = Bitmaps(self)
         self._tracked: Sequence[Bitmap] = ()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self.resizing = asyncio.Lock()
+        self.trim_wanted = False
         self._nb_in_place = 0
         self._in_place_done: asyncio.Future[None] | None = None
         self.failed = False
@@ -138,8 +157,8 @@ class Qcow2Driver(FormatDriver):
         internal snapshot to show instead of the disk (``(id, name)``, either
         of them None, for one that must match both), read-only; ``secret``, the
         passphrase of an encrypted image (`nbdqcow.crypto.secrets.Secret` or
-        bytes). Raises
-        `ImageError`.
+        bytes); ``open_data_file``, a coroutine function that opens the external
+        data file, given its name in the image, or None. Raises `ImageError`.
         """
         head = bytes(await storage.pread(0, qcow2_header.HEADER_READ_LENGTH))
         wanted = qcow2_header.needed(head)
@@ -161,21 +180,31 @@ class Qcow2Driver(FormatDriver):
             refcount_table = await _read_table(
                 storage, header.refcount_table_offset, table_entries, "refcount"
             )
-        data = await encryption.open_data(storage, header, options.get("secret"))
-        image = cls(
-            storage,
-            header,
-            l1,
-            refcount_table,
-            read_only=read_only,
-            l2_cache_size=options.get("l2_cache_size") or DEFAULT_L2_CACHE,
-            discard_freed=bool(options.get("discard", True)),
-            data=data,
-        )
-        if not read_only:
-            await image._prepare_for_writing()
-        if wanted_snapshot is None and header.bitmaps_consistent:
-            await image.bitmaps.load()
+        data_file = None
+        if header.has_data_file:
+            data_file = await options["open_data_file"](header.data_file_name)
+        try:
+            image = cls(
+                storage,
+                header,
+                l1,
+                refcount_table,
+                read_only=read_only,
+                l2_cache_size=options.get("l2_cache_size") or DEFAULT_L2_CACHE,
+                discard_freed=bool(options.get("discard", True)),
+                data=await encryption.open_data(
+                    storage, header, options.get("secret"), data_file
+                ),
+                data_file=data_file,
+            )
+            if not read_only:
+                await image._prepare_for_writing()
+            if wanted_snapshot is None and header.bitmaps_consistent:
+                await image.bitmaps.load()
+        except BaseException:
+            if data_file is not None:
+                await data_file.close()
+            raise
         return image
 
     async def _prepare_for_writing(self) -> None:
@@ -194,7 +223,7 @@ class Qcow2Driver(FormatDriver):
             metadata.update(range(offset >> bits, (offset + length + size - 1) >> bits))
         for table in (self.refcounts.table, self.tables.l1):
             metadata.update((entry & OFFSET_MASK) >> bits for entry in table if entry)
-        unknown = header.autoclear_features & ~qcow2_header.AUTOCLEAR_BITMAPS
+        unknown = header.autoclear_features & ~qcow2_header.AUTOCLEAR_KNOWN_MASK
         if unknown:
             # "An implementation may only write to an image with unknown
             # auto-clear features if it clears the respective bits first."
@@ -246,7 +275,19 @@ class Qcow2Driver(FormatDriver):
 
     async def read_compressed(self, descriptor: int) -> Buffer:
         """See `FormatDriver.read_compressed`."""
-        return await self.compressed.read(descriptor)
+        return await self.compressed.read(descriptor, 0, self.cluster_size)
+
+    def try_read_compressed(
+        self, descriptor: int, start: int, length: int
+    ) -> Buffer | None:
+        """See `FormatDriver.try_read_compressed`."""
+        return self.compressed.try_read(descriptor, start, length)
+
+    async def read_compressed_part(
+        self, descriptor: int, start: int, length: int
+    ) -> Buffer:
+        """See `FormatDriver.read_compressed_part`."""
+        return await self.compressed.read(descriptor, start, length)
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """See `FormatDriver.extents`."""
@@ -272,13 +313,25 @@ class Qcow2Driver(FormatDriver):
         except CorruptImage:
             # The coroutine finds the same, and marks the image.
             return None
+        if plan is not None and self.data_file is not None:
+            try:
+                qcow2_data_file.place_plan(plan)
+            except CorruptImage:
+                write.cancel_write(self, plan)
+                return None
         return None if plan is None else encryption.tag_plan(self.header, plan)
 
     async def begin_write(self, offset: int, length: int) -> WritePlan:
         """See `FormatDriver.begin_write`."""
-        self._check_writable()
+        self.check_writable()
         try:
             plan = await write.begin_write(self, offset, length)
+            if self.data_file is not None:
+                try:
+                    qcow2_data_file.place_plan(plan)
+                except CorruptImage:
+                    write.abort_write(self, plan)
+                    raise
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
             raise
@@ -301,13 +354,28 @@ class Qcow2Driver(FormatDriver):
         for bitmap in self._tracked:
             bitmap.mark(plan.guest_offset, plan.length)
 
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """See `FormatDriver.write_compressed`."""
+        self.check_writable()
+        try:
+            await compressed_write.write_compressed(self, offset, data)
+        except CorruptImage as error:
+            await self.mark_corrupt(str(error))
+            raise
+        self._mark(offset, len(data))
+
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool
     ) -> None:
         """See `FormatDriver.write_zeroes`."""
-        self._check_writable()
+        self.check_writable()
         try:
-            await discard.write_zeroes(self, offset, length, may_unmap=may_unmap)
+            if self.data_file is not None:
+                await qcow2_data_file.write_zeroes(
+                    self, offset, length, may_unmap=may_unmap, no_fallback=no_fallback
+                )
+            else:
+                await discard.write_zeroes(self, offset, length, may_unmap=may_unmap)
             self._mark(offset, length)
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
@@ -315,7 +383,7 @@ class Qcow2Driver(FormatDriver):
 
     async def claim_zero(self, offset: int, backing_zero: bool) -> bool:
         """See `FormatDriver.claim_zero`."""
-        self._check_writable()
+        self.check_writable()
         claimed = await discard.claim_zero(self, offset, backing_zero)
         if claimed:
             self._mark(offset, min(self.subcluster_size, self.size - offset))
@@ -323,9 +391,12 @@ class Qcow2Driver(FormatDriver):
 
     async def discard(self, offset: int, length: int) -> None:
         """See `FormatDriver.discard`."""
-        self._check_writable()
+        self.check_writable()
         try:
-            await discard.discard(self, offset, length)
+            if self.data_file is not None:
+                await qcow2_data_file.discard(self, offset, length)
+            else:
+                await discard.discard(self, offset, length)
             self._mark(offset, length)
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
@@ -335,7 +406,8 @@ class Qcow2Driver(FormatDriver):
         for bitmap in self._tracked:
             bitmap.mark(offset, length)
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
+        """Refuse changes to an image that takes none. Raises `BlockError`."""
         if self.read_only:
             raise BlockError(
                 errno.EIO if self.header.corrupt else errno.EROFS,
@@ -399,82 +471,14 @@ class Qcow2Driver(FormatDriver):
         self.read_only = self.failed = True
         self.mapping.freeze()
 
+    def set_size(self, size: int) -> None:
+        """The header on disk has another size of the disk."""
+        self.size = self.header.size = size
+        self.when_rebound()
+
     def note_used(self, host_end: int) -> None:
         """Clusters below ``host_end`` may hold bytes from now on."""
         self.reads_zero_from = max(self.reads_zero_from, host_end)
-
-    # -- snapshots -------------------------------------------------------
-
-    async def snapshot_list(self) -> list[SnapshotInfo]:
-        """Return the internal snapshots in the table's order."""
-        from nbdqcow.formats.qcow2 import snapshot
-
-        async with self.lock:
-            snapshots, _ = await snapshot.read(self)
-        return [one.info for one in snapshots]
-
-    async def snapshot_create(
-        self,
-        name: str,
-        *,
-        vm_state_length: int = 0,
-        vm_clock_nanoseconds: int = 0,
-        icount: int | None = None,
-        date_nanoseconds: int | None = None,
-    ) -> SnapshotInfo:
-        """Keep the disk's content as it is now; ``date_nanoseconds`` since the
-        epoch, None for now. Several snapshots may have one name.
-
-        Raises `BlockError`.
-        """
-        from nbdqcow.formats.qcow2 import snapshot
-
-        return await self._operate(
-            snapshot.create(
-                self,
-                name,
-                vm_state_length=vm_state_length,
-                vm_clock_nanoseconds=vm_clock_nanoseconds,
-                icount=icount,
-                date_nanoseconds=date_nanoseconds,
-            )
-        )
-
-    async def snapshot_apply(self, id_or_name: str) -> None:
-        """Make the disk what it was in a snapshot, which stays; ``size`` may
-        change with it. An ID comes before all names.
-
-        Raises `BlockError`, ENOENT if there is no such snapshot.
-        """
-        from nbdqcow.formats.qcow2 import snapshot
-
-        await self._operate(snapshot.apply(self, id_or_name))
-
-    async def snapshot_delete(self, id_or_name: str) -> None:
-        """Remove a snapshot, and free what only it had. An ID comes before
-        all names.
-
-        Raises `BlockError`, ENOENT if there is no such snapshot.
-        """
-        from nbdqcow.formats.qcow2 import snapshot
-
-        await self._operate(snapshot.delete(self, id_or_name))
-
-    async def _operate(self, operation: Coroutine[Any, Any, T]) -> T:
-        """Run an operation to its end, even if the caller is cancelled."""
-        try:
-            self._check_writable()
-        except BlockError:
-            operation.close()
-            raise
-        task = asyncio.create_task(operation)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        try:
-            return await asyncio.shield(task)
-        except CorruptImage as error:
-            await self.mark_corrupt(str(error))
-            raise
 
     # -- dirty bitmaps ---------------------------------------------------
 
@@ -496,44 +500,6 @@ class Qcow2Driver(FormatDriver):
                 bitmap.mark(offset, length)
         return host_offset
 
-    def bitmap_list(self) -> list[BitmapInfo]:
-        """Return all persistent bitmaps."""
-        return self.bitmaps.infos
-
-    def bitmap_add(
-        self, name: str, *, granularity: int | None = None, enabled: bool = True
-    ) -> None:
-        """Add an empty bitmap; on disk it will be when the image is closed.
-
-        ``granularity`` is bytes of the disk for a bit, a power of 2 from 512
-        on; by default the cluster size, if that is 4 to 64 KiB. A bitmap that
-        is not enabled takes no notice of writes. Raises `BlockError`.
-        """
-        self._check_writable()
-        self.bitmaps.add(name, granularity, enabled=enabled)
-
-    async def bitmap_remove(self, name: str) -> None:
-        """Remove a bitmap, an inconsistent one also. Raises `BlockError`."""
-        await self._operate(self.bitmaps.remove(name))
-
-    def bitmap_enable(self, name: str, enabled: bool = True) -> None:
-        """Let writes be marked in a bitmap, or no longer. Raises `BlockError`."""
-        self._check_writable()
-        self.bitmaps.enable(name, enabled)
-
-    def bitmap_clear(self, name: str) -> None:
-        """Forget the writes of a bitmap. Raises `BlockError`."""
-        self._check_writable()
-        self.bitmaps.clear(name)
-
-    def bitmap_merge(self, name: str, source: str) -> None:
-        """Add the writes of the bitmap ``source`` to another one.
-
-        Their granularities may differ. Raises `BlockError`.
-        """
-        self._check_writable()
-        self.bitmaps.merge(name, source)
-
     # -- durability ------------------------------------------------------
 
     @property
@@ -552,21 +518,26 @@ class Qcow2Driver(FormatDriver):
         if self.freed.nb_clusters > max(64, _MAX_FREED_BYTES >> self.cluster_bits):
             self.writeback.start()
 
+    def trim_when_freed(self) -> None:
+        """Cut off the file's end once all that was freed is free."""
+        self.trim_wanted = True
+        self.writeback.start()
+
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run background work of the image; `settle` waits for it."""
         task = asyncio.create_task(work)
-        self._tasks.add(task)
+        self.tasks.add(task)
         task.add_done_callback(self._background_done)
 
     def _background_done(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
+        self.tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s: %s", self.storage.filename, error)
 
     async def settle(self) -> None:
         """Wait until no background work is left."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
+        while self.tasks:
+            await asyncio.wait(self.tasks)
 
     async def flush(self) -> None:
         """See `FormatDriver.flush`."""

@@ -49,7 +49,10 @@ def luks_range(header: Header) -> tuple[int, int] | None:
 
 
 async def open_data(
-    storage: StorageDriver, header: Header, secret: "Secret | bytes | None"
+    storage: StorageDriver,
+    header: Header,
+    secret: "Secret | bytes | None",
+    data_file: StorageDriver | None = None,
 ) -> "EncryptedStorage | None":
     """Return what reads and writes an image's data plain; None if it is.
 
@@ -70,7 +73,7 @@ async def open_data(
         cipher = LEGACY_AES.make(legacy_key(passphrase))
     else:
         cipher = await _unlock(storage, *place, passphrase)
-    return EncryptedStorage(storage, cipher)
+    return EncryptedStorage(data_file or storage, cipher)
 
 
 async def _unlock(
@@ -129,7 +132,7 @@ def number_by_guest_offset(image: "Qcow2Driver") -> None:
 
 def tag_plan(header: Header, plan: "WritePlan") -> "WritePlan":
     """Let a plan's host offset say what legacy encryption needs to know."""
-    if header.crypt_method == qcow2_header.CRYPT_AES:
+    if header.crypt_method == qcow2_header.CRYPT_AES and not header.has_data_file:
         from nbdqcow.formats.encrypted import tag_offset
 
         plan.host_offset = tag_offset(plan.host_offset, plan.guest_offset)

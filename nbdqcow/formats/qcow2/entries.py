@@ -15,6 +15,9 @@ OFLAG_ZERO: Final = 1 << 0
 
 OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00
 """Bits 9 to 55: the host offset in L1 and standard L2 entries."""
+IN_DATA_FILE: Final = 1 << 55
+"""In memory only: the offset is one in the external data file, where 0 is as
+good as any other."""
 L1_RESERVED_MASK: Final = 0x7F00_0000_0000_01FF
 L2_RESERVED_MASK: Final = 0x3F00_0000_0000_01FE
 SUBCLUSTERS_BITS: Final = 5
@@ -84,3 +87,15 @@ def compressed_range(entry: int, cluster_bits: int) -> tuple[int, int]:
     host_offset = entry & ((1 << offset_bits) - 1)
     additional = (entry >> offset_bits) & ((1 << (cluster_bits - 8)) - 1)
     return host_offset, (additional + 1) * 512 - (host_offset & 511)
+
+
+def compressed_entry(host_offset: int, length: int, cluster_bits: int) -> int:
+    """Return the L2 entry of a compressed cluster, the reverse of
+    `compressed_range`; it ends below `max_compressed_offset`."""
+    additional = ((host_offset & 511) + length - 1) // 512
+    return OFLAG_COMPRESSED | additional << (70 - cluster_bits) | host_offset
+
+
+def max_compressed_offset(cluster_bits: int) -> int:
+    """Return the end of what a descriptor can name; bytes."""
+    return 1 << (70 - cluster_bits)

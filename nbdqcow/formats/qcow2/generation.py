@@ -290,12 +290,12 @@ class Generation:
         self._old += runs(np.array(sorted(refcounts.replaced), np.uint64))
         self._old += runs(np.array(sorted(self._spares), np.uint64))
         # No await from here on: lookups see the old tables or the new.
-        image.size = header.size = self.size
         header.l1_size, header.l1_table_offset = len(self.l1), self._l1_offset
         header.refcount_table_offset = self._table_offset
         header.nb_snapshots = self.nb_snapshots
         header.snapshots_offset = self.snapshots_offset
         image.tables.replace(self.l1, self._l1_offset)
+        image.set_size(self.size)
         image.refcounts.replace_table(refcounts.table)
         for freed in image.writeback.waiting:
             freed.ranges.clear()

@@ -37,6 +37,7 @@ INCOMPAT_KNOWN_MASK: Final = 0x1F
 COMPAT_LAZY_REFCOUNTS: Final = 1 << 0
 AUTOCLEAR_BITMAPS: Final = 1 << 0
 AUTOCLEAR_RAW_DATA_FILE: Final = 1 << 1
+AUTOCLEAR_KNOWN_MASK: Final = 0x3
 
 CRYPT_NONE: Final = 0
 CRYPT_AES: Final = 1
@@ -475,13 +476,8 @@ class Header:
         Raises `UnsupportedFeature`, or `ImageError` for an image marked as
         damaged that is to be written.
         """
-        lacking = {
-            "external data file": self.has_data_file,
-            "zstd compression": self.compression_type == COMPRESSION_ZSTD,
-        }
-        names = [name for name, used in lacking.items() if used]
-        if names:
-            raise UnsupportedFeature("qcow2: not supported yet: " + ", ".join(names))
+        if self.autoclear_features & AUTOCLEAR_RAW_DATA_FILE and not self.has_data_file:
+            raise ImageError("data-file-raw requires a data file")
         if self.corrupt and not read_only:
             raise ImageError("qcow2: Image is corrupt; cannot be opened read/write")
 

@@ -8,7 +8,7 @@ Source: qcow2.txt, "Cluster mapping".
 """
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from sys import byteorder
 from typing import Final
 
@@ -79,6 +79,8 @@ class Tables:
         dirty_l1: indices of L1 entries that are not on disk.
         dirty_limit: the `dirty_bytes` at which a writer should start a
             write-back.
+        load_entries, dump_entries: turn L2 entries on disk into those in
+            memory, and back.
     """
 
     def __init__(
@@ -113,6 +115,8 @@ class Tables:
         self.dirty: dict[int, L2Slice] = {}
         self.dirty_l1: set[int] = set()
         self._loading: dict[int, object] = {}
+        self.load_entries: Callable[[Buffer], array[int]] = load_be64
+        self.dump_entries: Callable[[array[int]], bytes] = dump_be64
 
     # -- looking up ------------------------------------------------------
 
@@ -139,6 +143,11 @@ class Tables:
         ``offset`` on; ``offset`` itself if one does."""
         l1, l1_index = self.l1, offset >> self.l1_shift
         first, last = l1_index, (end - 1) >> self.l1_shift
+        if last >= len(l1):
+            # The disk has become smaller.
+            last = len(l1) - 1
+        if l1_index > last:
+            return end
         while l1_index <= last and not l1[l1_index] & OFFSET_MASK:
             l1_index += 1
         if l1_index == first:
@@ -166,7 +175,11 @@ class Tables:
         if l1_index in self.fresh:
             return self._insert(L2Slice(key, array("Q", bytes(self.slice_bytes))))
         data = self.storage.try_pread(self.slice_offset(key), self.slice_bytes)
-        return None if data is None else self._insert(L2Slice(key, load_be64(data)))
+        return (
+            None
+            if data is None
+            else self._insert(L2Slice(key, self.load_entries(data)))
+        )
 
     async def load(self, key: int) -> L2Slice:
         """Return a slice, reading it if needed. Its L2 table exists."""
@@ -183,7 +196,7 @@ class Tables:
                 and self._loading.get(key) is ticket
                 and self.slice_offset(key) == offset
             ):
-                found = self._insert(L2Slice(key, load_be64(data)))
+                found = self._insert(L2Slice(key, self.load_entries(data)))
         return found
 
     def slice_offset(self, key: int) -> int:

@@ -5,11 +5,14 @@ lets go of the image's lock, and links them when all their bytes are in the
 file. Whoever overlaps it waits and then looks everything up again.
 """
 
+import errno
 from typing import TYPE_CHECKING, Final
 
 from nbdqcow.block.driver import WritePlan
 from nbdqcow.block.inflight import InFlightRange
+from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow2.entries import (
+    IN_DATA_FILE,
     OFFSET_MASK,
     OFLAG_COMPRESSED,
     OFLAG_COPIED,
@@ -68,7 +71,7 @@ class Allocation:
 
     def abort(self, image: "Qcow2Driver") -> None:
         """The data, or some of it, could not be written."""
-        if not self.reused:
+        if not self.reused and not image.header.has_data_file:
             # Nothing on disk names these clusters, so no write-back is needed
             # before they are free again; but they are dirty with our bytes now.
             image.freed.add(self.cluster_index, self.nb_clusters, False)
@@ -77,7 +80,7 @@ class Allocation:
     def cancel(self, image: "Qcow2Driver") -> None:
         """Nothing was written, nor is on the way."""
         if not self.reused:
-            image.refcounts.untake(self.cluster_index, self.nb_clusters)
+            untake_clusters(image, self.cluster_index, self.nb_clusters)
         self._finish(image)
 
     def _finish(self, image: "Qcow2Driver") -> None:
@@ -178,13 +181,13 @@ def try_plan(
             nb_clusters += 1
         if whole and nb_clusters < needed:
             return None
-        taken = image.refcounts.try_allocate(nb_clusters)
+        taken = take_clusters(image, offset - in_cluster, nb_clusters)
         if taken is None:
             return None
         cluster_index, nb_clusters = taken
     if whole and nb_clusters < needed:
         if not reused:
-            image.refcounts.untake(cluster_index, nb_clusters)
+            untake_clusters(image, cluster_index, nb_clusters)
         return None
     host_start = cluster_index << image.cluster_bits
     reads_zero = not reused and image.reads_zero_from <= host_start
@@ -206,6 +209,22 @@ def try_plan(
         reads_zero=reads_zero,
         private=allocation,
     )
+
+
+def take_clusters(
+    image: "Qcow2Driver", offset: int, nb_clusters: int
+) -> tuple[int, int] | None:
+    """Take host clusters for the guest's from ``offset`` on; None if that
+    needs waiting. Returns the first one's index and how many there are."""
+    if image.header.has_data_file:
+        return (offset | IN_DATA_FILE) >> image.cluster_bits, nb_clusters
+    return image.refcounts.try_allocate(nb_clusters)
+
+
+def untake_clusters(image: "Qcow2Driver", index: int, nb_clusters: int) -> None:
+    """Give back what `take_clusters` has just returned."""
+    if not image.header.has_data_file:
+        image.refcounts.untake(index, nb_clusters)
 
 
 def _is_own_zero(image: "Qcow2Driver", entry: int) -> bool:
@@ -240,6 +259,8 @@ async def slice_for_change(image: "Qcow2Driver", offset: int) -> L2Slice:
     tables = image.tables
     key = offset >> tables.slice_shift
     l1_index = tables.l1_index(key)
+    if l1_index >= len(tables.l1):
+        raise BlockError(errno.ENOSPC, "the disk has become smaller")
     table_offset = tables.table_offset(l1_index)
     if not table_offset or tables.l1[l1_index] < OFLAG_COPIED:
         cluster_index, _ = await image.refcounts.allocate(1)
@@ -290,6 +311,8 @@ def free_entry(image: "Qcow2Driver", entry: int, *, discard: bool = False) -> No
     ``discard``: give the space back to the file system, not only to the
     image, where the next allocation would want it.
     """
+    if image.header.has_data_file:
+        return
     if entry & OFLAG_COMPRESSED:
         host_offset, length = compressed_range(entry, image.cluster_bits)
         first = host_offset >> image.cluster_bits

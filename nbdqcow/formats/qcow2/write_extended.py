@@ -30,6 +30,8 @@ from nbdqcow.formats.qcow2.write import (
     free_entry,
     needs_cluster,
     own_slice,
+    take_clusters,
+    untake_clusters,
 )
 
 if TYPE_CHECKING:
@@ -116,7 +118,7 @@ class InlineLink:
 
 class InlineWriter:
     """Plans what most inline writes are: to one cluster that is ours alone, or
-    not there yet."""
+    not there yet, in an image without a data file or numbered sectors."""
 
     def __init__(self, image: "Qcow2Driver") -> None:
         self._image = image
@@ -273,13 +275,13 @@ def _plan_new(
     first, last = _copied_range(mapping, l2, index, *touched)
     if whole and (first, last) != touched:
         return None
-    taken = image.refcounts.try_allocate(nb_clusters)
+    taken = take_clusters(image, offset - in_cluster, nb_clusters)
     if taken is None:
         return None
     cluster_index, nb_taken = taken
     if nb_taken < nb_clusters:
         if whole:
-            image.refcounts.untake(cluster_index, nb_taken)
+            untake_clusters(image, cluster_index, nb_taken)
             return None
         nb_clusters = nb_taken
         length = nb_clusters * cluster_size - in_cluster

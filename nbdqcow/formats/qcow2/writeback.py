@@ -93,14 +93,17 @@ class _Picture:
                 first = s.dirty_first // _SECTOR_WORDS * _SECTOR_WORDS
                 end = -(-s.dirty_end // _SECTOR_WORDS) * _SECTOR_WORDS
                 offset = tables.slice_offset(s.key) + first * 8
-                self.slice_writes.append((offset, dump_be64(s.words[first:end])))
+                words = s.words[first:end]
+                self.slice_writes.append((offset, tables.dump_entries(words)))
             s.dirty_first = s.dirty_end = 0
             s.pins += 1
         tables.dirty.clear()
         for index, content in contents.items():
             for slot, s in tables.cached_slices(index):
                 start = slot * tables.slice_bytes
-                content[start : start + tables.slice_bytes] = dump_be64(s.words)
+                content[start : start + tables.slice_bytes] = tables.dump_entries(
+                    s.words
+                )
             self.table_writes.append((self.fresh_tables[index], bytes(content)))
         self.dirty_l1 = set(tables.dirty_l1)
         tables.dirty_l1.clear()
@@ -260,6 +263,16 @@ class Writeback:
         if freed.ranges:
             self.waiting.append(freed)
             self.image.spawn(self._drop_references(freed))
+        else:
+            self._trim_if_wanted()
+
+    def _trim_if_wanted(self) -> None:
+        image = self.image
+        if image.trim_wanted and not self.waiting:
+            from nbdqcow.formats.qcow2 import resize
+
+            image.trim_wanted = False
+            image.spawn(resize.trim(image))
 
     async def _drop_references(self, freed: Freed) -> None:
         image = self.image
@@ -274,6 +287,7 @@ class Writeback:
                         freed.ranges.pop()
         finally:
             self.waiting.remove(freed)
+        self._trim_if_wanted()
 
     async def _drop_range(self, index: int, nb_clusters: int, discard: bool) -> None:
         image = self.image

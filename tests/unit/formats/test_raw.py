@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdqcow.errors import ImageError, NotSupported
+from nbdqcow.errors import BlockError, ImageError, NotSupported
 from nbdqcow.formats.raw import RawDriver
 from nbdqcow.storage.file import FileStorage
 from nbdqcow.storage.memory import MemoryStorage
@@ -53,7 +53,12 @@ async def test_windows(options: dict[str, object], offset: int, size: int):
     assert raw.size == size
     assert raw.try_map(0, 5) == await raw.map(0, 5) == (DATA, offset, 5)
     assert raw.try_map_write(3, 5) == offset + 3
-    assert (await raw.begin_write(3, 5)).host_offset == offset + 3
+    if size:
+        plan = await raw.begin_write(3, 5)
+        assert plan.host_offset == offset + 3
+        raw.end_write(plan)
+    with pytest.raises(BlockError, match="smaller"):
+        await raw.begin_write(size, 1)
 
 
 @pytest.mark.asyncio
