@@ -117,6 +117,16 @@ class FormatTool(ABC):
     def create(self, file: BlockingFile, plan: Any) -> None:
         """Write the image that `prepare` planned. Raises `OSError`."""
 
+    def data_file_name(self, plan: Any) -> str | None:
+        """Return the name that the planned image has for its external data
+        file; None if it has none."""
+        return None
+
+    def create_data_file(self, file: BlockingFile, plan: Any) -> None:
+        """Make a file the external data file of the planned image. Raises
+        `OSError`."""
+        raise AssertionError("this format has no external data files")
+
     def describe_for_check(self, file: BlockingFile) -> ImageInfo:
         """Describe an image as far as a check needs it, which finds errors that
         `describe` refuses."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nbdqcow.block.driver import FormatDriver
 from nbdqcow.block.tools import SnapshotInfo
-from nbdqcow.errors import BlockError, CorruptImage
+from nbdqcow.errors import BlockError, CorruptImage, NotSupported
 from nbdqcow.formats.qcow2.bitmap import BitmapInfo
 
 if TYPE_CHECKING:
@@ -62,6 +62,10 @@ class Operations(FormatDriver):
 
     # -- snapshots -------------------------------------------------------
 
+    def _refuse_for_data_file(self) -> None:
+        if self.data_file is not None:
+            raise NotSupported("snapshots can't be used with an external data file")
+
     async def snapshot_list(self) -> list[SnapshotInfo]:
         """Return the internal snapshots in the table's order."""
         from nbdqcow.formats.qcow2 import snapshot
@@ -86,6 +90,7 @@ class Operations(FormatDriver):
         """
         from nbdqcow.formats.qcow2 import snapshot
 
+        self._refuse_for_data_file()
         return await self._operate(
             snapshot.create(
                 self._image,
@@ -105,6 +110,7 @@ class Operations(FormatDriver):
         """
         from nbdqcow.formats.qcow2 import snapshot
 
+        self._refuse_for_data_file()
         await self._operate(snapshot.apply(self._image, id_or_name))
 
     async def snapshot_delete(self, id_or_name: str) -> None:
@@ -115,6 +121,7 @@ class Operations(FormatDriver):
         """
         from nbdqcow.formats.qcow2 import snapshot
 
+        self._refuse_for_data_file()
         await self._operate(snapshot.delete(self._image, id_or_name))
 
     # -- dirty bitmaps ---------------------------------------------------

@@ -133,13 +133,26 @@ class Qcow2Tool(FormatTool):
         file.truncate(plan.file_length)
         if file.is_device:
             file.write_zeroes(0, plan.file_length)
-        data_length = plan.file_length - plan.data_start
-        if plan.preallocation == "falloc":
-            file.allocate(plan.data_start, data_length)
-        elif plan.preallocation == "full":
-            file.write_zeroes(plan.data_start, data_length)
+        if plan.data_file is None:
+            data_length = plan.file_length - plan.data_start
+            _preallocate(file, plan.data_start, data_length, plan.preallocation)
         for offset, data in plan.writes():
             file.pwrite(offset, data)
+
+    def data_file_name(self, plan: Any) -> str | None:
+        """Return the planned image's name for its external data file."""
+        assert isinstance(plan, CreatePlan)
+        return plan.data_file
+
+    def create_data_file(self, file: BlockingFile, plan: Any) -> None:
+        """Make a file the planned image's data file, its old content gone."""
+        assert isinstance(plan, CreatePlan)
+        size = plan.header.size
+        file.truncate(0)
+        file.truncate(size)
+        if file.is_device:
+            file.write_zeroes(0, size)
+        _preallocate(file, 0, size, plan.preallocation)
 
     def check(self, file: BlockingFile, repair: int, report: Report) -> CheckResult:
         """Check the image, and repair it."""
@@ -147,6 +160,15 @@ class Qcow2Tool(FormatTool):
         from nbdqcow.formats.qcow2.check import check_image
 
         return run_blocking(check_image(file.length, repair, report), file)
+
+
+def _preallocate(
+    file: BlockingFile, offset: int, length: int, preallocation: str
+) -> None:
+    if preallocation == "falloc":
+        file.allocate(offset, length)
+    elif preallocation == "full":
+        file.write_zeroes(offset, length)
 
 
 def read_header(*, for_check: bool = False) -> Steps[Header]:

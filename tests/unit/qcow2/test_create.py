@@ -90,6 +90,11 @@ REFUSED = [
     ({"extended_l2": True, "cluster_size": 8192}, "Extended L2 entries are only"),
     ({"compression_type": "zstd", "version": 2}, "Non-zlib compression type"),
     ({"data_file_raw": True}, "data-file-raw requires data-file"),
+    ({"data_file": "d", "version": 2}, "External data files are only supported with"),
+    (
+        {"data_file": "d", "data_file_raw": True, "backing_file": "b"},
+        "Backing file and data-file-raw cannot be used at the same time",
+    ),
 ]
 
 
@@ -103,7 +108,6 @@ def test_refused(options, text):
     ("options", "name"),
     [
         ({"encrypted": True}, "encryption"),
-        ({"data_file": "d"}, "data_file"),
     ],
 )
 def test_not_supported_yet_by_name(options, name):
