@@ -112,7 +112,7 @@ class Qcow2Driver(Operations):
             if not (
                 header.has_data_file or header.crypt_method == qcow2_header.CRYPT_AES
             ):
-                inline = write_extended.InlineWriter(self)
+                inline = write_extended.InlineWriter(self, self.try_begin_write)
                 self.try_begin_write = inline.try_begin_write  # type: ignore[method-assign]
         self.compressed = CompressedClusters(self)
         self.writeback = Writeback(self)
@@ -302,10 +302,6 @@ class Qcow2Driver(Operations):
     def try_begin_write(self, offset: int, length: int) -> WritePlan | None:
         """See `FormatDriver.try_begin_write`; `InlineWriter.try_begin_write`
         takes its place if there are subclusters."""
-        return self.try_begin_any_write(offset, length)
-
-    def try_begin_any_write(self, offset: int, length: int) -> WritePlan | None:
-        """As `try_begin_write`, whatever clusters the write is to."""
         if self.read_only:
             return None
         try:
