@@ -15,7 +15,8 @@ from typing import Any, ClassVar, Final
 from nbdqcow.block.inflight import Epochs
 from nbdqcow.block.status import DirtyBitmap, Kinds
 from nbdqcow.block.storage import StorageDriver
-from nbdqcow.errors import NotSupported
+from nbdqcow.block.tools import OptionValue, Secrets
+from nbdqcow.errors import ImageError, NotSupported
 from nbdqcow.types import Buffer, Run
 
 PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
@@ -223,6 +224,23 @@ class FormatDriver(ABC):
 
     async def discard(self, offset: int, length: int) -> None:
         """Free whole clusters. A hint; never exposes a backing file's data."""
+
+    # -- encryption ------------------------------------------------------
+
+    async def amend_keys(
+        self,
+        values: Mapping[str, OptionValue],
+        secrets: Secrets,
+        passphrase: bytes,
+        *,
+        force: bool = False,
+    ) -> None:
+        """Add or erase passphrases as ``encrypt.*`` options of ``amend`` say.
+
+        ``passphrase`` is the one that the image was opened with. Raises
+        `ImageError` before anything is written, and `OSError`.
+        """
+        raise ImageError("This image format has no passphrases")
 
     # -- the disk as a whole ---------------------------------------------
 

@@ -42,6 +42,8 @@ class OpenOptions:
             from, symbolic links resolved; None for any.
         lock: False opens without image locks (QEMU's ``locking=off``).
         force_share: opens read-only beside a writer (QEMU's ``-U``).
+        with_backing: False opens the image alone: what it does not have reads
+            as zeroes. For work on its metadata.
         driver_options: for the format driver of the image itself, as its
             class describes them; ``data_file``, the path of its external data
             file, comes before the one that the image names.
@@ -57,6 +59,7 @@ class OpenOptions:
     lock: bool = True
     force_share: bool = False
     driver_options: Mapping[str, Any] = field(default_factory=dict)
+    with_backing: bool = True
 
 
 class Opening:
@@ -97,6 +100,7 @@ def open_image(
     lock: bool = True,
     force_share: bool = False,
     driver_options: Mapping[str, Any] | None = None,
+    with_backing: bool = True,
 ) -> Opening:
     """Open an image with its backing chain; see `OpenOptions`.
 
@@ -108,7 +112,7 @@ def open_image(
         os.fspath(filename),
         OpenOptions(
             format, read_only, cache, discard, detect_zeroes, l2_cache_size,
-            allowed_paths, lock, force_share, driver_options or {},
+            allowed_paths, lock, force_share, driver_options or {}, with_backing,
         ),
     )  # fmt: skip
 
@@ -153,7 +157,9 @@ def _looks_formatted(head: bytes) -> bool:
     return probe_format(head, "") != "raw"
 
 
-async def open_storage(filename: str, options: OpenOptions) -> StorageDriver:
+async def open_storage(
+    filename: str, options: OpenOptions, *, is_data_file: bool = False
+) -> StorageDriver:
     """Open the file under an image: a path, perhaps after ``file:``, or the
     URI of an NBD export."""
     protocol, name = split_protocol(filename)
@@ -170,6 +176,7 @@ async def open_storage(filename: str, options: OpenOptions) -> StorageDriver:
         discard=options.discard,
         locking=options.lock,
         shared=options.force_share,
+        is_data_file=is_data_file,
     )
     return storage
 
@@ -232,7 +239,7 @@ async def _open_data_file(
     if _real_path(path) in above:
         raise ImageError(f"'{path}' can't be the data file: it is the image itself")
     try:
-        return await open_storage(path, options)
+        return await open_storage(path, options, is_data_file=True)
     except OSError as error:
         raise ImageError(f"Could not open '{path}': {error.strerror}") from None
 
@@ -240,7 +247,7 @@ async def _open_data_file(
 async def _open_backing(
     filename: str, driver: FormatDriver, options: OpenOptions, above: tuple[str, ...]
 ) -> Node | None:
-    if driver.backing_filename is None:
+    if driver.backing_filename is None or not options.with_backing:
         return None
     path = backing_path(filename, driver.backing_filename)
     check_allowed(path, options.allowed_paths)

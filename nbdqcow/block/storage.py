@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+from nbdqcow.errors import NotSupported
 from nbdqcow.types import Buffer, Buffers
 
 
@@ -95,6 +96,15 @@ class StorageDriver(ABC):
     async def discard(self, offset: int, length: int) -> None:
         """Free the space of a range; what it reads as is undefined. A hint."""
 
+    async def copy_from(
+        self, source: "StorageDriver", source_offset: int, offset: int, length: int
+    ) -> None:
+        """Write bytes of another file that never pass through this process.
+
+        Raises `NotSupported` if that can't be done; some may be written then.
+        """
+        raise NotSupported("this storage can't copy by itself")
+
     @abstractmethod
     async def flush(self) -> None:
         """Make every write completed before this call durable."""
@@ -114,6 +124,11 @@ class StorageDriver(ABC):
         """Return `block_status` of at most ``limit`` stretches in a row, which
         may cover less than ``length``."""
         return [await self.block_status(offset, length)]
+
+    async def allocated_length(self) -> int | None:
+        """Return the bytes that the file takes of its file system, None if
+        that is not known."""
+        return None
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring a range near, if the driver can. A hint."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final, TypeAlias
 
 from nbdqcow.block.steps import BlockingFile
-from nbdqcow.errors import NotSupported
+from nbdqcow.errors import ImageError, NotSupported
 
 REPAIR_NONE: Final = 0
 REPAIR_LEAKS: Final = 1
@@ -23,6 +23,18 @@ Report: TypeAlias = Callable[[str], None]
 """Takes one line about something found or repaired."""
 
 OptionValue: TypeAlias = str | int | bool
+
+Secrets: TypeAlias = Callable[[str], bytes]
+"""Returns the passphrase that an option names by its id; raises `ImageError`
+if there is none."""
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Takes how much is done, and of how much, in one measure."""
+
+
+def no_secrets(name: str) -> bytes:
+    """Be the `Secrets` of a command line that has none."""
+    raise ImageError(f"No secret with id '{name}'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +121,9 @@ class FormatTool(ABC):
         """Describe an image. Raises `ImageError` and `OSError`."""
 
     @abstractmethod
-    def prepare(self, values: Mapping[str, OptionValue]) -> Any:
+    def prepare(
+        self, values: Mapping[str, OptionValue], *, secrets: Secrets = no_secrets
+    ) -> Any:
         """Plan a new image from its ``-o`` options (by name, ``size`` among
         them). Raises `ImageError` before any file is touched."""
 
@@ -131,6 +145,10 @@ class FormatTool(ABC):
         """Describe an image as far as a check needs it, which finds errors that
         `describe` refuses."""
         return self.describe(file)
+
+    def check_secret(self, file: BlockingFile, passphrase: bytes) -> None:
+        """Raise `ImageError` if the image is encrypted and the passphrase does
+        not open it."""
 
     def check(self, file: BlockingFile, repair: int, report: Report) -> CheckResult:
         """Check an image and repair it as far as ``repair`` allows.

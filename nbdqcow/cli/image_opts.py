@@ -34,7 +34,12 @@ def parse_image_opts(text: str) -> tuple[str, dict[str, Any]]:
 
     Raises `UsageError`, by name, for an option that we don't have.
     """
-    pairs = parse_keyval(text)
+    return parse_pairs(parse_keyval(text), text)
+
+
+def parse_pairs(pairs: dict[str, str], text: str) -> tuple[str, dict[str, Any]]:
+    """Do as `parse_image_opts` does with keys and values; ``text`` is what
+    messages show. ``pairs`` is used up."""
     filename = pairs.pop("file.filename", None) or pairs.pop("filename", None)
     if filename is None:
         raise UsageError(f"'{text}' has no file.filename=NAME")

@@ -12,18 +12,73 @@ from typing import Final
 from nbdqcow.cli.messages import describe, error, printable, program_name
 
 _COMMANDS: Final = {
+    "amend": (
+        "nbdqcow.cli.img_amend",
+        "[--object objectdef] [--image-opts] [-p] [-q] [-f fmt] [-t cache] [--force] "
+        "-o options filename",
+    ),
+    "bench": (
+        "nbdqcow.cli.img_bench",
+        "[-c count] [-d depth] [-f fmt] [--flush-interval=n] [-i aio] [-n] "
+        "[--no-drain] [-o offset] [--pattern=byte] [-q] [-s buffer_size] "
+        "[-S step_size] [-t cache] [-w] [-U] filename",
+    ),
+    "bitmap": (
+        "nbdqcow.cli.img_bitmap",
+        "(--merge source | --add | --remove | --clear | --enable | --disable)... "
+        "[-b source_file [-F source_fmt]] [-g granularity] [--object objectdef] "
+        "[--image-opts | -f fmt] filename bitmap",
+    ),
     "check": (
         "nbdqcow.cli.img_check",
         "[-q] [-f fmt] [--output=human|json] [-r leaks|all] [-U] filename",
+    ),
+    "compare": (
+        "nbdqcow.cli.img_compare",
+        "[--object objectdef] [--image-opts] [-f fmt] [-F fmt] [-T src_cache] [-pqsU] "
+        "filename1 filename2",
+    ),
+    "convert": (
+        "nbdqcow.cli.img_convert",
+        "[--target-image-opts] [--target-is-zero] [--bitmaps "
+        "[--skip-broken-bitmaps]] [--salvage] [-cCnpqUW] [-f fmt] [-O output_fmt] "
+        "[-t cache] [-T src_cache] [-B backing_file [-F backing_fmt]] [-o options] "
+        "[-l snapshot] [-S sparse_size] [-r rate_limit] [-m num_coroutines] "
+        "filename [filename2 ...] output_filename",
     ),
     "create": (
         "nbdqcow.cli.img_create",
         "[-q] [-f fmt] [-b backing_file [-F backing_fmt]] [-u] [-o options] "
         "filename [size]",
     ),
+    "dd": (
+        "nbdqcow.cli.img_dd",
+        "[--image-opts] [-U] [-f fmt] [-O output_fmt] [bs=block_size] [count=blocks] "
+        "[skip=blocks] if=input of=output",
+    ),
     "info": (
         "nbdqcow.cli.img_info",
         "[-f fmt] [--output=human|json] [--backing-chain] [-U] filename",
+    ),
+    "map": (
+        "nbdqcow.cli.img_map",
+        "[--object objectdef] [--image-opts] [-f fmt] [--start-offset=offset] "
+        "[--max-length=length] [--output=human|json] [-U] filename",
+    ),
+    "measure": (
+        "nbdqcow.cli.img_measure",
+        "[--output=human|json] [-O output_fmt] [-o options] [--size N | "
+        "[--object objectdef] [--image-opts] [-f fmt] [-l snapshot] filename]",
+    ),
+    "resize": (
+        "nbdqcow.cli.img_resize",
+        "[--object objectdef] [--image-opts] [-f fmt] [--preallocation=mode] [-q] "
+        "[--shrink] filename [+|-]size",
+    ),
+    "snapshot": (
+        "nbdqcow.cli.img_snapshot",
+        "[--object objectdef] [--image-opts] [-U] [-q] [-l | -a snapshot | "
+        "-c snapshot | -d snapshot] filename",
     ),
 }
 """Commands by name: the module, whose ``run(arguments)`` returns the exit

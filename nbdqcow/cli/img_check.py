@@ -9,8 +9,10 @@ from nbdqcow.block.tools import (
     REPAIR_LEAKS,
     REPAIR_NONE,
     CheckResult,
+    Secrets,
 )
 from nbdqcow.cli.img import print_help
+from nbdqcow.cli.img_names import ImageName, image_name, take_secrets
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
 from nbdqcow.cli.img_options import format_json, parse_arguments, wants_json
 from nbdqcow.cli.messages import error, printable
@@ -37,7 +39,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     options, operands = parse_arguments(arguments, ":hf:r:T:qU", _LONG)
     format_, output, quiet, force_share = None, "human", False, False
-    repair = REPAIR_NONE
+    repair, image_opts = REPAIR_NONE, False
+    objects: list[str] = []
     for name, value in options:
         match name:
             case "-h":
@@ -61,15 +64,19 @@ def run(arguments: Sequence[str]) -> int:
             case "-T":
                 # A cache mode: nothing that a check could notice.
                 pass
+            case "--image-opts":
+                image_opts = True
             case _:
-                raise UsageError(f"{name} is not supported yet")
+                objects.append(value)
     if len(operands) != 1:
         raise UsageError("Expecting one image file name")
     json = wants_json(output)
+    secrets = take_secrets(objects)
+    named = image_name(operands[0], format_, image_opts=image_opts)
     try:
         return _check(
-            operands[0],
-            format_,
+            named,
+            secrets,
             repair,
             json=json,
             quiet=quiet,
@@ -82,8 +89,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _check(
-    filename: str,
-    format_: str | None,
+    named: ImageName,
+    secrets: Secrets,
     repair: int,
     *,
     json: bool,
@@ -91,8 +98,8 @@ def _check(
     force_share: bool,
 ) -> int:
     with open_image_file(
-        filename,
-        format_,
+        named.filename,
+        named.format,
         read_only=repair == REPAIR_NONE,
         force_share=force_share,
     ) as image:
@@ -102,6 +109,8 @@ def _check(
             return _NO_CHECKS
         sys.stdout.flush()
         info = tool.describe_for_check(file)
+        if named.key_id is not None:
+            tool.check_secret(file, secrets(named.key_id))
         for text in info.warnings:
             error(f"warning: {text}")
         check_backing_chain(image, info)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from nbdqcow.block.registry import blocking_file, format_tool
-from nbdqcow.block.tools import FormatTool, OptionSpec, OptionValue
+from nbdqcow.block.tools import FormatTool, OptionSpec, OptionValue, Secrets
 from nbdqcow.cli.img import print_help
+from nbdqcow.cli.img_names import take_secrets
 from nbdqcow.cli.img_open import (
     backing_path,
     check_backing_chain,
@@ -17,13 +18,13 @@ from nbdqcow.cli.img_open import (
 from nbdqcow.cli.img_options import (
     convert_option,
     is_option_list,
+    parse_amount,
     parse_arguments,
     split_options,
     wants_help,
 )
 from nbdqcow.cli.messages import error
 from nbdqcow.errors import ImageError, UsageError
-from nbdqcow.units import SizeTooLarge, parse_size
 
 _LONG: Final = {"help": "-h", "object=": "--object"}
 
@@ -40,7 +41,6 @@ _FILE_OPTIONS: Final = (
         "extent_size_hint", "size", "Extent size hint for the image file, 0 to disable"
     ),
 )
-_MAX_SIZE: Final = (1 << 63) - 1
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -49,6 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     format_, quiet, unsafe = "raw", False, False
     given: dict[str, str] = {}
     option_lists: list[str] = []
+    objects: list[str] = []
     for name, value in options:
         match name:
             case "-h":
@@ -69,50 +70,38 @@ def run(arguments: Sequence[str]) -> int:
             case "-u":
                 unsafe = True
             case _:
-                raise UsageError(f"{name} is not supported yet")
+                objects.append(value)
+    secrets = take_secrets(objects)
     text = ",".join(option_lists)
     filename = operands[0] if operands else None
     if wants_help(text):
-        _print_option_help(format_, filename)
+        print_option_help(format_, filename)
         return 0
     if filename is None:
         raise UsageError("Expecting image file name")
-    size = _parse_size_operand(operands[1]) if len(operands) > 1 else None
+    size = parse_amount(operands[1], "image size") if len(operands) > 1 else None
     if len(operands) > 2:
         raise UsageError(f"Unexpected argument: {operands[2]}")
     try:
-        _create(filename, format_, text, given, size, quiet=quiet, unsafe=unsafe)
+        _create(
+            filename, format_, text, given, size, secrets, quiet=quiet, unsafe=unsafe
+        )
     except ImageError as exc:
         error(f"{filename}: {exc}")
         return 1
     return 0
 
 
-def _parse_size_operand(text: str) -> int:
-    try:
-        return parse_size(text)
-    except SizeTooLarge:
-        raise ImageError(
-            f"Invalid image size specified. Must be between 0 and {_MAX_SIZE}."
-        ) from None
-    except ValueError:
-        error(
-            "Invalid image size specified. You may use k, M, G, T, P or E suffixes for"
-        )
-        raise ImageError(
-            "kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
-        ) from None
-
-
-def _find_tool(format_: str) -> FormatTool:
+def find_tool(format_: str) -> FormatTool:
+    """Return the tool of a format. Raises `ImageError` in qemu-img's words."""
     try:
         return format_tool(format_)
     except ImageError:
         raise ImageError(f"Unknown file format '{format_}'") from None
 
 
-def _option_specs(tool: FormatTool) -> list[OptionSpec]:
-    """The format's options and the file's, the format's before its namesake."""
+def option_specs(tool: FormatTool) -> list[OptionSpec]:
+    """Return the format's options and the file's, the format's before its namesake."""
     own = {spec.name for spec in tool.create_options}
     return [
         *tool.create_options,
@@ -120,15 +109,26 @@ def _option_specs(tool: FormatTool) -> list[OptionSpec]:
     ]
 
 
-def _print_option_help(format_: str, filename: str | None) -> None:
-    tool = _find_tool(format_)
+def print_option_help(format_: str, filename: str | None) -> None:
+    """Print what ``-o`` can say; of a file as well if there is a name."""
+    tool = find_tool(format_)
     if filename is None:
         specs = list(tool.create_options)
         print(f"Supported {format_} options:")
     else:
         local_path(filename)
-        specs = _option_specs(tool)
+        specs = option_specs(tool)
         print("Supported options:")
+    print_specs(specs)
+    if filename is None:
+        print(
+            "\nThe protocol level may support further options.\n"
+            "Specify the target filename to include those options."
+        )
+
+
+def print_specs(specs: Sequence[OptionSpec]) -> None:
+    """Print options as qemu-img does, by name."""
     kinds = {
         "str": "<str>",
         "size": "<size>",
@@ -137,11 +137,6 @@ def _print_option_help(format_: str, filename: str | None) -> None:
     }
     for spec in sorted(specs, key=lambda spec: spec.name):
         print(f"  {spec.name + '=' + kinds[spec.kind]:<22} - {spec.help}")
-    if filename is None:
-        print(
-            "\nThe protocol level may support further options.\n"
-            "Specify the target filename to include those options."
-        )
 
 
 def _create(
@@ -150,13 +145,14 @@ def _create(
     option_text: str,
     given: dict[str, str],
     size: int | None,
+    secrets: Secrets,
     *,
     quiet: bool,
     unsafe: bool,
 ) -> None:
-    tool = _find_tool(format_)
+    tool = find_tool(format_)
     path = filename if not filename else local_path(filename)
-    specs = _option_specs(tool)
+    specs = option_specs(tool)
     texts: dict[str, str] = {}
     values: dict[str, OptionValue] = {}
     kinds = {spec.name: spec.kind for spec in specs}
@@ -182,7 +178,7 @@ def _create(
         raise ImageError("Image creation needs a size parameter")
     if not quiet:
         _print_formatting(filename, format_, specs, values, texts)
-    plan = tool.prepare(values)
+    plan = tool.prepare(values, secrets=secrets)
     create_data_file(tool, plan, path)
     try:
         file = blocking_file().create(path)

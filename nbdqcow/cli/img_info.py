@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from nbdqcow.block.tools import ImageInfo, SnapshotInfo
 from nbdqcow.cli.img import print_help
+from nbdqcow.cli.img_names import image_name, take_secrets
 from nbdqcow.cli.img_open import OpenImage, backing_path, describe_chain
 from nbdqcow.cli.img_options import (
     format_json,
@@ -32,7 +33,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     options, operands = parse_arguments(arguments, ":hf:U", _LONG)
     format_, output = None, "human"
-    whole_chain = force_share = False
+    whole_chain = force_share = image_opts = False
+    objects: list[str] = []
     for name, value in options:
         match name:
             case "-h":
@@ -46,18 +48,25 @@ def run(arguments: Sequence[str]) -> int:
                 output = value
             case "--backing-chain":
                 whole_chain = True
+            case "--image-opts":
+                image_opts = True
             case _:
-                raise UsageError(f"{name} is not supported yet")
+                objects.append(value)
     if len(operands) != 1:
         raise UsageError("Expecting one image file name")
     json = wants_json(output)
+    take_secrets(objects)
+    named = image_name(operands[0], format_, image_opts=image_opts)
     shown: list[tuple[ImageInfo, dict[str, Any]]] = []
     for image, info in describe_chain(
-        operands[0], format_, force_share=force_share, whole_chain=whole_chain
+        named, force_share=force_share, whole_chain=whole_chain
     ):
         for text in info.warnings:
             error(f"warning: {text}")
-        shown.append((info, _as_json(image, info)))
+        values = _as_json(image, info)
+        if not shown and named.shown is not None:
+            values["filename"] = named.shown
+        shown.append((info, values))
     if json:
         described = [values for _, values in shown]
         print(format_json(described if whole_chain else described[0]))
@@ -130,13 +139,18 @@ def _print_human(info: ImageInfo, values: dict[str, Any]) -> None:
         if info.backing_format is not None:
             print(f"backing file format: {info.backing_format}")
     if info.snapshots:
-        print("Snapshot list:")
-        _print_snapshot("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")
-        for snapshot in info.snapshots:
-            _print_snapshot(*_snapshot_columns(snapshot))
+        print_snapshots(info.snapshots)
     if info.specific is not None:
         print("Format specific information:")
         print_tree(info.specific, 1)
+
+
+def print_snapshots(snapshots: Sequence[SnapshotInfo]) -> None:
+    """Print a table of snapshots as qemu-img does."""
+    print("Snapshot list:")
+    _print_snapshot("ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT")
+    for snapshot in snapshots:
+        _print_snapshot(*_snapshot_columns(snapshot))
 
 
 def _print_snapshot(

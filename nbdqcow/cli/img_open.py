@@ -13,6 +13,7 @@ from nbdqcow.block.registry import (
 )
 from nbdqcow.block.steps import BlockingFile
 from nbdqcow.block.tools import FormatTool, ImageInfo
+from nbdqcow.cli.img_names import ImageName
 from nbdqcow.errors import ImageError
 
 
@@ -83,11 +84,7 @@ def backing_path(filename: str, backing_filename: str) -> str:
 
 
 def describe_chain(
-    filename: str,
-    format_: str | None,
-    *,
-    force_share: bool = False,
-    whole_chain: bool = True,
+    image: ImageName, *, force_share: bool = False, whole_chain: bool = True
 ) -> Iterator[tuple[OpenImage, ImageInfo]]:
     """Yield an image and what it says of itself, then its backing files.
 
@@ -95,21 +92,22 @@ def describe_chain(
     with the whole message.
     """
     seen: set[str] = set()
-    name: str | None = filename
+    name: str | None = image.filename
+    text, format_ = image.text, image.format
     while name is not None:
         if name in seen:
             raise ImageError(f"Backing file '{name}' creates an infinite loop.")
         seen.add(name)
         try:
-            with open_image_file(name, format_, force_share=force_share) as image:
-                info = image.tool.describe(image.file)
-                yield image, info
+            with open_image_file(name, format_, force_share=force_share) as opened:
+                info = opened.tool.describe(opened.file)
+                yield opened, info
         except ImageError as exc:
-            raise type(exc)(f"Could not open '{name}': {exc}") from None
+            raise type(exc)(f"Could not open '{text}': {exc}") from None
         if not whole_chain or info.backing_filename is None:
             return
         format_ = info.backing_format
-        name = backing_path(image.filename, info.backing_filename)
+        name = text = backing_path(opened.filename, info.backing_filename)
 
 
 def check_backing_chain(

@@ -5,8 +5,11 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from nbdqcow.block.tools import OptionValue
+from nbdqcow.cli.messages import error
 from nbdqcow.errors import ImageError, UsageError
 from nbdqcow.units import SizeTooLarge, parse_size
+
+MAX_AMOUNT: Final = (1 << 63) - 1
 
 _TRUE: Final = ("on", "yes", "true", "y")
 _FALSE: Final = ("off", "no", "false", "n")
@@ -40,6 +43,26 @@ def wants_json(value: str) -> bool:
     if value not in ("human", "json"):
         raise ImageError("--output must be used with human or json as argument.")
     return value == "json"
+
+
+def parse_amount(
+    text: str, name: str, minimum: int = 0, maximum: int = MAX_AMOUNT
+) -> int:
+    """Return the number that ``text`` means. Raises `ImageError`."""
+    try:
+        amount = parse_size(text)
+    except SizeTooLarge:
+        amount = -1
+    except ValueError:
+        error(f"Invalid {name} specified. You may use k, M, G, T, P or E suffixes for")
+        raise ImageError(
+            "kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes."
+        ) from None
+    if not minimum <= amount <= maximum:
+        raise ImageError(
+            f"Invalid {name} specified. Must be between {minimum} and {maximum}."
+        )
+    return amount
 
 
 # -- -o ----------------------------------------------------------------------

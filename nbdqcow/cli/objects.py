@@ -163,11 +163,13 @@ def _secret(objects: Objects, properties: Properties) -> str:
     data, path = properties.take_optional("data"), properties.take_optional("file")
     encoding = properties.take_choice("format", ("raw", "base64"), "raw")
     if (data is None) == (path is None):
-        one = "Either 'file' or 'data' must be provided"
-        raise UsageError(one if data is None else f"{one}, not both")
+        if data is None:
+            raise UsageError("Either 'file' or 'data' must be provided")
+        raise UsageError("'file' and 'data' are mutually exclusive")
     if path is not None:
         try:
-            with open(path, encoding="utf-8") as file:
+            # Line ends stay as they are: they may be part of a passphrase.
+            with open(path, encoding="utf-8", newline="") as file:
                 data = file.read(1 << 20)
         except OSError as exc:
             raise UsageError(f"Unable to read {path}: {exc.strerror}") from None

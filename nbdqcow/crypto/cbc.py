@@ -23,8 +23,6 @@ from nbdqcow.crypto.sectors import (
 )
 from nbdqcow.types import Buffer
 
-KEY_LENGTHS: Final = (16, 24, 32)
-
 _FEW_SECTORS: Final = 18
 """Sectors up to which encrypting them one by one is quicker."""
 
@@ -33,7 +31,7 @@ class EcbCipher(SectorCipher):
     """AES-ECB: equal blocks of a disk look equal. Only to open what is there."""
 
     def __init__(self, key: bytes) -> None:
-        """``key`` has one of `KEY_LENGTHS`."""
+        """``key`` has 16, 24 or 32 bytes."""
         super().__init__()
         self._cipher = Cipher(algorithms.AES(key), modes.ECB())
 
@@ -70,7 +68,7 @@ class CbcCipher(SectorCipher):
     """AES-CBC, each sector a chain of its own."""
 
     def __init__(self, key: bytes, make_ivs: Callable[[], IvGenerator]) -> None:
-        """``key`` has one of `KEY_LENGTHS`."""
+        """``key`` has 16, 24 or 32 bytes."""
         super().__init__()
         self._algorithm = algorithms.AES(key)
         self._make_ivs = make_ivs

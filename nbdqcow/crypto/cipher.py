@@ -4,21 +4,24 @@ The names are dm-crypt's: a cipher, and its mode with an IV generator, such as
 ``aes`` and ``xts-plain64`` or ``cbc-essiv:sha256``.
 """
 
+import hashlib
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
-from nbdqcow.crypto import cbc, xts
-from nbdqcow.crypto.cbc import CbcCipher, EcbCipher
-from nbdqcow.crypto.iv import IvGenerator, iv_generator
-from nbdqcow.crypto.sectors import SectorCipher
-from nbdqcow.crypto.xts import XtsCipher
 from nbdqcow.errors import ImageError, UnsupportedFeature
 
+if TYPE_CHECKING:
+    # Who only looks at a header need not load numpy.
+    from nbdqcow.crypto.iv import IvGenerator
+    from nbdqcow.crypto.sectors import SectorCipher
+
+_AES_KEY_LENGTHS: Final = (16, 24, 32)
 _KEY_LENGTHS: Final = {
-    "xts": xts.KEY_LENGTHS,
-    "cbc": cbc.KEY_LENGTHS,
-    "ecb": cbc.KEY_LENGTHS,
+    "xts": tuple(2 * length for length in _AES_KEY_LENGTHS),
+    "cbc": _AES_KEY_LENGTHS,
+    "ecb": _AES_KEY_LENGTHS,
 }
+_IV_GENERATORS: Final = ("plain", "plain64", "essiv")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,26 +80,38 @@ class CipherSpec:
             raise ImageError(
                 f"Cipher aes-{self.mode} can't have a key of {self.key_length} bytes"
             )
-        if self.ivgen == "essiv" and not self.ivgen_hash:
+        if self.ivgen not in _IV_GENERATORS:
+            raise UnsupportedFeature(f"IV generator '{self.ivgen}' is not supported")
+        if self.ivgen == "essiv":
+            self._check_essiv()
+
+    def _check_essiv(self) -> None:
+        name = self.ivgen_hash
+        if not name:
             raise ImageError("IV generator essiv needs a hash")
         try:
-            self._make_ivs(bytes(self.key_length))
+            length = hashlib.new(name).digest_size
         except ValueError:
-            raise UnsupportedFeature(
-                f"Hash '{self.ivgen_hash}' is not supported"
-            ) from None
+            raise UnsupportedFeature(f"Hash '{name}' is not supported") from None
+        if length not in _AES_KEY_LENGTHS:
+            raise UnsupportedFeature(f"No AES cipher with key size {length} available")
 
-    def _make_ivs(self, key: bytes) -> IvGenerator:
-        return iv_generator(self.ivgen, self.ivgen_hash, key)
-
-    def make(self, key: bytes) -> SectorCipher:
+    def make(self, key: bytes) -> "SectorCipher":
         """Return the cipher with a key of ``key_length`` bytes."""
+        from nbdqcow.crypto.cbc import CbcCipher, EcbCipher
+        from nbdqcow.crypto.iv import iv_generator
+        from nbdqcow.crypto.xts import XtsCipher
+
         if len(key) != self.key_length:
             raise ValueError(f"the key has {len(key)} bytes, not {self.key_length}")
+
+        def make_ivs() -> "IvGenerator":
+            return iv_generator(self.ivgen, self.ivgen_hash, key)
+
         if self.mode == "xts":
-            return XtsCipher(key, lambda: self._make_ivs(key))
+            return XtsCipher(key, make_ivs)
         if self.mode == "cbc":
-            return CbcCipher(key, lambda: self._make_ivs(key))
+            return CbcCipher(key, make_ivs)
         return EcbCipher(key)
 
 

@@ -17,14 +17,16 @@ import struct
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from nbdqcow.crypto import anti_forensic
 from nbdqcow.crypto.cipher import CipherSpec
-from nbdqcow.crypto.sectors import SectorCipher
 from nbdqcow.errors import ImageError, UnsupportedFeature
 from nbdqcow.types import Buffer
 from nbdqcow.units import SECTOR_SIZE, MiB, round_up
+
+if TYPE_CHECKING:
+    from nbdqcow.crypto.sectors import SectorCipher
 
 MAGIC: Final = b"LUKS\xba\xbe"
 HEADER_LENGTH: Final = 592
@@ -47,7 +49,7 @@ _DIGEST_LENGTH: Final = 20
 _SALT_LENGTH: Final = 32
 _SLOT_ALIGNMENT: Final = 4096
 _CALIBRATION_SECONDS: Final = 0.05
-_DEFAULT_ITERATION_MS: Final = 2000
+DEFAULT_ITERATION_MS: Final = 2000
 
 Edit = tuple[int, bytes]
 """Bytes to write, and where, relative to the start of the header."""
@@ -231,6 +233,13 @@ class LuksHeader:
                     return key, index
         raise WrongPassphrase
 
+    def opens_blocking(self, slot: int, area: Buffer, passphrase: bytes) -> bool:
+        """Whether a slot is in use and the passphrase opens it."""
+        chosen = self._slot(slot)
+        return chosen.active and self.is_volume_key_blocking(
+            self._open_slot(chosen, area, passphrase)
+        )
+
     def _open_slot(self, slot: KeySlot, area: Buffer, passphrase: bytes) -> bytes:
         """Return the slot's key, or noise if the passphrase is another's."""
         start = slot.material_sector * SECTOR_SIZE
@@ -242,7 +251,7 @@ class LuksHeader:
         split = cipher.decrypt_blocking(0, material)[: self._material_length]
         return anti_forensic.merge(bytes(split), NB_STRIPES, self.hash_name)
 
-    def _slot_cipher(self, slot: KeySlot, passphrase: bytes) -> SectorCipher:
+    def _slot_cipher(self, slot: KeySlot, passphrase: bytes) -> "SectorCipher":
         key = hashlib.pbkdf2_hmac(
             self.hash_name, passphrase, slot.salt, slot.iterations, self.spec.key_length
         )
@@ -262,23 +271,17 @@ class LuksHeader:
         self,
         volume_key: bytes,
         passphrase: bytes,
-        *,
-        slot: int | None = None,
-        iteration_ms: int = _DEFAULT_ITERATION_MS,
+        slot: int,
+        iteration_ms: int = DEFAULT_ITERATION_MS,
     ) -> list[Edit]:
-        """Let ``passphrase`` open the disk too; return what to write.
+        """Let ``passphrase`` open the disk too, by a slot that is free; return
+        what to write.
 
-        ``slot`` is the one to use, None for the first that is free. Each edit
-        must be durable before the next is written. Raises `ImageError` if the
-        slot is in use, or all are, or the volume key is another disk's.
+        Each edit must be durable before the next is written. Raises
+        `ImageError` if the volume key is another disk's.
         """
         if not self.is_volume_key_blocking(volume_key):
             raise ImageError("The volume key is not that of this disk")
-        if slot is None:
-            free = [i for i, found in enumerate(self.slots) if not found.active]
-            if not free:
-                raise ImageError("All LUKS key slots are in use")
-            slot = free[0]
         chosen = self._slot(slot)
         if chosen.active:
             raise ImageError(f"LUKS key slot {slot} is in use")
@@ -297,17 +300,20 @@ class LuksHeader:
         chosen.active = True
         return [(chosen.material_sector * SECTOR_SIZE, material), (0, self.pack())]
 
+    def free_slot(self) -> int | None:
+        """Return the first slot that is not in use, or None."""
+        for index, slot in enumerate(self.slots):
+            if not slot.active:
+                return index
+        return None
+
     def erase_key(self, slot: int) -> list[Edit]:
         """Close a key slot for good; return what to write, in order.
 
-        Raises `ImageError` for the last slot in use: the disk could never be
-        opened again.
+        Without a slot in use the disk can never be opened again. A slot that
+        is not in use is overwritten once more.
         """
         chosen = self._slot(slot)
-        if not chosen.active:
-            raise ImageError(f"LUKS key slot {slot} is not in use")
-        if sum(found.active for found in self.slots) == 1:
-            raise ImageError(f"LUKS key slot {slot} is the last one in use")
         chosen.active = False
         chosen.iterations = 0
         chosen.salt = bytes(_SALT_LENGTH)
@@ -325,7 +331,7 @@ def create_blocking(
     *,
     spec: CipherSpec | None = None,
     hash_name: str = "sha256",
-    iteration_ms: int = _DEFAULT_ITERATION_MS,
+    iteration_ms: int = DEFAULT_ITERATION_MS,
 ) -> tuple[LuksHeader, bytes, bytes]:
     """Make a header with a new volume key, and the passphrase in slot 0.
 
@@ -358,7 +364,7 @@ def create_blocking(
     header.digest = header._key_digest(volume_key)
     area = bytearray(header.payload_sector * SECTOR_SIZE)
     for offset, data in header.add_key_blocking(
-        volume_key, passphrase, slot=0, iteration_ms=iteration_ms
+        volume_key, passphrase, 0, iteration_ms
     ):
         area[offset : offset + len(data)] = data
     return header, volume_key, bytes(area)

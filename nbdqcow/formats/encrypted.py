@@ -47,6 +47,10 @@ class EncryptedStorage(StorageDriver):
 
     Sectors are numbered by their place in the file, or, where a caller has
     used `tag_offset`, in the guest's disk. The driver below is not closed.
+
+    A sector that is half old and half new below would decrypt to neither, and
+    a write of a few bytes writes others anew. So reads and writes of one
+    sector keep out of each other's way here, as writes do among themselves.
     """
 
     name = "encrypted"
@@ -59,6 +63,7 @@ class EncryptedStorage(StorageDriver):
         # What was never written does not read as zeroes, once decrypted.
         self.zero_beyond_end = False
         self._pool: Pool | None = None
+        self._reads = InFlightRanges()
         self._writes = InFlightRanges()
         self._inline_resume_at = 0.0
 
@@ -76,6 +81,8 @@ class EncryptedStorage(StorageDriver):
         head = offset % SECTOR_SIZE
         whole = round_up(head + length, SECTOR_SIZE)
         host_offset, sector = _locate(offset - head)
+        if self._writes and self._writes.find(host_offset, host_offset + whole):
+            return None
         data = self._storage.try_pread(host_offset, whole)
         if data is None:
             return None
@@ -85,7 +92,15 @@ class EncryptedStorage(StorageDriver):
         """See `StorageDriver.pread`."""
         head = offset % SECTOR_SIZE
         whole = round_up(head + length, SECTOR_SIZE)
-        plain = await self._read_sectors(offset - head, whole)
+        start, _ = _locate(offset - head)
+        end = start + whole
+        while (busy := self._writes.find(start, end)) is not None:
+            await busy.wait()
+        in_flight = self._reads.add(start, end)
+        try:
+            plain = await self._read_sectors(offset - head, whole)
+        finally:
+            self._reads.remove(in_flight)
         return plain[head : head + length]
 
     async def _read_sectors(self, offset: int, length: int) -> memoryview:
@@ -109,8 +124,9 @@ class EncryptedStorage(StorageDriver):
         if length > _MAX_INLINE or (offset | length) % SECTOR_SIZE:
             return False
         host_offset, sector = _locate(offset)
-        if self._writes and self._writes.find(host_offset, host_offset + length):
-            return False
+        for busy in (self._writes, self._reads):
+            if busy and busy.find(host_offset, host_offset + length):
+                return False
         if time.perf_counter() < self._inline_resume_at:
             return False
         encrypted = self._cipher.encrypt_blocking(sector, data)
@@ -135,6 +151,9 @@ class EncryptedStorage(StorageDriver):
             await busy.wait()
         in_flight = self._writes.add(start, end)
         try:
+            # Reads that come from now on wait for this write.
+            while (busy := self._reads.find(start, end)) is not None:
+                await busy.wait()
             if (offset | len(data)) % SECTOR_SIZE:
                 data = await self._complete_sectors(offset, data)
             await self._write_sectors(offset - head, memoryview(data), fua)

@@ -70,7 +70,7 @@ class RawDriver(FormatDriver):
         """Tell data from holes where the file system can."""
         host_offset = self._offset + offset
         allocated, run = await self.storage.block_status(host_offset, length)
-        return (DATA, host_offset, run) if allocated else (ZERO, 0, run)
+        return (DATA if allocated else ZERO), host_offset, run
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """See `FormatDriver.extents`."""

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from nbdqcow.block.steps import BlockingFile
-from nbdqcow.block.tools import FormatTool, ImageInfo, OptionSpec, OptionValue
+from nbdqcow.block.tools import (
+    FormatTool,
+    ImageInfo,
+    OptionSpec,
+    OptionValue,
+    Secrets,
+    no_secrets,
+)
 from nbdqcow.errors import ImageError
 from nbdqcow.units import SECTOR_SIZE, round_up
 
@@ -37,7 +44,9 @@ class RawTool(FormatTool):
         """Describe an image: its length, in whole sectors, is all there is."""
         return ImageInfo("raw", round_up(file.length, SECTOR_SIZE))
 
-    def prepare(self, values: Mapping[str, OptionValue]) -> RawPlan:
+    def prepare(
+        self, values: Mapping[str, OptionValue], *, secrets: Secrets = no_secrets
+    ) -> RawPlan:
         """Plan a new image."""
         preallocation = str(values.get("preallocation", "off"))
         if preallocation == "metadata":

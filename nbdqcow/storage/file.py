@@ -23,6 +23,7 @@ from nbdqcow.storage.holes import Holes
 from nbdqcow.storage.linux import (
     OVERLAYFS_MAGIC,
     TMPFS_MAGIC,
+    copy_file_range,
     filesystem_type,
     pwrite_all,
 )
@@ -141,6 +142,7 @@ class FileStorage(StorageDriver):
         discard: str = "unmap",
         locking: bool = True,
         shared: bool = False,
+        is_data_file: bool = False,
     ) -> "FileStorage":
         """Open a file that exists.
 
@@ -153,14 +155,13 @@ class FileStorage(StorageDriver):
             locking: take QEMU's image locks (`nbdqcow.storage.locks`).
             shared: let others write to the file meanwhile (``-U``); only with
                 ``read_only``.
+            is_data_file: the lock of the image that names it keeps others off.
 
         Raises `ImageError` (`ImageInUse` for a lock) with one clear message.
         """
         permissions = None
         if locking:
-            permissions = locks.READ_ONLY if read_only else locks.READ_WRITE
-            if shared:
-                permissions = locks.FORCE_SHARE
+            permissions = locks.choose(read_only, shared, is_data_file)
         if shared and not read_only:
             raise UsageError("an image can be shared with writers only read-only")
         flags = os.O_RDONLY if read_only else os.O_RDWR
@@ -433,6 +434,17 @@ class FileStorage(StorageDriver):
     def _find_length(self) -> int:
         return os.lseek(self._fd, 0, os.SEEK_END)
 
+    async def copy_from(
+        self, source: StorageDriver, source_offset: int, offset: int, length: int
+    ) -> None:
+        """Let the kernel copy, which on some file systems shares the blocks."""
+        if not isinstance(source, FileStorage) or not length:
+            raise NotSupported("the kernel copies between files only")
+        await self._change(
+            offset, offset + length, False, copy_file_range,
+            source._fd, source_offset, self._fd, offset, length,
+        )  # fmt: skip
+
     # -- durability ----------------------------------------------------------
 
     async def flush(self) -> None:
@@ -581,6 +593,13 @@ class FileStorage(StorageDriver):
         return await self._pool.run(
             self._holes.find_all_blocking, offset, length, limit
         )
+
+    async def allocated_length(self) -> int | None:
+        """Return the bytes that the file takes of its file system."""
+        if self._is_device:
+            return None
+        status = await self._pool.run(os.fstat, self._fd)
+        return status.st_blocks * 512
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Start reading a range into page cache."""

@@ -5,6 +5,7 @@ import errno
 import os
 from typing import Final
 
+from nbdqcow.errors import NotSupported
 from nbdqcow.types import Buffers
 
 FALLOC_FL_KEEP_SIZE: Final = 0x01
@@ -73,6 +74,39 @@ def pwrite_all(fd: int, offset: int, buffers: Buffers, flags: int = 0) -> None:
             index += 1
         if nb_written:
             pending[index] = pending[index][nb_written:]
+
+
+_NO_COPY: Final = (
+    errno.EXDEV,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EINVAL,
+    errno.EBADF,
+    errno.EPERM,
+    errno.ETXTBSY,
+)
+
+
+def copy_file_range(
+    source_fd: int, source_offset: int, fd: int, offset: int, length: int
+) -> None:
+    """Copy all of ``length`` bytes between files inside the kernel.
+
+    Raises `NotSupported` if these two can't be copied so, or the source ends
+    before.
+    """
+    while length:
+        try:
+            done = os.copy_file_range(source_fd, fd, length, source_offset, offset)
+        except OSError as error:
+            if error.errno in _NO_COPY:
+                raise NotSupported("the kernel can't copy these files") from None
+            raise
+        if not done:
+            raise NotSupported("the source ends here")
+        source_offset, offset, length = (
+            source_offset + done, offset + done, length - done,
+        )  # fmt: skip
 
 
 class _PyBuffer(ctypes.Structure):

@@ -64,7 +64,8 @@ GEOMETRIES = [
     {"cluster_size": 4096, "refcount_bits": 1, "compression_type": "zstd"},
     {"refcount_bits": 2},
     {"cluster_size": 2 * MiB, "refcount_bits": 64},
-    {"extended_l2": "on", "cluster_size": 16384},
+    {"extended_l2": "on"},
+    {"extended_l2": "on", "cluster_size": 16384, "compression_type": "zstd"},
 ]
 
 

@@ -128,8 +128,8 @@ def test_key_slots(tmp_path: Path, seed: int) -> None:
     header = LuksHeader.parse(image)
     key, _ = header.unlock_blocking(image, b"one")
     for edits in (
-        header.add_key_blocking(key, b"two", iteration_ms=10),
-        header.add_key_blocking(key, b"three", slot=7, iteration_ms=10),
+        header.add_key_blocking(key, b"two", 1, 10),
+        header.add_key_blocking(key, b"three", 7, 10),
         header.erase_key(0),
     ):
         for offset, data in edits:

@@ -333,6 +333,14 @@ class Bitmaps:
         """See `Qcow2Driver.bitmap_merge`."""
         self._find(name).merge(self._find(source))
 
+    def merge_from(self, name: str, source: "Bitmap") -> None:
+        """Do as `merge` does with a bitmap of another image, whose disk has the
+        same size."""
+        bitmap = self._find(name)
+        if source.size != bitmap.size:
+            raise BlockError(errno.EINVAL, "the disks of the bitmaps differ in size")
+        bitmap.merge(source)
+
     # -- resizing --------------------------------------------------------
 
     def check_resize(self, size: int) -> None:

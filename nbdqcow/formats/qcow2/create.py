@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from nbdqcow.block.storage import StorageDriver
-from nbdqcow.errors import ImageError, UnsupportedFeature
+from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2 import header as h
+from nbdqcow.formats.qcow2.encryption_header import NewEncryption
 from nbdqcow.formats.qcow2.entries import (
     ALL_ALLOCATED,
     MAX_L1_BYTES,
@@ -70,14 +71,10 @@ class CreateOptions:
     extended_l2: bool = False
     data_file: str | None = None
     data_file_raw: bool = False
-    encrypted: bool = False
+    encryption: NewEncryption | None = None
 
     def check(self) -> None:
-        """Refuse what no image can be, or ours can't be yet.
-
-        Raises `ImageError` or `UnsupportedFeature`, in QEMU's words where it
-        refuses too.
-        """
+        """Refuse what no image can be, in QEMU's words. Raises `ImageError`."""
         newer = "compatibility level 1.1 and above (use version=v3 or greater)"
         cluster_size = self.cluster_size
         if cluster_size & (cluster_size - 1) or not 512 <= cluster_size <= 2 << 20:
@@ -124,12 +121,6 @@ class CreateOptions:
             raise ImageError(
                 f"Non-zlib compression type is only supported with {newer}"
             )
-        lacking = {
-            "encryption": self.encrypted,
-        }
-        names = [name for name, wanted in lacking.items() if wanted]
-        if names:
-            raise UnsupportedFeature("qcow2: not supported yet: " + ", ".join(names))
         if self.backing_format is not None and self.backing_file is None:
             raise ImageError("Backing format cannot be used without backing file")
 
@@ -144,6 +135,7 @@ class CreatePlan:
         data_start: where the tables and clusters of preallocation begin.
         nb_data_clusters: preallocated guest clusters; 0 without. If there is a
             data file, they are there.
+        luks_offset, luks_area: the encryption header; empty without.
         data_file: its name as the image gives it, or None.
     """
 
@@ -154,12 +146,16 @@ class CreatePlan:
     data_start: int
     nb_data_clusters: int
     preallocation: str
-    data_file: str | None = None
+    luks_offset: int
+    luks_area: bytes
+    data_file: str | None
 
     def writes(self) -> Iterator[tuple[int, bytes]]:
         """Yield ``(offset, bytes)`` for all that is not zero, header last."""
         yield from self._refcount_writes()
         yield from self._mapping_writes()
+        if self.luks_area:
+            yield self.luks_offset, self.luks_area
         yield 0, self.packed_header
 
     def _block_offset(self, index: int) -> int:
@@ -256,16 +252,23 @@ def plan_create(options: CreateOptions) -> CreatePlan:
         nb_l2 = header.l1_size
     nb_here = 0 if options.data_file is not None else nb_data
     l1_clusters = -(-header.l1_size * 8 // cluster_size)
+    luks_area = b"" if options.encryption is None else options.encryption.luks_area
+    luks_clusters = -(-len(luks_area) // cluster_size)
     table_clusters, nb_blocks = _refcount_structures(
-        1 + l1_clusters + nb_l2 + nb_here, cluster_size, options.refcount_bits
+        1 + l1_clusters + luks_clusters + nb_l2 + nb_here,
+        cluster_size,
+        options.refcount_bits,
     )
     header.refcount_table_offset = cluster_size
     header.refcount_table_clusters = table_clusters
     l1_offset = (2 + table_clusters) * cluster_size
     header.l1_table_offset = l1_offset if header.l1_size else 0
-    data_start = l1_offset + (l1_clusters + nb_blocks - 1) * cluster_size
+    luks_offset = l1_offset + l1_clusters * cluster_size
+    if options.encryption is not None:
+        options.encryption.describe_in(header, luks_offset)
+    data_start = luks_offset + (luks_clusters + nb_blocks - 1) * cluster_size
     file_length = data_start + (nb_l2 + nb_here) * cluster_size
-    if nb_blocks == 1 and nb_l2 == 0:
+    if nb_blocks == 1 and nb_l2 == luks_clusters == 0:
         # The L1 table ends the file; the rest of its cluster is no one's.
         file_length = l1_offset + header.l1_size * 8
     return CreatePlan(
@@ -276,6 +279,8 @@ def plan_create(options: CreateOptions) -> CreatePlan:
         data_start,
         nb_data,
         options.preallocation,
+        luks_offset,
+        luks_area,
         options.data_file,
     )
 

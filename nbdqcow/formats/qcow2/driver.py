@@ -26,6 +26,7 @@ from nbdqcow.formats.qcow2 import data_file as qcow2_data_file
 from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.formats.qcow2.bitmap import Bitmap, Bitmaps
 from nbdqcow.formats.qcow2.compress import CompressedClusters
+from nbdqcow.formats.qcow2.encryption_header import luks_range
 from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES, OFFSET_MASK
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.mapping import Mapping
@@ -95,6 +96,7 @@ class Qcow2Driver(Operations):
         self.backing_format = header.backing_format
         self.discard_freed = discard_freed
         self.lock = asyncio.Lock()
+        self.keys_lock = asyncio.Lock()
         self.epochs = Epochs()
         self.in_flight = InFlightRanges()
         self.freed = Freed()
@@ -212,7 +214,7 @@ class Qcow2Driver(Operations):
         ]
         if header.nb_snapshots:
             ranges += await self._snapshot_ranges()
-        if (luks := encryption.luks_range(header)) is not None:
+        if (luks := luks_range(header)) is not None:
             ranges.append(luks)
         for offset, length in ranges:
             metadata.update(range(offset >> bits, (offset + length + size - 1) >> bits))

@@ -1,14 +1,17 @@
 """Encrypted images: the passphrase, the key, and how sectors are numbered.
 
-Source: qcow2.txt, "Header" (crypt_method), "Full disk encryption header
-pointer", "Data encryption".
+Source: qcow2.txt, "Header" (crypt_method), "Data encryption".
 """
 
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
+from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import StorageDriver
+from nbdqcow.block.tools import OptionValue, Secrets
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2 import header as qcow2_header
+from nbdqcow.formats.qcow2.encryption_header import luks_range
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.pool import Pool
 from nbdqcow.types import DATA, Run
@@ -19,33 +22,6 @@ if TYPE_CHECKING:
     from nbdqcow.crypto.sectors import SectorCipher
     from nbdqcow.formats.encrypted import EncryptedStorage
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
-
-_POINTER_LENGTH: Final = 16
-
-
-def luks_range(header: Header) -> tuple[int, int] | None:
-    """Return offset and length of the LUKS header in the file, or None.
-
-    Raises `ImageError` if the image should have one and does not say where.
-    """
-    if header.crypt_method != qcow2_header.CRYPT_LUKS:
-        return None
-    pointer = header.extension(qcow2_header.EXT_CRYPTO)
-    if pointer is None:
-        raise ImageError("qcow2: the image has no encryption header")
-    if len(pointer) != _POINTER_LENGTH:
-        raise ImageError(
-            f"CRYPTO header extension size {len(pointer)}, but expected size"
-            f" {_POINTER_LENGTH}"
-        )
-    offset = int.from_bytes(pointer[:8], "big")
-    length = int.from_bytes(pointer[8:], "big")
-    if offset % header.cluster_size:
-        raise ImageError(
-            f"Encryption header offset '{offset}' is not a multiple of cluster size"
-            f" '{header.cluster_size}'"
-        )
-    return offset, length
 
 
 async def open_data(
@@ -79,22 +55,38 @@ async def open_data(
 async def _unlock(
     storage: StorageDriver, offset: int, length: int, passphrase: bytes
 ) -> "SectorCipher":
-    from nbdqcow.crypto.luks import HEADER_LENGTH, LuksHeader
+    from nbdqcow.formats.luks_file import read_luks
 
     if offset + length > storage.length:
         raise ImageError("qcow2: the encryption header lies beyond the end of the file")
-    if length < HEADER_LENGTH:
-        raise ImageError("LUKS header is too short")
-    luks = LuksHeader.parse(await storage.pread(offset, HEADER_LENGTH))
-    if luks.area_length > length:
-        raise ImageError("LUKS key slots lie outside of the encryption header")
-    area = await storage.pread(offset, luks.area_length)
+    luks, area = await run_steps(read_luks(offset, length), storage)
     pool = Pool()
     try:
         key, _ = await pool.run(luks.unlock_blocking, area, passphrase)
     finally:
         await pool.close()
     return luks.spec.make(key)
+
+
+async def amend_keys(
+    image: "Qcow2Driver",
+    values: Mapping[str, OptionValue],
+    secrets: Secrets,
+    passphrase: bytes,
+    *,
+    force: bool,
+) -> None:
+    """See `FormatDriver.amend_keys`."""
+    if image.header.crypt_method == qcow2_header.CRYPT_NONE:
+        raise ImageError("Can't amend encryption options - encryption not present")
+    place = luks_range(image.header)
+    if place is None:
+        raise ImageError("Only LUKS encryption options can be amended")
+    from nbdqcow.formats.luks_keys import KeyChange, change_keys
+
+    change = KeyChange.parse(values, "encrypt.", secrets, force=force)
+    async with image.keys_lock:
+        await change_keys(image.storage, *place, passphrase, change)
 
 
 def number_by_guest_offset(image: "Qcow2Driver") -> None:

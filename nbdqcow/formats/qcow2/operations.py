@@ -5,11 +5,11 @@ image is served. What only they need is imported by them: it brings numpy.
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nbdqcow.block.driver import FormatDriver
-from nbdqcow.block.tools import SnapshotInfo
+from nbdqcow.block.tools import OptionValue, Secrets, SnapshotInfo
 from nbdqcow.errors import BlockError, CorruptImage, NotSupported
 from nbdqcow.formats.qcow2.bitmap import BitmapInfo
 
@@ -59,6 +59,23 @@ class Operations(FormatDriver):
         from nbdqcow.formats.qcow2 import resize
 
         await self._operate(resize.make_empty(self._image))
+
+    # -- encryption ------------------------------------------------------
+
+    async def amend_keys(
+        self,
+        values: Mapping[str, OptionValue],
+        secrets: Secrets,
+        passphrase: bytes,
+        *,
+        force: bool = False,
+    ) -> None:
+        """See `FormatDriver.amend_keys`."""
+        from nbdqcow.formats.qcow2 import encryption
+
+        await self._operate(
+            encryption.amend_keys(self._image, values, secrets, passphrase, force=force)
+        )
 
     # -- snapshots -------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """What commands do with qcow2 images: describe, create, check."""
 
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Final
 
 from nbdqcow.block.steps import BlockingFile, Read, Step, Steps, run_blocking
@@ -11,6 +12,8 @@ from nbdqcow.block.tools import (
     OptionSpec,
     OptionValue,
     Report,
+    Secrets,
+    no_secrets,
 )
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2 import header as h
@@ -26,6 +29,7 @@ from nbdqcow.formats.qcow2.create import (
     CreatePlan,
     plan_create,
 )
+from nbdqcow.formats.qcow2.encryption_header import luks_range, new_encryption
 from nbdqcow.formats.qcow2.header import Header, needed
 from nbdqcow.formats.qcow2.snapshot_table import read_snapshots
 from nbdqcow.types import Buffer
@@ -122,9 +126,14 @@ class Qcow2Tool(FormatTool):
             warnings=bitmap_warnings(header),
         )
 
-    def prepare(self, values: Mapping[str, OptionValue]) -> CreatePlan:
+    def prepare(
+        self, values: Mapping[str, OptionValue], *, secrets: Secrets = no_secrets
+    ) -> CreatePlan:
         """Plan a new image."""
-        return plan_create(_create_options(values))
+        options = _create_options(values)
+        options.check()
+        encryption = new_encryption(values, secrets)
+        return plan_create(replace(options, encryption=encryption))
 
     def create(self, file: BlockingFile, plan: Any) -> None:
         """Write the planned image, the file's old content gone."""
@@ -153,6 +162,14 @@ class Qcow2Tool(FormatTool):
         if file.is_device:
             file.write_zeroes(0, size)
         _preallocate(file, 0, size, plan.preallocation)
+
+    def check_secret(self, file: BlockingFile, passphrase: bytes) -> None:
+        """Try the key slots of an image with LUKS."""
+        place = luks_range(run_blocking(read_header(for_check=True), file))
+        if place is not None:
+            from nbdqcow.formats.luks_file import unlock_blocking
+
+            run_blocking(unlock_blocking(*place, passphrase), file)
 
     def check(self, file: BlockingFile, repair: int, report: Report) -> CheckResult:
         """Check the image, and repair it."""
@@ -204,9 +221,7 @@ def _describe() -> Generator[Step, Buffer, ImageInfo]:
         ]
     specific["refcount-bits"] = header.refcount_bits
     if header.crypt_method == h.CRYPT_LUKS:
-        if header.extension(h.EXT_CRYPTO) is None:
-            raise ImageError("Missing CRYPTO header for crypt method 2")
-        specific["encrypt"] = {"format": "luks"}
+        specific["encrypt"] = yield from _describe_luks(header)
     elif header.crypt_method == h.CRYPT_AES:
         specific["encrypt"] = {"format": "aes"}
     if header.data_file_name is not None:
@@ -230,6 +245,16 @@ def _describe() -> Generator[Step, Buffer, ImageInfo]:
         specific=specific,
         warnings=bitmap_warnings(header),
     )
+
+
+def _describe_luks(header: Header) -> Generator[Step, Buffer, dict[str, Any]]:
+    place = luks_range(header)
+    assert place is not None
+    from nbdqcow.crypto.luks import HEADER_LENGTH, LuksHeader
+    from nbdqcow.formats.luks_options import describe
+
+    luks = LuksHeader.parse((yield Read(place[0], HEADER_LENGTH)))
+    return describe(luks, {"format": "luks"})
 
 
 def bitmap_warnings(header: Header) -> list[str]:
@@ -274,5 +299,4 @@ def _create_options(values: Mapping[str, OptionValue]) -> CreateOptions:
         extended_l2=bool(values.get("extended_l2", False)),
         data_file=None if data_file is None else str(data_file),
         data_file_raw=bool(values.get("data_file_raw", False)),
-        encrypted=bool(values.get("encryption")) or "encrypt.format" in values,
     )

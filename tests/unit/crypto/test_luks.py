@@ -74,8 +74,9 @@ def test_unlock(created: tuple[bytes, bytes]) -> None:
 def test_slots(created: tuple[bytes, bytes]) -> None:
     area, key = bytearray(created[0]), created[1]
     header = LuksHeader.parse(area)
-    apply(area, header.add_key_blocking(key, b"two", iteration_ms=1))
-    apply(area, header.add_key_blocking(key, b"five", slot=5, iteration_ms=1))
+    apply(area, header.add_key_blocking(key, b"two", 1, 1))
+    apply(area, header.add_key_blocking(key, b"five", 5, 1))
+    assert header.free_slot() == 2
     header = LuksHeader.parse(area)
     for passphrase, slot in ((b"one", 0), (b"two", 1), (b"five", 5)):
         assert header.unlock_blocking(area, passphrase) == (key, slot)
@@ -87,24 +88,21 @@ def test_slots(created: tuple[bytes, bytes]) -> None:
     length = 64 * luks.NB_STRIPES
     assert area[start : start + length] != created[0][start : start + length]
     with pytest.raises(ImageError, match="slot 5 is in use"):
-        header.add_key_blocking(key, b"x", slot=5, iteration_ms=1)
+        header.add_key_blocking(key, b"x", 5, 1)
     with pytest.raises(ImageError, match="no LUKS key slot 8"):
-        header.add_key_blocking(key, b"x", slot=8, iteration_ms=1)
+        header.add_key_blocking(key, b"x", 8, 1)
     with pytest.raises(ImageError, match="not that of this disk"):
-        header.add_key_blocking(bytes(64), b"x", iteration_ms=1)
-    with pytest.raises(ImageError, match="slot 0 is not in use"):
-        header.erase_key(0)
-    apply(area, header.erase_key(1))
-    with pytest.raises(ImageError, match="the last one in use"):
-        header.erase_key(5)
+        header.add_key_blocking(bytes(64), b"x", 2, 1)
+    assert header.opens_blocking(5, area, b"five")
+    assert not header.opens_blocking(5, area, b"two")
+    assert not header.opens_blocking(0, area, b"one")
 
 
 def test_all_slots_in_use(created: tuple[bytes, bytes]) -> None:
     header = LuksHeader.parse(created[0])
     for slot in header.slots[1:]:
         slot.active, slot.iterations = True, luks.MIN_ITERATIONS
-    with pytest.raises(ImageError, match="All LUKS key slots are in use"):
-        header.add_key_blocking(created[1], b"x", iteration_ms=1)
+    assert header.free_slot() is None
 
 
 @pytest.mark.parametrize(

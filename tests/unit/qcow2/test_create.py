@@ -3,7 +3,7 @@
 import pytest
 
 from nbdqcow.block.tools import REPAIR_NONE
-from nbdqcow.errors import ImageError, UnsupportedFeature
+from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2.create import CreateOptions, plan_create
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.tool import Qcow2Tool
@@ -102,17 +102,6 @@ REFUSED = [
 def test_refused(options, text):
     with pytest.raises(ImageError, match=text):
         plan_create(CreateOptions(**{"size": 1 << 20, **options}))
-
-
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        ({"encrypted": True}, "encryption"),
-    ],
-)
-def test_not_supported_yet_by_name(options, name):
-    with pytest.raises(UnsupportedFeature, match=name):
-        plan_create(CreateOptions(size=1 << 20, **options))
 
 
 @pytest.mark.parametrize(("name", "bit"), [("zlib", 0), ("zstd", 1)])

@@ -1,0 +1,157 @@
+"""``nbdqcow-img amend``: another format version, other options."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from nbdqcow.block.tools import FormatTool, OptionSpec, OptionValue
+from nbdqcow.cli.img import print_help
+from nbdqcow.cli.img_create import find_tool, print_specs
+from nbdqcow.cli.img_nodes import ImageArguments, check_cache, open_node
+from nbdqcow.cli.img_options import (
+    convert_option,
+    is_option_list,
+    parse_arguments,
+    split_options,
+    wants_help,
+)
+from nbdqcow.cli.img_run import ProgressLine, run_command
+from nbdqcow.errors import ImageError, UsageError
+
+_LONG: Final = {
+    "help": "-h",
+    "object=": "--object",
+    "image-opts": "--image-opts",
+    "force": "--force",
+}
+_AMENDABLE: Final = (
+    *("backing_file", "backing_fmt", "compat", "data_file", "data_file_raw"),
+    *("lazy_refcounts", "refcount_bits", "size"),
+)
+_ONLY_AMENDED: Final = (
+    OptionSpec(
+        "encrypt.state",
+        "str",
+        "Select new state of affected keyslots (active/inactive)",
+    ),
+    OptionSpec(
+        "encrypt.keyslot", "num", "Select a single keyslot to modify explicitly"
+    ),
+    OptionSpec(
+        "encrypt.old-secret", "str", "Select all keyslots that match this password"
+    ),
+    OptionSpec(
+        "encrypt.new-secret",
+        "str",
+        "New secret to set in the matching keyslots. Empty string to erase",
+    ),
+    OptionSpec("encrypt.iter-time", "num", "Time to spend in PBKDF in milliseconds"),
+)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    options, operands = parse_arguments(arguments, ":ho:f:t:pq", _LONG)
+    images, shown, quiet, force = ImageArguments(), False, False, False
+    option_lists: list[str] = []
+    for name, value in options:
+        match name:
+            case "-h":
+                print_help()
+                return 0
+            case "-o":
+                if not is_option_list(value):
+                    raise ImageError(f"Invalid option list: {value}")
+                option_lists.append(value)
+            case "-t":
+                images.cache = value
+            case "-p":
+                shown = True
+            case "-q":
+                quiet = True
+            case "--force":
+                force = True
+            case _:
+                images.take(name, value)
+    if not option_lists:
+        raise UsageError("Must specify options (-o)")
+    text = ",".join(option_lists)
+    if images.format is not None and wants_help(text):
+        _print_help(images.format)
+        return 0
+    if len(operands) != 1:
+        raise ImageError("Expecting one image file name")
+    images.check()
+    images.cache = check_cache(images.cache, "Invalid cache option: ")
+    progress = ProgressLine(shown, quiet=quiet)
+    try:
+        return run_command(
+            lambda: _amend(operands[0], images, text, progress, force=force), progress
+        )
+    finally:
+        progress.end()
+
+
+def amend_specs(tool: FormatTool) -> list[OptionSpec]:
+    """Return the options that can be changed. Raises `ImageError`."""
+    if not tool.supports_backing or tool.name == "qcow":
+        raise ImageError(
+            f"Format driver '{tool.name}' does not support option amendment"
+        )
+    own = [spec for spec in tool.create_options if spec.name in _AMENDABLE]
+    return [*_ONLY_AMENDED, *own]
+
+
+def _print_help(format_: str) -> None:
+    specs = amend_specs(find_tool(format_))
+    print(f"Amend options for '{format_}':")
+    print_specs(specs)
+
+
+async def _amend(
+    name: str, images: ImageArguments, text: str, progress: ProgressLine, *, force: bool
+) -> int:
+    node = await open_node(name, images, writable=True)
+    try:
+        tool = find_tool(node.format_name)
+        if wants_help(text):
+            _print_help(tool.name)
+            return 0
+        values = _parse(tool, text)
+        progress.show(0)
+        driver: Any = node.driver
+        await driver.amend(_with_secrets(values, images, force), progress)
+        progress.show(100)
+    finally:
+        await node.close()
+    return 0
+
+
+def _parse(tool: FormatTool, text: str) -> dict[str, OptionValue]:
+    kinds = {spec.name: spec.kind for spec in amend_specs(tool)}
+    creatable = {spec.name: spec.kind for spec in tool.create_options}
+    values: dict[str, OptionValue] = {}
+    for name, value in split_options(kinds | creatable, text):
+        if name not in kinds:
+            raise ImageError(
+                f"Invalid parameter '{name}'\n"
+                "This option is only supported for image creation"
+            )
+        values[name] = convert_option(name, kinds[name], value)
+    if "backing_file" in values or "backing_fmt" in values:
+        raise ImageError(
+            "Cannot amend the backing file\nYou can use 'qemu-img rebase' instead."
+        )
+    return values
+
+
+def _with_secrets(
+    values: Mapping[str, OptionValue], images: ImageArguments, force: bool
+) -> dict[str, Any]:
+    """Return the options with passphrases in place of their objects' ids."""
+    found: dict[str, Any] = dict(values)
+    for name in ("encrypt.old-secret", "encrypt.new-secret"):
+        if found.get(name):
+            found[name] = images.secret(str(found[name]))
+    if force:
+        found["force"] = True
+    return found

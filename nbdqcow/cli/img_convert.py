@@ -1,0 +1,387 @@
+"""``nbdqcow-img convert``: disks copied into a new image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from nbdqcow.block.node import Node
+from nbdqcow.block.registry import is_remote
+from nbdqcow.block.tools import FormatTool, OptionValue
+from nbdqcow.cli.img import print_help
+from nbdqcow.cli.img_create import find_tool, print_option_help
+from nbdqcow.cli.img_nodes import (
+    ImageArguments,
+    check_cache,
+    close_nodes,
+    open_node,
+)
+from nbdqcow.cli.img_options import (
+    is_option_list,
+    parse_amount,
+    parse_arguments,
+    wants_help,
+)
+from nbdqcow.cli.img_run import ProgressLine, run_command
+from nbdqcow.cli.img_target import NewImage, parse_create_options
+from nbdqcow.cli.messages import error
+from nbdqcow.errors import ImageError
+from nbdqcow.jobs.bitmaps import check_bitmaps, copy_bitmaps
+from nbdqcow.jobs.control import JobControl
+from nbdqcow.jobs.convert import ConvertOptions, convert
+from nbdqcow.jobs.status import disk_size
+from nbdqcow.units import SECTOR_SIZE, KiB, MiB
+
+_LONG: Final = {
+    "help": "-h",
+    "object=": "--object",
+    "image-opts": "--image-opts",
+    "force-share": "-U",
+    "target-image-opts": "--target-image-opts",
+    "salvage": "--salvage",
+    "target-is-zero": "--target-is-zero",
+    "bitmaps": "--bitmaps",
+    "skip-broken-bitmaps": "--skip-broken-bitmaps",
+}
+_MAX_IN_FLIGHT: Final = 16
+_MAX_SPARSE: Final = 16 * MiB
+
+
+@dataclass(slots=True)
+class _Settings:
+    """What the command line says; see `run`."""
+
+    images: ImageArguments = field(default_factory=ImageArguments)
+    target_format: str | None = None
+    backing_file: str | None = None
+    backing_format: str | None = None
+    option_lists: list[str] = field(default_factory=list)
+    snapshot: Any = None
+    sparse: int = 4 * KiB
+    is_sparse_given: bool = False
+    compressed: bool = False
+    copy_range: bool = False
+    progress: bool = False
+    quiet: bool = False
+    no_create: bool = False
+    target_cache: str = "unsafe"
+    nb_in_flight: int = 8
+    in_order: bool = True
+    rate: int | None = None
+    salvage: bool = False
+    target_image_opts: bool = False
+    target_is_zero: bool = False
+    bitmaps: bool = False
+    skip_broken_bitmaps: bool = False
+    sources: Sequence[str] = ()
+    target: str = ""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    options, operands = parse_arguments(
+        arguments, ":hf:O:B:CcF:o:l:S:pt:T:qnm:WUr:", _LONG
+    )
+    settings = _Settings()
+    for name, value in options:
+        if name == "-h":
+            print_help()
+            return 0
+        _take(settings, name, value)
+    if settings.target_format is None and not settings.target_image_opts:
+        settings.target_format = "raw"
+    text = ",".join(settings.option_lists)
+    settings.images.check()
+    _check_combinations(settings)
+    if wants_help(text):
+        assert settings.target_format is not None
+        print_option_help(
+            settings.target_format, operands[-1] if len(operands) > 1 else None
+        )
+        return 0
+    if len(operands) < 2:
+        raise ImageError("Must specify image file name")
+    settings.sources, settings.target = operands[:-1], operands[-1]
+    progress = ProgressLine(settings.progress, quiet=settings.quiet)
+    progress.show(0)
+    try:
+        return run_command(lambda: _convert(settings, text, progress), progress)
+    finally:
+        progress.end()
+
+
+def _take(settings: _Settings, name: str, value: str) -> None:
+    if settings.images.take(name, value):
+        return
+    match name:
+        case "-O":
+            settings.target_format = value
+        case "-B":
+            settings.backing_file = value
+        case "-F":
+            settings.backing_format = value
+        case "-C":
+            settings.copy_range = True
+        case "-c":
+            settings.compressed = True
+        case "-o":
+            if not is_option_list(value):
+                raise ImageError(f"Invalid option list: {value}")
+            settings.option_lists.append(value)
+        case "-l":
+            settings.snapshot = parse_snapshot(value)
+        case "-S":
+            settings.sparse = _parse_sparse(value)
+            settings.is_sparse_given = True
+        case "-p":
+            settings.progress = True
+        case "-t":
+            settings.target_cache = value
+        case "-T":
+            settings.images.cache = value
+        case "-q":
+            settings.quiet = True
+        case "-n":
+            settings.no_create = True
+        case "-m":
+            settings.nb_in_flight = _parse_in_flight(value)
+        case "-W":
+            settings.in_order = False
+        case "-r":
+            settings.rate = parse_amount(value, "rate limit")
+        case "--salvage":
+            settings.salvage = True
+        case "--target-image-opts":
+            settings.target_image_opts = True
+        case "--target-is-zero":
+            settings.target_is_zero = True
+        case "--bitmaps":
+            settings.bitmaps = True
+        case "--skip-broken-bitmaps":
+            settings.skip_broken_bitmaps = True
+
+
+def parse_snapshot(text: str) -> Any:
+    """Return what ``-l`` asks for: an ID or name, or ``(ID, name)``.
+
+    Raises `ImageError`.
+    """
+    if not text.startswith("snapshot."):
+        return text
+    found: dict[str, str] = {}
+    for item in text.split(","):
+        key, _, value = item.partition("=")
+        if key not in ("snapshot.id", "snapshot.name"):
+            error(f"Invalid parameter '{key}'")
+            raise ImageError(f"Failed in parsing snapshot param '{text}'")
+        found[key] = value
+    return found.get("snapshot.id"), found.get("snapshot.name")
+
+
+def _parse_sparse(text: str) -> int:
+    sparse = parse_amount(text, "buffer size for sparse output")
+    if sparse % SECTOR_SIZE or sparse > _MAX_SPARSE:
+        raise ImageError(
+            "Invalid buffer size for sparse output specified. Valid sizes are "
+            f"multiples of {SECTOR_SIZE} up to {_MAX_SPARSE}. Select 0 to disable "
+            "sparse detection (fully allocates output)."
+        )
+    return sparse
+
+
+def _parse_in_flight(text: str) -> int:
+    try:
+        number = int(text, 0)
+    except ValueError:
+        number = 0
+    if not 1 <= number <= _MAX_IN_FLIGHT:
+        raise ImageError(
+            "Invalid number of coroutines. Allowed number of coroutines is between 1 "
+            f"and {_MAX_IN_FLIGHT}"
+        )
+    return number
+
+
+def _check_combinations(settings: _Settings) -> None:
+    if settings.option_lists and settings.no_create:
+        raise ImageError("-o has no effect when skipping image creation")
+    if settings.copy_range and settings.is_sparse_given:
+        raise ImageError("Cannot enable copy offloading when -S is used")
+    if settings.copy_range and settings.salvage:
+        raise ImageError("Cannot use copy offloading in salvaging mode")
+    if settings.target_image_opts and not settings.no_create:
+        raise ImageError("--target-image-opts requires use of -n flag")
+    if settings.skip_broken_bitmaps and not settings.bitmaps:
+        raise ImageError("Use of --skip-broken-bitmaps requires --bitmaps")
+    if settings.copy_range and settings.compressed:
+        raise ImageError("Cannot enable copy offloading when -c is used")
+    if settings.target_is_zero and not settings.no_create:
+        raise ImageError("--target-is-zero requires use of -n flag")
+
+
+async def _convert(settings: _Settings, text: str, progress: ProgressLine) -> int:
+    cache = check_cache(settings.images.cache, "Invalid source cache option: ")
+    sources: list[Node] = []
+    try:
+        for name in settings.sources:
+            source = await open_node(name, settings.images, cache=cache)
+            sources.append(source)
+        if settings.snapshot is not None:
+            await _show_snapshot(settings, sources, cache)
+        await _convert_to_target(settings, text, sources, progress)
+    finally:
+        await close_nodes(sources)
+    return 0
+
+
+async def _show_snapshot(settings: _Settings, sources: list[Node], cache: str) -> None:
+    """Let the one source be what it was in a snapshot."""
+    if len(sources) > 1:
+        raise ImageError("No support for concatenating multiple snapshot")
+    await sources.pop().close()
+    sources.append(
+        await open_node(
+            settings.sources[0], settings.images, cache=cache,
+            snapshot=settings.snapshot,
+        )
+    )  # fmt: skip
+
+
+async def _convert_to_target(
+    settings: _Settings, text: str, sources: Sequence[Node], progress: ProgressLine
+) -> None:
+    size = sum(map(disk_size, sources))
+    tool, values = None, {}
+    if not settings.no_create:
+        assert settings.target_format is not None
+        tool = find_tool(settings.target_format)
+        values = _creation_values(settings, tool, text, size, sources)
+    if settings.bitmaps and len(sources) > 1:
+        raise ImageError("Copying bitmaps only possible with single source")
+    target_cache = check_cache(settings.target_cache, "Invalid cache option: ")
+    new: NewImage | None = None
+    target_arguments = ImageArguments(
+        format=settings.target_format,
+        image_opts=settings.target_image_opts,
+        objects=settings.images.objects,
+    )
+    target_arguments.check()
+    try:
+        path = settings.target
+        if tool is not None and not is_remote(settings.target):
+            try:
+                new = NewImage(settings.target)
+                new.create(tool, values)
+            except ImageError as exc:
+                shown = str(exc) if new is None else new.rename_in(str(exc))
+                raise ImageError(
+                    f"{settings.target}: error while converting "
+                    f"{settings.target_format}: {shown}"
+                ) from None
+            path = new.path
+        try:
+            target = await open_node(
+                path, target_arguments, writable=True, cache=target_cache
+            )
+        except ImageError as exc:
+            shown = str(exc) if new is None else new.rename_in(str(exc))
+            raise ImageError(shown) from None
+        try:
+            await _copy(settings, sources, target, values, progress, is_new=bool(new))
+        except BaseException:
+            await target.close()
+            raise
+        await target.close()
+        if new is not None:
+            new.commit()
+    finally:
+        if new is not None:
+            new.discard()
+
+
+def _creation_values(
+    settings: _Settings,
+    tool: FormatTool,
+    text: str,
+    size: int,
+    sources: Sequence[Node],
+) -> dict[str, OptionValue]:
+    """Return the ``-o`` values of the new image. Raises `ImageError`."""
+    values = parse_create_options(tool, text)
+    values["size"] = size
+    for name, given, what in (
+        ("backing_file", settings.backing_file, "file"),
+        ("backing_fmt", settings.backing_format, "file format"),
+    ):
+        if given is None:
+            continue
+        if not tool.supports_backing:
+            raise ImageError(
+                f"Backing {what} not supported for file format '{tool.name}'"
+            )
+        values[name] = given
+    if "backing_file" in values and len(sources) > 1:
+        raise ImageError(
+            "Having a backing file for the target makes no sense when concatenating "
+            "multiple input images"
+        )
+    if "backing_file" in values and "backing_fmt" not in values:
+        raise ImageError("Use of backing file requires explicit backing format")
+    if settings.compressed:
+        _check_compression(tool.name)
+        if values.get("encryption") or values.get("encrypt.format"):
+            raise ImageError(
+                "Compression and encryption not supported at the same time"
+            )
+        if str(values.get("preallocation", "off")) != "off":
+            raise ImageError(
+                "Compression and preallocation not supported at the same time"
+            )
+    return values
+
+
+def _check_compression(format_: str) -> None:
+    if format_ == "raw":
+        raise ImageError("Compression not supported for this file format")
+
+
+async def _copy(
+    settings: _Settings,
+    sources: Sequence[Node],
+    target: Node,
+    values: dict[str, OptionValue],
+    progress: ProgressLine,
+    *,
+    is_new: bool,
+) -> None:
+    if settings.compressed:
+        _check_compression(target.format_name)
+    if settings.bitmaps:
+        check_bitmaps(target)
+    if disk_size(target) < sum(map(disk_size, sources)):
+        raise ImageError("output file is smaller than input file")
+    has_backing = target.backing is not None
+    control = JobControl(progress, rate=settings.rate)
+    await convert(
+        sources,
+        target,
+        ConvertOptions(
+            sparse=settings.sparse,
+            compressed=settings.compressed,
+            target_is_zero=(settings.target_is_zero or is_new) and not has_backing,
+            target_has_backing=has_backing
+            and (settings.backing_file is not None or "backing_file" in values),
+            backing_size=target.backing.size if target.backing is not None else 0,
+            nb_in_flight=settings.nb_in_flight,
+            in_order=settings.in_order,
+            copy_range=settings.copy_range,
+            salvage=settings.salvage,
+            count_data=settings.progress and not settings.quiet,
+        ),
+        control,
+        lambda offset, reason: error(
+            f"warning: error while reading offset {offset}: {reason}"
+        ),
+    )
+    if settings.bitmaps:
+        copy_bitmaps(sources[0], target, skip_broken=settings.skip_broken_bitmaps)
+    progress.show(100)

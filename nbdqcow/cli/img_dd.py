@@ -1,0 +1,129 @@
+"""``nbdqcow-img dd``: part of a disk copied into a new image."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from nbdqcow.block.registry import format_tool
+from nbdqcow.cli.img import print_help
+from nbdqcow.cli.img_nodes import ImageArguments, open_node
+from nbdqcow.cli.img_options import MAX_AMOUNT, parse_amount, parse_arguments
+from nbdqcow.cli.img_run import run_command
+from nbdqcow.cli.img_target import NewImage
+from nbdqcow.cli.messages import error
+from nbdqcow.errors import ImageError
+from nbdqcow.jobs.control import JobControl
+from nbdqcow.jobs.copy import copy
+from nbdqcow.jobs.status import disk_size
+
+_LONG: Final = {
+    "help": "-h",
+    "object=": "--object",
+    "image-opts": "--image-opts",
+    "force-share": "-U",
+}
+_MAX_BLOCK: Final = (1 << 31) - 1
+
+
+@dataclass(slots=True)
+class _Operands:
+    """What dd's own kind of arguments says; ``skip`` is in blocks."""
+
+    source: str | None = None
+    target: str | None = None
+    block_size: int = 512
+    count: int | None = None
+    skip: int = 0
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    options, words = parse_arguments(arguments, ":hf:O:U", _LONG)
+    images, target_format = ImageArguments(), "raw"
+    for name, value in options:
+        match name:
+            case "-h":
+                print_help()
+                return 0
+            case "-O":
+                target_format = value
+            case _:
+                images.take(name, value)
+    operands = _parse(words)
+    if operands.source is None or operands.target is None:
+        raise ImageError("Must specify both input and output files")
+    images.check()
+    return run_command(
+        lambda: _copy(
+            images, target_format, operands, str(operands.source), str(operands.target)
+        )
+    )
+
+
+def _parse(words: Sequence[str]) -> _Operands:
+    operands = _Operands()
+    for word in words:
+        name, equals, value = word.partition("=")
+        match name if equals else "":
+            case "if":
+                operands.source = value
+            case "of":
+                operands.target = value
+            case "bs":
+                operands.block_size = parse_amount(value, "bs", 1, _MAX_BLOCK)
+            case "count":
+                operands.count = parse_amount(value, "count")
+            case "skip":
+                operands.skip = parse_amount(value, "skip")
+            case _:
+                raise ImageError(f"unrecognized operand {name}")
+    return operands
+
+
+async def _copy(
+    images: ImageArguments,
+    target_format: str,
+    operands: _Operands,
+    source_name: str,
+    target_name: str,
+) -> int:
+    source = await open_node(source_name, images)
+    try:
+        try:
+            tool = format_tool(target_format)
+        except ImageError:
+            raise ImageError("Unknown file format") from None
+        end = disk_size(source)
+        if operands.count is not None:
+            end = min(end, operands.count * operands.block_size)
+        start = min(operands.skip * operands.block_size, MAX_AMOUNT)
+        new: NewImage | None = None
+        try:
+            try:
+                new = NewImage(target_name)
+                new.create(tool, {"size": max(0, end - start)})
+            except ImageError as exc:
+                text = str(exc) if new is None else new.rename_in(str(exc))
+                raise ImageError(
+                    f"{target_name}: error while creating output image: {text}"
+                ) from None
+            target = await open_node(
+                new.path,
+                ImageArguments(format=target_format),
+                writable=True,
+                shown=target_name,
+            )
+            try:
+                if start > disk_size(source):
+                    error(f"{source_name}: cannot skip to specified offset")
+                if start < end:
+                    await copy(source, target, start, end - start, JobControl())
+            finally:
+                await target.close()
+            new.commit()
+        finally:
+            if new is not None:
+                new.discard()
+    finally:
+        await source.close()
+    return 0

@@ -1,0 +1,228 @@
+"""Images as nodes, for the commands that read and write disks."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nbdqcow.block.node import Node
+from nbdqcow.block.open import CACHE_MODES, open_image
+from nbdqcow.block.registry import is_remote
+from nbdqcow.cli.image_opts import parse_image_opts, parse_pairs
+from nbdqcow.cli.img_open import check_backing_chain, open_image_file
+from nbdqcow.cli.objects import Objects
+from nbdqcow.errors import ImageError, UsageError
+
+
+@dataclass(slots=True)
+class ImageArguments:
+    """What commands are told about the images that they open.
+
+    Attributes:
+        format: ``-f``; None guesses.
+        image_opts: names are options, ``--image-opts``.
+        force_share: ``-U``.
+        cache: ``-t`` or ``-T``.
+        objects: the texts of ``--object``.
+    """
+
+    format: str | None = None
+    image_opts: bool = False
+    force_share: bool = False
+    cache: str = "writeback"
+    objects: list[str] = field(default_factory=list)
+    _made: Objects | None = None
+
+    def take(self, name: str, value: str) -> bool:
+        """Take an option that all commands have; False for any other."""
+        match name:
+            case "-f":
+                self.format = value
+            case "-U":
+                self.force_share = True
+            case "--image-opts":
+                self.image_opts = True
+            case "--object":
+                self.objects.append(value)
+            case _:
+                return False
+        return True
+
+    def check(self) -> None:
+        """Make the objects, and see that the options go together.
+
+        Raises `ImageError`.
+        """
+        try:
+            self._made = Objects(self.objects)
+        except UsageError as exc:
+            raise ImageError(str(exc)) from None
+        if self.image_opts and self.format is not None:
+            raise ImageError("--image-opts and --format are mutually exclusive")
+
+    def secret(self, name: str) -> bytes:
+        """Return the passphrase of that id. Raises `ImageError`."""
+        try:
+            assert self._made is not None
+            return self._made.secret(name).encode()
+        except UsageError:
+            raise ImageError(f"No secret with id '{name}'") from None
+
+
+def check_cache(text: str, message: str) -> str:
+    """Return a cache mode. Raises `ImageError` with ``message`` before it."""
+    text = {"off": "none"}.get(text, text)
+    if text not in CACHE_MODES:
+        raise ImageError(f"{message}{text}")
+    return text
+
+
+async def open_node(
+    name: str,
+    arguments: ImageArguments,
+    *,
+    writable: bool = False,
+    format_: str | None = None,
+    cache: str | None = None,
+    snapshot: Any = None,
+    shown: str | None = None,
+    with_backing: bool = True,
+) -> Node:
+    """Open an image with its backing chain.
+
+    ``format_`` and ``cache`` go before those of ``arguments``; ``shown`` is
+    what messages call it; ``with_backing``: see `OpenOptions`. Raises
+    `ImageError` in qemu-img's words.
+    """
+    filename, options = _parse_name(name, arguments)
+    if format_ is not None:
+        options["format"] = format_
+    elif arguments.format is not None:
+        options["format"] = arguments.format
+    options.setdefault("cache", cache or arguments.cache)
+    opening = f"Could not open '{shown or name}': "
+    if arguments.force_share and writable:
+        raise ImageError(
+            f"{opening}force-share=on can only be used with read-only images"
+        )
+    driver_options: dict[str, Any] = {}
+    try:
+        if (key := options.pop("key_secret", None)) is not None:
+            driver_options["secret"] = arguments.secret(key)
+        if snapshot is not None:
+            driver_options["snapshot"] = snapshot
+        options["read_only"] = options.get("read_only", False) or not writable
+        node = await open_image(
+            filename,
+            force_share=arguments.force_share,
+            driver_options=driver_options,
+            with_backing=with_backing,
+            **options,
+        )
+    except (ImageError, OSError) as exc:
+        if snapshot is not None and "Can't find" in str(exc):
+            raise ImageError("Failed to load snapshot: Can't find snapshot") from None
+        if not is_remote(filename):
+            _explain(filename, options, arguments, opening, writable=writable)
+        text = str(exc) if isinstance(exc, ImageError) else exc.strerror or str(exc)
+        kind = type(exc) if isinstance(exc, ImageError) else ImageError
+        if text.startswith(opening) and not isinstance(exc.__cause__, OSError):
+            opening = ""
+        raise kind(f"{opening}{text}") from None
+    if writable and options.get("format") is None and node.driver.name == "raw":
+        warn_of_guess(name)
+    return node
+
+
+def _explain(
+    filename: str,
+    options: Mapping[str, Any],
+    arguments: ImageArguments,
+    opening: str,
+    *,
+    writable: bool,
+) -> None:
+    """Raise what qemu-img would say of an image that could not be opened."""
+    try:
+        with open_image_file(
+            filename,
+            options.get("format"),
+            read_only=not writable,
+            force_share=arguments.force_share,
+        ) as image:
+            info = image.tool.describe(image.file)
+            check_backing_chain(image, info, force_share=arguments.force_share)
+    except ImageError as exc:
+        raise type(exc)(f"{opening}{exc}") from None
+
+
+def warn_of_guess(name: str) -> None:
+    """Say that an image which is written to was only guessed to be raw."""
+    import sys
+
+    from nbdqcow.cli.messages import printable
+
+    print(
+        f"WARNING: Image format was not specified for '{printable(name)}' and probing "
+        "guessed raw.\n"
+        "         Automatically detecting the format is dangerous for raw images, "
+        "write operations on block 0 will be restricted.\n"
+        "         Specify the 'raw' format explicitly to remove the restrictions.",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _parse_name(name: str, arguments: ImageArguments) -> tuple[str, dict[str, Any]]:
+    """Return the file and the options of `open_image` that ``name`` means."""
+    try:
+        if arguments.image_opts:
+            return parse_image_opts(name)
+        if name.startswith("json:"):
+            return parse_pairs(_flatten(name[5:]), name)
+    except UsageError as exc:
+        raise ImageError(f"Could not open '{name}': {exc}") from None
+    if not name:
+        raise ImageError(
+            "Could not open '': The 'file' block driver requires a file name"
+        )
+    try:
+        is_remote(name)
+    except ImageError as exc:
+        raise ImageError(f"Could not open '{name}': {exc}") from None
+    return name, {}
+
+
+def _flatten(text: str) -> dict[str, str]:
+    """Return a JSON object as dotted keys and texts. Raises `UsageError`."""
+    try:
+        given = json.loads(text)
+    except (ValueError, RecursionError):
+        raise UsageError("Could not parse the JSON options") from None
+    if not isinstance(given, dict):
+        raise UsageError("Invalid JSON object given")
+    pairs: dict[str, str] = {}
+
+    def walk(prefix: str, value: Mapping[str, Any]) -> None:
+        for key, item in value.items():
+            if isinstance(item, dict):
+                walk(f"{prefix}{key}.", item)
+            elif isinstance(item, bool):
+                pairs[prefix + key] = "on" if item else "off"
+            else:
+                pairs[prefix + key] = str(item)
+
+    walk("", given)
+    return pairs
+
+
+async def close_nodes(nodes: Sequence[Node]) -> None:
+    """Close all of ``nodes``, whatever the closing of some may raise."""
+    failure: Exception | None = None
+    for node in nodes:
+        try:
+            await node.close()
+        except Exception as exc:
+            failure = failure or exc
+    if failure is not None:
+        raise failure

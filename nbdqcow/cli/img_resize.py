@@ -1,0 +1,88 @@
+"""``nbdqcow-img resize``: disks that become longer or shorter."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from nbdqcow.cli.img import print_help
+from nbdqcow.cli.img_nodes import ImageArguments, open_node
+from nbdqcow.cli.img_options import convert_option, parse_arguments
+from nbdqcow.cli.img_run import run_command
+from nbdqcow.cli.messages import error
+from nbdqcow.errors import ImageError, UsageError
+from nbdqcow.jobs.status import disk_size
+
+_LONG: Final = {
+    "help": "-h",
+    "object=": "--object",
+    "image-opts": "--image-opts",
+    "preallocation=": "--preallocation",
+    "shrink": "--shrink",
+}
+_PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
+_MAX_SIZE: Final = (1 << 63) - 1
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    if len(arguments) < 2:
+        raise UsageError("Not enough arguments")
+    # The size is no option, even if it begins with a minus.
+    size_text = arguments[-1]
+    options, operands = parse_arguments(arguments[:-1], ":f:hq", _LONG)
+    images = ImageArguments()
+    preallocation, quiet, shrink = "off", False, False
+    for name, value in options:
+        match name:
+            case "-h":
+                print_help()
+                return 0
+            case "-q":
+                quiet = True
+            case "--shrink":
+                shrink = True
+            case "--preallocation":
+                if value not in _PREALLOCATIONS:
+                    raise ImageError(f"Invalid preallocation mode '{value}'")
+                preallocation = value
+            case _:
+                images.take(name, value)
+    if len(operands) != 1:
+        raise UsageError("Expecting image file name and size")
+    images.check()
+    sign = {"+": 1, "-": -1}.get(size_text[:1], 0)
+    amount = int(convert_option("size", "size", size_text[1:] if sign else size_text))
+    status = run_command(
+        lambda: _resize(operands[0], images, sign, amount, preallocation, shrink)
+    )
+    if status == 0 and not quiet:
+        print("Image resized.")
+    return status
+
+
+async def _resize(
+    name: str,
+    images: ImageArguments,
+    sign: int,
+    amount: int,
+    preallocation: str,
+    shrink: bool,
+) -> int:
+    node: Any = await open_node(name, images, writable=True)
+    try:
+        old = disk_size(node)
+        size = old + sign * amount if sign else amount
+        if not 0 < size <= _MAX_SIZE:
+            raise ImageError("New image size must be positive")
+        if size <= old and preallocation != "off":
+            raise ImageError("Preallocation can only be used for growing images")
+        if size < old and not shrink:
+            error("Use the --shrink option to perform a shrink operation.")
+            raise ImageError(
+                "warning: Shrinking an image will delete all data beyond the shrunken "
+                "image's end. Before performing such an operation, make sure there is "
+                "no important data there."
+            )
+        await node.resize(size, preallocation=preallocation)
+    finally:
+        await node.close()
+    return 0

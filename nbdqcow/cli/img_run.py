@@ -1,0 +1,115 @@
+"""Runs the coroutine of a command, and shows how far it is."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+from nbdqcow.cli.messages import program_name
+
+_PATIENCE: Final = 1.0
+"""Seconds that a command may take before a terminal hears how far it is."""
+
+TERMINATED: Final = 128 + signal.SIGTERM
+
+
+class ProgressLine:
+    """``-p``: how far a command is, as qemu-img says it.
+
+    Without ``-p`` SIGUSR1 asks for it, on standard error; and somebody at a
+    terminal who waits sees it there anyway, unless we stand in for qemu-img.
+    """
+
+    def __init__(self, shown: bool, *, quiet: bool = False, step: float = 1.0) -> None:
+        """``step`` is the percentage below which nothing new is printed."""
+        self._shown = shown and not quiet
+        self._step = step
+        self._percent = 0.0
+        self._printed = float("-inf")
+        self._started = time.monotonic()
+        self._is_asked = False
+        self._watched = (
+            not self._shown
+            and not quiet
+            and sys.stderr.isatty()
+            and program_name() != "qemu-img"
+        )
+        self._has_line = False
+
+    def __call__(self, done: int, total: int) -> None:
+        """Be a `Progress`."""
+        if done:
+            self.show(100.0 * done / total)
+
+    def show(self, percent: float) -> None:
+        """Say that so much is done, unless that was said a moment ago."""
+        percent = self._percent = min(percent, 100.0)
+        if self._shown:
+            if percent > self._printed + self._step or percent in (0.0, 100.0):
+                self._printed = percent
+                print(f"    ({percent:.2f}/100%)", end="\r", flush=True)
+        elif (
+            self._watched
+            and percent > self._printed + self._step
+            and time.monotonic() - self._started > _PATIENCE
+        ):
+            self._printed = percent
+            bar = "#" * int(percent / 2.5)
+            print(f"\r[{bar:<40}] {percent:5.1f}%", end="", file=sys.stderr, flush=True)
+            self._has_line = True
+
+    def ask(self) -> None:
+        """Somebody sent SIGUSR1."""
+        if not self._shown:
+            print(f"    ({self._percent:.2f}/100%)", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """The command is done or has failed: nothing more is shown."""
+        if self._shown:
+            print(flush=True)
+        if self._has_line:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        self._shown = self._watched = False
+
+
+def run_command(
+    main: Callable[[], Coroutine[Any, Any, int]], progress: ProgressLine | None = None
+) -> int:
+    """Run the coroutine of a command; return its exit status.
+
+    What it raises is the caller's. SIGTERM cancels it as SIGINT does, so that
+    it can clean up. Big requests go to worker threads, so the loop itself
+    hardly matters, and uvloop would take longer to load than a small command.
+    """
+    from nbdqcow.buffers import keep_much_freed_memory
+
+    keep_much_freed_memory()
+    terminated = False
+
+    async def supervised() -> int:
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+
+        def terminate() -> None:
+            nonlocal terminated
+            terminated = True
+            task.cancel()
+
+        # Only the main thread can; tests have others.
+        with contextlib.suppress(ValueError, RuntimeError):
+            loop.add_signal_handler(signal.SIGTERM, terminate)
+            if progress is not None:
+                loop.add_signal_handler(signal.SIGUSR1, progress.ask)
+        return await main()
+
+    try:
+        with asyncio.Runner() as runner:
+            return runner.run(supervised())
+    except asyncio.CancelledError:
+        if not terminated:
+            raise
+        return TERMINATED

@@ -1,0 +1,135 @@
+"""New images that other commands fill: complete under their name, or absent."""
+
+import contextlib
+import errno
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+
+from nbdqcow.block.registry import blocking_file
+from nbdqcow.block.tools import FormatTool, OptionValue
+from nbdqcow.cli.img_create import create_data_file, option_specs
+from nbdqcow.cli.img_open import local_path
+from nbdqcow.cli.img_options import convert_option, split_options
+from nbdqcow.errors import ImageError
+
+
+def parse_create_options(tool: FormatTool, text: str) -> dict[str, OptionValue]:
+    """Return the values of ``-o`` for a new image. Raises `ImageError`."""
+    kinds = {spec.name: spec.kind for spec in option_specs(tool)}
+    return {
+        name: convert_option(name, kinds[name], value)
+        for name, value in split_options(kinds, text)
+    }
+
+
+class NewImage:
+    """A new image that is made under another name beside its own.
+
+    What had the name before stays until `commit`, and stays locked. A device,
+    or a file in a directory that we may not write to, is written in place.
+
+    Attributes:
+        path: where it is being written.
+    """
+
+    def __init__(self, filename: str) -> None:
+        """Take the place of ``filename``. Raises `ImageError`."""
+        filename = local_path(filename) if filename else filename
+        self.filename = filename
+        self.path = filename
+        self._final: str | None = None
+        self._old = None
+        try:
+            if not filename:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            try:
+                status = os.stat(filename)
+            except FileNotFoundError:
+                if os.path.islink(filename):
+                    # It leads nowhere: the file that it names is made there.
+                    return
+                self._set_aside(filename, None)
+                return
+            if stat.S_ISDIR(status.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            self._old = blocking_file().open(filename, read_only=False)
+            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
+                with contextlib.suppress(OSError):
+                    final = filename
+                    if os.path.islink(filename):
+                        final = os.path.realpath(filename)
+                    self._set_aside(final, status)
+        except OSError as exc:
+            self.discard()
+            raise ImageError(f"Could not create '{filename}': {exc.strerror}") from None
+        if self._final is None and self._old is not None:
+            self._old.close()
+            self._old = None
+
+    def _set_aside(self, final: str, old: os.stat_result | None) -> None:
+        directory, name = os.path.split(final)
+        fd, path = tempfile.mkstemp(
+            prefix=f".{name[:100]}.", suffix=".part", dir=directory or "."
+        )
+        try:
+            if old is None:
+                mask = os.umask(0)
+                os.umask(mask)
+                os.fchmod(fd, 0o644 & ~mask)
+            else:
+                new = os.fstat(fd)
+                if (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
+                    os.fchown(fd, old.st_uid, old.st_gid)
+                os.fchmod(fd, stat.S_IMODE(old.st_mode))
+                for attribute in os.listxattr(final):
+                    os.setxattr(fd, attribute, os.getxattr(final, attribute))
+        except OSError:
+            os.unlink(path)
+            raise
+        finally:
+            os.close(fd)
+        # What mkstemp returns is absolute, and messages would show it.
+        self.path = os.path.join(directory, os.path.basename(path))
+        self._final = final
+
+    def create(self, tool: FormatTool, values: Mapping[str, OptionValue]) -> None:
+        """Write an empty image. Raises `ImageError`."""
+        plan = tool.prepare(values)
+        create_data_file(tool, plan, self._final or self.path)
+        try:
+            file = blocking_file().create(self.path)
+        except OSError as exc:
+            raise ImageError(
+                f"Could not create '{self.filename}': {exc.strerror}"
+            ) from None
+        try:
+            tool.create(file, plan)
+        except OSError as exc:
+            raise ImageError(
+                f"Could not write '{self.filename}': {exc.strerror}"
+            ) from None
+        finally:
+            file.close()
+
+    def rename_in(self, text: str) -> str:
+        """Return a message with the name that people know."""
+        return text.replace(self.path, self.filename)
+
+    def commit(self) -> None:
+        """The image is complete: let it have its name. Raises `OSError`."""
+        if self._final is not None:
+            os.replace(self.path, self._final)
+            self._final = None
+        self.discard()
+
+    def discard(self) -> None:
+        """Give up: leave what was there before."""
+        if self._final is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+            self._final = None
+        if self._old is not None:
+            self._old.close()
+            self._old = None

@@ -1,0 +1,185 @@
+"""Comparing two disks."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Final
+
+from nbdqcow.block.node import Node
+from nbdqcow.errors import NbdQcowError
+from nbdqcow.jobs.control import JobControl
+from nbdqcow.jobs.convert import reason_of
+from nbdqcow.jobs.status import Entry, disk_size, entry_of
+from nbdqcow.jobs.zeroes import is_zero
+from nbdqcow.units import SECTOR_SIZE, MiB
+
+_PIECE: Final = 2 * MiB
+_NB_IN_FLIGHT: Final = 4
+
+
+class CompareError(NbdQcowError):
+    """A disk could not be read: the one of index ``which``, at ``offset``."""
+
+    def __init__(self, which: int, offset: int, reason: str) -> None:
+        super().__init__(reason)
+        self.which = which
+        self.offset = offset
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What was found, each None or False if there is nothing of it.
+
+    Attributes:
+        content_offset: the first sector that differs.
+        status_offset: the first byte that is data in one disk only.
+        sizes_differ: one disk is longer. All of both was looked at, unless
+            the comparison was to be strict, or they differ before.
+    """
+
+    content_offset: int | None = None
+    status_offset: int | None = None
+    sizes_differ: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A stretch of both disks. ``reads``: which of them must be read, the
+    others are zero; ``status_differs``: so strict a comparison ends here."""
+
+    offset: int
+    length: int
+    reads: tuple[int, ...]
+    status_differs: bool
+
+
+async def compare(
+    first: Node,
+    second: Node,
+    control: JobControl,
+    *,
+    strict: bool = False,
+    on_longer: Callable[[], None] = lambda: None,
+) -> Comparison:
+    """Say whether two disks have the same content.
+
+    What one has behind the end of the other must read as zeroes. ``strict``:
+    they must also be of one size, and have data in the same places.
+    ``on_longer`` is called once all that both have is the same, and one has
+    more. Raises `CompareError` and `nbdqcow.jobs.control.JobCancelled`.
+    """
+    nodes = (first, second)
+    sizes_differ = disk_size(first) != disk_size(second)
+    if strict and sizes_differ:
+        return Comparison(sizes_differ=True)
+    control.expect(max(map(disk_size, nodes)))
+    common = min(map(disk_size, nodes))
+    running: deque[tuple[_Piece, asyncio.Task[int | None]]] = deque()
+
+    async def finish_one() -> Comparison | None:
+        piece, task = running.popleft()
+        if piece.offset == common:
+            on_longer()
+        offset = await task
+        if offset is not None:
+            return Comparison(offset, None, sizes_differ and offset >= common)
+        control.advance(piece.length)
+        return None
+
+    try:
+        async for piece in _pieces(nodes):
+            await control.checkpoint()
+            if strict and piece.status_differs:
+                while running:
+                    if found := await finish_one():
+                        return found
+                return Comparison(status_offset=piece.offset)
+            running.append((piece, asyncio.create_task(_compare(nodes, piece))))
+            if len(running) >= _NB_IN_FLIGHT and (found := await finish_one()):
+                return found
+        while running:
+            if found := await finish_one():
+                return found
+        return Comparison(sizes_differ=sizes_differ)
+    finally:
+        for _, task in running:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in running), return_exceptions=True)
+
+
+async def _pieces(nodes: tuple[Node, Node]) -> AsyncIterator[_Piece]:
+    sizes = [disk_size(node) for node in nodes]
+    ends = [0, 0]
+    entries: list[Entry | None] = [None, None]
+    offset = 0
+    while offset < max(sizes):
+        for which, node in enumerate(nodes):
+            if ends[which] > offset:
+                continue
+            entries[which] = None
+            ends[which] = max(sizes)
+            if offset < sizes[which]:
+                entry = await _entry(which, node, offset, sizes[which] - offset)
+                entries[which], ends[which] = entry, offset + entry.length
+        reads = tuple(
+            which
+            for which, entry in enumerate(entries)
+            if entry is not None and not entry.is_zero
+        )
+        end = min(ends)
+        if reads:
+            end = min(end, offset + _PIECE - offset % _PIECE)
+        differs = _status(entries[0]) != _status(entries[1])
+        yield _Piece(offset, end - offset, reads, differs)
+        offset = end
+
+
+async def _entry(which: int, node: Node, offset: int, length: int) -> Entry:
+    try:
+        entry = await entry_of(node, offset, length)
+    except OSError as error:
+        raise CompareError(which, offset, reason_of(error)) from error
+    assert entry is not None
+    return entry
+
+
+def _status(entry: Entry | None) -> tuple[bool, ...]:
+    """Return what a strict comparison looks at."""
+    if entry is None:
+        return ()
+    return entry.is_data, entry.is_zero, entry.present, entry.host_offset >= 0
+
+
+async def _compare(nodes: tuple[Node, Node], piece: _Piece) -> int | None:
+    """Return the first sector that differs, None if there is none."""
+    if not piece.reads:
+        return None
+    found = await asyncio.gather(
+        *(_read(which, nodes[which], piece) for which in piece.reads)
+    )
+    if len(found) == 2:
+        if found[0] == found[1]:
+            return None
+        return piece.offset + _first_difference(*found)
+    if is_zero(found[0]):
+        return None
+    return piece.offset + _first_difference(found[0], bytes(piece.length))
+
+
+async def _read(which: int, node: Node, piece: _Piece) -> bytes:
+    inside = min(piece.length, node.size - piece.offset)
+    try:
+        data = await node.pread(piece.offset, inside)
+    except OSError as error:
+        raise CompareError(which, piece.offset, reason_of(error)) from error
+    # Views compare byte by byte, bytes at once.
+    return bytes(data).ljust(piece.length, b"\0")
+
+
+def _first_difference(first: bytes, second: bytes) -> int:
+    for start in range(0, len(first), SECTOR_SIZE):
+        end = start + SECTOR_SIZE
+        if first[start:end] != second[start:end]:
+            return start
+    raise AssertionError("they are equal")

@@ -1,0 +1,364 @@
+"""Copying disks into another image: `convert` and `dd`.
+
+The source is cut into pieces of one kind each. Several are read, searched for
+zeroes and written at the same time; unless told otherwise they are written in
+order, so that an image that grows is laid out as a reader will want it.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from nbdqcow.block.node import Node
+from nbdqcow.errors import BlockError, NbdQcowError, NotSupported
+from nbdqcow.jobs.control import Flight, JobControl
+from nbdqcow.jobs.status import disk_size, stretch_of
+from nbdqcow.jobs.zeroes import data_runs
+from nbdqcow.types import DATA, UNALLOCATED, ZERO, Buffer
+from nbdqcow.units import SECTOR_SIZE, GiB, KiB, MiB, round_down
+
+_PIECE: Final = 2 * MiB
+_SHORT_HOLE: Final = 64 * KiB
+_EMPTY_PIECE: Final = 1 * GiB
+"""Bytes that can be zeroed in one go: more would keep others from the image."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """How disks are copied.
+
+    Attributes:
+        sparse: bytes of zeroes in a row that are worth a hole, a multiple of
+            512; 0 writes every zero out.
+        compressed: write compressed clusters.
+        target_is_zero: the target reads as zeroes all over, and has no backing
+            file: what is zero need not be written.
+        target_has_backing: what the sources' own images do not have comes from
+            the target's backing file. That holds for ``backing_size`` bytes,
+            the target's backing file being as long.
+        whole_chain: read through the sources' backing files.
+        nb_in_flight: pieces worked on at the same time.
+        in_order: write them in order.
+        copy_range: let the kernel copy data that needs no look.
+        salvage: zeroes take the place of what can't be read.
+        count_data: progress is told of what must be read; the maps are gone
+            through once more for that.
+    """
+
+    sparse: int = 4 * KiB
+    compressed: bool = False
+    target_is_zero: bool = False
+    target_has_backing: bool = False
+    backing_size: int = 0
+    nb_in_flight: int = 8
+    in_order: bool = True
+    copy_range: bool = False
+    salvage: bool = False
+    count_data: bool = False
+
+
+class CopyError(NbdQcowError):
+    """A piece could not be copied; ``action`` is ``reading`` or ``writing``."""
+
+    def __init__(self, action: str, offset: int, reason: str) -> None:
+        super().__init__(f"error while {action} at byte {offset}: {reason}")
+        self.action = action
+        self.offset = offset
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    kind: int
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Disk:
+    """A source, and the place in the target of its whole sectors."""
+
+    node: Node
+    start: int
+    end: int
+
+
+async def convert(
+    sources: Sequence[Node],
+    target: Node,
+    options: ConvertOptions,
+    control: JobControl,
+    on_salvaged: Callable[[int, str], None] = lambda offset, reason: None,
+) -> None:
+    """Copy disks, one behind the other, to the beginning of ``target``.
+
+    ``on_salvaged(offset, reason)`` hears of each sector that could not be
+    read. Raises `CopyError` and `nbdqcow.jobs.control.JobCancelled`; the
+    target is then half written.
+    """
+    await _Conversion(sources, target, options, control, on_salvaged).run()
+
+
+class _Conversion:
+    def __init__(
+        self,
+        sources: Sequence[Node],
+        target: Node,
+        options: ConvertOptions,
+        control: JobControl,
+        on_salvaged: Callable[[int, str], None],
+    ) -> None:
+        self._disks: list[_Disk] = []
+        end = 0
+        for source in sources:
+            start, end = end, end + disk_size(source)
+            self._disks.append(_Disk(source, start, end))
+        self._target = target
+        self._options = options
+        self._control = control
+        self._on_salvaged = on_salvaged
+        self._skip_zeroes = options.target_is_zero
+        self._copy_range = options.copy_range
+        cluster_size = target.driver.cluster_size
+        # Within a cluster holes save nothing; clusters below a backing file
+        # must not be copied for the sake of zeroes beside data.
+        self._unit = max(options.sparse, SECTOR_SIZE)
+        if options.compressed:
+            self._unit = cluster_size
+        elif options.target_is_zero and cluster_size > self._unit:
+            self._unit = getattr(target.driver, "subcluster_size", cluster_size)
+        self._piece = max(_PIECE, cluster_size)
+
+    async def run(self) -> None:
+        options, control = self._options, self._control
+        total = self._disks[-1].end
+        if options.count_data:
+            total = 0
+            async for piece in self._pieces():
+                total += 0 if self._is_there(piece) else piece.length
+        control.expect(total)
+        turn: asyncio.Future[None] | None = None
+        async with Flight(options.nb_in_flight) as flight:
+            async for piece in self._pieces():
+                await control.checkpoint()
+                if self._is_there(piece):
+                    if not options.count_data:
+                        control.advance(piece.length)
+                    continue
+                begun = asyncio.get_running_loop().create_future()
+                await flight.add(
+                    self._copy(piece, turn if options.in_order else None, begun)
+                )
+                turn = begun
+            await flight.drain()
+
+    def _is_there(self, piece: _Piece) -> bool:
+        """Whether nothing has to be done for a piece."""
+        return piece.kind == UNALLOCATED or (
+            piece.kind == ZERO and self._skip_zeroes and self._options.sparse > 0
+        )
+
+    # -- cutting ---------------------------------------------------------
+
+    async def _pieces(self) -> AsyncIterator[_Piece]:
+        position = 0
+        for disk in self._disks:
+            while position < disk.end:
+                kind, length = await self._stretch(disk, position)
+                yield _Piece(kind, position, length)
+                # A piece to be compressed may reach into the next disk.
+                position += length
+
+    async def _stretch(self, disk: _Disk, position: int) -> tuple[int, int]:
+        """Return the kind and length of the piece that begins at ``position``."""
+        source, offset = disk.node, position - disk.start
+        length, inside = disk.end - position, source.size - offset
+        chain = not self._options.target_has_backing
+        kind, covered = ZERO, length
+        if inside > 0:
+            kind, covered = await stretch_of(
+                source, offset, min(inside, _EMPTY_PIECE), whole_chain=chain
+            )
+        boundary = round_down(position, self._piece) + self._piece - position
+        if self._options.compressed:
+            # Whole clusters, whatever is in them.
+            if kind != DATA and covered < self._disks[-1].end - position:
+                covered = round_down(position + covered, self._piece) - position
+            if kind == DATA or covered <= 0:
+                return DATA, min(boundary, self._disks[-1].end - position)
+        if kind == ZERO:
+            return self._zero_kind(position, covered)
+        if kind == UNALLOCATED:
+            return kind, covered
+        # Up to the next boundary all is read at once, short holes with it.
+        boundary = min(boundary, inside)
+        while covered < boundary:
+            kind, more = await stretch_of(
+                source, offset + covered, boundary - covered, whole_chain=chain
+            )
+            if kind == UNALLOCATED or (kind == ZERO and more > _SHORT_HOLE):
+                break
+            covered += more
+        return DATA, min(covered, boundary)
+
+    def _zero_kind(self, position: int, length: int) -> tuple[int, int]:
+        """Return a piece of zeroes: behind the end of the target's backing
+        file they are there already."""
+        options = self._options
+        if options.target_has_backing:
+            if position >= options.backing_size:
+                return UNALLOCATED, length
+            length = min(length, options.backing_size - position)
+        if not options.sparse:
+            return ZERO, min(length, _PIECE - position % _PIECE)
+        return ZERO, length
+
+    # -- copying ---------------------------------------------------------
+
+    async def _copy(
+        self,
+        piece: _Piece,
+        turn: "asyncio.Future[None] | None",
+        begun: "asyncio.Future[None]",
+    ) -> None:
+        """Copy a piece; its writing begins after ``turn``, and then ``begun``
+        is set."""
+        try:
+            data: Buffer | None = None
+            if piece.kind == DATA and not self._copy_range:
+                data = await self._read(piece)
+            if turn is not None:
+                await turn
+            writing = asyncio.create_task(self._write(piece, data))
+            # It runs before whoever waits for this.
+            begun.set_result(None)
+            try:
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                writing.cancel()
+                with contextlib.suppress(BaseException):
+                    await writing
+                raise
+        except OSError as error:
+            raise CopyError("writing", piece.offset, reason_of(error)) from error
+        finally:
+            # Nobody waits for ever for a piece that failed.
+            if not begun.done():
+                begun.cancel()
+        self._control.advance(piece.length)
+
+    async def _read(self, piece: _Piece) -> Buffer:
+        parts: list[Buffer] = []
+        start, end = piece.offset, piece.offset + piece.length
+        for disk in self._disks:
+            if disk.start <= start < min(end, disk.end):
+                length = min(end, disk.end) - start
+                parts.append(await self._read_disk(disk, start, length))
+                start += length
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _read_disk(self, disk: _Disk, position: int, length: int) -> Buffer:
+        """Read sectors of one disk, of which the last may be a part only."""
+        offset = position - disk.start
+        inside = min(length, max(0, disk.node.size - offset))
+        try:
+            data = await disk.node.pread(offset, inside)
+        except OSError as error:
+            if not self._options.salvage:
+                raise CopyError("reading", position, reason_of(error)) from error
+            data = await self._salvage(disk, position, inside)
+        return data if inside == length else bytes(data).ljust(length, b"\0")
+
+    async def _salvage(self, disk: _Disk, position: int, length: int) -> bytes:
+        pieces: list[Buffer] = []
+        for start in range(position, position + length, SECTOR_SIZE):
+            count = min(SECTOR_SIZE, position + length - start)
+            try:
+                pieces.append(await disk.node.pread(start - disk.start, count))
+            except OSError as error:
+                self._on_salvaged(start, reason_of(error))
+                pieces.append(bytes(count))
+        return b"".join(pieces)
+
+    async def _write(self, piece: _Piece, data: Buffer | None) -> None:
+        target, options = self._target, self._options
+        if piece.kind == ZERO:
+            if options.sparse:
+                await self._write_zeroes(piece.offset, piece.length)
+            else:
+                await target.pwrite(piece.offset, bytes(piece.length))
+        elif data is None:
+            await self._offload(piece)
+        elif options.compressed:
+            await self._write_compressed(piece.offset, data)
+        elif not options.sparse:
+            await target.pwrite(piece.offset, data)
+        else:
+            await self._write_sparse(piece.offset, data)
+
+    async def _write_sparse(self, offset: int, data: Buffer) -> None:
+        if isinstance(data, memoryview):
+            data = data.tobytes()
+        unit = self._unit
+        ahead = -offset % unit
+        runs = []
+        if ahead:
+            # The first unit began in another piece.
+            runs = data_runs(data[:ahead], SECTOR_SIZE)
+            data_rest = data[ahead:]
+        else:
+            data_rest = data
+        if data_rest:
+            runs += data_runs(data_rest, unit)
+        if runs == [(True, len(data))]:
+            await self._target.pwrite(offset, data)
+            return
+        view = memoryview(data)
+        position = 0
+        for has_data, length in runs:
+            if has_data:
+                await self._target.pwrite(
+                    offset + position, view[position : position + length]
+                )
+            elif not self._skip_zeroes:
+                await self._write_zeroes(offset + position, length)
+            position += length
+
+    async def _write_zeroes(self, offset: int, length: int) -> None:
+        if not self._skip_zeroes:
+            await self._target.write_zeroes(offset, length, may_unmap=True)
+
+    async def _write_compressed(self, offset: int, data: Buffer) -> None:
+        unit = self._unit
+        compress = getattr(self._target, "pwrite_compressed", None)
+        if compress is None:
+            raise NotSupported("no compressed clusters can be written")
+        if isinstance(data, memoryview):
+            data = data.tobytes()
+        position = 0
+        for has_data, length in data_runs(data, unit):
+            chunk = memoryview(data)[position : position + length]
+            if has_data or not self._options.sparse:
+                await compress(offset + position, chunk)
+            elif not self._skip_zeroes:
+                await self._write_zeroes(offset + position, length)
+            position += length
+
+    async def _offload(self, piece: _Piece) -> None:
+        disk = next(disk for disk in self._disks if piece.offset < disk.end)
+        if self._copy_range:
+            try:
+                await self._target.copy_range(
+                    piece.offset, disk.node, piece.offset - disk.start, piece.length
+                )
+                return
+            except NotSupported:
+                # Nor will the next pieces be.
+                self._copy_range = False
+        await self._write(piece, await self._read(piece))
+
+
+def reason_of(error: OSError) -> str:
+    """Return what an error says, without its number."""
+    return str(error) if isinstance(error, BlockError) else error.strerror or str(error)

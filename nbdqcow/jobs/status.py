@@ -1,0 +1,140 @@
+"""What a stretch of a disk is, through its backing chain, without numpy."""
+
+from typing import Final, NamedTuple
+from weakref import WeakKeyDictionary
+
+from nbdqcow.block.driver import FormatDriver
+from nbdqcow.block.node import Node
+from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO
+from nbdqcow.units import SECTOR_SIZE, round_up
+
+_has_holes: Final[WeakKeyDictionary[FormatDriver, bool]] = WeakKeyDictionary()
+
+
+class Entry(NamedTuple):
+    """What a stretch of a disk is, as QEMU's ``map`` tells it.
+
+    Attributes:
+        length: its bytes.
+        depth: the image of the chain that says so, 0 for the top one.
+        is_data: that image has a place for it.
+        is_zero: it reads as zeroes. A hole in the file is data and zero.
+        present: that image has an entry for it.
+        host_offset: where in the image's file it is; -1 if that means nothing.
+        node: that image.
+    """
+
+    length: int
+    depth: int
+    is_data: bool
+    is_zero: bool
+    present: bool
+    host_offset: int
+    node: Node
+
+
+async def entry_of(
+    node: Node, offset: int, length: int, *, max_depth: int = 1 << 30
+) -> Entry | None:
+    """Return what the bytes at ``offset`` are, for at most ``length`` of them.
+
+    None if only an image deeper than ``max_depth`` can tell.
+    """
+    size, depth = node.size, 0
+    if offset >= size:
+        # The rest of the last sector.
+        return Entry(length, 0, False, True, True, _end_offset(node, offset), node)
+    length = min(length, size - offset)
+    while True:
+        driver = node.driver
+        kind, host_offset, covered = await driver.map(offset, length)
+        if kind == DATA:
+            if not has_offsets(driver):
+                return Entry(covered, depth, True, False, True, -1, node)
+            is_zero = False
+            if await has_holes(driver):
+                allocated, covered = await driver.data.block_status(
+                    host_offset, covered
+                )
+                is_zero = not allocated
+            return Entry(covered, depth, True, is_zero, True, host_offset, node)
+        if kind == COMPRESSED:
+            return Entry(covered, depth, True, False, True, -1, node)
+        if kind != UNALLOCATED:
+            if driver.cluster_size > 1 and kind == ZERO:
+                host_offset = -1
+            return Entry(covered, depth, False, True, True, host_offset, node)
+        backing = node.backing
+        if backing is None or offset >= backing.size:
+            return Entry(covered, depth, False, True, False, -1, node)
+        if depth == max_depth:
+            return None
+        node, depth = backing, depth + 1
+        length = min(covered, backing.size - offset)
+
+
+def _end_offset(node: Node, offset: int) -> int:
+    return offset if node.driver.cluster_size == 1 else -1
+
+
+def has_offsets(driver: FormatDriver) -> bool:
+    """Whether the bytes at a host offset are the disk's own: not if they are
+    encrypted."""
+    header = getattr(driver, "header", None)
+    return not getattr(header, "crypt_method", 0)
+
+
+def disk_size(node: Node) -> int:
+    """Return the bytes of a disk in whole sectors, as QEMU counts."""
+    return round_up(node.size, SECTOR_SIZE)
+
+
+async def has_holes(driver: FormatDriver) -> bool:
+    """Whether so much of an image file is holes that its map alone says little:
+    its metadata was preallocated, say.
+
+    QEMU asks the file system about such images, and the same numbers make it
+    one: clusters by the file's length are a tenth, and two, more than there is
+    space taken for.
+    """
+    if driver.cluster_size == 1:
+        return False
+    known = _has_holes.get(driver)
+    if known is None:
+        allocated = await driver.data.allocated_length()
+        known = False
+        if allocated is not None:
+            nb_clusters = -(-driver.data.length // driver.cluster_size)
+            nb_real = allocated // driver.cluster_size
+            known = nb_clusters >= max(nb_real * 10 // 9, nb_real + 2)
+        _has_holes[driver] = known
+    return known
+
+
+async def stretch_of(
+    node: Node, offset: int, length: int, *, whole_chain: bool = True
+) -> tuple[int, int]:
+    """Return what the bytes at ``offset`` are, DATA, which must be read, or
+    ZERO, and for how many of ``length`` that holds.
+
+    Without ``whole_chain`` what the image itself does not have is UNALLOCATED.
+    """
+    max_depth = 1 << 30 if whole_chain else 0
+    found, covered = ZERO, 0
+    while covered < length:
+        entry = await entry_of(
+            node, offset + covered, length - covered, max_depth=max_depth
+        )
+        if entry is None:
+            kind = UNALLOCATED
+            # How far that goes only the image itself can tell.
+            _, _, more = await node.driver.map(offset + covered, length - covered)
+            backing = node.backing
+            if backing is not None:
+                more = min(more, backing.size - offset - covered)
+        else:
+            kind, more = (ZERO if entry.is_zero else DATA), entry.length
+        if covered and kind != found:
+            break
+        found, covered = kind, covered + more
+    return found, covered

@@ -1,0 +1,192 @@
+"""Encrypted images of nbdqcow-img beside those of qemu-img: same command line,
+same answers; and each opens and changes what the other has made."""
+
+import random
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.interop.test_img_conformance import Outcome, run_ours, run_theirs
+from tests.interop.test_luks import run
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("qemu-img") is None, reason="qemu-img is not installed"
+)
+
+NB_TRIES = 8
+ONE = "--object secret,id=s,data=one"
+TWO = "--object secret,id=t,data=two"
+QUICK = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+AES = "encrypt.format=aes,encrypt.key-secret=s"
+
+
+def theirs(line: str, directory: Path) -> Outcome:
+    """Run qemu-img, again where it could not tell what its time is worth."""
+    for _ in range(NB_TRIES):
+        outcome = run_theirs(line, directory)
+        if b"accurate CPU usage" not in outcome[2]:
+            break
+    return outcome
+
+
+def without_chance(outcome: Outcome) -> Outcome:
+    """Leave out what differs from one image to the next."""
+    status, out, err = outcome
+    for word in (rb"uuid", rb"iters", rb"actual-size", rb"disk size"):
+        out = re.sub(word + rb'("?): .*', word + rb"\1", out)
+    return status, out, err
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with encrypted images that QEMU has made."""
+    path = tmp_path_factory.mktemp("encrypted")
+    (path / "secret").write_bytes(b"one")
+    (path / "plain.raw").write_bytes(bytes(1 << 20))
+    for options, name in (
+        (QUICK, "luks.qcow2"),
+        (f"{QUICK},encrypt.ivgen-alg=essiv,encrypt.cipher-mode=cbc", "essiv.qcow2"),
+        (AES, "aes.qcow2"),
+    ):
+        outcome = theirs(f"create -q -f qcow2 {ONE} -o {options} {name} 1M", path)
+        assert outcome == (0, b"", b"")
+    return path
+
+
+CREATE = [
+    QUICK,
+    f"{QUICK},cluster_size=512",
+    f"{QUICK},cluster_size=2M",
+    f"{QUICK},compat=0.10",
+    f"{QUICK},preallocation=metadata",
+    f"{QUICK},refcount_bits=64,lazy_refcounts=on",
+    f"{QUICK},encrypt.cipher-alg=aes-128,encrypt.cipher-mode=cbc",
+    f"{QUICK},encrypt.cipher-alg=aes-192,encrypt.cipher-mode=cbc",
+    f"{QUICK},encrypt.ivgen-alg=essiv",
+    f"{QUICK},encrypt.ivgen-alg=plain,encrypt.ivgen-hash-alg=sha1",
+    f"{QUICK},encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha1",
+    f"{QUICK},encrypt.hash-alg=sha512",
+    "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=0",
+    AES,
+    f"{AES},compat=0.10",
+    f"{AES},encrypt.cipher-alg=aes-256",
+    f"{AES},encryption=off",
+    f"{AES},encryption=on",
+    "encryption=on",
+    "encryption=on,encrypt.key-secret=s",
+    "encrypt.format=luks",
+    "encrypt.format=aes",
+    "encrypt.format=foo",
+    "encrypt.format=luks,encrypt.key-secret=x",
+    "encrypt.key-secret=s",
+    "encrypt.foo=1",
+    *(
+        f"encrypt.format=luks,encrypt.key-secret=s,encrypt.{name}=foo"
+        for name in ("cipher-alg", "cipher-mode", "ivgen-alg", "ivgen-hash-alg")
+    ),
+    "encrypt.format=luks,encrypt.key-secret=s,encrypt.hash-alg=foo",
+    "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=foo",
+    "encrypt.format=luks,encrypt.key-secret=s,encrypt.cipher-alg=des",
+]
+
+
+@pytest.mark.parametrize("options", CREATE)
+def test_create(options: str, tmp_path: Path) -> None:
+    """Both answer alike, and QEMU finds the same in both images."""
+    line = f"create -f qcow2 {ONE} -o {options} new.qcow2 3M"
+    outcomes = []
+    for name, run_one in (("theirs", theirs), ("ours", run_ours)):
+        path = tmp_path / name
+        path.mkdir()
+        found = [run_one(line, path)]
+        if found[0][0] == 0:
+            opts = "driver=qcow2,file.filename=new.qcow2,encrypt.key-secret=s"
+            checked = theirs(f"check -q {ONE} --image-opts {opts}", path)
+            found += [without_chance(theirs("info new.qcow2", path)), checked]
+        outcomes.append(found)
+    assert outcomes[0] == outcomes[1]
+
+
+OBJECTS = [
+    "secret",
+    "secret,id=x",
+    "secret,id=x,data=a,file=b",
+    "secret,id=x,data=a,format=foo",
+    "secret,id=x,data=a,foo=1",
+    "foo,id=x",
+    '\'{"qom-type": "secret", "id": "s", "data": "x"}\'',
+]
+
+
+@pytest.mark.parametrize("text", OBJECTS)
+def test_objects(text: str, tmp_path: Path) -> None:
+    line = f"create -f qcow2 --object {text} new.qcow2 1M"
+    assert run_ours(line, tmp_path) == theirs(line, tmp_path)
+
+
+OPTS = "--image-opts driver=qcow2,file.filename="
+LOOK = [
+    *(
+        f"{command} {name}"
+        for command in ("info", "info --output=json")
+        for name in ("luks.qcow2", "essiv.qcow2", "aes.qcow2")
+    ),
+    *(
+        f"info {output} {ONE} {OPTS}luks.qcow2,encrypt.key-secret=s"
+        for output in ("", "--output=json")
+    ),
+    f"info {OPTS}luks.qcow2,encrypt.key-secret=x",
+    f"info {OPTS}luks.qcow2",
+    "info -f qcow2 --image-opts driver=qcow2,file.filename=luks.qcow2",
+    "info --object secret,id=x luks.qcow2",
+    f"check {ONE} {OPTS}luks.qcow2,encrypt.key-secret=s",
+    f"check --object secret,id=s,file=secret {OPTS}luks.qcow2,encrypt.key-secret=s",
+    "check --object secret,id=s,data=b25l,format=base64 "
+    f"{OPTS}luks.qcow2,encrypt.key-secret=s",
+    f"check {TWO} {OPTS}luks.qcow2,encrypt.key-secret=t",
+    f"check {ONE} {OPTS}luks.qcow2,encrypt.key-secret=t",
+    f"check {ONE} {OPTS}aes.qcow2,encrypt.key-secret=s",
+]
+
+
+@pytest.mark.parametrize("line", LOOK)
+def test_info_and_check(line: str, directory: Path) -> None:
+    assert run_ours(line, directory) == theirs(line, directory)
+
+
+def test_a_check_needs_no_passphrase(directory: Path) -> None:
+    """We look at the tables alone; QEMU refuses."""
+    assert run_ours("check luks.qcow2", directory)[0] == 0
+    assert theirs("check luks.qcow2", directory)[0] == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        QUICK,
+        f"{QUICK},cluster_size=512,encrypt.ivgen-alg=essiv",
+        f"{QUICK},preallocation=metadata,encrypt.cipher-mode=cbc",
+        AES,
+    ],
+)
+def test_qemu_writes_what_we_make(options: str, tmp_path: Path, seed: int) -> None:
+    line = f"create -q -f qcow2 {ONE} -o {options} disk.qcow2 1M"
+    assert run_ours(line, tmp_path) == (0, b"", b"")
+    content = random.Random(seed).randbytes(1 << 20)
+    (tmp_path / "content").write_bytes(content)
+    secret = shlex.split(ONE)
+    disk = f"driver=qcow2,file.filename={tmp_path}/disk.qcow2,encrypt.key-secret=s"
+    for words in (
+        ("convert", "-n", "-f", "raw", tmp_path / "content",
+         "--target-image-opts", disk),
+        ("check", "--image-opts", disk),
+        ("compare", "--image-opts", disk,
+         f"driver=raw,file.filename={tmp_path}/content"),
+    ):  # fmt: skip
+        done = run("qemu-img", words[0], *secret, *words[1:])
+        assert done.returncode == 0, done.stdout + done.stderr
+    ours = f"check {ONE} {OPTS}disk.qcow2,encrypt.key-secret=s"
+    assert run_ours(ours, tmp_path)[0] == 0
