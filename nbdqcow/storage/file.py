@@ -140,6 +140,7 @@ class FileStorage(StorageDriver):
         discard: str = "unmap",
         locking: bool = True,
         shared: bool = False,
+        is_data_file: bool = False,
     ) -> "FileStorage":
         """Open a file that exists.
 
@@ -152,14 +153,13 @@ class FileStorage(StorageDriver):
             locking: take QEMU's image locks (`nbdqcow.storage.locks`).
             shared: let others write to the file meanwhile (``-U``); only with
                 ``read_only``.
+            is_data_file: the lock of the image that names it keeps others off.
 
         Raises `ImageError` (`ImageInUse` for a lock) with one clear message.
         """
         permissions = None
         if locking:
-            permissions = locks.READ_ONLY if read_only else locks.READ_WRITE
-            if shared:
-                permissions = locks.FORCE_SHARE
+            permissions = locks.choose(read_only, shared, is_data_file)
         if shared and not read_only:
             raise UsageError("an image can be shared with writers only read-only")
         flags = os.O_RDONLY if read_only else os.O_RDWR

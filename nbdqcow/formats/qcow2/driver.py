@@ -4,7 +4,7 @@ import asyncio
 import errno
 import logging
 from array import array
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from collections.abc import Mapping as Options
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -333,6 +333,12 @@ class Qcow2Driver(Operations):
         from nbdqcow.formats.qcow2.runs import runs
 
         return await runs(self, offset, length)
+
+    def read_compressed_parts(
+        self, places: Sequence[tuple[int, int, int]]
+    ) -> AsyncIterator[Buffer]:
+        """See `FormatDriver.read_compressed_parts`."""
+        return self.compressed.read_all(places)
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """See `FormatDriver.extents`."""
