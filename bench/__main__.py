@@ -35,6 +35,10 @@ def prepare(cell: Cell, peer: Peer, directory: Path) -> Path:
         images.warm_up(path)
         images.write_back(path)
         return path
+    if cell.disk in (Disk.ZLIB, Disk.ZSTD):
+        path = images.compressed_qcow2(directory, cell.disk.name.lower())
+        images.warm_up(path)
+        return path
     path = images.full_raw(directory) if peer.raw else images.full_qcow2(directory)
     images.write_back(path)
     return path
@@ -47,10 +51,10 @@ def run_rounds(
     able = [p for p in peers if not (p.raw and cell.disk is not Disk.FULL)]
     samples: dict[str, list[Sample]] = {peer.name: [] for peer in able}
     secret = images.secret_file(directory) if cell.disk is Disk.LUKS else None
-    if cell.disk is not Disk.LUKS:
+    if cell.disk in (Disk.FULL, Disk.OVERLAY):
         images.warm_up(images.full_qcow2(directory))
-    if any(peer.raw for peer in able):
-        images.warm_up(images.full_raw(directory))
+        if any(peer.raw for peer in able):
+            images.warm_up(images.full_raw(directory))
     cache = HUGE_CACHE if cell.disk is Disk.HUGE else None
     for round_index in range(nb_rounds):
         for peer in able:

@@ -22,6 +22,8 @@ class Disk(enum.Enum):
     OVERLAY = "a fresh overlay over the full image for each run"
     HUGE = "1 TiB, every cluster mapped, sparse"
     LUKS = "as full, encrypted with LUKS"
+    ZLIB = "every cluster compressed by zlib, in page cache"
+    ZSTD = "every cluster compressed by zstd, in page cache"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,22 @@ CELLS: Final = (
         {QEMU: 0.8},
         disk=Disk.HUGE,
         compare_cpu=False,
+    ),
+    *(
+        Cell(
+            f"compressed-{disk.name.lower()}-{name}",
+            name.partition("-")[0],
+            block,
+            depth,
+            {QEMU: target},
+            disk=disk,
+        )
+        for disk, target in ((Disk.ZLIB, 2), (Disk.ZSTD, 1.5))
+        for name, block, depth in (
+            ("randread-4k-qd1", 4 * KiB, 1),
+            ("randread-4k-qd16", 4 * KiB, 16),
+            ("read-1m-qd8", MiB, 8),
+        )
     ),
     Cell("tls-randread-4k-qd16", "randread", 4 * KiB, 16, {QEMU: 1.5}, tls=True),
     Cell("tls-randwrite-4k-qd16", "randwrite", 4 * KiB, 16, {QEMU: 1.5}, tls=True),

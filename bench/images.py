@@ -1,9 +1,11 @@
 """The images that the cells run on, kept in one directory between runs."""
 
+import contextlib
 import os
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ from bench.peers import BenchError
 
 FULL_SIZE = GiB
 HUGE_SIZE = 1024 * GiB
+COMPRESSED_SIZE = 256 * MiB
+_SOURCES = (Path("/usr/lib"), Path("/usr/share"))
 _CLUSTER_SIZE = 64 * KiB
 _COPIED = 1 << 63
 
@@ -104,6 +108,38 @@ def huge_qcow2(directory: Path) -> Path:
 def fragmented_qcow2(directory: Path) -> Path:
     """Return a 1 TiB image with every second cluster mapped."""
     return _huge_qcow2(directory / "fragmented.qcow2", 2)
+
+
+def compressed_qcow2(directory: Path, compression_type: str) -> Path:
+    """Return an image of compressed clusters: what this machine's files hold."""
+    path = directory / f"{compression_type}.qcow2"
+    if not path.exists():
+        source, partial = directory / "files.raw", path.with_suffix(".partial")
+        with source.open("wb") as file:
+            for content in _file_contents():
+                file.write(content[: COMPRESSED_SIZE - file.tell()])
+                if file.tell() == COMPRESSED_SIZE:
+                    break
+            else:
+                raise BenchError("this machine has too few files to make an image of")
+        option = f"compression_type={compression_type}"
+        words = ("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", option)
+        qemu_img(*words, source, partial)
+        source.unlink()
+        partial.rename(path)
+    return path
+
+
+def _file_contents() -> Iterator[bytes]:
+    """Yield the content of programs, libraries and texts, in a fixed order."""
+    for top in _SOURCES:
+        for directory, names, files in os.walk(top):
+            names.sort()
+            for name in sorted(files):
+                path = Path(directory, name)
+                if path.is_file() and not path.is_symlink():
+                    with contextlib.suppress(PermissionError):
+                        yield path.read_bytes()
 
 
 def _huge_qcow2(path: Path, stride: int) -> Path:

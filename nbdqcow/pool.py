@@ -18,6 +18,8 @@ from queue import SimpleQueue
 from typing import Any, Final, TypeVar, TypeVarTuple
 
 NB_THREADS: Final = 4
+_NB_SPARE: Final = max(1, len(os.sched_getaffinity(0)) - 1)
+"""Processors that the event loop leaves to the threads."""
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -62,6 +64,11 @@ class _Workers:
             self._start_thread()
         self._nb_outstanding += 1
         self._queue.put(job)
+
+    @property
+    def nb_unfinished(self) -> int:
+        """Jobs that wait for a thread or are in one."""
+        return self._nb_outstanding - len(self._ended)
 
     def _start_thread(self) -> None:
         # A daemon: a program that ends without closing its images must not
@@ -140,6 +147,12 @@ class Pool:
         self._nb_running = 0
         self._idle_waiters: list[asyncio.Future[None]] = []
         self._closed = False
+
+    @property
+    def saturated(self) -> bool:
+        """Whether the threads have enough to compute: each processor beside the
+        loop's has a call, and one more call waits."""
+        return self._workers.nb_unfinished > _NB_SPARE
 
     async def run(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
         """Call ``function`` in a worker thread; return or raise what it does.

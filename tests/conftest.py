@@ -80,6 +80,24 @@ def pytest_asyncio_loop_factories() -> Mapping[
     return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
+# -- what a run has done ---------------------------------------------------------
+
+_figures: list[str] = []
+
+
+@pytest.fixture
+def figures() -> Callable[[str], None]:
+    """Takes a line about what a test has explored, for the end of the run."""
+    return _figures.append
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _figures:
+        terminalreporter.section("what was explored")
+        for line in _figures:
+            terminalreporter.write_line(line)
+
+
 # -- fixtures ------------------------------------------------------------------
 
 

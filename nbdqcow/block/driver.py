@@ -111,6 +111,20 @@ class FormatDriver(ABC):
         """Return the whole cluster that a COMPRESSED run's descriptor names."""
         raise AssertionError("this format has no compressed clusters")
 
+    def try_read_compressed(
+        self, descriptor: int, start: int, length: int
+    ) -> Buffer | None:
+        """Return ``length`` bytes from ``start`` on of a compressed cluster, if
+        they need no waiting."""
+        return None
+
+    async def read_compressed_part(
+        self, descriptor: int, start: int, length: int
+    ) -> Buffer:
+        """Return ``length`` bytes from ``start`` on of a compressed cluster."""
+        cluster = await self.read_compressed(descriptor)
+        return memoryview(cluster)[start : start + length]
+
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """Return at most ``limit`` extents of this image from ``offset`` on.
 
@@ -169,6 +183,16 @@ class FormatDriver(ABC):
     @abstractmethod
     def abort_write(self, plan: WritePlan) -> None:
         """The data could not be written: the old mapping stays."""
+
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """Write one whole cluster, or the image's last part of one, compressed;
+        plain if it gets no shorter.
+
+        Calls may overlap: compressing takes all processors, and what is
+        compressed is stored in the order of the calls. Raises `NotSupported`
+        if the image can't have compressed clusters.
+        """
+        raise NotSupported("no compressed clusters in this format")
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool

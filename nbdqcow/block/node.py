@@ -7,10 +7,12 @@ to be aligned, and falls back where a driver can't do something.
 
 import asyncio
 import errno
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from typing import Final, Self
+from typing import Final, Self, cast
 
 from nbdqcow.block.driver import PREALLOCATIONS, FormatDriver, WritePlan
+from nbdqcow.block.inline import GUARD_LENGTH, MAX_INLINE, InlineNode
 from nbdqcow.block.resizing import prepare_resize
 from nbdqcow.block.status import DEFAULT_LIMIT, DirtyBitmap, Extents, block_status
 from nbdqcow.block.storage import StorageDriver
@@ -21,20 +23,17 @@ from nbdqcow.types import (
     COMPRESSED,
     DATA,
     UNALLOCATED,
-    ZERO,
-    ZERO_ALLOCATED,
     Buffer,
-    Run,
 )
-from nbdqcow.units import KiB, MiB
+from nbdqcow.units import MiB
 
-GUARD_LENGTH: Final = 2048
-_MAX_INLINE: Final = 64 * KiB
-"""Bytes of a write, copy-on-write included, up to which writing them at once
-is cheaper than a hop to a worker thread."""
+_MAX_DECOMPRESSING: Final = 16
+"""Clusters of one read that are decompressed at a time."""
+_MAX_COMPRESSING: Final = 32
+"""Clusters of one write that are compressed at a time."""
 
 
-class Node:
+class Node(InlineNode):
     """One open image. All offsets and lengths are bytes inside ``[0, size]``.
 
     ``try_*`` methods never wait; None or False means "take the coroutine".
@@ -62,48 +61,24 @@ class Node:
         the image's first `GUARD_LENGTH` bytes whether they look like another
         format. A guest that writes such bytes is refused, or the next one to
         guess would follow whatever backing file it wrote there."""
-        self.driver = driver
-        self.size = self._largest_size = driver.size
+        inline_writes = not (driver.read_only or writethrough or detect_zeroes != "off")
+        super().__init__(driver, backing, inline_writes=inline_writes, guard=guard)
         self.read_only = driver.read_only
         self.filename = filename
-        self.backing = backing
         self._writethrough = writethrough
         self._unsafe = unsafe
         self._discard = discard
         self._detect_zeroes = detect_zeroes
-        self._inline_writes = not (
-            self.read_only or writethrough or detect_zeroes != "off"
-        )
-        self._guard = guard
         self._guard_lock = asyncio.Lock()
-        self._bind()
-        driver.when_rebound = self._bind
 
-    def _bind(self) -> None:
-        # Bound once: the inline path pays for every attribute on the way.
-        driver = self.driver
-        self.size = driver.size
-        self._largest_size = max(self._largest_size, self.size)
-        self._try_map = driver.try_map
-        self._try_map_write = driver.try_map_write
-        if self.size < self._largest_size:
-            # There may be clients that do not know.
-            self._try_map = self._try_map_inside
-            self._try_map_write = self._try_map_write_inside
-        self._storage_try_pread = driver.data.try_pread
-        self._storage_try_pwrite = driver.data.try_pwrite
+    @property
+    def backing(self) -> "Node | None":
+        """The node below."""
+        return cast("Node | None", self._backing)
 
-    def _try_map_inside(self, offset: int, length: int) -> Run | None:
-        """As `FormatDriver.try_map`, and None past the end."""
-        if offset + length > self.size:
-            return None
-        return self.driver.try_map(offset, length)
-
-    def _try_map_write_inside(self, offset: int, length: int) -> int:
-        """As `FormatDriver.try_map_write`, and -1 past the end."""
-        if offset + length > self.size:
-            return -1
-        return self.driver.try_map_write(offset, length)
+    @backing.setter
+    def backing(self, backing: "Node | None") -> None:
+        self._backing = backing
 
     @property
     def format_name(self) -> str:
@@ -115,201 +90,6 @@ class Node:
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
-
-    # -- inline ----------------------------------------------------------
-
-    def try_pread(self, offset: int, length: int) -> Buffer | None:
-        """Return ``length`` bytes if all of them are in reach."""
-        run = self._try_map(offset, length)
-        if run is None:
-            return None
-        kind, host_offset, covered = run
-        if covered != length:
-            return self._try_pread_pieces(offset, length)
-        if kind == DATA:
-            return self._storage_try_pread(host_offset, length)
-        if kind == COMPRESSED:
-            return None
-        if kind == UNALLOCATED and self.backing is not None:
-            return self._try_pread_backing(offset, length)
-        return ZERO_VIEW[:length] if length <= MiB else bytes(length)
-
-    @property
-    def defers_reads(self) -> bool:
-        """Whether `try_pread_later` is worth its while."""
-        return self.driver.data.defers_reads
-
-    def try_pread_later(self, offset: int, length: int) -> Buffer | None:
-        """Do as `try_pread` does; the bytes are right after `finish_reads`."""
-        run = self._try_map(offset, length)
-        if run is not None and run[0] == DATA and run[2] == length:
-            return self.driver.data.try_pread_later(run[1], length)
-        return self.try_pread(offset, length)
-
-    def finish_reads(self) -> None:
-        """Make the bytes right that `try_pread_later` has returned."""
-        self.driver.data.finish_reads()
-
-    def _try_pread_backing(self, offset: int, length: int) -> Buffer | None:
-        backing = self.backing
-        assert backing is not None
-        inside = backing.size - offset
-        if inside >= length:
-            return backing.try_pread(offset, length)
-        if inside <= 0:
-            return ZERO_VIEW[:length] if length <= MiB else bytes(length)
-        data = backing.try_pread(offset, inside)
-        return None if data is None else bytes(data) + bytes(length - inside)
-
-    def _try_pread_pieces(self, offset: int, length: int) -> bytes | None:
-        pieces = []
-        end = offset + length
-        while offset < end:
-            run = self._try_map(offset, end - offset)
-            if run is None:
-                return None
-            piece = self.try_pread(offset, run[2])
-            if piece is None:
-                return None
-            pieces.append(piece)
-            offset += run[2]
-        return b"".join(pieces)
-
-    def try_pread_views(
-        self, offset: int, length: int
-    ) -> tuple[list[Buffer], int] | None:
-        """Return ``length`` bytes as buffers that need no copy, and a token.
-
-        The buffers may show the live file: hand them to the kernel, and give
-        the token to `release` once they have left or were copied.
-        """
-        views: list[Buffer] = []
-        end = offset + length
-        while offset < end:
-            run = self._try_map(offset, end - offset)
-            if run is None:
-                return None
-            kind, host_offset, covered = run
-            if kind == DATA:
-                piece: Buffer | None = self.driver.data.try_view(host_offset, covered)
-                if piece is None:
-                    piece = self._storage_try_pread(host_offset, covered)
-                if piece is None:
-                    return None
-                views.append(piece)
-            elif kind == COMPRESSED:
-                return None
-            elif kind == UNALLOCATED and self.backing is not None:
-                piece = self._try_pread_backing(offset, covered)
-                if piece is None:
-                    return None
-                views.append(piece)
-            else:
-                views += zero_views(covered)
-            offset += covered
-        return views, self.driver.epochs.enter()
-
-    def try_locate(self, offset: int, length: int) -> int:
-        """Return where `sendfile` finds a range: -1 unless it is one piece of
-        plain data in page cache."""
-        run = self._try_map(offset, length)
-        if run is None or run[0] != DATA or run[2] != length:
-            return -1
-        return run[1] if self.driver.data.is_resident(run[1], length) else -1
-
-    def sendfile(
-        self, socket_fd: int, host_offset: int, length: int
-    ) -> tuple[int, int]:
-        """Send what `try_locate` has just found to a socket, uncopied.
-
-        Returns how many bytes have left, and a token for `release` once the
-        peer has read them.
-        """
-        nb_sent = self.driver.data.sendfile(socket_fd, host_offset, length)
-        return nb_sent, self.driver.epochs.enter()
-
-    def release(self, token: int) -> None:
-        """The buffers of `try_pread_views` have left the process."""
-        self.driver.epochs.leave(token)
-
-    def try_pwrite(self, offset: int, data: Buffer) -> bool:
-        """Overwrite bytes in place, if that is all it takes and cheap."""
-        if not self._inline_writes:
-            return False
-        if self._guard is not None and offset < GUARD_LENGTH:
-            return False
-        host_offset = self._try_map_write(offset, len(data))
-        if host_offset >= 0:
-            return self._storage_try_pwrite(host_offset, data)
-        return len(data) <= _MAX_INLINE and self._try_pwrite_new(offset, data)
-
-    def _try_pwrite_new(self, offset: int, data: Buffer) -> bool:
-        """Write to new clusters, or to subclusters that were not stored yet,
-        copy-on-write included, without waiting.
-
-        Nothing else runs between the look at the old content and the link to
-        the new, so the two agree.
-        """
-        driver, size = self.driver, self.driver.subcluster_size
-        if offset + len(data) > self.size:
-            return False
-        head, tail = offset % size, -(offset + len(data)) % size
-        if head + len(data) + tail > _MAX_INLINE:
-            return False
-        old_head = self._try_old_content(offset - head, head)
-        old_tail = self._try_old_content(offset + len(data), tail)
-        if old_head is None or old_tail is None:
-            return False
-        plan = driver.try_begin_write(offset, len(data))
-        if plan is None:
-            return False
-        host_offset = plan.host_offset
-        try:
-            if plan.head or plan.tail:
-                # One of them may be stored where it belongs already.
-                old_head = old_head if plan.head else b""
-                old_tail = old_tail if plan.tail else b""
-                if not plan.reads_zero:
-                    old_head, old_tail = (
-                        old_head or bytes(plan.head),
-                        old_tail or bytes(plan.tail),
-                    )
-                if old_head:
-                    host_offset -= head
-                done = driver.data.try_pwritev(host_offset, (old_head, data, old_tail))
-            else:
-                done = self._storage_try_pwrite(host_offset, data)
-        except BaseException:
-            driver.cancel_write(plan)
-            raise
-        if done:
-            driver.end_write(plan)
-        else:
-            driver.cancel_write(plan)
-        return done
-
-    def _try_old_content(self, offset: int, length: int) -> Buffer | None:
-        """Return the old content of part of a cluster: empty if it is all
-        zeroes by the map, None if it is not in reach."""
-        end = min(offset + length, self.size)
-        if offset >= end:
-            return b""
-        run = self._try_map(offset, end - offset)
-        if run is None:
-            return None
-        kind, _, covered = run
-        if covered == end - offset and (
-            kind in (ZERO, ZERO_ALLOCATED)
-            or (
-                kind == UNALLOCATED
-                and (self.backing is None or offset >= self.backing.size)
-            )
-        ):
-            return b""
-        old = self.try_pread(offset, end - offset)
-        if old is None or end == offset + length:
-            return old
-        return bytes(old) + bytes(offset + length - end)
 
     # -- reading ---------------------------------------------------------
 
@@ -336,10 +116,14 @@ class Node:
                     if data is None:
                         data = await driver.data.pread(host_offset, covered)
                     yield data
-                elif kind == COMPRESSED:
-                    cluster = await driver.read_compressed(host_offset)
+                elif kind == COMPRESSED and covered == length:
                     start = offset & (driver.cluster_size - 1)
-                    yield memoryview(cluster)[start : start + covered]
+                    yield await driver.read_compressed_part(host_offset, start, covered)
+                elif kind == COMPRESSED:
+                    covered = 0
+                    async for piece in self._read_compressed(offset, length):
+                        covered += len(piece)
+                        yield piece
                 else:
                     inside = 0
                     if kind == UNALLOCATED and self.backing is not None:
@@ -351,6 +135,39 @@ class Node:
                 offset, length = offset + covered, length - covered
         finally:
             driver.epochs.leave(epoch)
+
+    async def _read_compressed(self, offset: int, length: int) -> AsyncIterator[Buffer]:
+        """Read the compressed clusters from ``offset`` on, up to one that is
+        not, or that needs a table: several at a time."""
+        driver, end = self.driver, offset + length
+        cluster_mask = driver.cluster_size - 1
+        reads: deque[asyncio.Task[Buffer] | Buffer] = deque()
+        try:
+            while True:
+                while offset < end and len(reads) < _MAX_DECOMPRESSING:
+                    run = self._try_map(offset, end - offset)
+                    if run is None or run[0] != COMPRESSED:
+                        end = offset
+                        break
+                    _, descriptor, covered = run
+                    place = descriptor, offset & cluster_mask, covered
+                    offset += covered
+                    reads.append(
+                        driver.try_read_compressed(*place)
+                        or asyncio.ensure_future(driver.read_compressed_part(*place))
+                    )
+                if not reads:
+                    return
+                read = reads[0]
+                piece = await read if isinstance(read, asyncio.Future) else read
+                reads.popleft()
+                yield piece
+        finally:
+            tasks = [read for read in reads if isinstance(read, asyncio.Future)]
+            for task in tasks:
+                task.cancel()
+            # They read what may be freed as soon as this request has ended.
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def reads_zero(self, offset: int, length: int) -> bool:
         """Whether a range reads as zeroes by the look of the maps alone.
@@ -519,7 +336,7 @@ class Node:
             )
             if old is not None:
                 buffers.append(old)
-        if plan.head + plan.length + plan.tail <= _MAX_INLINE and storage.try_pwritev(
+        if plan.head + plan.length + plan.tail <= MAX_INLINE and storage.try_pwritev(
             host_offset, buffers
         ):
             return
@@ -537,6 +354,29 @@ class Node:
         inside = min(length, self.size - offset)
         old = await self.pread(offset, inside)
         return old if inside == length else bytes(old) + bytes(length - inside)
+
+    async def pwrite_compressed(self, offset: int, data: Buffer) -> None:
+        """Write whole clusters (the end of the image counts as such), stored
+        compressed where that saves space.
+
+        Raises `NotSupported` if the image can't have compressed clusters.
+        """
+        self._check_writable()
+        size, end = self.driver.cluster_size, offset + len(data)
+        if offset % size or (end % size and end != self.size):
+            raise BlockError(errno.EINVAL, "only whole clusters can be compressed")
+        view = memoryview(data)
+        for group in range(0, len(view), size * _MAX_COMPRESSING):
+            starts = range(group, len(view), size)[:_MAX_COMPRESSING]
+            writes = (
+                self.driver.write_compressed(offset + start, view[start : start + size])
+                for start in starts
+            )
+            done = await asyncio.gather(*writes, return_exceptions=True)
+            for error in filter(None, done):
+                raise error
+        if self._writethrough:
+            await self.flush()
 
     async def write_zeroes(
         self,

@@ -1,12 +1,12 @@
 """Power cuts: whatever the disk kept, the image is sound and flushed data there.
 
-Several clients write, zero, discard and flush on a recorded disk, and in some
-histories one takes, deletes and applies snapshots. For sampled cuts the
-replayer makes a disk that the cut could have left; `qemu-img check` must find
-no corruption (leaks are allowed), every flushed sector must hold what was
-flushed or something written later, every other sector its old content or
-something that was written to it. A snapshot that was answered is there, and
-every snapshot has one content for ever.
+Several clients write, also compressed, zero, discard and flush on a recorded
+disk, and in some histories one takes, deletes and applies snapshots. For
+sampled cuts the replayer makes a disk that the cut could have left; `qemu-img
+check` must find no corruption (leaks are allowed), every flushed sector must
+hold what was flushed or something written later, every other sector its old
+content or something that was written to it. A snapshot that was answered is
+there, and every snapshot has one content for ever.
 """
 
 import asyncio
@@ -76,9 +76,9 @@ class Workload:
         part = node.driver.subcluster_size // SECTOR
         total = node.size // SECTOR
         for _ in range(rnd.randrange(4, 16)):
-            kind = rnd.choices(("write", "zero", "discard", "flush"), (60, 10, 20, 10))[
-                0
-            ]
+            (kind,) = rnd.choices(
+                ("write", "compress", "zero", "discard", "flush"), (45, 15, 10, 20, 10)
+            )
             if kind == "flush":
                 started = self.tick()
                 await node.flush()
@@ -87,7 +87,7 @@ class Workload:
             first = rnd.randrange(total)
             choices = (1, 1, 2, part, cluster, cluster + 1)
             count = min(total - first, rnd.choice(choices))
-            if kind == "discard" or rnd.random() < 0.3:
+            if kind in ("compress", "discard") or rnd.random() < 0.3:
                 first -= first % cluster
                 count = min(total - first, cluster * rnd.choice((1, 1, 2)))
             elif part < cluster and rnd.random() < 0.3:
@@ -103,7 +103,14 @@ class Workload:
     async def change(self, kind: str, first: int, count: int) -> None:
         rnd, node = self.rnd, self.node
         length = count * SECTOR
-        data = rnd.randbytes(length) if kind == "write" else bytes(length)
+        if kind == "compress":
+            # Some of it gets shorter, some does not.
+            repeats = rnd.choice((1, 2, 8))
+            data = b"".join(
+                rnd.randbytes(SECTOR // repeats) * repeats for _ in range(count)
+            )
+        else:
+            data = rnd.randbytes(length) if kind == "write" else bytes(length)
         started, event = self.tick(), self.event
         changes = []
         for i in range(count):
@@ -114,6 +121,8 @@ class Workload:
         if kind == "write":
             if not node.try_pwrite(offset, data):
                 await node.pwrite(offset, data)
+        elif kind == "compress":
+            await node.pwrite_compressed(offset, data)
         elif kind == "zero":
             await node.write_zeroes(offset, len(data), may_unmap=rnd.random() < 0.7)
         else:
@@ -216,7 +225,11 @@ async def explore(
     else:
         cluster_size = rnd.choice((512, 512, 4096, 65536))
         size = cluster_size * rnd.randrange(4, 60)
-        options = f"cluster_size={cluster_size},compat={rnd.choice(('1.1', '0.10'))}"
+        options = f"cluster_size={cluster_size}," + rnd.choice(
+            ("compat=0.10", "compat=1.1", "compression_type=zstd")
+            # Snapshots of shared clusters need larger counts.
+            + (() if with_snapshots else ("refcount_bits=2",))
+        )
     subprocess.run(
         ["qemu-img", "create", "-qf", "qcow2", "-o", options, path, str(size)],
         check=True,

@@ -267,6 +267,7 @@ QCOW2_OPTIONS = [
     "preallocation=metadata,cluster_size=4k,refcount_bits=64",
     "preallocation=foo",
     "compression_type=zlib",
+    "compression_type=zstd",
     "compression_type=foo",
     "extended_l2=off",
     "extended_l2=on,cluster_size=8k",

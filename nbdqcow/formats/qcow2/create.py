@@ -120,7 +120,6 @@ class CreateOptions:
             )
         lacking = {
             "an external data file (data_file)": self.data_file is not None,
-            "zstd compression (compression_type)": self.compression_type != "zlib",
         }
         names = [name for name, wanted in lacking.items() if wanted]
         if names:
@@ -221,10 +220,13 @@ def plan_create(options: CreateOptions) -> CreatePlan:
             h.V3_HEADER_LENGTH if options.version >= 3 else h.V2_HEADER_LENGTH
         ),
         compatible_features=h.COMPAT_LAZY_REFCOUNTS if options.lazy_refcounts else 0,
+        compression_type=COMPRESSION_TYPES.index(options.compression_type),
         backing_filename=options.backing_file,
     )
     if options.extended_l2:
         header.incompatible_features |= h.INCOMPAT_EXTENDED_L2
+    if header.compression_type != h.COMPRESSION_ZLIB:
+        header.incompatible_features |= h.INCOMPAT_COMPRESSION
     _add_extensions(header, options)
     header.l1_size = header.l1_entries_needed
     if header.l1_size * 8 > MAX_L1_BYTES:

@@ -14,7 +14,14 @@ from nbdqcow.block.status import Kinds
 from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import BlockError, CorruptImage, ImageError
-from nbdqcow.formats.qcow2 import discard, encryption, extents, write, write_extended
+from nbdqcow.formats.qcow2 import (
+    compressed_write,
+    discard,
+    encryption,
+    extents,
+    write,
+    write_extended,
+)
 from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.formats.qcow2.bitmap import Bitmap, Bitmaps
 from nbdqcow.formats.qcow2.compress import CompressedClusters
@@ -270,7 +277,19 @@ class Qcow2Driver(Operations):
 
     async def read_compressed(self, descriptor: int) -> Buffer:
         """See `FormatDriver.read_compressed`."""
-        return await self.compressed.read(descriptor)
+        return await self.compressed.read(descriptor, 0, self.cluster_size)
+
+    def try_read_compressed(
+        self, descriptor: int, start: int, length: int
+    ) -> Buffer | None:
+        """See `FormatDriver.try_read_compressed`."""
+        return self.compressed.try_read(descriptor, start, length)
+
+    async def read_compressed_part(
+        self, descriptor: int, start: int, length: int
+    ) -> Buffer:
+        """See `FormatDriver.read_compressed_part`."""
+        return await self.compressed.read(descriptor, start, length)
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """See `FormatDriver.extents`."""
@@ -319,6 +338,16 @@ class Qcow2Driver(Operations):
         # A write in place may have come half the way.
         for bitmap in self._tracked:
             bitmap.mark(plan.guest_offset, plan.length)
+
+    async def write_compressed(self, offset: int, data: Buffer) -> None:
+        """See `FormatDriver.write_compressed`."""
+        self.check_writable()
+        try:
+            await compressed_write.write_compressed(self, offset, data)
+        except CorruptImage as error:
+            await self.mark_corrupt(str(error))
+            raise
+        self._mark(offset, len(data))
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool

@@ -84,3 +84,15 @@ def compressed_range(entry: int, cluster_bits: int) -> tuple[int, int]:
     host_offset = entry & ((1 << offset_bits) - 1)
     additional = (entry >> offset_bits) & ((1 << (cluster_bits - 8)) - 1)
     return host_offset, (additional + 1) * 512 - (host_offset & 511)
+
+
+def compressed_entry(host_offset: int, length: int, cluster_bits: int) -> int:
+    """Return the L2 entry of a compressed cluster, the reverse of
+    `compressed_range`; it ends below `max_compressed_offset`."""
+    additional = ((host_offset & 511) + length - 1) // 512
+    return OFLAG_COMPRESSED | additional << (70 - cluster_bits) | host_offset
+
+
+def max_compressed_offset(cluster_bits: int) -> int:
+    """Return the end of what a descriptor can name; bytes."""
+    return 1 << (70 - cluster_bits)

@@ -302,7 +302,13 @@ class Generation:
         for first, nb_clusters in self._old:
             image.metadata.difference_update(range(first, first + nb_clusters))
         for first, nb_clusters in self._old:
-            await image.refcounts.add(first, nb_clusters, -1)
+            try:
+                await image.refcounts.add(first, nb_clusters, -1)
+            except CorruptImage:
+                raise
+            except OSError:
+                # The operation is done. They go with the next commit.
+                image.freed.add(first, nb_clusters, False)
         if refcounts.freed:
             image.spawn(_drop(image, refcounts.freed))
 

@@ -478,7 +478,6 @@ class Header:
         """
         lacking = {
             "external data file": self.has_data_file,
-            "zstd compression": self.compression_type == COMPRESSION_ZSTD,
         }
         names = [name for name, used in lacking.items() if used]
         if names:

@@ -93,6 +93,8 @@ class Refcounts:
             never written there. Shared with the driver.
         table_lock: held while entries of the table are written or the table
             moves; taken inside the image's lock, or without it.
+        packed_end: host offset where the last compressed cluster ends and
+            the next one may begin; 0 if that one gets a new host cluster.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Refcounts:
         self.dirty: dict[int, RefcountBlock] = {}
         self.fresh: set[int] = set()
         self.table_lock = asyncio.Lock()
+        self.packed_end = 0
         self._scan_index = 0
         self._free_runs: list[tuple[int, int]] = []
 
@@ -266,6 +269,7 @@ class Refcounts:
         """Take another refcount table. Nothing under the old one is dirty."""
         self.table = table
         self.blocks.clear()
+        self.packed_end = 0
 
     # -- allocating ------------------------------------------------------
 
@@ -346,6 +350,36 @@ class Refcounts:
             end += 1
         self._mark(block_index, block, first, end)
         return end - first
+
+    async def allocate_bytes(self, length: int) -> int:
+        """Take ``length`` bytes, less than a cluster, for compressed data.
+
+        They follow those taken last if there is room for them, in the same
+        cluster or with a free one behind it; each cluster counts one more.
+        Returns their host offset.
+        """
+        start = self.packed_end
+        index = start >> self.cluster_bits
+        if start and await self.count(index) >= self.max_count:
+            start = 0
+        room = -start % self.cluster_size
+        if length > room:
+            new_index, _ = await self.allocate(1)
+            if not start or new_index != index + 1:
+                start, room = new_index << self.cluster_bits, 0
+        if room:
+            await self.add(index, 1, 1)
+        end = start + length
+        self.packed_end = end if end % self.cluster_size else 0
+        return start
+
+    def stop_packing(self, offset: int, length: int) -> None:
+        """Something in this range of the file is being freed: put nothing
+        behind it, for its clusters may go with it."""
+        first = offset >> self.cluster_bits
+        last = (offset + length - 1) >> self.cluster_bits
+        if first <= self.packed_end >> self.cluster_bits <= last:
+            self.packed_end = 0
 
     async def allocate_contiguous(self, nb_clusters: int, lowest: int = 0) -> int:
         """Take exactly ``nb_clusters`` clusters in a row; return the first,

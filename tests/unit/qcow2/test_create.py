@@ -103,12 +103,18 @@ def test_refused(options, text):
     ("options", "name"),
     [
         ({"data_file": "d"}, "data_file"),
-        ({"compression_type": "zstd"}, "compression_type"),
     ],
 )
 def test_not_supported_yet_by_name(options, name):
     with pytest.raises(UnsupportedFeature, match=name):
         plan_create(CreateOptions(size=1 << 20, **options))
+
+
+@pytest.mark.parametrize(("name", "bit"), [("zlib", 0), ("zstd", 1)])
+def test_compression_type(name, bit):
+    header = plan_create(CreateOptions(size=1 << 20, compression_type=name)).header
+    assert header.compression_type == bit
+    assert bool(header.incompatible_features & (1 << 3)) == bool(bit)
 
 
 def test_a_table_too_large_for_preallocation():

@@ -211,8 +211,6 @@ def test_a_check_opens_what_it_reports_itself():
     ("fields", "text"),
     [
         ([(72, "Q", 4)], "external data file"),
-        ([(72, "Q", 8), (104, "B", 1)], "zstd compression"),
-        ([(72, "Q", 12), (104, "B", 1)], "external data file, zstd"),
     ],
 )
 def test_unsupported_by_name(fields, text):

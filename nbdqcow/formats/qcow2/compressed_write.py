@@ -1,0 +1,135 @@
+"""Writing compressed clusters: packed one behind the other, then linked.
+
+Several share a host cluster, which is counted once for each of them. Streams
+are made in parallel and placed in the order in which they were asked for.
+
+Source: qcow2.txt, "Compressed Clusters Descriptor".
+"""
+
+import asyncio
+import contextlib
+import errno
+from typing import TYPE_CHECKING
+
+from nbdqcow.block.inflight import InFlightRange
+from nbdqcow.buffers import ZEROES
+from nbdqcow.errors import BlockError, NotSupported
+from nbdqcow.formats.qcow2.entries import compressed_entry, max_compressed_offset
+from nbdqcow.formats.qcow2.header import CRYPT_NONE
+from nbdqcow.formats.qcow2.tables import L2Slice
+from nbdqcow.formats.qcow2.write import free_entry, slice_for_change
+from nbdqcow.types import Buffer
+from nbdqcow.units import MiB, round_up
+
+if TYPE_CHECKING:
+    from nbdqcow.formats.qcow2.driver import Qcow2Driver
+
+
+async def write_compressed(image: "Qcow2Driver", offset: int, data: Buffer) -> None:
+    """See `FormatDriver.write_compressed`."""
+    header = image.header
+    if header.crypt_method != CRYPT_NONE:
+        raise NotSupported("Compression and encryption not supported at the same time")
+    if header.has_data_file:
+        raise NotSupported("an external data file can't hold compressed clusters")
+    length, cluster_size = len(data), image.cluster_size
+    if bytes(data) == (ZEROES[:length] if length <= MiB else bytes(length)):
+        with contextlib.suppress(NotSupported):
+            await image.write_zeroes(offset, length, may_unmap=True, no_fallback=True)
+            return
+    if length < cluster_size:
+        data = bytes(data).ljust(cluster_size, b"\0")
+    clusters = image.compressed
+    job = asyncio.create_task(clusters.threads.run(clusters.compress, data))
+    try:
+        # First come, first served: the lock keeps the order of the calls.
+        async with clusters.placing:
+            packed = await job
+            if len(packed) < cluster_size:
+                await _place(image, offset, packed)
+            else:
+                await _write_plain(image, offset, memoryview(data)[:length])
+    finally:
+        if not job.done():
+            job.cancel()
+            await asyncio.wait((job,))
+
+
+async def _write_plain(image: "Qcow2Driver", offset: int, view: memoryview) -> None:
+    """Write a cluster as any other; the image may end in it."""
+    plan = await image.begin_write(offset, len(view))
+    try:
+        buffers: list[Buffer] = [view]
+        if plan.tail and not plan.reads_zero:
+            buffers.append(bytes(plan.tail))
+        await image.data.pwritev(plan.host_offset, buffers)
+    except BaseException:
+        image.abort_write(plan)
+        raise
+    image.end_write(plan)
+
+
+async def _place(image: "Qcow2Driver", offset: int, packed: bytes) -> None:
+    """Write a stream behind the last one and link it to the guest's cluster."""
+    l2, in_flight, host_offset = await _begin(image, offset, len(packed))
+    epoch = image.epochs.enter()
+    entry = compressed_entry(host_offset, len(packed), image.cluster_bits)
+    try:
+        if not image.storage.try_pwrite(host_offset, packed):
+            await image.storage.pwritev(host_offset, [packed])
+    except BaseException:
+        free_entry(image, entry)
+        raise
+    else:
+        # Somebody may remember who had the very same place before.
+        image.compressed.drop(entry)
+        _link(image, l2, offset, entry)
+    finally:
+        l2.pins -= 1
+        image.epochs.leave(epoch)
+        image.in_flight.remove(in_flight)
+        image.start_writeback_if_due()
+
+
+async def _begin(
+    image: "Qcow2Driver", offset: int, length: int
+) -> tuple[L2Slice, InFlightRange, int]:
+    """Return the pinned slice of a guest cluster, the cluster as one that is
+    being worked on, and where ``length`` bytes for it have been taken."""
+    end = offset + image.cluster_size
+    if image.tables.dirty_bytes > image.tables.dirty_limit:
+        await image.writeback.flush()
+    while True:
+        async with image.lock:
+            busy = image.in_flight.find(offset, end)
+            if busy is None:
+                l2 = await slice_for_change(image, offset)
+                l2.pins += 1
+                try:
+                    host_offset = await image.refcounts.allocate_bytes(length)
+                    _check_place(image, host_offset, length)
+                except BaseException:
+                    l2.pins -= 1
+                    raise
+                return l2, image.in_flight.add(offset, end), host_offset
+        await busy.wait()
+
+
+def _check_place(image: "Qcow2Driver", host_offset: int, length: int) -> None:
+    bits, end = image.cluster_bits, host_offset + length
+    image.note_used(round_up(end, image.cluster_size))
+    if end > max_compressed_offset(bits):
+        raise BlockError(errno.EFBIG, "the image file is too long to compress in it")
+
+
+def _link(image: "Qcow2Driver", l2: L2Slice, offset: int, entry: int) -> None:
+    """Let the guest's cluster be the compressed one from now on."""
+    tables = image.tables
+    index = (offset >> image.cluster_bits) & (tables.slice_entries - 1)
+    index *= tables.entry_words
+    free_entry(image, l2.words[index])
+    l2.words[index] = entry
+    if tables.entry_words == 2:
+        # "Subclusters are not used with compressed clusters": no bits.
+        l2.words[index + 1] = 0
+    tables.mark_dirty(l2, index, index + tables.entry_words)

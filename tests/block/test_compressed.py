@@ -1,0 +1,418 @@
+"""Compressed clusters, read and written: what we make is what QEMU finds right."""
+
+import asyncio
+import json
+import random
+import subprocess
+
+import pytest
+
+from nbdqcow import open_image
+from nbdqcow.errors import BlockError, NotSupported
+from nbdqcow.formats.qcow2 import codec
+from nbdqcow.formats.qcow2.compress import CompressedClusters
+
+MiB = 1 << 20
+
+
+def qemu_img(*arguments):
+    return subprocess.run(
+        ["qemu-img", *map(str, arguments)], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def create(path, size, **options):
+    text = ",".join(f"{k}={v}" for k, v in options.items())
+    qemu_img("create", "-qf", "qcow2", *(["-o", text] if text else []), path, size)
+    return path
+
+
+def check(path):
+    """No corruption and no leak, says QEMU; return its figures."""
+    return json.loads(qemu_img("check", "--output=json", path))
+
+
+def content(rnd, length):
+    """Return zeroes, noise, patterns and texts."""
+    pieces = []
+    while length > 0:
+        n = min(length, rnd.randrange(1, 200_000))
+        pieces.append(
+            rnd.choice(
+                (
+                    lambda n: bytes(n),
+                    rnd.randbytes,
+                    lambda n: (b"pattern %d " % n * n)[:n],
+                    lambda n: bytes(rnd.choices(b"abcdefgh \n", k=n)),
+                )
+            )(n)
+        )
+        length -= n
+    return b"".join(pieces)
+
+
+def compressible(rnd, length):
+    blocks = (rnd.randbytes(1024) * 4 for _ in range(-(-length // 4096)))
+    return b"".join(blocks)[:length]
+
+
+GEOMETRIES = [
+    {},
+    {"compression_type": "zstd"},
+    {"compat": "0.10"},
+    {"cluster_size": 512},
+    {"cluster_size": 4096, "refcount_bits": 1, "compression_type": "zstd"},
+    {"refcount_bits": 2},
+    {"cluster_size": 2 * MiB, "refcount_bits": 64},
+    {"extended_l2": "on"},
+    {"extended_l2": "on", "cluster_size": 16384, "compression_type": "zstd"},
+]
+
+
+@pytest.mark.parametrize("options", GEOMETRIES, ids=str)
+def test_written_and_read_back_by_both(tmp_path, seed, options):
+    rnd = random.Random(seed)
+    size = 3 * MiB + 1536
+    data = content(rnd, size)
+    raw, ours, theirs = (tmp_path / name for name in ("raw", "ours", "theirs"))
+    raw.write_bytes(data)
+    create(ours, size, **options)
+    text = ",".join(f"{k}={v}" for k, v in options.items())
+    words = ["-o", text] if text else []
+    qemu_img("convert", "-cf", "raw", "-O", "qcow2", *words, raw, theirs)
+
+    async def run():
+        async with open_image(ours) as node:
+            step = max(node.driver.cluster_size, 256 << 10)
+            # Several at once, as convert does.
+            await asyncio.gather(
+                *(
+                    node.pwrite_compressed(offset, data[offset : offset + step])
+                    for offset in range(0, size, step)
+                )
+            )
+            assert bytes(await node.pread(0, size)) == data
+        for path in (ours, theirs):
+            async with open_image(path, read_only=True) as node:
+                assert bytes(await node.pread(0, size)) == data
+                for _ in range(100):
+                    offset = rnd.randrange(size)
+                    length = rnd.randrange(min(200_000, size - offset) + 1)
+                    got = node.try_pread(offset, length)
+                    if got is None:
+                        got = await node.pread(offset, length)
+                    assert bytes(got) == data[offset : offset + length]
+
+    asyncio.run(run())
+    figures = check(ours)
+    assert figures["compressed-clusters"]
+    assert "identical" in qemu_img("compare", ours, raw)
+    if options.get("refcount_bits", 16) == 16:
+        # As densely packed as QEMU has it, give or take the compressor.
+        assert ours.stat().st_size < theirs.stat().st_size * 1.2
+    # QEMU goes on where we left.
+    subprocess.run(
+        ["qemu-io", "-c", "write -P 7 100000 1000000", "-c", "discard 0 500000", ours],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    check(ours)
+
+
+def test_overwriting_frees_what_was_there(tmp_path, seed):
+    path = create(tmp_path / "a", 4 * MiB)
+    rnd = random.Random(seed)
+    model = bytearray(4 * MiB)
+
+    async def run():
+        async with open_image(path) as node:
+            for round_ in range(120):
+                offset = rnd.randrange(64) << 16
+                kind = rnd.randrange(5)
+                if kind < 3:
+                    data = compressible(rnd, rnd.choice((1, 2)) << 16)
+                    data = data[: len(model) - offset]
+                    await node.pwrite_compressed(offset, data)
+                elif kind == 3:
+                    offset += rnd.randrange(60_000)
+                    data = rnd.randbytes(3000)
+                    await node.pwrite(offset, data)
+                else:
+                    data = bytes(65536)
+                    await node.discard(offset, 65536)
+                model[offset : offset + len(data)] = data
+                if round_ % 5 == 0:
+                    await node.flush()
+                if round_ % 20 == 0:
+                    assert bytes(await node.pread(0, node.size)) == model
+            assert bytes(await node.pread(0, node.size)) == model
+            await node.driver.settle()
+
+    asyncio.run(run())
+    check(path)
+    # What was freed was used again.
+    assert path.stat().st_size < 5 * MiB
+
+
+def test_a_place_that_is_used_again_is_read_anew(tmp_path, seed):
+    """The same descriptor names other bytes after its space was given back."""
+    path = create(tmp_path / "a", 4 * MiB)
+    rnd = random.Random(seed)
+
+    async def run():
+        async with open_image(path) as node:
+            seen = set()
+            for _ in range(40):
+                data = compressible(rnd, 65536)
+                await node.pwrite_compressed(0, data)
+                descriptor = node.driver.try_map(0, 65536)[1]
+                seen.add(descriptor)
+                assert bytes(await node.pread(0, 65536)) == data
+                assert bytes(node.try_pread(100, 100)) == data[100:200]
+                await node.discard(0, 65536)
+                await node.flush()
+                await node.driver.settle()
+            return seen
+
+    assert len(asyncio.run(run())) < 20
+    check(path)
+
+
+def test_snapshots_keep_compressed_clusters(tmp_path, seed):
+    path = create(tmp_path / "a", MiB)
+    rnd = random.Random(seed)
+    first, second = compressible(rnd, MiB), compressible(rnd, MiB)
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite_compressed(0, first)
+            await node.driver.snapshot_create("one")
+            await node.pwrite_compressed(0, second)
+            await node.driver.snapshot_create("two")
+            await node.driver.snapshot_apply("one")
+            assert bytes(await node.pread(0, MiB)) == first
+            await node.pwrite_compressed(65536, second[65536:131072])
+            await node.driver.snapshot_delete("one")
+            await node.pwrite_compressed(0, first)
+            await node.driver.snapshot_apply("two")
+            assert bytes(await node.pread(0, MiB)) == second
+
+    asyncio.run(run())
+    check(path)
+
+
+@pytest.mark.parametrize("compression_type", ["zlib", "zstd"])
+def test_a_cluster_is_decompressed_once(tmp_path, seed, monkeypatch, compression_type):
+    data = compressible(random.Random(seed), MiB)
+    raw, path = tmp_path / "raw", tmp_path / "a"
+    raw.write_bytes(data)
+    option = f"compression_type={compression_type}"
+    qemu_img("convert", "-cf", "raw", "-O", "qcow2", "-o", option, raw, path)
+    calls = []
+
+    async def run():
+        async with open_image(path, read_only=True) as node:
+            clusters = node.driver.compressed
+            decompress = clusters._decompress
+
+            def counted(*arguments):
+                calls.append(1)
+                return decompress(*arguments)
+
+            clusters._decompress = counted
+            offsets = list(range(0, MiB, 4096))
+            pieces = await asyncio.gather(*(node.pread(o, 4096) for o in offsets))
+            assert b"".join(map(bytes, pieces)) == data
+            assert len(calls) == 16
+            views, token = node.try_pread_views(0, MiB)
+            assert b"".join(map(bytes, views)) == data
+            node.release(token)
+
+    asyncio.run(run())
+    assert len(calls) == 16
+
+
+def test_the_cache_is_bounded_in_bytes(tmp_path, seed):
+    data = compressible(random.Random(seed), 2 * MiB)
+    raw, path = tmp_path / "raw", tmp_path / "a"
+    raw.write_bytes(data)
+    qemu_img("convert", "-cf", "raw", "-O", "qcow2", raw, path)
+
+    async def run():
+        async with open_image(path, read_only=True) as node:
+            driver = node.driver
+            driver.compressed = CompressedClusters(driver, cache_bytes=256 << 10)
+            for _ in range(2):
+                assert bytes(await node.pread(0, 2 * MiB)) == data
+                kept = driver.compressed._cache
+                assert sum(map(len, kept.values())) <= 256 << 10
+                assert driver.compressed._nb_bytes == sum(map(len, kept.values()))
+            # What was read last is there, the first ones are not.
+            await node.pread(2 * MiB - 4096, 4096)
+            assert node.try_pread(0, 4096) is None
+            assert bytes(node.try_pread(2 * MiB - 4096, 4096)) == data[-4096:]
+
+    asyncio.run(run())
+
+
+def test_cancelled_readers_leave_the_cluster_to_others(tmp_path, seed):
+    data = compressible(random.Random(seed), MiB)
+    raw, path = tmp_path / "raw", tmp_path / "a"
+    raw.write_bytes(data)
+    qemu_img("convert", "-cf", "raw", "-O", "qcow2", raw, path)
+
+    async def run():
+        async with open_image(path, read_only=True) as node:
+            readers = [asyncio.create_task(node.pread(0, MiB)) for _ in range(4)]
+            await asyncio.sleep(0)
+            for reader in readers[:3]:
+                reader.cancel()
+            assert bytes(await readers[3]) == data
+            await asyncio.gather(*readers[:3], return_exceptions=True)
+            assert not node.driver.compressed._loading
+            assert not node.driver.epochs.busy
+
+    asyncio.run(run())
+
+
+def test_a_damaged_cluster_is_an_error_of_its_own_read(tmp_path, seed):
+    data = compressible(random.Random(seed), MiB)
+    raw, path = tmp_path / "raw", tmp_path / "a"
+    raw.write_bytes(data)
+    qemu_img("convert", "-cf", "raw", "-O", "qcow2", raw, path)
+
+    async def run():
+        async with open_image(path) as node:
+            host_offset = node.driver.try_map(5 << 16, 1)[1] & ((1 << 54) - 1)
+            await node.driver.storage.pwritev(host_offset, [b"\xff" * 100])
+            with pytest.raises(BlockError, match="damaged compressed cluster") as error:
+                await node.pread(0, MiB)
+            assert error.value.errno == 5
+            assert bytes(await node.pread(0, 5 << 16)) == data[: 5 << 16]
+            # It can be overwritten as a whole.
+            await node.pwrite_compressed(5 << 16, data[5 << 16 : 6 << 16])
+            assert bytes(await node.pread(0, MiB)) == data
+
+    asyncio.run(run())
+    check(path)
+
+
+def test_a_failed_write_leaves_the_old_cluster(tmp_path, seed, monkeypatch):
+    path = create(tmp_path / "a", MiB)
+    rnd = random.Random(seed)
+    old, new = compressible(rnd, 65536), compressible(rnd, 65536)
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite_compressed(0, old)
+            storage = node.driver.storage
+
+            async def broken(*arguments, **options):
+                raise OSError(28, "No space left on device")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(storage, "try_pwrite", lambda *_: False)
+                patch.setattr(storage, "pwritev", broken)
+                with pytest.raises(OSError, match="No space"):
+                    await node.pwrite_compressed(0, new)
+            assert bytes(await node.pread(0, 65536)) == old
+            await node.pwrite_compressed(65536, new)
+            assert bytes(await node.pread(0, 131072)) == old + new
+
+    asyncio.run(run())
+    check(path)
+
+
+def test_zero_clusters_take_no_space(tmp_path):
+    path = create(tmp_path / "a", MiB)
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite_compressed(0, bytes(MiB))
+            assert await node.reads_zero(0, MiB)
+            await node.pwrite_compressed(0, b"x" * 65536)
+            await node.pwrite_compressed(0, bytes(65536))
+            assert bytes(await node.pread(0, 65536)) == bytes(65536)
+
+    asyncio.run(run())
+    assert check(path).get("allocated-clusters", 0) == 0
+
+
+def test_zeroes_hide_the_backing_file(tmp_path):
+    base = create(tmp_path / "base", MiB)
+    subprocess.run(
+        ["qemu-io", "-c", "write -P 9 0 1M", base],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    for compat in ("0.10", "1.1"):
+        path = tmp_path / compat
+        words = ("-F", "qcow2", "-b", base, "-o", f"compat={compat}")
+        qemu_img("create", "-qf", "qcow2", *words, path)
+
+        async def run(path=path):
+            async with open_image(path) as node:
+                await node.pwrite_compressed(65536, bytes(65536))
+                expected = b"\x09" * 65536 + bytes(65536) + b"\x09" * 65536
+                assert bytes(await node.pread(0, 3 * 65536)) == expected
+
+        asyncio.run(run())
+        check(path)
+
+
+def test_only_whole_clusters_of_images_that_can(tmp_path):
+    path = create(tmp_path / "a", MiB + 512)
+    raw = tmp_path / "raw"
+    raw.write_bytes(bytes(65536))
+
+    async def run():
+        async with open_image(path) as node:
+            for offset, length in ((512, 65536), (0, 512), (MiB, 100)):
+                with pytest.raises(BlockError, match="only whole clusters"):
+                    await node.pwrite_compressed(offset, b"x" * length)
+            await node.pwrite_compressed(MiB, b"y" * 512)
+            assert bytes(await node.pread(MiB, 512)) == b"y" * 512
+        async with open_image(raw, format="raw") as node:
+            with pytest.raises(NotSupported):
+                await node.pwrite_compressed(0, b"x" * 65536)
+        async with open_image(path, read_only=True) as node:
+            with pytest.raises(BlockError, match="read-only"):
+                await node.pwrite_compressed(0, b"x" * 65536)
+
+    asyncio.run(run())
+    check(path)
+
+
+def test_encrypted_images_are_not_compressed(tmp_path):
+    path = tmp_path / "a"
+    qemu_img(
+        *("create", "-qf", "qcow2", "--object", "secret,id=s,data=pass"),
+        *("-o", "encrypt.format=aes,encrypt.key-secret=s", path, "1M"),
+    )
+
+    async def run():
+        options = {"secret": b"pass"}
+        async with open_image(path, driver_options=options) as node:
+            with pytest.raises(NotSupported, match="at the same time"):
+                await node.pwrite_compressed(0, b"x" * 65536)
+
+    asyncio.run(run())
+
+
+def test_streams_are_placed_in_the_order_of_the_calls(tmp_path, seed, monkeypatch):
+    """However long the compressing of each takes."""
+    path = create(tmp_path / "a", 4 * MiB)
+    data = compressible(random.Random(seed), 4 * MiB)
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite_compressed(0, data)
+            places = []
+            for offset in range(0, 4 * MiB, 65536):
+                descriptor = node.driver.try_map(offset, 65536)[1]
+                places.append(descriptor & ((1 << 54) - 1))
+            assert places == sorted(places)
+
+    asyncio.run(run())
+    assert codec.deflate_blocking(data[:65536])
+    check(path)
