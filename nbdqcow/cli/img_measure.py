@@ -13,6 +13,7 @@ from nbdqcow.cli.img_options import (
     parse_arguments,
     wants_json,
 )
+from nbdqcow.cli.img_resize import PREALLOCATIONS
 from nbdqcow.cli.img_snapshot import parse_snapshot
 from nbdqcow.cli.img_target import parse_create_options
 from nbdqcow.cli.messages import error
@@ -126,6 +127,9 @@ def _measure(
     tool: Any = find_tool(format_)
     values = _parse(format_, text)
     values["size"] = size
+    preallocation = str(values.get("preallocation", "off"))
+    if format_ != "raw" and preallocation not in PREALLOCATIONS:
+        raise ImageError(f"invalid parameter value: {preallocation}")
     found = tool.measure(values, length, bitmaps)
     if json:
         shown = {} if found.bitmaps is None else {"bitmaps": found.bitmaps}

@@ -65,7 +65,7 @@ async def data_length(node: Node, cluster_size: int) -> int:
             first = max(covered, round_down(start, cluster_size))
             covered = max(covered, round_up(start + length, cluster_size))
             total += covered - first
-    return min(total, disk_size(node))
+    return total
 
 
 def _join(rows: list[Row]) -> list[Row]:
