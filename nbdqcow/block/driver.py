@@ -125,6 +125,14 @@ class FormatDriver(ABC):
         cluster = await self.read_compressed(descriptor)
         return memoryview(cluster)[start : start + length]
 
+    async def runs(self, offset: int, length: int) -> list[Run]:
+        """Return what `map` says of consecutive stretches from ``offset`` on,
+        as many as are found without much waiting, at least one.
+
+        For images that nobody writes to. Neighbours may be alike.
+        """
+        return [await self.map(offset, length)]
+
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """Return at most ``limit`` extents of this image from ``offset`` on.
 

@@ -48,6 +48,8 @@ DEFAULT_L2_CACHE: Final = 32 * MiB
 """Bytes of L2 slices kept by default, as QEMU has it: enough for 256 GiB with
 clusters of 64 KiB."""
 
+_MANY_CLUSTERS: Final = 1 << 14
+"""From so many on it pays to load numpy, which takes 50 ms."""
 _MAX_FREED_BYTES: Final = 256 * MiB
 """Freed space that may wait for a write-back before one is started for it."""
 
@@ -290,6 +292,14 @@ class Qcow2Driver(Operations):
     ) -> Buffer:
         """See `FormatDriver.read_compressed_part`."""
         return await self.compressed.read(descriptor, start, length)
+
+    async def runs(self, offset: int, length: int) -> list[Run]:
+        """See `FormatDriver.runs`."""
+        if length >> self.cluster_bits < _MANY_CLUSTERS:
+            return await super().runs(offset, length)
+        from nbdqcow.formats.qcow2.runs import runs
+
+        return await runs(self, offset, length)
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """See `FormatDriver.extents`."""
