@@ -99,21 +99,6 @@ def place_in(
     return storage, offset
 
 
-def place_in(
-    entry: Entry, entry_end: int, start: int, end: int
-) -> tuple[StorageDriver, int] | None:
-    """Return where in which file the bytes ``[start, end)`` are, if a thread can
-    read them there as they are. ``entry``, which ends at ``entry_end``, covers
-    them."""
-    storage = entry.node.driver.data
-    offset = entry.host_offset + start - (entry_end - entry.length)
-    if entry.host_offset < 0 or not storage.reads_in_threads:
-        return None
-    if entry_end < end or offset + end - start > storage.length:
-        return None
-    return storage, offset
-
-
 def disk_size(node: Node) -> int:
     """Return the bytes of a disk in whole sectors, as QEMU counts."""
     return round_up(node.size, SECTOR_SIZE)
