@@ -22,6 +22,7 @@ from nbdqcow.cli.img_options import (
     wants_help,
 )
 from nbdqcow.cli.img_run import ProgressLine, run_command
+from nbdqcow.cli.img_snapshot import parse_snapshot
 from nbdqcow.cli.img_target import NewImage, parse_create_options
 from nbdqcow.cli.messages import error
 from nbdqcow.errors import ImageError
@@ -158,23 +159,6 @@ def _take(settings: _Settings, name: str, value: str) -> None:
             settings.bitmaps = True
         case "--skip-broken-bitmaps":
             settings.skip_broken_bitmaps = True
-
-
-def parse_snapshot(text: str) -> Any:
-    """Return what ``-l`` asks for: an ID or name, or ``(ID, name)``.
-
-    Raises `ImageError`.
-    """
-    if not text.startswith("snapshot."):
-        return text
-    found: dict[str, str] = {}
-    for item in text.split(","):
-        key, _, value = item.partition("=")
-        if key not in ("snapshot.id", "snapshot.name"):
-            error(f"Invalid parameter '{key}'")
-            raise ImageError(f"Failed in parsing snapshot param '{text}'")
-        found[key] = value
-    return found.get("snapshot.id"), found.get("snapshot.name")
 
 
 def _parse_sparse(text: str) -> int:
