@@ -87,11 +87,13 @@ async def open_node(
     snapshot: Any = None,
     shown: str | None = None,
     with_backing: bool = True,
+    key_secret: str | None = None,
 ) -> Node:
     """Open an image with its backing chain.
 
     ``format_`` and ``cache`` go before those of ``arguments``; ``shown`` is
-    what messages call it; ``with_backing``: see `OpenOptions`. Raises
+    what messages call it; ``with_backing``: see `OpenOptions`; ``key_secret`` is
+    the id of the passphrase if the name has none. Raises
     `ImageError` in qemu-img's words.
     """
     filename, options = _parse_name(name, arguments)
@@ -107,7 +109,7 @@ async def open_node(
         )
     driver_options: dict[str, Any] = {}
     try:
-        if (key := options.pop("key_secret", None)) is not None:
+        if (key := options.pop("key_secret", key_secret)) is not None:
             driver_options["secret"] = arguments.secret(key)
         if snapshot is not None:
             driver_options["snapshot"] = snapshot
