@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final
 from nbdqcow.block.inflight import Epochs
 from nbdqcow.block.status import DirtyBitmap, Kinds
 from nbdqcow.block.storage import StorageDriver
-from nbdqcow.block.tools import OptionValue, Secrets
+from nbdqcow.block.tools import OptionValue, Progress, Secrets
 from nbdqcow.errors import ImageError, NotSupported
 from nbdqcow.types import Buffer, Run
 
@@ -54,13 +54,17 @@ class FormatDriver(ABC):
     """One open image of one format.
 
     Attributes:
+        shows_snapshots: whether the option ``snapshot`` has a meaning.
         storage: the image file; data: the file with the guest's bytes (the
             same unless the image has an external data file).
+        data_file: the external data file, if the image has one.
         size: the virtual size in bytes.
         cluster_size: the unit of allocation in bytes (1 for raw).
         subcluster_size: the unit in which writes are completed with old
             content, and zeroed by metadata; a cluster in most formats.
         backing_filename, backing_format: as the image names them, or None.
+        backing_size: of the backing image that is open, 0 for none; set by
+            the node.
         lock: guards the metadata. Held to map, allocate and link; never
             across guest data I/O.
         dirty_bitmaps: those that can be read, by name; none in most formats.
@@ -71,13 +75,16 @@ class FormatDriver(ABC):
     """
 
     name: ClassVar[str]
+    shows_snapshots: ClassVar[bool] = False
     storage: StorageDriver
     data: StorageDriver
+    data_file: StorageDriver | None = None
     size: int
     cluster_size: int
     read_only: bool
     backing_filename: str | None = None
     backing_format: str | None = None
+    backing_size: int = 0
     dirty_bitmaps: Mapping[str, DirtyBitmap] = MappingProxyType({})
     when_rebound: Callable[[], None] = staticmethod(lambda: None)
     lock: asyncio.Lock
@@ -229,27 +236,23 @@ class FormatDriver(ABC):
         self,
         values: Mapping[str, OptionValue],
         secrets: Secrets,
-        passphrase: bytes,
         *,
         force: bool = False,
     ) -> None:
         """Add or erase passphrases as ``encrypt.*`` options of ``amend`` say.
 
-        ``passphrase`` is the one that the image was opened with. Raises
-        `ImageError` before anything is written, and `OSError`.
+        Raises `ImageError` before anything is written, and `OSError`.
         """
         raise ImageError("This image format has no passphrases")
 
     # -- the disk as a whole ---------------------------------------------
 
-    async def resize(
-        self, size: int, *, preallocation: str = "off", backing_size: int = 0
-    ) -> None:
+    async def resize(self, size: int, *, preallocation: str = "off") -> None:
         """Set the virtual size; the file's end that is not needed goes.
 
-        What is new reads as zeroes from the next cluster on, even if a
-        backing image of ``backing_size`` bytes has data there; what the last
-        cluster holds beyond the old size is the caller's business.
+        What is new reads as zeroes from the next cluster on, even if the
+        backing image has data there; what the last cluster holds beyond the
+        old size is the caller's business.
         ``preallocation`` is one of `PREALLOCATIONS`. Raises `BlockError`.
         """
         raise NotSupported("Image format driver does not support resize")
@@ -260,6 +263,44 @@ class FormatDriver(ABC):
         Raises `BlockError`.
         """
         raise NotSupported("this format has no empty images")
+
+    async def change_backing_file(
+        self, filename: str | None, format_name: str | None
+    ) -> None:
+        """Name another backing file in the image, or none. What is open stays
+        open; nothing is copied.
+
+        Raises `BlockError`.
+        """
+        raise NotSupported("this format can't change the backing file")
+
+    async def reopen(self, *, read_only: bool) -> None:
+        """Allow changes to the image, or no longer, while it is in use.
+
+        To stop them it waits for writers and writes all metadata back; the
+        storage changes after that, or before changes are allowed.
+        """
+        raise NotSupported("this format can't be opened otherwise while in use")
+
+    async def amend(
+        self, options: Mapping[str, OptionValue], progress: Progress
+    ) -> None:
+        """Change the image to what ``-o`` options of qemu-img's amend say,
+        but for ``encrypt.*``, which `amend_keys` takes. Of several changes some
+        may be done when one fails.
+
+        Raises `BlockError`.
+        """
+        raise NotSupported(
+            f"Format driver '{self.name}' does not support option amendment"
+        )
+
+    async def close_files(self) -> None:
+        """Close what the image is made of. The block layer calls it last."""
+        files = [self.data, self.data_file, self.storage]
+        for index, file in enumerate(files):
+            if file is not None and file not in files[:index]:
+                await file.close()
 
     # -- durability ------------------------------------------------------
 

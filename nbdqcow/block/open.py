@@ -11,6 +11,11 @@ from types import TracebackType
 from typing import Any, Final
 
 from nbdqcow.block.driver import FormatDriver
+from nbdqcow.block.image_options import (
+    JSON_PREFIX,
+    BackingOverride,
+    parse_json_name,
+)
 from nbdqcow.block.node import Node
 from nbdqcow.block.registry import (
     PROBE_LENGTH,
@@ -42,10 +47,13 @@ class OpenOptions:
             from, symbolic links resolved; None for any.
         lock: False opens without image locks (QEMU's ``locking=off``).
         force_share: opens read-only beside a writer (QEMU's ``-U``).
+        backing: what to open in the place of the backing file that the image
+            names; None for that one.
         with_backing: False opens the image alone: what it does not have reads
             as zeroes. For work on its metadata.
         driver_options: for the format driver of the image itself, as its
-            class describes them.
+            class describes them; ``data_file``, the path of its external data
+            file, comes before the one that the image names.
     """
 
     format: str | None = None
@@ -59,6 +67,7 @@ class OpenOptions:
     force_share: bool = False
     driver_options: Mapping[str, Any] = field(default_factory=dict)
     with_backing: bool = True
+    backing: BackingOverride | None = None
 
 
 class Opening:
@@ -100,9 +109,13 @@ def open_image(
     force_share: bool = False,
     driver_options: Mapping[str, Any] | None = None,
     with_backing: bool = True,
+    backing: BackingOverride | None = None,
 ) -> Opening:
     """Open an image with its backing chain; see `OpenOptions`.
 
+    ``filename`` is a path, perhaps after ``file:``, the URI of an NBD export,
+    or ``json:{...}`` with options as QEMU names them, which come before those
+    given here.
     Use ``async with open_image(...) as node`` or ``node = await
     open_image(...)`` and close the node. Raises `ImageError` (`ImageInUse`
     for a locked one) and `OSError`.
@@ -112,6 +125,7 @@ def open_image(
         OpenOptions(
             format, read_only, cache, discard, detect_zeroes, l2_cache_size,
             allowed_paths, lock, force_share, driver_options or {}, with_backing,
+            backing,
         ),
     )  # fmt: skip
 
@@ -121,6 +135,9 @@ async def _open_chain(
 ) -> Node:
     """Open ``filename`` and what it is backed by; ``above`` are the real
     paths of the overlays that led here."""
+    if filename.startswith(JSON_PREFIX):
+        filename, given = _parse_json_name(filename)
+        options = _with_given(options, given)
     real = _real_path(filename)
     if real in above:
         raise ImageError(f"Backing chain of '{above[0]}' loops at '{filename}'")
@@ -128,7 +145,7 @@ async def _open_chain(
         raise ImageError(f"Backing chain of '{above[0]}' is too deep")
     storage = await open_storage(filename, options)
     try:
-        driver = await _open_driver(filename, storage, options)
+        driver = await _open_driver(filename, storage, options, (*above, real))
     except BaseException:
         await storage.close()
         raise
@@ -136,7 +153,7 @@ async def _open_chain(
         backing = await _open_backing(filename, driver, options, (*above, real))
     except BaseException:
         # Nothing was written: there is nothing to write back.
-        await storage.close()
+        await driver.close_files()
         raise
     return Node(
         driver,
@@ -170,7 +187,8 @@ async def open_storage(filename: str, options: OpenOptions) -> StorageDriver:
         cache={"writethrough": "writeback", "directsync": "none"}.get(
             options.cache, options.cache
         ),
-        discard=options.discard,
+        # What a guest discards stops at the node; what a format frees does not.
+        discard="unmap",
         locking=options.lock,
         shared=options.force_share,
     )
@@ -178,41 +196,105 @@ async def open_storage(filename: str, options: OpenOptions) -> StorageDriver:
 
 
 async def _open_driver(
-    filename: str, storage: StorageDriver, options: OpenOptions
+    filename: str, storage: StorageDriver, options: OpenOptions, above: tuple[str, ...]
 ) -> FormatDriver:
     name = options.format
     if name is None:
         head = await storage.pread(0, min(PROBE_LENGTH, storage.length))
         name = probe_format(bytes(head), filename)
+    given = options.driver_options.get("data_file")
+
+    async def open_data_file(name_in_image: str | None) -> StorageDriver:
+        return await _open_data_file(filename, given, name_in_image, options, above)
+
+    kind = format_driver(name)
+    if options.driver_options.get("snapshot") is not None and not kind.shows_snapshots:
+        raise ImageError(
+            f"Block format '{name}' does not support temporarily loading internal"
+            " snapshots"
+        )
     try:
-        driver: FormatDriver = await format_driver(name).open(
+        driver: FormatDriver = await kind.open(
             storage,
             read_only=options.read_only,
             options={
                 "l2_cache_size": options.l2_cache_size,
                 "discard": options.discard == "unmap",
                 **options.driver_options,
+                "open_data_file": open_data_file,
             },
         )
     except ImageError as error:
         raise type(error)(f"Could not open '{filename}': {error}") from None
+    if given is not None and driver.data_file is None:
+        await driver.close_files()
+        raise ImageError(
+            f"Could not open '{filename}': 'data-file' can only be set for images with"
+            f" an external data file"
+        )
     return driver
+
+
+async def _open_data_file(
+    filename: str,
+    given: str | None,
+    name_in_image: str | None,
+    options: OpenOptions,
+    above: tuple[str, ...],
+) -> StorageDriver:
+    """Open the external data file of the image ``filename``: the one ``given``
+    by who opens it, or the one that the image names.
+
+    ``above`` are the real paths of this image and of its overlays. Raises
+    `ImageError`.
+    """
+    if given is None and name_in_image is None:
+        raise ImageError("'data-file' is required for this image")
+    if given is not None:
+        path = given
+    else:
+        assert name_in_image is not None
+        path = backing_path(filename, name_in_image)
+        check_allowed(path, options.allowed_paths)
+    if _real_path(path) in above:
+        raise ImageError(f"'{path}' can't be the data file: it is the image itself")
+    try:
+        return await open_storage(path, options)
+    except OSError as error:
+        raise ImageError(f"Could not open '{path}': {error.strerror}") from None
 
 
 async def _open_backing(
     filename: str, driver: FormatDriver, options: OpenOptions, above: tuple[str, ...]
 ) -> Node | None:
-    if driver.backing_filename is None or not options.with_backing:
-        return None
-    path = backing_path(filename, driver.backing_filename)
-    check_allowed(path, options.allowed_paths)
+    wanted = options.backing or BackingOverride()
     below = replace(
         options,
         format=driver.backing_format,
-        read_only=True,
         detect_zeroes="off",
         driver_options=_passed_down(options.driver_options),
+        backing=None,
     )
+    if wanted.none or not options.with_backing:
+        return None
+    if wanted.filename is not None:
+        path = wanted.filename
+        below = replace(below, format=None)
+        if driver.backing_filename is None:
+            # What is discarded must not show what is there now.
+            driver.backing_filename = path
+    elif driver.backing_filename is not None:
+        name = driver.backing_filename
+        if name.startswith(JSON_PREFIX):
+            path, given = _parse_json_name(name)
+            _check_names_allowed(path, given, options.allowed_paths)
+            below = _with_given(below, given)
+        else:
+            path = backing_path(filename, name)
+            check_allowed(path, options.allowed_paths)
+    else:
+        return None
+    below = replace(_with_given(below, wanted.options), read_only=True)
     try:
         return await _open_chain(path, below, above)
     except (ImageError, OSError) as error:
@@ -222,6 +304,34 @@ async def _open_backing(
             text = f"{prefix}{text}"
         kind = type(error) if isinstance(error, ImageError) else ImageError
         raise kind(f"Could not open backing file: {text}") from None
+
+
+def _parse_json_name(name: str) -> tuple[str, dict[str, Any]]:
+    try:
+        return parse_json_name(name)
+    except ImageError as error:
+        raise ImageError(f"Could not open '{name}': {error}") from None
+
+
+def _with_given(options: OpenOptions, given: Mapping[str, Any]) -> OpenOptions:
+    """Return ``options`` with those that a name gives in their place."""
+    if "key_secret" in given:
+        raise ImageError("'key-secret' names an object, which there is none of here")
+    more = {**options.driver_options, **given.get("driver_options", {})}
+    return replace(options, **{**given, "driver_options": more})
+
+
+def _check_names_allowed(
+    path: str, given: Mapping[str, Any], allowed_paths: Sequence[str] | None
+) -> None:
+    """Check all files that a ``json:`` name in an image's header names."""
+    check_allowed(path, allowed_paths)
+    data_file = given.get("driver_options", {}).get("data_file")
+    if data_file is not None:
+        check_allowed(data_file, allowed_paths)
+    below: BackingOverride | None = given.get("backing")
+    if below is not None and below.filename is not None:
+        _check_names_allowed(below.filename, below.options, allowed_paths)
 
 
 def _passed_down(driver_options: Mapping[str, Any]) -> dict[str, Any]:

@@ -268,7 +268,7 @@ async def _convert_to_target(
                 target_arguments,
                 writable=True,
                 cache=target_cache,
-                key_secret=_key_of(values),
+                secret=_secret_of(values, settings.images),
             )
         except ImageError as exc:
             shown = str(exc) if new is None else new.rename_in(str(exc))
@@ -327,10 +327,10 @@ def _creation_values(
     return values
 
 
-def _key_of(values: dict[str, OptionValue]) -> str | None:
-    """Return the id of the passphrase that the new image was made with."""
+def _secret_of(values: dict[str, OptionValue], images: ImageArguments) -> bytes | None:
+    """Return the passphrase that the new image was made with."""
     key = values.get("encrypt.key-secret", values.get("key-secret"))
-    return None if key is None else str(key)
+    return None if key is None else images.secret(str(key))
 
 
 def _check_compression(format_: str) -> None:

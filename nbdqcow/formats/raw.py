@@ -149,9 +149,7 @@ class RawDriver(FormatDriver):
         finally:
             self.epochs.leave(epoch)
 
-    async def resize(
-        self, size: int, *, preallocation: str = "off", backing_size: int = 0
-    ) -> None:
+    async def resize(self, size: int, *, preallocation: str = "off") -> None:
         """Set the file's length. Raises `BlockError`."""
         if preallocation == "metadata":
             raise NotSupported("Unsupported preallocation mode: metadata")
@@ -191,6 +189,12 @@ class RawDriver(FormatDriver):
                 await self.storage.pwritev(
                     self._offset + offset, [zeroes[: min(MiB, size - offset)]]
                 )
+
+    async def reopen(self, *, read_only: bool) -> None:
+        """See `FormatDriver.reopen`: the block layer keeps writers off."""
+        if read_only and not self.read_only:
+            await self.storage.flush()
+        self.read_only = read_only
 
     async def flush(self) -> None:
         """Make the file's data durable."""

@@ -81,8 +81,7 @@ def _end_offset(node: Node, offset: int) -> int:
 def has_offsets(driver: FormatDriver) -> bool:
     """Whether the bytes at a host offset are the disk's own: not if they are
     encrypted."""
-    header = getattr(driver, "header", None)
-    return not getattr(header, "crypt_method", 0)
+    return driver.data.name != "encrypted"
 
 
 def place_in(

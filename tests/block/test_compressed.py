@@ -119,8 +119,9 @@ def test_written_and_read_back_by_both(tmp_path, seed, options):
     check(ours)
 
 
-def test_overwriting_frees_what_was_there(tmp_path, seed):
-    path = create(tmp_path / "a", 4 * MiB)
+@pytest.mark.parametrize("extended_l2", ["off", "on"])
+def test_overwriting_frees_what_was_there(tmp_path, seed, extended_l2):
+    path = create(tmp_path / "a", 4 * MiB, extended_l2=extended_l2)
     rnd = random.Random(seed)
     model = bytearray(4 * MiB)
 

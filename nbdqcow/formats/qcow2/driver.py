@@ -6,7 +6,7 @@ import logging
 from array import array
 from collections.abc import Coroutine, Sequence
 from collections.abc import Mapping as Options
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from nbdqcow.block.driver import WritePlan
 from nbdqcow.block.inflight import Epochs, InFlightRanges
@@ -22,6 +22,7 @@ from nbdqcow.formats.qcow2 import (
     write,
     write_extended,
 )
+from nbdqcow.formats.qcow2 import data_file as qcow2_data_file
 from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.formats.qcow2.bitmap import Bitmap, Bitmaps
 from nbdqcow.formats.qcow2.compress import CompressedClusters
@@ -32,11 +33,15 @@ from nbdqcow.formats.qcow2.mapping import Mapping
 from nbdqcow.formats.qcow2.mapping_extended import ExtendedMapping
 from nbdqcow.formats.qcow2.operations import Operations
 from nbdqcow.formats.qcow2.refcount import Refcounts
+from nbdqcow.formats.qcow2.repair import repair_dirty
 from nbdqcow.formats.qcow2.snapshot_table import read_snapshots, select_snapshot
 from nbdqcow.formats.qcow2.tables import Tables, load_be64
 from nbdqcow.formats.qcow2.writeback import Freed, Writeback
 from nbdqcow.types import Buffer, Run
 from nbdqcow.units import MiB, round_up
+
+if TYPE_CHECKING:
+    from nbdqcow.crypto.secrets import Secret
 
 log = logging.getLogger(__name__)
 
@@ -49,18 +54,24 @@ _MANY_CLUSTERS: Final = 1 << 14
 _MAX_FREED_BYTES: Final = 256 * MiB
 """Freed space that may wait for a write-back before one is started for it."""
 
+_MAX_SNAPSHOT_L1_CLUSTERS: Final = 1 << 21
+"""Each takes about 100 bytes of memory while the image is open for writing."""
+
 
 class Qcow2Driver(Operations):
     """One open qcow2 image.
 
     Attributes:
         tables, refcounts, mapping, writeback: the parts, see their modules.
+        secret: the passphrase that the image was opened with.
         in_flight: guest ranges of allocations that are not linked yet.
         freed: clusters that lost a reference since the last write-back.
         metadata: indices of host clusters that hold metadata.
         reads_zero_from: nothing at or after this host offset was ever
             written, so it reads as zeroes.
         discard_freed: a guest's discard gives space back to the file system.
+        lazy_refcounts: refcounts reach the disk when the image is closed; until
+            then it is marked as dirty.
         tasks: operations and background work that run; see `settle`.
         resizing: held by whoever changes the disk's size.
         trim_wanted: once no freed cluster waits, the file's end is cut off.
@@ -68,6 +79,7 @@ class Qcow2Driver(Operations):
 
     name = "qcow2"
     subcluster_size = 0
+    shows_snapshots = True
 
     def __init__(
         self,
@@ -79,12 +91,15 @@ class Qcow2Driver(Operations):
         read_only: bool,
         l2_cache_size: int,
         discard_freed: bool,
+        lazy_refcounts: bool = False,
         data: StorageDriver | None = None,
+        data_file: StorageDriver | None = None,
     ) -> None:
         """``data`` is where guest data is read and written, if not in
-        ``storage`` as it stands."""
+        ``storage`` or ``data_file`` as they stand."""
         self.storage = storage
-        self.data = data or storage
+        self.data_file = data_file
+        self.data = data or data_file or storage
         self.header = header
         self.read_only = read_only
         self.size = header.size
@@ -94,8 +109,10 @@ class Qcow2Driver(Operations):
         self.backing_filename = header.backing_filename
         self.backing_format = header.backing_format
         self.discard_freed = discard_freed
+        self.lazy_refcounts = lazy_refcounts
         self.lock = asyncio.Lock()
         self.keys_lock = asyncio.Lock()
+        self.secret: Secret | bytes | None = None
         self.epochs = Epochs()
         self.in_flight = InFlightRanges()
         self.freed = Freed()
@@ -105,30 +122,45 @@ class Qcow2Driver(Operations):
             header.l2_entry_size // 8,
         )  # fmt: skip
         self.refcounts = Refcounts(storage, header, refcount_table, self.metadata)
-        self.mapping = Mapping(self.tables, self.metadata, header.version >= 3)
-        self.try_plan = write.try_plan
-        if header.extended_l2:
-            self.mapping = ExtendedMapping(self.tables, self.metadata)
-            self.try_plan = write_extended.try_plan
         self.compressed = CompressedClusters(self)
         self.writeback = Writeback(self)
-        self.try_map = self.mapping.try_map  # type: ignore[method-assign]
-        if not header.extended_l2:
-            self.map = self.mapping.map  # type: ignore[method-assign]
-        self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
-        if header.crypt_method == qcow2_header.CRYPT_AES:
-            encryption.number_by_guest_offset(self)
-        self._try_map_untracked_write = self.try_map_write
         end = round_up(storage.length, self.cluster_size)
-        self.reads_zero_from = end if self.data.zero_beyond_end else 1 << 63
+        # A data file may hold anything where nothing is mapped.
+        known = self.data is storage and storage.zero_beyond_end
+        self.reads_zero_from = end if known else 1 << 63
         self.bitmaps = Bitmaps(self)
         self._tracked: Sequence[Bitmap] = ()
+        self.rebind()
         self.tasks: set[asyncio.Task[Any]] = set()
         self.resizing = asyncio.Lock()
         self.trim_wanted = False
         self._nb_in_place = 0
         self._in_place_done: asyncio.Future[None] | None = None
         self.failed = False
+
+    def rebind(self) -> None:
+        """Choose the methods that fit the image's version and features."""
+        header = self.header
+        self.mapping = Mapping(self.tables, self.metadata, header.version >= 3)
+        self.try_plan = write.try_plan
+        if header.extended_l2:
+            self.mapping = ExtendedMapping(self.tables, self.metadata)
+            self.try_plan = write_extended.try_plan
+            inline = write_extended.InlineWriter(self)
+            if not (
+                header.has_data_file or header.crypt_method == qcow2_header.CRYPT_AES
+            ):
+                self.try_begin_write = inline.try_begin_write  # type: ignore[method-assign]
+        self.try_map = self.mapping.try_map  # type: ignore[method-assign]
+        if not header.extended_l2:
+            self.map = self.mapping.map  # type: ignore[method-assign]
+        self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
+        if header.has_data_file:
+            qcow2_data_file.attach(self)
+        elif header.crypt_method == qcow2_header.CRYPT_AES:
+            encryption.number_by_guest_offset(self)
+        self._try_map_untracked_write = self.try_map_write
+        self.track(self._tracked)
 
     # -- opening ---------------------------------------------------------
 
@@ -147,10 +179,12 @@ class Qcow2Driver(Operations):
         Options: ``l2_cache_size`` in bytes; ``discard``, True if a guest's
         discard goes down to the file; ``snapshot``, the ID or name of an
         internal snapshot to show instead of the disk (``(id, name)``, either
-        of them None, for one that must match both), read-only; ``secret``, the
+        of them None, for one that must match both), read-only;
+        ``lazy_refcounts``, whether refcounts may wait until the image is
+        closed, whatever the header says; ``secret``, the
         passphrase of an encrypted image (`nbdqcow.crypto.secrets.Secret` or
-        bytes). Raises
-        `ImageError`.
+        bytes); ``open_data_file``, a coroutine function that opens the external
+        data file, given its name in the image, or None. Raises `ImageError`.
         """
         head = bytes(await storage.pread(0, qcow2_header.HEADER_READ_LENGTH))
         wanted = qcow2_header.needed(head)
@@ -158,6 +192,8 @@ class Qcow2Driver(Operations):
             head = bytes(await storage.pread(0, wanted))
         header = Header.parse(head)
         header.check_supported(read_only=read_only)
+        if header.dirty and not read_only:
+            header = await repair_dirty(storage)
         wanted_snapshot = options.get("snapshot")
         if wanted_snapshot is not None:
             if not read_only:
@@ -172,21 +208,33 @@ class Qcow2Driver(Operations):
             refcount_table = await _read_table(
                 storage, header.refcount_table_offset, table_entries, "refcount"
             )
-        data = await encryption.open_data(storage, header, options.get("secret"))
-        image = cls(
-            storage,
-            header,
-            l1,
-            refcount_table,
-            read_only=read_only,
-            l2_cache_size=options.get("l2_cache_size") or DEFAULT_L2_CACHE,
-            discard_freed=bool(options.get("discard", True)),
-            data=data,
-        )
-        if not read_only:
-            await image._prepare_for_writing()
-        if wanted_snapshot is None and header.bitmaps_consistent:
-            await image.bitmaps.load()
+        data_file = None
+        if header.has_data_file:
+            data_file = await options["open_data_file"](header.data_file_name)
+        try:
+            image = cls(
+                storage,
+                header,
+                l1,
+                refcount_table,
+                read_only=read_only,
+                l2_cache_size=options.get("l2_cache_size") or DEFAULT_L2_CACHE,
+                discard_freed=bool(options.get("discard", True)),
+                lazy_refcounts=_wants_lazy_refcounts(header, options),
+                data=await encryption.open_data(
+                    storage, header, options.get("secret"), data_file
+                ),
+                data_file=data_file,
+            )
+            image.secret = options.get("secret")
+            if not read_only:
+                await image._prepare_for_writing()
+            if wanted_snapshot is None and header.bitmaps_consistent:
+                await image.bitmaps.load()
+        except BaseException:
+            if data_file is not None:
+                await data_file.close()
+            raise
         return image
 
     async def _prepare_for_writing(self) -> None:
@@ -205,7 +253,7 @@ class Qcow2Driver(Operations):
             metadata.update(range(offset >> bits, (offset + length + size - 1) >> bits))
         for table in (self.refcounts.table, self.tables.l1):
             metadata.update((entry & OFFSET_MASK) >> bits for entry in table if entry)
-        unknown = header.autoclear_features & ~qcow2_header.AUTOCLEAR_BITMAPS
+        unknown = header.autoclear_features & ~qcow2_header.AUTOCLEAR_KNOWN_MASK
         if unknown:
             # "An implementation may only write to an image with unknown
             # auto-clear features if it clears the respective bits first."
@@ -222,12 +270,16 @@ class Qcow2Driver(Operations):
         header = self.header
         offset = header.snapshots_offset
         ranges = []
+        nb_clusters = 0
         for _ in range(header.nb_snapshots):
             fixed = bytes(await self.storage.pread(offset, 40))
             l1_offset, l1_size = int.from_bytes(fixed[:8]), int.from_bytes(fixed[8:12])
             if l1_size * 8 > MAX_L1_BYTES or l1_offset % self.cluster_size:
                 raise ImageError("Snapshot L1 table is invalid")
             ranges.append((l1_offset, l1_size * 8))
+            nb_clusters += -(-l1_size * 8 // self.cluster_size)
+            if nb_clusters > _MAX_SNAPSHOT_L1_CLUSTERS:
+                raise ImageError("The L1 tables of the snapshots are too large")
             variable = int.from_bytes(fixed[12:14]) + int.from_bytes(fixed[14:16])
             variable += int.from_bytes(fixed[36:40])
             if offset + 40 + variable - header.snapshots_offset > 64 * MiB:
@@ -290,7 +342,12 @@ class Qcow2Driver(Operations):
     # -- writing ---------------------------------------------------------
 
     def try_begin_write(self, offset: int, length: int) -> WritePlan | None:
-        """See `FormatDriver.try_begin_write`."""
+        """See `FormatDriver.try_begin_write`; `InlineWriter.try_begin_write`
+        takes its place if there are subclusters."""
+        return self.try_begin_any_write(offset, length)
+
+    def try_begin_any_write(self, offset: int, length: int) -> WritePlan | None:
+        """As `try_begin_write`, whatever clusters the write is to."""
         if self.read_only:
             return None
         try:
@@ -298,6 +355,12 @@ class Qcow2Driver(Operations):
         except CorruptImage:
             # The coroutine finds the same, and marks the image.
             return None
+        if plan is not None and self.data_file is not None:
+            try:
+                qcow2_data_file.place_plan(plan)
+            except CorruptImage:
+                write.cancel_write(self, plan)
+                return None
         return None if plan is None else encryption.tag_plan(self.header, plan)
 
     async def begin_write(self, offset: int, length: int) -> WritePlan:
@@ -305,6 +368,12 @@ class Qcow2Driver(Operations):
         self.check_writable()
         try:
             plan = await write.begin_write(self, offset, length)
+            if self.data_file is not None:
+                try:
+                    qcow2_data_file.place_plan(plan)
+                except CorruptImage:
+                    write.abort_write(self, plan)
+                    raise
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
             raise
@@ -343,7 +412,12 @@ class Qcow2Driver(Operations):
         """See `FormatDriver.write_zeroes`."""
         self.check_writable()
         try:
-            await discard.write_zeroes(self, offset, length, may_unmap=may_unmap)
+            if self.data_file is not None:
+                await qcow2_data_file.write_zeroes(
+                    self, offset, length, may_unmap=may_unmap, no_fallback=no_fallback
+                )
+            else:
+                await discard.write_zeroes(self, offset, length, may_unmap=may_unmap)
             self._mark(offset, length)
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
@@ -361,7 +435,10 @@ class Qcow2Driver(Operations):
         """See `FormatDriver.discard`."""
         self.check_writable()
         try:
-            await discard.discard(self, offset, length)
+            if self.data_file is not None:
+                await qcow2_data_file.discard(self, offset, length)
+            else:
+                await discard.discard(self, offset, length)
             self._mark(offset, length)
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
@@ -391,11 +468,8 @@ class Qcow2Driver(Operations):
         self.read_only = True
         self.mapping.freeze()
         if self.header.version >= 3:
-            self.header.incompatible_features |= qcow2_header.INCOMPAT_CORRUPT
-            await self._write_header_field(
-                qcow2_header.INCOMPATIBLE_FEATURES_OFFSET,
-                self.header.incompatible_features,
-            )
+            await self._set_incompatible(qcow2_header.INCOMPAT_CORRUPT, True)
+            await self.storage.flush()
 
     def check_not_metadata(self, cluster_index: int) -> None:
         """Refuse to write guest data to a cluster of metadata."""
@@ -429,6 +503,28 @@ class Qcow2Driver(Operations):
         if self._nb_in_place:
             self._in_place_done = asyncio.get_running_loop().create_future()
             await self._in_place_done
+
+    async def mark_dirty(self) -> None:
+        """Refcounts on disk may be wrong from now on. The caller flushes.
+
+        Source: qcow2.txt, "Dirty bit".
+        """
+        if not self.header.dirty:
+            await self._set_incompatible(qcow2_header.INCOMPAT_DIRTY, True)
+
+    async def mark_clean(self) -> None:
+        """All refcounts on disk are right, and durable."""
+        if self.header.dirty:
+            await self._set_incompatible(qcow2_header.INCOMPAT_DIRTY, False)
+            await self.storage.flush()
+
+    async def _set_incompatible(self, bit: int, value: bool) -> None:
+        features = self.header.incompatible_features
+        features = features | bit if value else features & ~bit
+        await self.storage.pwritev(
+            qcow2_header.INCOMPATIBLE_FEATURES_OFFSET, [features.to_bytes(8, "big")]
+        )
+        self.header.incompatible_features = features
 
     def fail(self) -> None:
         """A write of the image's roots failed: no more writes, no flushes."""
@@ -535,6 +631,18 @@ async def _read_table(
     if nb_entries and offset >= storage.length:
         raise ImageError(f"Could not read {what} table: it is past the file's end")
     return load_be64(await storage.pread(offset, nb_entries * 8))
+
+
+def _wants_lazy_refcounts(header: Header, options: Options[str, Any]) -> bool:
+    wanted = options.get("lazy_refcounts")
+    if wanted is None:
+        return header.lazy_refcounts
+    if wanted and header.version < 3:
+        raise ImageError(
+            "Lazy refcounts require a qcow2 image with at least qemu 1.1"
+            " compatibility level"
+        )
+    return bool(wanted)
 
 
 async def _show_snapshot(

@@ -15,6 +15,9 @@ OFLAG_ZERO: Final = 1 << 0
 
 OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00
 """Bits 9 to 55: the host offset in L1 and standard L2 entries."""
+IN_DATA_FILE: Final = 1 << 55
+"""In memory only: the offset is one in the external data file, where 0 is as
+good as any other."""
 L1_RESERVED_MASK: Final = 0x7F00_0000_0000_01FF
 L2_RESERVED_MASK: Final = 0x3F00_0000_0000_01FE
 SUBCLUSTERS_BITS: Final = 5

@@ -37,6 +37,7 @@ INCOMPAT_KNOWN_MASK: Final = 0x1F
 COMPAT_LAZY_REFCOUNTS: Final = 1 << 0
 AUTOCLEAR_BITMAPS: Final = 1 << 0
 AUTOCLEAR_RAW_DATA_FILE: Final = 1 << 1
+AUTOCLEAR_KNOWN_MASK: Final = 0x3
 
 CRYPT_NONE: Final = 0
 CRYPT_AES: Final = 1
@@ -60,6 +61,7 @@ REFTABLE_FIELDS_OFFSET: Final = 48
 """``refcount_table_offset`` (u64), ``refcount_table_clusters`` (u32)."""
 INCOMPATIBLE_FEATURES_OFFSET: Final = 72
 AUTOCLEAR_FEATURES_OFFSET: Final = 88
+REFCOUNT_ORDER_OFFSET: Final = 96
 
 MAX_SNAPSHOTS: Final = 65536
 MAX_BITMAPS: Final = 65535
@@ -475,12 +477,8 @@ class Header:
         Raises `UnsupportedFeature`, or `ImageError` for an image marked as
         damaged that is to be written.
         """
-        lacking = {
-            "external data file": self.has_data_file,
-        }
-        names = [name for name, used in lacking.items() if used]
-        if names:
-            raise UnsupportedFeature("qcow2: not supported yet: " + ", ".join(names))
+        if self.autoclear_features & AUTOCLEAR_RAW_DATA_FILE and not self.has_data_file:
+            raise ImageError("data-file-raw requires a data file")
         if self.corrupt and not read_only:
             raise ImageError("qcow2: Image is corrupt; cannot be opened read/write")
 
@@ -533,6 +531,13 @@ class Header:
             raise ImageError("Backing file name too long")
         self.backing_file_size = len(name)
         self.backing_file_offset = self.header_length + len(extensions) if name else 0
+        packed = bytes(self.pack_fields() + extensions + name)
+        if len(packed) > self.cluster_size:
+            raise ImageError("qcow2: header does not fit the first cluster")
+        return packed
+
+    def pack_fields(self) -> bytes:
+        """Return the fields up to ``header_length`` as the file holds them."""
         fixed = bytearray(
             _V2_FIELDS.pack(
                 MAGIC,
@@ -561,10 +566,7 @@ class Header:
             if self.header_length > _V3_MIN_HEADER_LENGTH:
                 fixed.append(self.compression_type)
                 fixed += self.extra.ljust(self.header_length - len(fixed), b"\0")
-        packed = bytes(fixed + extensions + name)
-        if len(packed) > self.cluster_size:
-            raise ImageError("qcow2: header does not fit the first cluster")
-        return packed
+        return bytes(fixed)
 
 
 def _decode(data: bytes) -> str:

@@ -9,8 +9,9 @@ from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nbdqcow.block.driver import FormatDriver
-from nbdqcow.block.tools import OptionValue, Secrets, SnapshotInfo
-from nbdqcow.errors import BlockError, CorruptImage
+from nbdqcow.block.tools import OptionValue, Progress, Secrets, SnapshotInfo
+from nbdqcow.errors import BlockError, CorruptImage, NotSupported
+from nbdqcow.formats.qcow2 import encryption
 from nbdqcow.formats.qcow2.bitmap import BitmapInfo
 
 if TYPE_CHECKING:
@@ -44,15 +45,11 @@ class Operations(FormatDriver):
 
     # -- the disk --------------------------------------------------------
 
-    async def resize(
-        self, size: int, *, preallocation: str = "off", backing_size: int = 0
-    ) -> None:
+    async def resize(self, size: int, *, preallocation: str = "off") -> None:
         """See `FormatDriver.resize`."""
         from nbdqcow.formats.qcow2 import resize
 
-        await self._operate(
-            resize.resize(self._image, size, preallocation, backing_size)
-        )
+        await self._operate(resize.resize(self._image, size, preallocation))
 
     async def make_empty(self) -> None:
         """See `FormatDriver.make_empty`."""
@@ -60,24 +57,29 @@ class Operations(FormatDriver):
 
         await self._operate(resize.make_empty(self._image))
 
-    # -- encryption ------------------------------------------------------
-
-    async def amend_keys(
-        self,
-        values: Mapping[str, OptionValue],
-        secrets: Secrets,
-        passphrase: bytes,
-        *,
-        force: bool = False,
+    async def change_backing_file(
+        self, filename: str | None, format_name: str | None
     ) -> None:
-        """See `FormatDriver.amend_keys`."""
-        from nbdqcow.formats.qcow2 import encryption
+        """See `FormatDriver.change_backing_file`."""
+        from nbdqcow.formats.qcow2 import amend
 
         await self._operate(
-            encryption.amend_keys(self._image, values, secrets, passphrase, force=force)
+            amend.change_backing_file(self._image, filename, format_name)
         )
 
+    async def amend(
+        self, options: Mapping[str, OptionValue], progress: Progress
+    ) -> None:
+        """See `FormatDriver.amend`."""
+        from nbdqcow.formats.qcow2 import amend
+
+        await self._operate(amend.amend(self._image, options, progress))
+
     # -- snapshots -------------------------------------------------------
+
+    def _refuse_for_data_file(self) -> None:
+        if self.data_file is not None:
+            raise NotSupported("snapshots can't be used with an external data file")
 
     async def snapshot_list(self) -> list[SnapshotInfo]:
         """Return the internal snapshots in the table's order."""
@@ -103,6 +105,7 @@ class Operations(FormatDriver):
         """
         from nbdqcow.formats.qcow2 import snapshot
 
+        self._refuse_for_data_file()
         return await self._operate(
             snapshot.create(
                 self._image,
@@ -122,6 +125,7 @@ class Operations(FormatDriver):
         """
         from nbdqcow.formats.qcow2 import snapshot
 
+        self._refuse_for_data_file()
         await self._operate(snapshot.apply(self._image, id_or_name))
 
     async def snapshot_delete(self, id_or_name: str) -> None:
@@ -132,7 +136,21 @@ class Operations(FormatDriver):
         """
         from nbdqcow.formats.qcow2 import snapshot
 
+        self._refuse_for_data_file()
         await self._operate(snapshot.delete(self._image, id_or_name))
+
+    # -- encryption ------------------------------------------------------
+
+    async def amend_keys(
+        self,
+        values: Mapping[str, OptionValue],
+        secrets: Secrets,
+        *,
+        force: bool = False,
+    ) -> None:
+        """See `FormatDriver.amend_keys`."""
+        image = self._image
+        await self._operate(encryption.amend_keys(image, values, secrets, force=force))
 
     # -- dirty bitmaps ---------------------------------------------------
 

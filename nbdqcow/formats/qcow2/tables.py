@@ -8,7 +8,7 @@ Source: qcow2.txt, "Cluster mapping".
 """
 
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from sys import byteorder
 from typing import Final
 
@@ -77,6 +77,10 @@ class Tables:
             never written: on disk there is garbage under them.
         dirty: slices by key with changes that are not on disk.
         dirty_l1: indices of L1 entries that are not on disk.
+        dirty_limit: the `dirty_bytes` at which a writer should start a
+            write-back.
+        load_entries, dump_entries: turn L2 entries on disk into those in
+            memory, and back.
     """
 
     def __init__(
@@ -106,10 +110,13 @@ class Tables:
         # An array of n words takes 8 n + 64 bytes; the slice and its places
         # in dictionaries about 300 more.
         self._generation_limit = max(4, cache_bytes // (2 * (self.slice_bytes + 364)))
+        self.dirty_limit = max(4, self._generation_limit // 2) * self.slice_bytes
         self.fresh: dict[int, int] = {}
         self.dirty: dict[int, L2Slice] = {}
         self.dirty_l1: set[int] = set()
         self._loading: dict[int, object] = {}
+        self.load_entries: Callable[[Buffer], array[int]] = load_be64
+        self.dump_entries: Callable[[array[int]], bytes] = dump_be64
 
     # -- looking up ------------------------------------------------------
 
@@ -168,7 +175,11 @@ class Tables:
         if l1_index in self.fresh:
             return self._insert(L2Slice(key, array("Q", bytes(self.slice_bytes))))
         data = self.storage.try_pread(self.slice_offset(key), self.slice_bytes)
-        return None if data is None else self._insert(L2Slice(key, load_be64(data)))
+        return (
+            None
+            if data is None
+            else self._insert(L2Slice(key, self.load_entries(data)))
+        )
 
     async def load(self, key: int) -> L2Slice:
         """Return a slice, reading it if needed. Its L2 table exists."""
@@ -185,7 +196,7 @@ class Tables:
                 and self._loading.get(key) is ticket
                 and self.slice_offset(key) == offset
             ):
-                found = self._insert(L2Slice(key, load_be64(data)))
+                found = self._insert(L2Slice(key, self.load_entries(data)))
         return found
 
     def slice_offset(self, key: int) -> int:
@@ -246,25 +257,23 @@ class Tables:
         """Replace a shared L2 table by a copy of it in a new cluster."""
         first_key = l1_index << self._slices_per_table_bits
         keys = range(first_key, first_key + (1 << self._slices_per_table_bits))
-        slices = []
-        for key in keys:
-            found = await self.load(key)
-            found.pins += 1
-            slices.append(found)
-        self.add_table(l1_index, entry)
-        for found in slices:
-            self.mark_dirty(found, 0, len(found.words))
-            found.pins -= 1
+        slices: list[L2Slice] = []
+        try:
+            for key in keys:
+                found = await self.load(key)
+                found.pins += 1
+                slices.append(found)
+            self.add_table(l1_index, entry)
+            for found in slices:
+                self.mark_dirty(found, 0, len(found.words))
+        finally:
+            for found in slices:
+                found.pins -= 1
 
     @property
     def dirty_bytes(self) -> int:
         """Memory that can't be given back before a write-back."""
         return len(self.dirty) * self.slice_bytes
-
-    @property
-    def dirty_limit(self) -> int:
-        """The `dirty_bytes` at which a writer should start a write-back."""
-        return max(4, self._generation_limit // 2) * self.slice_bytes
 
     @property
     def is_dirty(self) -> bool:

@@ -12,6 +12,7 @@ from nbdqcow.block.driver import WritePlan
 from nbdqcow.block.inflight import InFlightRange
 from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow2.entries import (
+    IN_DATA_FILE,
     OFFSET_MASK,
     OFLAG_COMPRESSED,
     OFLAG_COPIED,
@@ -62,6 +63,31 @@ class Allocation:
         self.nb_clusters = nb_clusters
         self.reused = reused
         self.epoch = epoch
+
+    def end(self, image: "Qcow2Driver") -> None:
+        """The data is in the file."""
+        self.link(image)
+        self._finish(image)
+
+    def abort(self, image: "Qcow2Driver") -> None:
+        """The data, or some of it, could not be written."""
+        if not self.reused and not image.header.has_data_file:
+            # Nothing on disk names these clusters, so no write-back is needed
+            # before they are free again; but they are dirty with our bytes now.
+            image.freed.add(self.cluster_index, self.nb_clusters, False)
+        self._finish(image)
+
+    def cancel(self, image: "Qcow2Driver") -> None:
+        """Nothing was written, nor is on the way."""
+        if not self.reused:
+            untake_clusters(image, self.cluster_index, self.nb_clusters)
+        self._finish(image)
+
+    def _finish(self, image: "Qcow2Driver") -> None:
+        self.l2.pins -= 1
+        image.epochs.leave(self.epoch)
+        image.in_flight.remove(self.in_flight)
+        image.start_writeback_if_due()
 
     def link(self, image: "Qcow2Driver") -> None:
         """Let the L2 entries name the clusters."""
@@ -155,13 +181,13 @@ def try_plan(
             nb_clusters += 1
         if whole and nb_clusters < needed:
             return None
-        taken = image.refcounts.try_allocate(nb_clusters)
+        taken = take_clusters(image, offset - in_cluster, nb_clusters)
         if taken is None:
             return None
         cluster_index, nb_clusters = taken
     if whole and nb_clusters < needed:
         if not reused:
-            image.refcounts.untake(cluster_index, nb_clusters)
+            untake_clusters(image, cluster_index, nb_clusters)
         return None
     host_start = cluster_index << image.cluster_bits
     reads_zero = not reused and image.reads_zero_from <= host_start
@@ -183,6 +209,22 @@ def try_plan(
         reads_zero=reads_zero,
         private=allocation,
     )
+
+
+def take_clusters(
+    image: "Qcow2Driver", offset: int, nb_clusters: int
+) -> tuple[int, int] | None:
+    """Take host clusters for the guest's from ``offset`` on; None if that
+    needs waiting. Returns the first one's index and how many there are."""
+    if image.header.has_data_file:
+        return (offset | IN_DATA_FILE) >> image.cluster_bits, nb_clusters
+    return image.refcounts.try_allocate(nb_clusters)
+
+
+def untake_clusters(image: "Qcow2Driver", index: int, nb_clusters: int) -> None:
+    """Give back what `take_clusters` has just returned."""
+    if not image.header.has_data_file:
+        image.refcounts.untake(index, nb_clusters)
 
 
 def _is_own_zero(image: "Qcow2Driver", entry: int) -> bool:
@@ -227,7 +269,13 @@ async def slice_for_change(image: "Qcow2Driver", offset: int) -> L2Slice:
         image.note_used(new_offset + image.cluster_size)
         entry = new_offset | OFLAG_COPIED
         if table_offset:
-            await tables.copy_table(l1_index, entry)
+            try:
+                await tables.copy_table(l1_index, entry)
+            except BaseException:
+                # A read failed, or the request was cancelled.
+                image.metadata.discard(cluster_index)
+                image.freed.add(cluster_index, 1, False)
+                raise
             # The old table stays metadata: a snapshot still has it.
             image.freed.add(table_offset >> image.cluster_bits, 1, False)
         else:
@@ -242,8 +290,7 @@ def end_write(image: "Qcow2Driver", plan: WritePlan) -> None:
     if isinstance(allocation, int):
         image.leave_in_place(allocation)
         return
-    allocation.link(image)
-    _finish(image, allocation)
+    allocation.end(image)
 
 
 def abort_write(image: "Qcow2Driver", plan: WritePlan) -> None:
@@ -252,11 +299,7 @@ def abort_write(image: "Qcow2Driver", plan: WritePlan) -> None:
     if isinstance(allocation, int):
         image.leave_in_place(allocation)
         return
-    if not allocation.reused:
-        # Nothing on disk names these clusters, so no write-back is needed
-        # before they are free again; but they are dirty with our bytes now.
-        image.freed.add(allocation.cluster_index, allocation.nb_clusters, False)
-    _finish(image, allocation)
+    allocation.abort(image)
 
 
 def cancel_write(image: "Qcow2Driver", plan: WritePlan) -> None:
@@ -265,16 +308,7 @@ def cancel_write(image: "Qcow2Driver", plan: WritePlan) -> None:
     if isinstance(allocation, int):
         image.leave_in_place(allocation)
         return
-    if not allocation.reused:
-        image.refcounts.untake(allocation.cluster_index, allocation.nb_clusters)
-    _finish(image, allocation)
-
-
-def _finish(image: "Qcow2Driver", allocation: Allocation) -> None:
-    allocation.l2.pins -= 1
-    image.epochs.leave(allocation.epoch)
-    image.in_flight.remove(allocation.in_flight)
-    image.start_writeback_if_due()
+    allocation.cancel(image)
 
 
 def free_entry(image: "Qcow2Driver", entry: int, *, discard: bool = False) -> None:
@@ -283,6 +317,8 @@ def free_entry(image: "Qcow2Driver", entry: int, *, discard: bool = False) -> No
     ``discard``: give the space back to the file system, not only to the
     image, where the next allocation would want it.
     """
+    if image.header.has_data_file:
+        return
     if entry & OFLAG_COMPRESSED:
         host_offset, length = compressed_range(entry, image.cluster_bits)
         first = host_offset >> image.cluster_bits

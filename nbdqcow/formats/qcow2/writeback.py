@@ -63,13 +63,16 @@ class Freed:
 class _Picture:
     """What was dirty at one moment, in the form that goes to disk."""
 
-    def __init__(self, image: "Qcow2Driver") -> None:
+    def __init__(self, image: "Qcow2Driver", *, accurate: bool) -> None:
+        """``accurate``: with the refcounts; without them the image must be
+        marked as dirty first."""
         tables, refcounts = image.tables, image.refcounts
         cluster_size = image.cluster_size
-        self.fresh_blocks = set(refcounts.fresh)
+        self.accurate = accurate
+        self.fresh_blocks = set(refcounts.fresh) if accurate else set()
         self.blocks: list[tuple[int, int, bytes]] = []
-        self.block_objects = dict(refcounts.dirty)
-        for index, block in refcounts.dirty.items():
+        self.block_objects = dict(refcounts.dirty) if accurate else {}
+        for index, block in self.block_objects.items():
             data = pack_counts(block.counts, refcounts.order)
             first, end = 0, cluster_size
             if index not in self.fresh_blocks:
@@ -79,7 +82,8 @@ class _Picture:
             block.changed_first = block.changed_end = 0
             block.pins += 1
             self.blocks.append((index, refcounts.table[index] + first, data[first:end]))
-        refcounts.dirty.clear()
+        if accurate:
+            refcounts.dirty.clear()
         self.refcount_table = refcounts.table
         self.fresh_tables = dict(tables.fresh)
         self.slices = list(tables.dirty.values())
@@ -93,14 +97,17 @@ class _Picture:
                 first = s.dirty_first // _SECTOR_WORDS * _SECTOR_WORDS
                 end = -(-s.dirty_end // _SECTOR_WORDS) * _SECTOR_WORDS
                 offset = tables.slice_offset(s.key) + first * 8
-                self.slice_writes.append((offset, dump_be64(s.words[first:end])))
+                words = s.words[first:end]
+                self.slice_writes.append((offset, tables.dump_entries(words)))
             s.dirty_first = s.dirty_end = 0
             s.pins += 1
         tables.dirty.clear()
         for index, content in contents.items():
             for slot, s in tables.cached_slices(index):
                 start = slot * tables.slice_bytes
-                content[start : start + tables.slice_bytes] = dump_be64(s.words)
+                content[start : start + tables.slice_bytes] = tables.dump_entries(
+                    s.words
+                )
             self.table_writes.append((self.fresh_tables[index], bytes(content)))
         self.dirty_l1 = set(tables.dirty_l1)
         tables.dirty_l1.clear()
@@ -146,12 +153,15 @@ class Writeback:
         self._queued: asyncio.Task[None] | None = None
         self._dropping = asyncio.Lock()
         self.waiting: list[Freed] = []
+        self._accurate_wanted = False
 
-    async def flush(self) -> None:
+    async def flush(self, *, accurate: bool = False) -> None:
         """Make all that was answered before this call durable.
 
-        Callers that come while a commit runs share the next one.
+        Callers that come while a commit runs share the next one. ``accurate``:
+        also refcounts that need not be right yet (lazy refcounts).
         """
+        self._accurate_wanted |= accurate
         if self._queued is None:
             self._queued = asyncio.create_task(self._commit_when_free())
             self._queued.add_done_callback(_retrieve)
@@ -182,7 +192,8 @@ class Writeback:
             self._give_back(freed)
             return
         async with image.lock:
-            picture = _Picture(image)
+            picture = self._take_picture(accurate=self._accurate_wanted)
+            self._accurate_wanted = False
         await self._carry_out(picture)
 
     @contextlib.asynccontextmanager
@@ -196,7 +207,12 @@ class Writeback:
 
     async def commit_alone(self) -> None:
         """Commit what is dirty. Commits are paused and the lock is held."""
-        await self._carry_out(_Picture(self.image))
+        await self._carry_out(self._take_picture(accurate=True))
+
+    def _take_picture(self, *, accurate: bool) -> _Picture:
+        image = self.image
+        accurate |= not image.lazy_refcounts or image.refcounts.many_dirty
+        return _Picture(image, accurate=accurate)
 
     async def _carry_out(self, picture: _Picture) -> None:
         image, storage = self.image, self.image.storage
@@ -204,6 +220,8 @@ class Writeback:
             await self._write_refcounts(picture)
             for offset, data in picture.table_writes:
                 await storage.pwritev(offset, [data])
+            if not picture.accurate and (picture.slice_writes or picture.l1_writes):
+                await image.mark_dirty()
             await self.flush_files()
             # The tables are whole now. From here on a change to one of them
             # may go to disk only after what it names, like any other's.
@@ -317,7 +335,9 @@ class Writeback:
         await self.image.settle()
         await self.flush()
         await self.image.settle()
-        await self.flush()
+        await self.flush(accurate=True)
+        await self.image.settle()
+        await self.image.mark_clean()
 
 
 def _retrieve(task: "asyncio.Task[None]") -> None:
