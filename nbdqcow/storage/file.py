@@ -28,12 +28,8 @@ from nbdqcow.storage.linux import (
     pwrite_all,
 )
 from nbdqcow.storage.mapped import MappedFile
-from nbdqcow.storage.opening import (
-    CacheMode,
-    open_blocking,
-    parse_cache_mode,
-    parse_discard_mode,
-)
+from nbdqcow.storage.open_file import open_file
+from nbdqcow.storage.opening import CacheMode
 from nbdqcow.storage.overwrite import Overwriter
 from nbdqcow.storage.overwrite import pays as overwrite_pays
 from nbdqcow.storage.reopening import reopen_blocking
@@ -67,6 +63,9 @@ class FileStorage(StorageDriver):
     then on every `flush` and FUA write fails, until the file is opened anew.
 
     A block device has a fixed length: writing past it is ENOSPC.
+
+    Attributes:
+        permissions: the image locks that are held; None for none.
     """
 
     name: ClassVar[str] = "file"
@@ -118,7 +117,7 @@ class FileStorage(StorageDriver):
         self._pause = MIN_PAUSE
         self._nb_watched = 0
         self._set_inline_writes()
-        self._permissions: locks.Permissions | None = None
+        self.permissions: locks.Permissions | None = None
 
         self._holes = Holes(fd, self._is_device, self._pwritev_blocking)
         self._has_dsync = True
@@ -163,7 +162,9 @@ class FileStorage(StorageDriver):
         if shared and not read_only:
             raise UsageError("an image can be shared with writers only read-only")
         flags = os.O_RDONLY if read_only else os.O_RDWR
-        return await _open(filename, flags, permissions, read_only, cache, discard)
+        return await open_file(
+            cls, filename, flags, permissions, read_only, cache, discard
+        )
 
     @classmethod
     async def create(
@@ -182,7 +183,9 @@ class FileStorage(StorageDriver):
         """
         permissions = locks.READ_WRITE if locking else None
         flags = os.O_RDWR | os.O_CREAT
-        storage = await _open(filename, flags, permissions, False, cache, discard)
+        storage = await open_file(
+            cls, filename, flags, permissions, False, cache, discard
+        )
         try:
             if not storage._is_device:
                 await storage.truncate(0)
@@ -632,10 +635,10 @@ class FileStorage(StorageDriver):
         """See `StorageDriver.reopen`. At no moment is the file without locks."""
         if read_only == self.read_only:
             return
-        if self._permissions == locks.FORCE_SHARE:
+        if self.permissions == locks.FORCE_SHARE:
             raise ImageError(f"'{self.filename}' is shared with writers")
-        self._permissions = await self._pool.run(
-            reopen_blocking, self._fd, self.filename, self._permissions, read_only
+        self.permissions = await self._pool.run(
+            reopen_blocking, self._fd, self.filename, self.permissions, read_only
         )
         self.read_only = read_only
         self._set_inline_writes()
@@ -662,57 +665,6 @@ class FileStorage(StorageDriver):
                 await self._pool.run(os.close, fd)
             finally:
                 await self._pool.close()
-
-
-async def _open(
-    filename: str,
-    flags: int,
-    permissions: locks.Permissions | None,
-    read_only: bool,
-    cache: str,
-    discard: str,
-) -> FileStorage:
-    """Open and lock a file in a thread."""
-    mode = parse_cache_mode(cache)
-    unmap = parse_discard_mode(discard)
-    kind: type[FileStorage] = FileStorage
-    if mode.direct:
-        # Not above: it builds on this module.
-        from nbdqcow.storage.direct import DirectFileStorage
-
-        kind = DirectFileStorage
-        flags |= os.O_DIRECT
-    pool = Pool()
-    fds: list[int] = []
-    opened: list[FileStorage] = []
-
-    def open_in_thread() -> None:
-        fd = open_blocking(filename, flags)
-        fds.append(fd)
-        if permissions is not None:
-            locks.lock_blocking(fd, filename, permissions)
-        storage = kind(
-            fd, filename, read_only=read_only, cache=mode, unmap=unmap, pool=pool
-        )
-        storage._permissions = permissions
-        opened.append(storage)
-
-    try:
-        await pool.run(open_in_thread)
-    except BaseException as error:
-        # The thread may have finished for a task that was cancelled meanwhile.
-        if opened:
-            await opened[0].close()
-        else:
-            for fd in fds:
-                os.close(fd)
-            await pool.close()
-        if isinstance(error, OSError):
-            raise ImageError(
-                f"Could not open '{filename}': {error.strerror}"
-            ) from error
-        raise
-    return opened[0]
 
 
 def _tells_residency(fd: int, status: os.stat_result) -> bool:
