@@ -68,7 +68,8 @@ _COMMANDS: Final = {
     "map": (
         "nbdqcow.cli.img_map",
         "[--object objectdef] [--image-opts] [-f fmt] [--start-offset=offset] "
-        "[--max-length=length] [--output=human|json] [-U] filename",
+        "[--max-length=length] [--output=human|json | --picture=file.svg|file.png] "
+        "[-U] filename",
     ),
     "measure": (
         "nbdqcow.cli.img_measure",

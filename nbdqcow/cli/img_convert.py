@@ -254,7 +254,7 @@ async def _convert_to_target(
         if tool is not None and not is_remote(settings.target):
             try:
                 new = NewImage(settings.target)
-                new.create(tool, values)
+                new.create(tool, values, settings.images.secret)
             except ImageError as exc:
                 shown = str(exc) if new is None else new.rename_in(str(exc))
                 raise ImageError(
@@ -264,7 +264,11 @@ async def _convert_to_target(
             path = new.path
         try:
             target = await open_node(
-                path, target_arguments, writable=True, cache=target_cache
+                path,
+                target_arguments,
+                writable=True,
+                cache=target_cache,
+                secret=_secret_of(values, settings.images),
             )
         except ImageError as exc:
             shown = str(exc) if new is None else new.rename_in(str(exc))
@@ -321,6 +325,12 @@ def _creation_values(
                 "Compression and preallocation not supported at the same time"
             )
     return values
+
+
+def _secret_of(values: dict[str, OptionValue], images: ImageArguments) -> bytes | None:
+    """Return the passphrase that the new image was made with."""
+    key = values.get("encrypt.key-secret", values.get("key-secret"))
+    return None if key is None else images.secret(str(key))
 
 
 def _check_compression(format_: str) -> None:

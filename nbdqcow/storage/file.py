@@ -23,12 +23,8 @@ from nbdqcow.storage.linux import (
     copy_file_range,
     pwrite_all,
 )
-from nbdqcow.storage.opening import (
-    CacheMode,
-    open_blocking,
-    parse_cache_mode,
-    parse_discard_mode,
-)
+from nbdqcow.storage.open_file import open_file
+from nbdqcow.storage.opening import CacheMode
 from nbdqcow.storage.reopening import reopen_blocking
 from nbdqcow.types import Buffer, Buffers
 from nbdqcow.units import MiB
@@ -47,6 +43,9 @@ class FileStorage(InlineFile):
     then on every `flush` and FUA write fails, until the file is opened anew.
 
     A block device has a fixed length: writing past it is ENOSPC.
+
+    Attributes:
+        permissions: the image locks that are held; None for none.
     """
 
     name: ClassVar[str] = "file"
@@ -80,7 +79,7 @@ class FileStorage(InlineFile):
         self._unmap = unmap
 
         self._set_up_inline(status)
-        self._permissions: locks.Permissions | None = None
+        self.permissions: locks.Permissions | None = None
 
         self._holes = Holes(fd, self._is_device, self._pwritev_blocking)
         self._has_dsync = True
@@ -125,7 +124,9 @@ class FileStorage(InlineFile):
         if shared and not read_only:
             raise UsageError("an image can be shared with writers only read-only")
         flags = os.O_RDONLY if read_only else os.O_RDWR
-        return await _open(filename, flags, permissions, read_only, cache, discard)
+        return await open_file(
+            cls, filename, flags, permissions, read_only, cache, discard
+        )
 
     @classmethod
     async def create(
@@ -144,7 +145,9 @@ class FileStorage(InlineFile):
         """
         permissions = locks.READ_WRITE if locking else None
         flags = os.O_RDWR | os.O_CREAT
-        storage = await _open(filename, flags, permissions, False, cache, discard)
+        storage = await open_file(
+            cls, filename, flags, permissions, False, cache, discard
+        )
         try:
             if not storage._is_device:
                 await storage.truncate(0)
@@ -437,10 +440,10 @@ class FileStorage(InlineFile):
         """See `StorageDriver.reopen`. At no moment is the file without locks."""
         if read_only == self.read_only:
             return
-        if self._permissions == locks.FORCE_SHARE:
+        if self.permissions == locks.FORCE_SHARE:
             raise ImageError(f"'{self.filename}' is shared with writers")
-        self._permissions = await self._pool.run(
-            reopen_blocking, self._fd, self.filename, self._permissions, read_only
+        self.permissions = await self._pool.run(
+            reopen_blocking, self._fd, self.filename, self.permissions, read_only
         )
         self.read_only = read_only
         self._set_inline_writes()
@@ -467,54 +470,3 @@ class FileStorage(InlineFile):
                 await self._pool.run(os.close, fd)
             finally:
                 await self._pool.close()
-
-
-async def _open(
-    filename: str,
-    flags: int,
-    permissions: locks.Permissions | None,
-    read_only: bool,
-    cache: str,
-    discard: str,
-) -> FileStorage:
-    """Open and lock a file in a thread."""
-    mode = parse_cache_mode(cache)
-    unmap = parse_discard_mode(discard)
-    kind: type[FileStorage] = FileStorage
-    if mode.direct:
-        # Not above: it builds on this module.
-        from nbdqcow.storage.direct import DirectFileStorage
-
-        kind = DirectFileStorage
-        flags |= os.O_DIRECT
-    pool = Pool()
-    fds: list[int] = []
-    opened: list[FileStorage] = []
-
-    def open_in_thread() -> None:
-        fd = open_blocking(filename, flags)
-        fds.append(fd)
-        if permissions is not None:
-            locks.lock_blocking(fd, filename, permissions)
-        storage = kind(
-            fd, filename, read_only=read_only, cache=mode, unmap=unmap, pool=pool
-        )
-        storage._permissions = permissions
-        opened.append(storage)
-
-    try:
-        await pool.run(open_in_thread)
-    except BaseException as error:
-        # The thread may have finished for a task that was cancelled meanwhile.
-        if opened:
-            await opened[0].close()
-        else:
-            for fd in fds:
-                os.close(fd)
-            await pool.close()
-        if isinstance(error, OSError):
-            raise ImageError(
-                f"Could not open '{filename}': {error.strerror}"
-            ) from error
-        raise
-    return opened[0]

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,6 +109,18 @@ def settle(outcome: Outcome) -> Outcome:
 
 
 READING = ("compare", "map", "measure", "info", "check")
+IN_EVERY_RUN = 6
+"""Of so many lines that change images one is in every test run."""
+
+
+def lines(*given: str) -> Any:
+    """Parametrise a test with command lines. Those that change images take ten
+    times as long as the others: most of them are `slow`."""
+    cases = []
+    for index, line in enumerate(given):
+        slow = not line.startswith(READING) and index % IN_EVERY_RUN
+        cases.append(pytest.param(line, marks=pytest.mark.slow if slow else ()))
+    return pytest.mark.parametrize("line", cases)
 
 
 def compare(line: str, disks: Path, tmp_path: Path) -> None:
@@ -337,6 +350,13 @@ CONVERT = [
     "convert base.qcow2 out -O qcow2",
     "convert -qO qcow2 -- base.qcow2 out",
     "convert --object secret,id=a,data=b -O qcow2 base.qcow2 out",
+    "convert -O qcow2 -o encrypt.format=luks,encrypt.key-secret=a base.qcow2 out",
+    "convert --object secret,id=b,data=b -O qcow2 "
+    "-o encrypt.format=luks,encrypt.key-secret=a base.qcow2 out",
+    "convert --object foo,id=b -O qcow2 base.qcow2 out",
+    "convert --object secret,id=b,data=b -c -O qcow2 "
+    "-o encrypt.format=luks,encrypt.key-secret=b base.qcow2 out",
+    "convert -c -O qcow2 -o encryption=on base.qcow2 out",
 ]  # fmt: skip
 
 
@@ -463,7 +483,7 @@ DD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("line", DD)
+@lines(*DD)
 def test_dd(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
 
@@ -508,7 +528,7 @@ SNAPSHOT = [
 ]
 
 
-@pytest.mark.parametrize("line", SNAPSHOT)
+@lines(*SNAPSHOT)
 def test_snapshot(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
 
@@ -560,7 +580,7 @@ BITMAP = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("line", BITMAP)
+@lines(*BITMAP)
 def test_bitmap(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
 
@@ -588,7 +608,7 @@ BENCH = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("line", BENCH)
+@lines(*BENCH)
 def test_bench(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
 
@@ -638,7 +658,7 @@ RESIZE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("line", RESIZE)
+@lines(*RESIZE)
 def test_resize(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
 
@@ -692,7 +712,7 @@ AMEND = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("line", AMEND)
+@lines(*AMEND)
 def test_amend(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
 
@@ -739,21 +759,21 @@ MEASURE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("line", MEASURE)
+@lines(*MEASURE)
 def test_measure(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
 
 
-@pytest.mark.parametrize("line", MAP)
+@lines(*MAP)
 def test_map(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
 
 
-@pytest.mark.parametrize("line", COMPARE)
+@lines(*COMPARE)
 def test_compare(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
 
 
-@pytest.mark.parametrize("line", CONVERT)
+@lines(*CONVERT)
 def test_convert(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
