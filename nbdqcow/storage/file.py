@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar, Final, TypeVar, TypeVarTuple
 
 from nbdqcow.block.storage import StorageDriver
+from nbdqcow.buffers import zero_views
 from nbdqcow.errors import BlockError, ImageError, NotSupported, UsageError
 from nbdqcow.pool import Pool
 from nbdqcow.storage import locks
@@ -25,9 +26,10 @@ from nbdqcow.storage.linux import (
     TMPFS_MAGIC,
     copy_file_range,
     filesystem_type,
+    pread_all,
     pwrite_all,
 )
-from nbdqcow.storage.mapped import MappedFile
+from nbdqcow.storage.mapped import MappedFile, tells_residency
 from nbdqcow.storage.opening import (
     CacheMode,
     open_blocking,
@@ -52,8 +54,6 @@ SLOW_WRITE: Final = 0.002
 NB_WATCHED: Final = 32
 MIN_PAUSE: Final = 0.05
 MAX_PAUSE: Final = 1.0
-
-_ZEROES: Final = bytes(MiB)
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -109,7 +109,7 @@ class FileStorage(StorageDriver):
         self._scratch_length = -1
 
         self._mapped: MappedFile | None = None
-        if not (cache.direct or self._is_device) and _tells_residency(fd, status):
+        if not (cache.direct or self._is_device) and tells_residency(fd, status):
             # Without /proc there are no views; copies do as well.
             with contextlib.suppress(OSError):
                 self._mapped = MappedFile(fd)
@@ -364,16 +364,7 @@ class FileStorage(StorageDriver):
         return bytes(self._pread_blocking(offset, length))
 
     def _pread_blocking(self, offset: int, length: int) -> Buffer:
-        data = os.pread(self._fd, length, offset)
-        if len(data) == length:
-            return data
-        pieces = [data]
-        nb_read = len(data)
-        while data and nb_read < length:
-            data = os.pread(self._fd, length - nb_read, offset + nb_read)
-            pieces.append(data)
-            nb_read += len(data)
-        return b"".join(pieces).ljust(length, b"\0")
+        return pread_all(self._fd, offset, length)
 
     async def pwritev(
         self, offset: int, buffers: Buffers, *, fua: bool = False
@@ -545,10 +536,7 @@ class FileStorage(StorageDriver):
             if no_fallback:
                 raise
         for start in range(offset, end, 8 * MiB):
-            count = min(8 * MiB, end - start)
-            zeroes = [_ZEROES] * (count // len(_ZEROES))
-            zeroes.append(_ZEROES[: count % len(_ZEROES)])
-            await self.pwritev(start, zeroes)
+            await self.pwritev(start, zero_views(min(8 * MiB, end - start)))
 
     def _zero_blocking(
         self, offset: int, length: int, unmap: bool, no_fallback: bool
@@ -630,8 +618,6 @@ class FileStorage(StorageDriver):
 
     async def reopen(self, *, read_only: bool) -> None:
         """See `StorageDriver.reopen`. At no moment is the file without locks."""
-        if read_only == self.read_only:
-            return
         if self._permissions == locks.FORCE_SHARE:
             raise ImageError(f"'{self.filename}' is shared with writers")
         self._permissions = await self._pool.run(
@@ -713,11 +699,3 @@ async def _open(
             ) from error
         raise
     return opened[0]
-
-
-def _tells_residency(fd: int, status: os.stat_result) -> bool:
-    """Whether mincore(2) tells us the truth about the file.
-
-    Of a file that we neither own nor may write it says that all is resident.
-    """
-    return status.st_uid == os.geteuid() or os.access(f"/proc/self/fd/{fd}", os.W_OK)
