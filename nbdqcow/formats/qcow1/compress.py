@@ -35,6 +35,7 @@ class CompressedClusters:
         self._cache: dict[int, Buffer] = {}
         self._capacity = max(1, _CACHE_BYTES // image.cluster_size)
         self._generation = 0
+        self._loop = asyncio.get_running_loop()
         self._inline_left = _INLINE_BYTES
         self._pool: Pool | None = None
 
@@ -57,7 +58,7 @@ class CompressedClusters:
         if data is None:
             return None
         if self._inline_left == _INLINE_BYTES:
-            asyncio.get_running_loop().call_soon(self._next_turn)
+            self._loop.call_soon(self._next_turn)
         self._inline_left -= image.cluster_size
         try:
             return inflate_blocking(data, image.cluster_size)
