@@ -22,11 +22,10 @@ from nbdqcow.pool import Pool
 from nbdqcow.storage import locks
 from nbdqcow.storage.holes import Holes
 from nbdqcow.storage.linux import (
-    OVERLAYFS_MAGIC,
-    TMPFS_MAGIC,
+    InlineReads,
     copy_file_range,
-    filesystem_type,
     pread_all,
+    probe_inline_reads,
     pwrite_all,
 )
 from nbdqcow.storage.mapped import MappedFile, tells_residency
@@ -99,11 +98,12 @@ class FileStorage(StorageDriver):
         self._cache = cache
         self._unmap = unmap
 
-        self._read_flags = 0
-        self._max_inline_read = 0
-        self._asks_residency = False
+        reads = InlineReads(0, False, False)
         if not cache.direct:
-            self._probe_inline_reads()
+            reads = probe_inline_reads(fd)
+        self._read_flags = reads.flags
+        self._max_inline_read = MAX_INLINE_READ if reads.possible else 0
+        self._asks_residency = reads.if_resident
         self._scratch_memory = memoryview(bytearray())
         self._scratch = (self._scratch_memory,)
         self._scratch_length = -1
@@ -207,27 +207,6 @@ class FileStorage(StorageDriver):
                 self._overwriter = Overwriter(self._fd)
         self._max_inline_write = MAX_INLINE_WRITE if inline else -1
         self._inline_resume_at = 0.0 if inline else float("inf")
-
-    def _probe_inline_reads(self) -> None:
-        """Find out how to read without waiting, if at all.
-
-        tmpfs refuses RWF_NOWAIT, but a plain read of it is a copy in memory.
-        overlayfs, a container's root, refuses it too; there mincore(2) says
-        whether a read would wait. Others (network file systems, say, which
-        may ask their server even then) are read in threads only.
-        """
-        try:
-            os.preadv(self._fd, (bytearray(1),), 0, os.RWF_NOWAIT)
-        except BlockingIOError:
-            pass
-        except OSError:
-            kind = filesystem_type(self._fd)
-            self._asks_residency = kind == OVERLAYFS_MAGIC
-            if kind == TMPFS_MAGIC:
-                self._max_inline_read = MAX_INLINE_READ
-            return
-        self._read_flags = os.RWF_NOWAIT
-        self._max_inline_read = MAX_INLINE_READ
 
     # -- inline ------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 import ctypes
 import errno
 import os
-from typing import Final
+from typing import Final, NamedTuple
 
 from nbdqcow.errors import NotSupported
 from nbdqcow.types import Buffers
@@ -55,6 +55,39 @@ def filesystem_type(fd: int) -> int:
         error = ctypes.get_errno()
         raise OSError(error, os.strerror(error))
     return int(statfs[0])
+
+
+class InlineReads(NamedTuple):
+    """How a file can be read without waiting.
+
+    Attributes:
+        flags: of preadv(2).
+        possible: whether a read with the flags never waits.
+        if_resident: whether one without waits only for what mincore(2) says
+            is not in page cache.
+    """
+
+    flags: int
+    possible: bool
+    if_resident: bool
+
+
+def probe_inline_reads(fd: int) -> InlineReads:
+    """Find out how to read without waiting, if at all.
+
+    tmpfs refuses RWF_NOWAIT, but a plain read of it is a copy in memory.
+    overlayfs, a container's root, refuses it too; there mincore(2) says
+    whether a read would wait. Others (network file systems, say, which may ask
+    their server even then) are read in threads only.
+    """
+    try:
+        os.preadv(fd, (bytearray(1),), 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        pass
+    except OSError:
+        kind = filesystem_type(fd)
+        return InlineReads(0, kind == TMPFS_MAGIC, kind == OVERLAYFS_MAGIC)
+    return InlineReads(os.RWF_NOWAIT, True, False)
 
 
 def pread_all(fd: int, offset: int, length: int) -> bytes:

@@ -15,8 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from nbdqcow.errors import ImageError, NotSupported, UsageError
-from nbdqcow.storage import file as file_module
-from nbdqcow.storage import holes, mapped
+from nbdqcow.storage import holes, linux, mapped
 from nbdqcow.storage.file import FileStorage
 from nbdqcow.storage.linux import BLKDISCARD, OVERLAYFS_MAGIC, PAGE_SIZE
 from nbdqcow.storage.mapped import MIN_LENGTH
@@ -267,7 +266,7 @@ async def test_reads_go_to_threads_where_nowait_is_unknown(
     filename = make_file(tmp_path, b"abc")
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", refuse)
-        patch.setattr(file_module, "filesystem_type", lambda fd: 0x6969)
+        patch.setattr(linux, "filesystem_type", lambda fd: 0x6969)
         storage = await FileStorage.open(filename)
     assert storage.try_pread(0, 3) is None
     assert await storage.pread(0, 3) == b"abc"
@@ -285,7 +284,7 @@ async def test_mincore_stands_in_for_nowait_on_overlayfs(
     filename = make_file(tmp_path, data)
     with monkeypatch.context() as patch:
         patch.setattr(os, "preadv", refuse)
-        patch.setattr(file_module, "filesystem_type", lambda fd: OVERLAYFS_MAGIC)
+        patch.setattr(linux, "filesystem_type", lambda fd: OVERLAYFS_MAGIC)
         storage = await FileStorage.open(filename)
     drop_page_cache(filename)
     assert storage.try_pread(0, 4096) is None
