@@ -11,9 +11,10 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Final, TypeVar, TypeVarTuple
+from typing import ClassVar, TypeVar, TypeVarTuple
 
 from nbdqcow.block.storage import StorageDriver
+from nbdqcow.buffers import zero_views
 from nbdqcow.errors import BlockError, ImageError, NotSupported, UsageError
 from nbdqcow.pool import Pool
 from nbdqcow.storage import locks
@@ -21,6 +22,7 @@ from nbdqcow.storage.holes import Holes
 from nbdqcow.storage.inline_file import InlineFile
 from nbdqcow.storage.linux import (
     copy_file_range,
+    pread_all,
     pwrite_all,
 )
 from nbdqcow.storage.open_file import open_file
@@ -28,8 +30,6 @@ from nbdqcow.storage.opening import CacheMode
 from nbdqcow.storage.reopening import reopen_blocking
 from nbdqcow.types import Buffer, Buffers
 from nbdqcow.units import MiB
-
-_ZEROES: Final = bytes(MiB)
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -172,16 +172,7 @@ class FileStorage(InlineFile):
         return bytes(self._pread_blocking(offset, length))
 
     def _pread_blocking(self, offset: int, length: int) -> Buffer:
-        data = os.pread(self._fd, length, offset)
-        if len(data) == length:
-            return data
-        pieces = [data]
-        nb_read = len(data)
-        while data and nb_read < length:
-            data = os.pread(self._fd, length - nb_read, offset + nb_read)
-            pieces.append(data)
-            nb_read += len(data)
-        return b"".join(pieces).ljust(length, b"\0")
+        return pread_all(self._fd, offset, length)
 
     async def pwritev(
         self, offset: int, buffers: Buffers, *, fua: bool = False
@@ -353,10 +344,7 @@ class FileStorage(InlineFile):
             if no_fallback:
                 raise
         for start in range(offset, end, 8 * MiB):
-            count = min(8 * MiB, end - start)
-            zeroes = [_ZEROES] * (count // len(_ZEROES))
-            zeroes.append(_ZEROES[: count % len(_ZEROES)])
-            await self.pwritev(start, zeroes)
+            await self.pwritev(start, zero_views(min(8 * MiB, end - start)))
 
     def _zero_blocking(
         self, offset: int, length: int, unmap: bool, no_fallback: bool
