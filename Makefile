@@ -8,6 +8,9 @@ BIN := .venv/bin
 IMAGE ?= var/disk.qcow2
 LISTEN ?= 127.0.0.1:10809
 PYTEST := $(BIN)/python -m pytest
+# Tests wait for other programs now and then: one more than there are processors.
+JOBS ?= $(shell echo $$(($$(nproc) + 1)))
+PARALLEL := -n $(JOBS) --dist worksteal
 export PYTHON
 
 help:  ## this list
@@ -25,7 +28,7 @@ test: setup-test  ## lint, types and every test but the slow ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) -m "not slow"
+	$(PYTEST) $(PARALLEL) -m "not slow"
 
 lint: setup-test  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -26,6 +26,8 @@ def prepare(cell: Cell, peer: Peer, directory: Path) -> Path:
     """Return the image for one run, in the state the cell wants."""
     if cell.disk is Disk.EMPTY:
         return images.fresh_empty(directory)
+    if cell.disk is Disk.SUBCLUSTERS:
+        return images.fresh_subclusters(directory)
     if cell.disk is Disk.OVERLAY:
         return images.fresh_overlay(directory)
     if cell.disk is Disk.HUGE:
@@ -38,7 +40,11 @@ def prepare(cell: Cell, peer: Peer, directory: Path) -> Path:
         path = images.compressed_qcow2(directory, cell.disk.name.lower())
         images.warm_up(path)
         return path
-    path = images.full_raw(directory) if peer.raw else images.full_qcow2(directory)
+    if cell.disk is Disk.QCOW1:
+        path = images.full_qcow1(directory)
+        images.warm_up(path)
+    else:
+        path = images.full_raw(directory) if peer.raw else images.full_qcow2(directory)
     images.write_back(path)
     return path
 

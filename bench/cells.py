@@ -19,11 +19,13 @@ class Disk(enum.Enum):
 
     FULL = "every cluster allocated, in page cache"
     EMPTY = "a fresh empty image for each run"
+    SUBCLUSTERS = "a fresh empty image with extended L2 entries for each run"
     OVERLAY = "a fresh overlay over the full image for each run"
     HUGE = "1 TiB, every cluster mapped, sparse"
     LUKS = "as full, encrypted with LUKS"
     ZLIB = "every cluster compressed by zlib, in page cache"
     ZSTD = "every cluster compressed by zstd, in page cache"
+    QCOW1 = "as FULL, in the qcow format of version 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,15 @@ CELLS: Final = (
         nb_requests=GiB // (64 * KiB),
     ),
     Cell(
+        "subclusters-alloc-randwrite-4k-qd16",
+        "randwrite",
+        4 * KiB,
+        16,
+        _targets(1.2, 1.2),
+        disk=Disk.SUBCLUSTERS,
+        nb_requests=65536,
+    ),
+    Cell(
         "overlay-randwrite-4k-qd16",
         "randwrite",
         4 * KiB,
@@ -121,6 +132,22 @@ CELLS: Final = (
             ("randread-4k-qd16", 4 * KiB, 16),
             ("read-1m-qd8", MiB, 8),
         )
+    ),
+    Cell(
+        "qcow1-randread-4k-qd16",
+        "randread",
+        4 * KiB,
+        16,
+        {QEMU: 1.5},
+        disk=Disk.QCOW1,
+    ),
+    Cell(
+        "qcow1-randwrite-4k-qd16",
+        "randwrite",
+        4 * KiB,
+        16,
+        {QEMU: 1.5},
+        disk=Disk.QCOW1,
     ),
     Cell("tls-randread-4k-qd16", "randread", 4 * KiB, 16, {QEMU: 1.5}, tls=True),
     Cell("tls-randwrite-4k-qd16", "randwrite", 4 * KiB, 16, {QEMU: 1.5}, tls=True),

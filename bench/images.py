@@ -76,6 +76,17 @@ def luks_qcow2(directory: Path) -> Path:
     return path
 
 
+def full_qcow1(directory: Path) -> Path:
+    """Return a qcow image, version 1, with the data of `full_raw`."""
+    path = directory / "full.qcow"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        source = full_raw(directory)
+        qemu_img("convert", "-f", "raw", "-O", "qcow", source, partial)
+        partial.rename(path)
+    return path
+
+
 def secret_file(directory: Path) -> Path:
     """Return a file with the passphrase of `luks_qcow2`."""
     path = directory / "secret"
@@ -88,6 +99,15 @@ def fresh_empty(directory: Path) -> Path:
     path = directory / "empty.qcow2"
     path.unlink(missing_ok=True)
     qemu_img("create", "-q", "-f", "qcow2", path, str(4 * FULL_SIZE))
+    return path
+
+
+def fresh_subclusters(directory: Path) -> Path:
+    """Return an image with extended L2 entries and no data cluster."""
+    path = directory / "subclusters.qcow2"
+    path.unlink(missing_ok=True)
+    options = ("-o", "extended_l2=on")
+    qemu_img("create", "-q", "-f", "qcow2", *options, path, str(4 * FULL_SIZE))
     return path
 
 

@@ -68,7 +68,7 @@ class Peer:
     ) -> list[str]:
         if self.name == OURS:
             command = [sys.executable, "-m", "nbdqcow", "serve", str(image)]
-            command += ["--unix", str(socket), "--format", "qcow2"]
+            command += ["--unix", str(socket), "--format", image.suffix[1:]]
             if secret is not None:
                 command += ["--key-file", str(secret)]
             if l2_cache_size is not None:
@@ -82,7 +82,7 @@ class Peer:
             aio = "io_uring"
             command += ["--aio=io_uring", "--cache=writeback"]
         if l2_cache_size is None and secret is None:
-            return [*command, "-f", "qcow2", str(image)]
+            return [*command, "-f", image.suffix[1:], str(image)]
         options = "driver=qcow2,file.driver=file"
         if l2_cache_size is not None:
             options += f",l2-cache-size={l2_cache_size}"

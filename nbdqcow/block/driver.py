@@ -54,6 +54,7 @@ class FormatDriver(ABC):
     """One open image of one format.
 
     Attributes:
+        shows_snapshots: whether the option ``snapshot`` has a meaning.
         storage: the image file; data: the file with the guest's bytes (the
             same unless the image has an external data file).
         data_file: the external data file, if the image has one.
@@ -74,6 +75,7 @@ class FormatDriver(ABC):
     """
 
     name: ClassVar[str]
+    shows_snapshots: ClassVar[bool] = False
     storage: StorageDriver
     data: StorageDriver
     data_file: StorageDriver | None = None
@@ -126,6 +128,14 @@ class FormatDriver(ABC):
         """Return ``length`` bytes from ``start`` on of a compressed cluster."""
         cluster = await self.read_compressed(descriptor)
         return memoryview(cluster)[start : start + length]
+
+    async def runs(self, offset: int, length: int) -> list[Run]:
+        """Return what `map` says of consecutive stretches from ``offset`` on,
+        as many as are found without much waiting, at least one.
+
+        For images that nobody writes to. Neighbours may be alike.
+        """
+        return [await self.map(offset, length)]
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """Return at most ``limit`` extents of this image from ``offset`` on.
@@ -257,11 +267,20 @@ class FormatDriver(ABC):
     async def change_backing_file(
         self, filename: str | None, format_name: str | None
     ) -> None:
-        """Name another backing file, or none; what is open stays open.
+        """Name another backing file in the image, or none. What is open stays
+        open; nothing is copied.
 
         Raises `BlockError`.
         """
-        raise NotSupported("this format has no backing files")
+        raise NotSupported("this format can't change the backing file")
+
+    async def reopen(self, *, read_only: bool) -> None:
+        """Allow changes to the image, or no longer, while it is in use.
+
+        To stop them it waits for writers and writes all metadata back; the
+        storage changes after that, or before changes are allowed.
+        """
+        raise NotSupported("this format can't be opened otherwise while in use")
 
     async def amend(
         self, options: Mapping[str, OptionValue], progress: Progress

@@ -205,8 +205,8 @@ class InlineRequests:
         head, tail = offset % size, -(offset + len(data)) % size
         if head + len(data) + tail > MAX_INLINE:
             return False
-        old_head = self._try_old_content(offset - head, head)
-        old_tail = self._try_old_content(offset + len(data), tail)
+        old_head = self._try_old_content(offset - head, head) if head else b""
+        old_tail = self._try_old_content(offset + len(data), tail) if tail else b""
         if old_head is None or old_tail is None:
             return False
         plan = driver.try_begin_write(offset, len(data))

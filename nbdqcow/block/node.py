@@ -494,6 +494,62 @@ class Node(InlineRequests):
         await prepare_resize(self, int(options.get("size", self.size)))
         await self.driver.amend(options, progress)
 
+    async def change_backing_file(
+        self, filename: str | None, format_name: str | None
+    ) -> None:
+        """Name another backing file in the image, or none, durably.
+
+        What is open stays open: the new one counts when the image is opened
+        again. Nothing is copied. Raises `BlockError`.
+        """
+        self._check_writable()
+        await self.driver.change_backing_file(filename, format_name)
+        await self.driver.flush()
+
+    async def reopen(self, *, read_only: bool) -> None:
+        """Let the image be changed, or no longer, while it is in use.
+
+        Writes that have begun end first, and are durable; later ones fail
+        with EPERM. Other programs may open the file as they like to meanwhile,
+        short of changing it. Raises `BlockError` and `ImageError`, and leaves
+        all as it was then.
+        """
+        if read_only == self.read_only:
+            return
+        if not read_only:
+            await self.driver.storage.reopen(read_only=False)
+            try:
+                await self.driver.reopen(read_only=False)
+            except BaseException:
+                await self.driver.storage.reopen(read_only=True)
+                raise
+            self._allow_changes(True)
+            return
+        self._allow_changes(False)
+        try:
+            await self.driver.reopen(read_only=True)
+            try:
+                await self.driver.storage.reopen(read_only=True)
+            except BaseException:
+                await self.driver.reopen(read_only=False)
+                raise
+        except BaseException:
+            self._allow_changes(True)
+            raise
+
+    def _allow_changes(self, allowed: bool) -> None:
+        self.read_only = not allowed
+        self._inline_writes = (
+            allowed and not self._writethrough and self._detect_zeroes == "off"
+        )
+
+    def expect_sequential(self, sequential: bool) -> None:
+        """Say that reads will mostly follow one another, or no longer. A hint
+        for the files of the whole chain."""
+        self.driver.storage.expect_sequential(sequential)
+        if self.backing is not None:
+            self.backing.expect_sequential(sequential)
+
     async def flush(self) -> None:
         """Make every write answered before this call durable."""
         if self._unsafe or self.read_only:

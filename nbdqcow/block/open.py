@@ -207,8 +207,14 @@ async def _open_driver(
     async def open_data_file(name_in_image: str | None) -> StorageDriver:
         return await _open_data_file(filename, given, name_in_image, options, above)
 
+    kind = format_driver(name)
+    if options.driver_options.get("snapshot") is not None and not kind.shows_snapshots:
+        raise ImageError(
+            f"Block format '{name}' does not support temporarily loading internal"
+            " snapshots"
+        )
     try:
-        driver: FormatDriver = await format_driver(name).open(
+        driver: FormatDriver = await kind.open(
             storage,
             read_only=options.read_only,
             options={

@@ -22,6 +22,7 @@ class StorageDriver(ABC):
 
     Attributes:
         name: the registry's name of the driver, such as ``file``.
+        reads_in_threads: whether it has `pread_blocking`.
         filename: what messages call this file.
         read_only: True if no request may change the file.
         length: bytes in the file as far as this process knows: kept up to
@@ -31,6 +32,7 @@ class StorageDriver(ABC):
     """
 
     name: ClassVar[str]
+    reads_in_threads: ClassVar[bool] = False
     filename: str
     read_only: bool
     length: int
@@ -81,6 +83,11 @@ class StorageDriver(ABC):
     @abstractmethod
     async def pread(self, offset: int, length: int) -> Buffer:
         """Return exactly ``length`` bytes."""
+
+    def pread_blocking(self, offset: int, length: int) -> bytes:
+        """Return exactly ``length`` bytes; for work in a worker thread that
+        begins with reading. The file stays open until the thread is done."""
+        raise AssertionError("this driver reads on the loop only")
 
     @abstractmethod
     async def pwritev(
@@ -141,6 +148,17 @@ class StorageDriver(ABC):
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring a range near, if the driver can. A hint."""
+
+    def expect_sequential(self, sequential: bool) -> None:
+        """Say that reads will mostly follow one another, or no longer. A hint."""
+
+    async def reopen(self, *, read_only: bool) -> None:
+        """Give up the right to change the file, or take it again.
+
+        No write is in flight. Raises `ImageError` (`ImageInUse` for a lock)
+        and leaves all as it was if that can't be.
+        """
+        raise NotSupported(f"'{self.filename}' can't be opened otherwise")
 
     @abstractmethod
     async def close(self) -> None:

@@ -122,6 +122,7 @@ class FormatTool(ABC):
 
     name: ClassVar[str]
     create_options: ClassVar[Sequence[OptionSpec]]
+    key_options: ClassVar[Sequence[OptionSpec]] = ()
     supports_backing: ClassVar[bool] = False
     supports_check: ClassVar[bool] = False
 
@@ -145,6 +146,16 @@ class FormatTool(ABC):
     @abstractmethod
     def create(self, file: BlockingFile, plan: Any) -> None:
         """Write the image that `prepare` planned. Raises `OSError`."""
+
+    def data_file_name(self, plan: Any) -> str | None:
+        """Return the name that the planned image has for its external data
+        file; None if it has none."""
+        return None
+
+    def create_data_file(self, file: BlockingFile, plan: Any) -> None:
+        """Make a file the external data file of the planned image. Raises
+        `OSError`."""
+        raise AssertionError("this format has no external data files")
 
     def measure(
         self,

@@ -1,8 +1,9 @@
 """``nbdqcow-img create``: new images."""
 
+import os
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from nbdqcow.block.registry import blocking_file, format_tool
 from nbdqcow.block.tools import FormatTool, OptionSpec, OptionValue, Secrets
@@ -178,12 +179,36 @@ def _create(
     if not quiet:
         _print_formatting(filename, format_, specs, values, texts)
     plan = tool.prepare(values, secrets=secrets)
+    create_data_file(tool, plan, path)
     try:
         file = blocking_file().create(path)
     except OSError as exc:
         raise ImageError(f"Could not create '{path}': {exc.strerror}") from None
     try:
         tool.create(file, plan)
+    except OSError as exc:
+        raise ImageError(f"Could not write '{path}': {exc.strerror}") from None
+    finally:
+        file.close()
+
+
+def create_data_file(tool: FormatTool, plan: Any, image_path: str) -> None:
+    """Create the external data file that a planned image is to have, if any.
+
+    Its name is relative to the image's directory. Raises `ImageError`.
+    """
+    name = tool.data_file_name(plan)
+    if name is None:
+        return
+    path = backing_path(image_path, name) if name else name
+    if os.path.realpath(path) == os.path.realpath(image_path):
+        raise ImageError(f"'{name}' can't be the data file: it is the image itself")
+    try:
+        file = blocking_file().create(local_path(path) if path else path)
+    except OSError as exc:
+        raise ImageError(f"Could not create '{path}': {exc.strerror}") from None
+    try:
+        tool.create_data_file(file, plan)
     except OSError as exc:
         raise ImageError(f"Could not write '{path}': {exc.strerror}") from None
     finally:

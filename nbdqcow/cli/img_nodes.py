@@ -11,7 +11,7 @@ from nbdqcow.block.registry import is_remote
 from nbdqcow.cli.image_opts import parse_image_opts
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
 from nbdqcow.cli.objects import Objects
-from nbdqcow.crypto.secrets import PassphraseRequired
+from nbdqcow.crypto.secrets import PassphraseRequired, Secret
 from nbdqcow.errors import ImageError, UsageError
 
 
@@ -88,12 +88,14 @@ async def open_node(
     snapshot: Any = None,
     shown: str | None = None,
     with_backing: bool = True,
+    secret: "Secret | bytes | None" = None,
 ) -> Node:
     """Open an image with its backing chain.
 
     ``format_`` and ``cache`` go before those of ``arguments``; ``shown`` is
-    what messages call it; ``with_backing``: see `OpenOptions`. Raises
-    `ImageError` in qemu-img's words.
+    what messages call it; ``with_backing``: see `OpenOptions`;
+    ``secret`` opens it if it is encrypted, and ``name`` does not say what does.
+    Raises `ImageError` in qemu-img's words.
     """
     filename, options = _parse_name(name, arguments)
     if format_ is not None:
@@ -106,7 +108,7 @@ async def open_node(
         raise ImageError(
             f"{opening}force-share=on can only be used with read-only images"
         )
-    driver_options: dict[str, Any] = {}
+    driver_options: dict[str, Any] = {} if secret is None else {"secret": secret}
     try:
         if (key := options.pop("key_secret", None)) is not None:
             driver_options["secret"] = arguments.secret(key)
@@ -129,10 +131,12 @@ async def open_node(
         if filename != name:
             text = text.removeprefix(f"Could not open '{filename}': ")
         if isinstance(exc, PassphraseRequired):
-            before = text.removesuffix(
-                "the image is encrypted: a passphrase is required"
-            )
-            text = f"{before}Parameter 'encrypt.key-secret' is required for cipher"
+            before, what, _ = text.rpartition("the image is encrypted")
+            option = "encrypt.key-secret"
+            if not what:
+                before, _, _ = text.rpartition("the disk is encrypted")
+                option = "key-secret"
+            text = f"{before}Parameter '{option}' is required for cipher"
         kind = type(exc) if isinstance(exc, ImageError) else ImageError
         if text.startswith(opening) and not isinstance(exc.__cause__, OSError):
             opening = ""

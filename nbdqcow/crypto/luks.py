@@ -15,7 +15,6 @@ import itertools
 import os
 import struct
 import time
-import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Self
 
@@ -347,6 +346,8 @@ def create_blocking(
     bytes up to where the disk's sectors begin. Raises `UnsupportedFeature` or
     `ImageError` for a cipher or hash that can't be had.
     """
+    import uuid
+
     spec = spec or CipherSpec()
     spec.check()
     check_hash(hash_name)

@@ -33,6 +33,11 @@ class Secret:
         return "Secret(...)"
 
 
+def reveal(secret: Secret | bytes) -> bytes:
+    """Return the bytes of a passphrase, however a driver was given it."""
+    return secret if isinstance(secret, bytes) else secret.reveal()
+
+
 def from_file(path: str) -> Secret:
     """Return what a file holds. Raises `UsageError` with the reason."""
     try:

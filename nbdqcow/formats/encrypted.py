@@ -231,6 +231,10 @@ class EncryptedStorage(StorageDriver):
             self._pool = Pool()
         return self._pool
 
+    async def reopen(self, *, read_only: bool) -> None:
+        """See `StorageDriver.reopen`; the storage below is reopened by itself."""
+        self.read_only = read_only
+
     async def close(self) -> None:
         """Let go of the threads. The file stays open."""
         if self._pool is not None:

@@ -6,7 +6,6 @@ order, so that an image that grows is laid out as a reader will want it.
 """
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -151,6 +150,8 @@ class _Conversion:
                     self._copy(piece, turn if options.in_order else None, begun)
                 )
                 turn = begun
+                # Said when begun, as QEMU does: pieces end in any order.
+                control.advance(piece.length)
             await flight.drain()
 
     def _is_there(self, piece: _Piece) -> bool:
@@ -230,23 +231,16 @@ class _Conversion:
                 data = await self._read(piece)
             if turn is not None:
                 await turn
-            writing = asyncio.create_task(self._write(piece, data))
-            # It runs before whoever waits for this.
+            # Whoever waits for this runs once this task waits for something:
+            # by then it has its clusters.
             begun.set_result(None)
-            try:
-                await asyncio.shield(writing)
-            except asyncio.CancelledError:
-                writing.cancel()
-                with contextlib.suppress(BaseException):
-                    await writing
-                raise
+            await self._write(piece, data)
         except OSError as error:
             raise CopyError("writing", piece.offset, reason_of(error)) from error
         finally:
             # Nobody waits for ever for a piece that failed.
             if not begun.done():
                 begun.cancel()
-        self._control.advance(piece.length)
 
     async def _read(self, piece: _Piece) -> Buffer:
         parts: list[Buffer] = []

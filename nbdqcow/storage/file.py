@@ -36,6 +36,7 @@ from nbdqcow.storage.opening import (
 )
 from nbdqcow.storage.overwrite import Overwriter
 from nbdqcow.storage.overwrite import pays as overwrite_pays
+from nbdqcow.storage.reopening import reopen_blocking
 from nbdqcow.types import Buffer, Buffers
 from nbdqcow.units import KiB, MiB
 
@@ -69,6 +70,7 @@ class FileStorage(StorageDriver):
     """
 
     name: ClassVar[str] = "file"
+    reads_in_threads: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -112,15 +114,11 @@ class FileStorage(StorageDriver):
             with contextlib.suppress(OSError):
                 self._mapped = MappedFile(fd)
 
-        inline = not (cache.direct or cache.write_through or read_only)
         self._overwriter: Overwriter | None = None
-        if inline and self._mapped is not None and overwrite_pays(fd):
-            with contextlib.suppress(OSError):
-                self._overwriter = Overwriter(fd)
-        self._max_inline_write = MAX_INLINE_WRITE if inline else -1
-        self._inline_resume_at = 0.0 if inline else float("inf")
         self._pause = MIN_PAUSE
         self._nb_watched = 0
+        self._set_inline_writes()
+        self._permissions: locks.Permissions | None = None
 
         self._holes = Holes(fd, self._is_device, self._pwritev_blocking)
         self._has_dsync = True
@@ -197,6 +195,18 @@ class FileStorage(StorageDriver):
                 ) from error
             raise
         return storage
+
+    def _set_inline_writes(self) -> None:
+        cache = self._cache
+        inline = not (cache.direct or cache.write_through or self.read_only)
+        if self._overwriter is not None:
+            self._overwriter.close()
+            self._overwriter = None
+        if inline and self._mapped is not None and overwrite_pays(self._fd):
+            with contextlib.suppress(OSError):
+                self._overwriter = Overwriter(self._fd)
+        self._max_inline_write = MAX_INLINE_WRITE if inline else -1
+        self._inline_resume_at = 0.0 if inline else float("inf")
 
     def _probe_inline_reads(self) -> None:
         """Find out how to read without waiting, if at all.
@@ -348,6 +358,10 @@ class FileStorage(StorageDriver):
     async def pread(self, offset: int, length: int) -> Buffer:
         """Return exactly ``length`` bytes."""
         return await self._pool.run(self._pread_blocking, offset, length)
+
+    def pread_blocking(self, offset: int, length: int) -> bytes:
+        """Return exactly ``length`` bytes."""
+        return bytes(self._pread_blocking(offset, length))
 
     def _pread_blocking(self, offset: int, length: int) -> Buffer:
         data = os.pread(self._fd, length, offset)
@@ -608,6 +622,24 @@ class FileStorage(StorageDriver):
                 os.posix_fadvise, self._fd, offset, length, os.POSIX_FADV_WILLNEED
             )
 
+    def expect_sequential(self, sequential: bool) -> None:
+        """Tell the kernel, which then reads further ahead."""
+        advice = os.POSIX_FADV_SEQUENTIAL if sequential else os.POSIX_FADV_NORMAL
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(self._fd, 0, 0, advice)
+
+    async def reopen(self, *, read_only: bool) -> None:
+        """See `StorageDriver.reopen`. At no moment is the file without locks."""
+        if read_only == self.read_only:
+            return
+        if self._permissions == locks.FORCE_SHARE:
+            raise ImageError(f"'{self.filename}' is shared with writers")
+        self._permissions = await self._pool.run(
+            reopen_blocking, self._fd, self.filename, self._permissions, read_only
+        )
+        self.read_only = read_only
+        self._set_inline_writes()
+
     async def close(self) -> None:
         """Wait for what is in flight, then close the file and drop its locks.
 
@@ -659,16 +691,11 @@ async def _open(
         fds.append(fd)
         if permissions is not None:
             locks.lock_blocking(fd, filename, permissions)
-        opened.append(
-            kind(
-                fd,
-                filename,
-                read_only=read_only,
-                cache=mode,
-                unmap=unmap,
-                pool=pool,
-            )
+        storage = kind(
+            fd, filename, read_only=read_only, cache=mode, unmap=unmap, pool=pool
         )
+        storage._permissions = permissions
+        opened.append(storage)
 
     try:
         await pool.run(open_in_thread)

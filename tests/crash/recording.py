@@ -17,9 +17,10 @@ SECTOR = 512
 
 @dataclass(slots=True)
 class Event:
-    """One write (``data`` at ``offset``), length change, or flush.
+    """One ``write`` (``data`` at ``offset``), ``truncate`` to ``length``, or
+    ``flush``.
 
-    ``durable_upto``: for a flush, the number of events before its start that
+    ``nb_durable``: for a flush, the number of events before its start that
     had completed: those that it makes durable.
     """
 
@@ -27,7 +28,7 @@ class Event:
     offset: int = 0
     data: bytes = b""
     length: int = 0
-    durable: frozenset[int] = frozenset()
+    nb_durable: int = 0
 
 
 @dataclass(slots=True)
@@ -39,14 +40,11 @@ class History:
 
     def disk_at(self, cut: int, rnd: random.Random) -> bytes:
         """Return a disk that a power cut after ``cut`` events could leave."""
-        durable: set[int] = set()
-        for event in self.events[:cut]:
-            if event.kind == "flush":
-                durable |= event.durable
+        nb_durable = max((e.nb_durable for e in self.events[:cut]), default=0)
         disk = bytearray(self.base)
         loose = []
         for index, event in enumerate(self.events[:cut]):
-            if event.kind == "write" and index in durable:
+            if event.kind == "write" and index < nb_durable:
                 _apply(disk, event.offset, event.data)
             elif event.kind == "write":
                 loose.append(event)
@@ -136,13 +134,18 @@ class RecordingStorage(StorageDriver):
         await self.pwritev(offset, [bytes(length)])
 
     async def flush(self) -> None:
-        durable = frozenset(range(len(self.history.events)))
+        nb_durable = len(self.history.events)
         await self._pause()
-        self.history.events.append(Event("flush", durable=durable))
+        self.history.events.append(Event("flush", nb_durable=nb_durable))
         await self._pause()
 
     async def truncate(self, length: int) -> None:
-        raise AssertionError("not used here")
+        await self._pause()
+        del self.bytes[length:]
+        self.bytes.extend(bytes(length - len(self.bytes)))
+        self.length = length
+        self.history.events.append(Event("truncate", length=length))
+        await self._pause()
 
     async def close(self) -> None:
         pass

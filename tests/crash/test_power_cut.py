@@ -61,6 +61,7 @@ class Workload:
         self.busy: set[int] = set()
         self.clock = 0
         self.snapshots: list[Kept] = []
+        self.compresses = True
 
     def tick(self) -> int:
         self.clock += 1
@@ -77,7 +78,8 @@ class Workload:
         total = node.size // SECTOR
         for _ in range(rnd.randrange(4, 16)):
             (kind,) = rnd.choices(
-                ("write", "compress", "zero", "discard", "flush"), (45, 15, 10, 20, 10)
+                ("write", "compress", "zero", "discard", "flush"),
+                (45, 15 * self.compresses, 10, 20, 10),
             )
             if kind == "flush":
                 started = self.tick()

@@ -668,7 +668,6 @@ AMEND = [
     "amend -o size=20M x.raw",
     "amend -o compat=v3 absent",
     "amend -o compat=v3",
-    "amend -o compat=0.10 bitmaps.qcow2",
     "amend -o compat=0.10 snap.qcow2",
     "amend -o compat=0.10 compressed.qcow2",
     "amend -o refcount_bits=1 snap.qcow2",

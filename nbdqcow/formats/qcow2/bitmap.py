@@ -28,7 +28,7 @@ from nbdqcow.formats.qcow2.bitmap_directory import (
 from nbdqcow.formats.qcow2.entries import OFFSET_MASK
 from nbdqcow.formats.qcow2.header_update import update_header
 from nbdqcow.formats.qcow2.tables import dump_be64, load_be64
-from nbdqcow.units import GiB, MiB, round_up
+from nbdqcow.units import MiB, round_up
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
-_MAX_TOTAL_BYTES: Final = GiB
+_MAX_TOTAL_BYTES: Final = 256 * MiB
 """Memory that all bitmaps of an image may take."""
 _MAX_TABLE_BYTES: Final = 64 * MiB
 _ALL_ONES: Final = 1

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from nbdqcow.block.storage import StorageDriver
-from nbdqcow.errors import ImageError, UnsupportedFeature
+from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2.encryption_header import NewEncryption
 from nbdqcow.formats.qcow2.entries import (
+    ALL_ALLOCATED,
     MAX_L1_BYTES,
     MAX_REFTABLE_BYTES,
     OFLAG_COPIED,
@@ -114,16 +115,16 @@ class CreateOptions:
             )
         if self.data_file_raw and self.data_file is None:
             raise ImageError("data-file-raw requires data-file")
+        if self.data_file is not None and self.version < 3:
+            raise ImageError(f"External data files are only supported with {newer}")
+        if self.data_file_raw and self.backing_file is not None:
+            raise ImageError(
+                "Backing file and data-file-raw cannot be used at the same time"
+            )
         if self.compression_type != "zlib" and self.version < 3:
             raise ImageError(
                 f"Non-zlib compression type is only supported with {newer}"
             )
-        lacking = {
-            "an external data file (data_file)": self.data_file is not None,
-        }
-        names = [name for name, wanted in lacking.items() if wanted]
-        if names:
-            raise UnsupportedFeature("qcow2: not supported yet: " + ", ".join(names))
         if self.backing_format is not None and self.backing_file is None:
             raise ImageError("Backing format cannot be used without backing file")
 
@@ -136,8 +137,10 @@ class CreatePlan:
         header: complete, its offsets set.
         file_length: bytes that the file gets.
         data_start: where the tables and clusters of preallocation begin.
-        nb_data_clusters: preallocated guest clusters; 0 without.
+        nb_data_clusters: preallocated guest clusters; 0 without. If there is a
+            data file, they are there.
         luks_offset, luks_area: the encryption header; empty without.
+        data_file: its name as the image gives it, or None.
     """
 
     header: Header
@@ -149,13 +152,15 @@ class CreatePlan:
     preallocation: str
     luks_offset: int
     luks_area: bytes
+    data_file: str | None = None
 
     def writes(self) -> Iterator[tuple[int, bytes]]:
         """Yield ``(offset, bytes)`` for all that is not zero, header last."""
         yield from self._refcount_writes()
         yield from self._mapping_writes()
         if self.luks_area:
-            yield self.luks_offset, self.luks_area
+            # The slots that are not in use are zero.
+            yield self.luks_offset, self.luks_area.rstrip(b"\0")
         yield 0, self.packed_header
 
     def _block_offset(self, index: int) -> int:
@@ -188,19 +193,27 @@ class CreatePlan:
         header = self.header
         step = header.cluster_size
         nb_words = header.l2_entry_size // 8
+        is_raw = header.autoclear_features & h.AUTOCLEAR_RAW_DATA_FILE
         l1 = array("Q")
         offset = self.data_start
         remaining = self.nb_data_clusters
+        nb_before = 0
         while remaining:
             nb = min(remaining, header.l2_entries)
             first = (offset + step) | OFLAG_COPIED
+            if self.data_file is not None:
+                first = nb_before * step | OFLAG_COPIED
             # With subclusters, none of them is said to be allocated, so that
             # a backing file shows through.
             table = array("Q", bytes(nb * header.l2_entry_size))
             table[::nb_words] = array("Q", range(first, first + nb * step, step))
+            if is_raw and nb_words > 1:
+                # What is in a raw data file must be seen.
+                table[1::nb_words] = array("Q", [ALL_ALLOCATED]) * nb
             yield offset, _big_endian(table)
             l1.append(offset | OFLAG_COPIED)
-            offset += (nb + 1) * step
+            offset += step if self.data_file is not None else (nb + 1) * step
+            nb_before += nb
             remaining -= nb
         if l1:
             yield header.l1_table_offset, _big_endian(l1)
@@ -226,6 +239,10 @@ def plan_create(options: CreateOptions) -> CreatePlan:
         header.incompatible_features |= h.INCOMPAT_COMPRESSION
     if options.extended_l2:
         header.incompatible_features |= h.INCOMPAT_EXTENDED_L2
+    if options.data_file is not None:
+        header.incompatible_features |= h.INCOMPAT_DATA_FILE
+    if options.data_file_raw:
+        header.autoclear_features |= h.AUTOCLEAR_RAW_DATA_FILE
     _add_extensions(header, options)
     header.l1_size = header.l1_entries_needed
     if header.l1_size * 8 > MAX_L1_BYTES:
@@ -234,14 +251,16 @@ def plan_create(options: CreateOptions) -> CreatePlan:
             "cluster size)"
         )
     nb_data = nb_l2 = 0
-    if options.preallocation != "off":
+    if options.preallocation != "off" or options.data_file_raw:
+        # A raw data file is all there, whether or not one looks at the tables.
         nb_data = -(-header.size // cluster_size)
         nb_l2 = header.l1_size
+    nb_here = 0 if options.data_file is not None else nb_data
     l1_clusters = -(-header.l1_size * 8 // cluster_size)
     luks_area = b"" if options.encryption is None else options.encryption.luks_area
     luks_clusters = -(-len(luks_area) // cluster_size)
     table_clusters, nb_blocks = refcount_structures(
-        1 + l1_clusters + luks_clusters + nb_l2 + nb_data,
+        1 + l1_clusters + luks_clusters + nb_l2 + nb_here,
         cluster_size,
         options.refcount_bits,
     )
@@ -253,7 +272,7 @@ def plan_create(options: CreateOptions) -> CreatePlan:
     if options.encryption is not None:
         options.encryption.describe_in(header, luks_offset)
     data_start = luks_offset + (luks_clusters + nb_blocks - 1) * cluster_size
-    file_length = data_start + (nb_l2 + nb_data) * cluster_size
+    file_length = data_start + (nb_l2 + nb_here) * cluster_size
     if nb_blocks == 1 and nb_l2 == luks_clusters == 0:
         # The L1 table ends the file; the rest of its cluster is no one's.
         file_length = l1_offset + header.l1_size * 8
@@ -267,6 +286,7 @@ def plan_create(options: CreateOptions) -> CreatePlan:
         options.preallocation,
         luks_offset,
         luks_area,
+        options.data_file,
     )
 
 
@@ -274,6 +294,9 @@ def _add_extensions(header: Header, options: CreateOptions) -> None:
     if options.backing_format is not None:
         raw = options.backing_format.encode("utf-8", "surrogateescape")
         header.extensions.append(Extension(h.EXT_BACKING_FORMAT, raw))
+    if options.data_file is not None:
+        raw = options.data_file.encode("utf-8", "surrogateescape")
+        header.extensions.append(Extension(h.EXT_DATA_FILE, raw))
     names = feature_names(options.cluster_size)
     if options.version >= 3 and names is not None:
         header.extensions.append(Extension(h.EXT_FEATURE_NAMES, names))
@@ -317,8 +340,13 @@ def _big_endian(entries: "array[int]") -> bytes:
     return entries.tobytes()
 
 
-async def create(storage: StorageDriver, options: CreateOptions) -> None:
-    """Write a new image into ``storage``, whatever was there before.
+async def create(
+    storage: StorageDriver,
+    options: CreateOptions,
+    data_file: StorageDriver | None = None,
+) -> None:
+    """Write a new image into ``storage``, whatever was there before, and make
+    ``data_file`` an empty disk, if the options want one.
 
     Raises `ImageError` before anything is touched, `OSError` later.
     """
@@ -327,14 +355,27 @@ async def create(storage: StorageDriver, options: CreateOptions) -> None:
     await storage.truncate(plan.file_length)
     if not storage.zero_beyond_end:
         await storage.write_zeroes(0, plan.file_length, may_unmap=True)
-    data_length = plan.file_length - plan.data_start
-    if plan.preallocation == "falloc":
-        await storage.write_zeroes(plan.data_start, data_length, may_unmap=False)
-    elif plan.preallocation == "full":
-        zeroes = bytes(_ZEROES_CHUNK)
-        for offset in range(plan.data_start, plan.file_length, _ZEROES_CHUNK):
-            length = min(_ZEROES_CHUNK, plan.file_length - offset)
-            await storage.pwritev(offset, [memoryview(zeroes)[:length]])
+    if plan.data_file is None:
+        length = plan.file_length - plan.data_start
+        await _preallocate(storage, plan.data_start, length, plan.preallocation)
+    else:
+        assert data_file is not None
+        await data_file.truncate(0)
+        await data_file.truncate(plan.header.size)
+        await _preallocate(data_file, 0, plan.header.size, plan.preallocation)
+        await data_file.flush()
     for offset, data in plan.writes():
         await storage.pwritev(offset, [data])
     await storage.flush()
+
+
+async def _preallocate(
+    storage: StorageDriver, offset: int, length: int, preallocation: str
+) -> None:
+    if preallocation == "falloc":
+        await storage.write_zeroes(offset, length, may_unmap=False)
+    elif preallocation == "full":
+        zeroes = bytes(_ZEROES_CHUNK)
+        for start in range(0, length, _ZEROES_CHUNK):
+            piece = memoryview(zeroes)[: min(_ZEROES_CHUNK, length - start)]
+            await storage.pwritev(offset + start, [piece])

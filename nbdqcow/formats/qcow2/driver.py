@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MANY_CLUSTERS: Final = 1 << 14
+"""From so many on it pays to load numpy, which takes 50 ms."""
 _MAX_FREED_BYTES: Final = 256 * MiB
 """Freed space that may wait for a write-back before one is started for it."""
 
@@ -75,6 +77,7 @@ class Qcow2Driver(Operations):
 
     name = "qcow2"
     subcluster_size = 0
+    shows_snapshots = True
 
     def __init__(
         self,
@@ -152,6 +155,11 @@ class Qcow2Driver(Operations):
                 self.tables, self.metadata, self.check_not_metadata
             )
             self.try_plan = write_extended.try_plan
+            inline = write_extended.InlineWriter(self)
+            if not (
+                header.has_data_file or header.crypt_method == qcow2_header.CRYPT_AES
+            ):
+                self.try_begin_write = inline.try_begin_write  # type: ignore[method-assign]
         self.try_map = self.mapping.try_map  # type: ignore[method-assign]
         if not header.extended_l2:
             self.map = self.mapping.map  # type: ignore[method-assign]
@@ -223,7 +231,6 @@ class Qcow2Driver(Operations):
                 ),
                 data_file=data_file,
             )
-            image.secret = options.get("secret")
             if not read_only:
                 await image._prepare_for_writing()
             if settings.clean_interval:
@@ -302,6 +309,14 @@ class Qcow2Driver(Operations):
         """See `FormatDriver.read_compressed_part`."""
         return await self.compressed.read(descriptor, start, length)
 
+    async def runs(self, offset: int, length: int) -> list[Run]:
+        """See `FormatDriver.runs`."""
+        if length >> self.cluster_bits < _MANY_CLUSTERS:
+            return await super().runs(offset, length)
+        from nbdqcow.formats.qcow2.runs import runs
+
+        return await runs(self, offset, length)
+
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """See `FormatDriver.extents`."""
         try:
@@ -313,7 +328,12 @@ class Qcow2Driver(Operations):
     # -- writing ---------------------------------------------------------
 
     def try_begin_write(self, offset: int, length: int) -> WritePlan | None:
-        """See `FormatDriver.try_begin_write`."""
+        """See `FormatDriver.try_begin_write`; `InlineWriter.try_begin_write`
+        takes its place if there are subclusters."""
+        return self.try_begin_any_write(offset, length)
+
+    def try_begin_any_write(self, offset: int, length: int) -> WritePlan | None:
+        """As `try_begin_write`, whatever clusters the write is to."""
         if self.read_only:
             return None
         try:

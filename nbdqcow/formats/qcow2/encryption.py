@@ -6,20 +6,17 @@ Source: qcow2.txt, "Header" (crypt_method), "Data encryption".
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.block.tools import OptionValue, Secrets
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.formats.qcow2.encryption_header import luks_range
 from nbdqcow.formats.qcow2.header import Header
-from nbdqcow.pool import Pool
 from nbdqcow.types import DATA, Run
 
 if TYPE_CHECKING:
     from nbdqcow.block.driver import WritePlan
     from nbdqcow.crypto.secrets import Secret
-    from nbdqcow.crypto.sectors import SectorCipher
     from nbdqcow.formats.encrypted import EncryptedStorage
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
@@ -39,7 +36,7 @@ async def open_data(
         return None
     # 50 ms of imports that other images need not pay.
     from nbdqcow.crypto.cipher import LEGACY_AES, legacy_key
-    from nbdqcow.crypto.secrets import PassphraseRequired
+    from nbdqcow.crypto.secrets import PassphraseRequired, reveal
     from nbdqcow.formats.encrypted import EncryptedStorage
 
     if secret is None:
@@ -49,29 +46,15 @@ async def open_data(
     if place is None:
         cipher = LEGACY_AES.make(legacy_key(passphrase))
     else:
-        cipher = await _unlock(storage, *place, passphrase)
+        from nbdqcow.formats.luks_keys import open_luks
+
+        offset, length = place
+        if offset + length > storage.length:
+            raise ImageError(
+                "qcow2: the encryption header lies beyond the end of the file"
+            )
+        _, cipher = await open_luks(storage, offset, length, passphrase)
     return EncryptedStorage(data_file or storage, cipher)
-
-
-async def _unlock(
-    storage: StorageDriver, offset: int, length: int, passphrase: bytes
-) -> "SectorCipher":
-    from nbdqcow.formats.luks_file import read_luks
-
-    if offset + length > storage.length:
-        raise ImageError("qcow2: the encryption header lies beyond the end of the file")
-    luks, area = await run_steps(read_luks(offset, length), storage)
-    pool = Pool()
-    try:
-        key, _ = await pool.run(luks.unlock_blocking, area, passphrase)
-    finally:
-        await pool.close()
-    return luks.spec.make(key)
-
-
-def reveal(secret: "Secret | bytes") -> bytes:
-    """Return the bytes of a passphrase."""
-    return secret if isinstance(secret, bytes) else secret.reveal()
 
 
 async def amend_keys(
@@ -87,6 +70,7 @@ async def amend_keys(
     place = luks_range(image.header)
     if place is None:
         raise ImageError("Only LUKS encryption options can be amended")
+    from nbdqcow.crypto.secrets import reveal
     from nbdqcow.formats.luks_keys import KeyChange, change_keys
 
     change = KeyChange.parse(values, "encrypt.", secrets, force=force)

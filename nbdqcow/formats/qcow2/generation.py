@@ -101,10 +101,11 @@ class Generation:
         self._spares.reverse()
         await image.writeback.commit_alone()
         self._counts = NewCounts(image.storage, refcounts, self._take_spare)
-        for freed in image.writeback.waiting:
-            for first, nb_clusters, _ in freed.ranges:
-                clusters = np.arange(first, first + nb_clusters, dtype=np.uint64)
-                await self._counts.add(clusters, -1)
+        # Whoever waits to drop them may turn its list round meanwhile.
+        waiting = [r for freed in image.writeback.waiting for r in freed.ranges]
+        for first, nb_clusters, _ in waiting:
+            clusters = np.arange(first, first + nb_clusters, dtype=np.uint64)
+            await self._counts.add(clusters, -1)
 
     async def _take_row(self, nb_clusters: int) -> int:
         first = await self._image.refcounts.allocate_contiguous(nb_clusters)
@@ -302,7 +303,13 @@ class Generation:
         for first, nb_clusters in self._old:
             image.metadata.difference_update(range(first, first + nb_clusters))
         for first, nb_clusters in self._old:
-            await image.refcounts.add(first, nb_clusters, -1)
+            try:
+                await image.refcounts.add(first, nb_clusters, -1)
+            except CorruptImage:
+                raise
+            except OSError:
+                # The operation is done. They go with the next commit.
+                image.freed.add(first, nb_clusters, False)
         if refcounts.freed:
             image.spawn(_drop(image, refcounts.freed))
 

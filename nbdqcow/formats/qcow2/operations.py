@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nbdqcow.block.driver import FormatDriver
 from nbdqcow.block.tools import OptionValue, Progress, Secrets, SnapshotInfo
-from nbdqcow.errors import BlockError, CorruptImage
+from nbdqcow.errors import BlockError, CorruptImage, NotSupported
 from nbdqcow.formats.qcow2 import encryption
 from nbdqcow.formats.qcow2.bitmap import BitmapInfo
 
@@ -77,6 +77,10 @@ class Operations(FormatDriver):
 
     # -- snapshots -------------------------------------------------------
 
+    def _refuse_for_data_file(self) -> None:
+        if self.data_file is not None:
+            raise NotSupported("snapshots can't be used with an external data file")
+
     async def snapshot_list(self) -> list[SnapshotInfo]:
         """Return the internal snapshots in the table's order."""
         from nbdqcow.formats.qcow2 import snapshot
@@ -101,6 +105,7 @@ class Operations(FormatDriver):
         """
         from nbdqcow.formats.qcow2 import snapshot
 
+        self._refuse_for_data_file()
         return await self._operate(
             snapshot.create(
                 self._image,
@@ -120,6 +125,7 @@ class Operations(FormatDriver):
         """
         from nbdqcow.formats.qcow2 import snapshot
 
+        self._refuse_for_data_file()
         await self._operate(snapshot.apply(self._image, id_or_name))
 
     async def snapshot_delete(self, id_or_name: str) -> None:
@@ -130,6 +136,7 @@ class Operations(FormatDriver):
         """
         from nbdqcow.formats.qcow2 import snapshot
 
+        self._refuse_for_data_file()
         await self._operate(snapshot.delete(self._image, id_or_name))
 
     # -- encryption ------------------------------------------------------

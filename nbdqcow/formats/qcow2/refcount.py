@@ -214,37 +214,41 @@ class Refcounts:
         Raises `BlockError` before changing anything if a count would leave
         its limits; a count below 0 means that the image is corrupt.
         """
-        pieces = []
+        pieces: list[tuple[int, RefcountBlock, int, int]] = []
         index, end = cluster_index, cluster_index + nb_clusters
-        while index < end:
-            block_index, first = divmod(index, self.block_entries)
-            last = min(self.block_entries, first + end - index)
-            block = await self._block(block_index)
-            if block is None:
-                raise BlockError(
-                    errno.EIO, f"host cluster {index:#x} has no refcount block"
-                )
-            counts = block.counts[first:last]
-            if change < 0 and 0 in counts:
-                raise CorruptImage(
-                    f"refcount of a cluster in use is 0"
-                    f" (host cluster {index + counts.index(0):#x}): image is corrupt"
-                )
-            if change > 0 and max(counts) >= self.max_count:
-                raise BlockError(
-                    errno.EINVAL, f"refcount would exceed {self.max_count}"
-                )
-            block.pins += 1
-            pieces.append((block_index, block, first, last))
-            index += last - first
+        try:
+            while index < end:
+                block_index, first = divmod(index, self.block_entries)
+                last = min(self.block_entries, first + end - index)
+                block = await self._block(block_index)
+                if block is None:
+                    raise BlockError(
+                        errno.EIO, f"host cluster {index:#x} has no refcount block"
+                    )
+                self._check_change(index, block.counts[first:last], change)
+                block.pins += 1
+                pieces.append((block_index, block, first, last))
+                index += last - first
+        finally:
+            for _, block, _, _ in pieces:
+                block.pins -= 1
         for block_index, block, first, last in pieces:
-            block.pins -= 1
             counts = block.counts
             for i in range(first, last):
                 counts[i] += change
             self._mark(block_index, block, first, last)
             if change < 0:
                 self._note_free(block_index, counts, first, last)
+
+    def _check_change(self, index: int, counts: "array[int]", change: int) -> None:
+        """Refuse to take counts, of clusters from ``index`` on, out of limits."""
+        if change < 0 and 0 in counts:
+            raise CorruptImage(
+                f"refcount of a cluster in use is 0"
+                f" (host cluster {index + counts.index(0):#x}): image is corrupt"
+            )
+        if change > 0 and max(counts) >= self.max_count:
+            raise BlockError(errno.EINVAL, f"refcount would exceed {self.max_count}")
 
     def _note_free(
         self, block_index: int, counts: "array[int]", first: int, last: int
@@ -391,6 +395,8 @@ class Refcounts:
     async def allocate_contiguous(self, nb_clusters: int, lowest: int = 0) -> int:
         """Take exactly ``nb_clusters`` clusters in a row; return the first,
         which is not below ``lowest``."""
+        if nb_clusters >= self.block_entries:
+            return await self._allocate_beyond_blocks(nb_clusters, lowest)
         run_start = end = max(lowest, self._scan_index)
         while end - run_start < nb_clusters:
             block_index, first = divmod(end, self.block_entries)
@@ -412,6 +418,33 @@ class Refcounts:
         self._check_free(run_start, nb_clusters)
         await self.add(run_start, nb_clusters, 1)
         return run_start
+
+    async def _allocate_beyond_blocks(self, nb_clusters: int, lowest: int) -> int:
+        """Do as `allocate_contiguous` does for a row longer than the clusters
+        of one new block, which begin with the block itself: put all blocks
+        that the row needs before it."""
+        while True:
+            nb_blocks = len(self.table)
+            while nb_blocks and not self.table[nb_blocks - 1]:
+                nb_blocks -= 1
+            nb_blocks = max(nb_blocks, -(-lowest // self.block_entries))
+            nb_new = 1
+            while nb_new * self.block_entries < nb_new + nb_clusters:
+                nb_new += 1
+            if nb_blocks + nb_new <= len(self.table):
+                break
+            async with self.table_lock:
+                await self._grow_table(nb_blocks + nb_new - 1)
+        start = nb_blocks * self.block_entries
+        for i in range(nb_new):
+            counts = array(_TYPECODES.get(self.order, "B"), [0]) * self.block_entries
+            for j in range(min(self.block_entries, nb_new - i * self.block_entries)):
+                counts[j] = 1
+            block = RefcountBlock(counts)
+            self._keep(nb_blocks + i, block)
+            self._add_block(nb_blocks + i, start + i, block)
+        await self.add(start + nb_new, nb_clusters, 1)
+        return start + nb_new
 
     async def _block_for_allocation(self, block_index: int) -> RefcountBlock:
         """Return a block, making it (and room in the table) if need be."""

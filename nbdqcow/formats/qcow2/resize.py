@@ -19,10 +19,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from nbdqcow.block.driver import WritePlan
+from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import BlockError, NotSupported
-from nbdqcow.formats.qcow2 import discard
+from nbdqcow.formats.qcow2 import data_file, discard
 from nbdqcow.formats.qcow2.entries import (
+    ALL_ALLOCATED,
     ALL_ZERO,
+    IN_DATA_FILE,
     MAX_L1_BYTES,
     OFFSET_MASK,
     OFLAG_COMPRESSED,
@@ -68,6 +71,8 @@ async def resize(image: "Qcow2Driver", size: int, preallocation: str) -> None:
 
 async def make_empty(image: "Qcow2Driver") -> None:
     """See `FormatDriver.make_empty`."""
+    if image.data_file is not None and data_file.is_raw(image.header):
+        raise NotSupported("a raw external data file can't be emptied")
     async with image.resizing:
         async with alone(image):
             old, offset = image.tables.l1, image.tables.l1_offset
@@ -156,6 +161,8 @@ async def _shrink(image: "Qcow2Driver", size: int) -> None:
         image.bitmaps.resize(size)
     await _free_tables(image, old_l1[nb_entries:])
     image.trim_when_freed()
+    if image.data_file is not None:
+        await image.data_file.truncate(size)
 
 
 async def _clear_entries(image: "Qcow2Driver", start: int) -> None:
@@ -243,6 +250,11 @@ async def _grow(image: "Qcow2Driver", size: int, preallocation: str) -> None:
     ):
         raise NotSupported("Failed to zero out new clusters: Operation not supported")
     start, end = round_up(old_size, cluster_size), round_up(size, cluster_size)
+    is_raw = image.data_file is not None and data_file.is_raw(image.header)
+    if image.data_file is not None:
+        await _grow_data_file(image, size)
+    if is_raw and preallocation == "off":
+        preallocation = "metadata"
     async with alone(image):
         stale = await _grow_l1(image, size)
         await _clear_entries(image, start)
@@ -252,6 +264,8 @@ async def _grow(image: "Qcow2Driver", size: int, preallocation: str) -> None:
         if preallocation != "off":
             # Without a bitmap, the backing image shows until it is written.
             bitmap = ALL_ZERO if backing_size > start else 0
+            if is_raw:
+                bitmap = ALL_ALLOCATED
             await _preallocate(image, start, end, preallocation, bitmap)
         elif backing_size > start:
             end = min(end, round_up(backing_size, cluster_size))
@@ -299,9 +313,12 @@ async def _preallocate(
         length = nb_clusters << bits
         async with image.lock:
             l2 = await slice_for_change(image, offset)
-            first = await image.refcounts.allocate_contiguous(nb_clusters, place)
-            place = first + nb_clusters
-            image.note_used(place << bits)
+            if image.data_file is not None:
+                first = (offset | IN_DATA_FILE) >> bits
+            else:
+                first = await image.refcounts.allocate_contiguous(nb_clusters, place)
+                place = first + nb_clusters
+                image.note_used(place << bits)
         index = (offset >> bits) & ((1 << (tables.slice_shift - bits)) - 1)
         allocation = _Preallocation(
             image.in_flight.add(offset, offset + length),
@@ -311,7 +328,12 @@ async def _preallocate(
         l2.pins += 1
         plan = WritePlan(offset, length, first << bits, private=allocation)
         try:
-            await _zero_file(image, first << bits, length, preallocation)
+            if image.data_file is not None:
+                # It is as long as the new disk, which may end in a cluster.
+                inside = min(length, image.data_file.length - offset)
+                await _zero_file(image.data_file, offset, inside, preallocation)
+            else:
+                await _zero_file(image.storage, first << bits, length, preallocation)
         except BaseException:
             image.abort_write(plan)
             raise
@@ -319,12 +341,22 @@ async def _preallocate(
         offset += length
 
 
+async def _grow_data_file(image: "Qcow2Driver", size: int) -> None:
+    """Make room for a larger disk, which reads as zeroes; the data file may
+    be longer than the disk is."""
+    assert image.data_file is not None
+    stale = min(image.data_file.length, size) - image.size
+    if stale > 0:
+        await image.data.write_zeroes(image.size, stale, may_unmap=True)
+    if image.data_file.length < size:
+        await image.data_file.truncate(size)
+
+
 async def _zero_file(
-    image: "Qcow2Driver", offset: int, length: int, preallocation: str
+    storage: StorageDriver, offset: int, length: int, preallocation: str
 ) -> None:
-    """Make a range of the file, which was never used, what a preallocation
+    """Make a range of a file, which was never used, what a preallocation
     mode wants."""
-    storage = image.storage
     if preallocation == "full":
         for start in range(0, length, MiB):
             piece = memoryview(_ZEROES)[: min(MiB, length - start)]

@@ -17,6 +17,7 @@ from nbdqcow.block.tools import (
     no_secrets,
 )
 from nbdqcow.errors import ImageError
+from nbdqcow.formats.luks_specs import cipher_options, key_options
 from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2.bitmap_directory import (
     FLAG_AUTO,
@@ -62,12 +63,7 @@ _CREATE_OPTIONS: Final = (
         "str",
         "ID of secret providing qcow AES key or LUKS passphrase",
     ),
-    OptionSpec("encrypt.cipher-alg", "str", "Name of encryption cipher algorithm"),
-    OptionSpec("encrypt.cipher-mode", "str", "Name of encryption cipher mode"),
-    OptionSpec("encrypt.ivgen-alg", "str", "Name of IV generator algorithm"),
-    OptionSpec("encrypt.ivgen-hash-alg", "str", "Name of IV generator hash algorithm"),
-    OptionSpec("encrypt.hash-alg", "str", "Name of encryption hash algorithm"),
-    OptionSpec("encrypt.iter-time", "num", "Time to spend in PBKDF in milliseconds"),
+    *cipher_options("encrypt."),
     OptionSpec("cluster_size", "size", "qcow2 cluster size", "65536"),
     OptionSpec("extended_l2", "bool", "Extended L2 tables", "off"),
     OptionSpec(
@@ -103,6 +99,7 @@ class Qcow2Tool(FormatTool):
 
     name: ClassVar[str] = "qcow2"
     create_options: ClassVar[Sequence[OptionSpec]] = _CREATE_OPTIONS
+    key_options: ClassVar[Sequence[OptionSpec]] = key_options("encrypt.")
     supports_backing: ClassVar[bool] = True
     supports_check: ClassVar[bool] = True
 
@@ -153,11 +150,9 @@ class Qcow2Tool(FormatTool):
         file.truncate(plan.file_length)
         if file.is_device:
             file.write_zeroes(0, plan.file_length)
-        data_length = plan.file_length - plan.data_start
-        if plan.preallocation == "falloc":
-            file.allocate(plan.data_start, data_length)
-        elif plan.preallocation == "full":
-            file.write_zeroes(plan.data_start, data_length)
+        if plan.data_file is None:
+            data_length = plan.file_length - plan.data_start
+            _preallocate(file, plan.data_start, data_length, plan.preallocation)
         for offset, data in plan.writes():
             file.pwrite(offset, data)
 
@@ -169,12 +164,36 @@ class Qcow2Tool(FormatTool):
 
             run_blocking(unlock_blocking(*place, passphrase), file)
 
+    def data_file_name(self, plan: Any) -> str | None:
+        """Return the planned image's name for its external data file."""
+        assert isinstance(plan, CreatePlan)
+        return plan.data_file
+
+    def create_data_file(self, file: BlockingFile, plan: Any) -> None:
+        """Make a file the planned image's data file, its old content gone."""
+        assert isinstance(plan, CreatePlan)
+        size = plan.header.size
+        file.truncate(0)
+        file.truncate(size)
+        if file.is_device:
+            file.write_zeroes(0, size)
+        _preallocate(file, 0, size, plan.preallocation)
+
     def check(self, file: BlockingFile, repair: int, report: Report) -> CheckResult:
         """Check the image, and repair it."""
         # It needs numpy, which takes longer to load than all the rest.
         from nbdqcow.formats.qcow2.check import check_image
 
         return run_blocking(check_image(file.length, repair, report), file)
+
+
+def _preallocate(
+    file: BlockingFile, offset: int, length: int, preallocation: str
+) -> None:
+    if preallocation == "falloc":
+        file.allocate(offset, length)
+    elif preallocation == "full":
+        file.write_zeroes(offset, length)
 
 
 def read_header(*, for_check: bool = False) -> Steps[Header]:

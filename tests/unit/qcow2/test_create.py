@@ -3,7 +3,7 @@
 import pytest
 
 from nbdqcow.block.tools import REPAIR_NONE
-from nbdqcow.errors import ImageError, UnsupportedFeature
+from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2.create import CreateOptions, plan_create
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.tool import Qcow2Tool
@@ -90,6 +90,11 @@ REFUSED = [
     ({"extended_l2": True, "cluster_size": 8192}, "Extended L2 entries are only"),
     ({"compression_type": "zstd", "version": 2}, "Non-zlib compression type"),
     ({"data_file_raw": True}, "data-file-raw requires data-file"),
+    ({"data_file": "d", "version": 2}, "External data files are only supported with"),
+    (
+        {"data_file": "d", "data_file_raw": True, "backing_file": "b"},
+        "Backing file and data-file-raw cannot be used at the same time",
+    ),
 ]
 
 
@@ -97,17 +102,6 @@ REFUSED = [
 def test_refused(options, text):
     with pytest.raises(ImageError, match=text):
         plan_create(CreateOptions(**{"size": 1 << 20, **options}))
-
-
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        ({"data_file": "d"}, "data_file"),
-    ],
-)
-def test_not_supported_yet_by_name(options, name):
-    with pytest.raises(UnsupportedFeature, match=name):
-        plan_create(CreateOptions(size=1 << 20, **options))
 
 
 @pytest.mark.parametrize(("name", "bit"), [("zlib", 0), ("zstd", 1)])

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from nbdqcow.errors import ImageError, UnsupportedFeature
+from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2.header import Extension, Header, needed
 from tests.builder import ImageBuilder, patched
@@ -207,16 +207,13 @@ def test_a_check_opens_what_it_reports_itself():
     assert Header.parse(image, for_check=True).refcount_table_clusters == 0
 
 
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
-        ([(72, "Q", 4)], "external data file"),
-    ],
-)
-def test_unsupported_by_name(fields, text):
-    header = Header.parse(patched(IMAGE, *fields))
-    with pytest.raises(UnsupportedFeature, match=text):
+def test_raw_external_data_needs_a_data_file():
+    header = Header.parse(patched(IMAGE, (88, "Q", 2)))
+    with pytest.raises(ImageError, match="data-file-raw requires a data file"):
         header.check_supported(read_only=True)
+    Header.parse(patched(IMAGE, (72, "Q", 4), (88, "Q", 2))).check_supported(
+        read_only=False
+    )
 
 
 def test_a_corrupt_image_opens_read_only():
