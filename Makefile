@@ -46,6 +46,12 @@ check: setup-test  ## quick: lint, types, unit and block tests
 bench: setup-test  ## fio against this server and its peers, side by side
 	$(BIN)/python -m bench $(BENCH)
 
+bench-img: setup-test  ## the image tool's commands beside qemu-img
+	$(BIN)/python -m bench.img $(BENCH)
+
+conformance: setup-test  ## every command line of the image tool beside qemu-img
+	$(PYTEST) $(PARALLEL) tests/interop/test_img_commands.py
+
 differential-long: setup-test  ## the differential tests for hours rather than minutes
 	$(PYTEST) -m slow tests/differential
 

@@ -173,7 +173,9 @@ def _looks_formatted(head: bytes) -> bool:
     return probe_format(head, "") != "raw"
 
 
-async def open_storage(filename: str, options: OpenOptions) -> StorageDriver:
+async def open_storage(
+    filename: str, options: OpenOptions, *, is_data_file: bool = False
+) -> StorageDriver:
     """Open the file under an image: a path, perhaps after ``file:``, or the
     URI of an NBD export."""
     protocol, name = split_protocol(filename)
@@ -191,6 +193,7 @@ async def open_storage(filename: str, options: OpenOptions) -> StorageDriver:
         discard="unmap",
         locking=options.lock,
         shared=options.force_share,
+        is_data_file=is_data_file,
     )
     return storage
 
@@ -259,7 +262,7 @@ async def _open_data_file(
     if _real_path(path) in above:
         raise ImageError(f"'{path}' can't be the data file: it is the image itself")
     try:
-        return await open_storage(path, options)
+        return await open_storage(path, options, is_data_file=True)
     except OSError as error:
         raise ImageError(f"Could not open '{path}': {error.strerror}") from None
 

@@ -26,6 +26,7 @@ _LONG: Final = {
     "force-share": "-U",
     "start-offset=": "-s",
     "max-length=": "-l",
+    "picture=": "--picture",
 }
 
 
@@ -34,6 +35,7 @@ def run(arguments: Sequence[str]) -> int:
     options, operands = parse_arguments(arguments, ":f:s:l:hU", _LONG)
     images = ImageArguments()
     output, start, length = "human", 0, MAX_AMOUNT
+    picture: str | None = None
     for name, value in options:
         match name:
             case "-h":
@@ -41,6 +43,8 @@ def run(arguments: Sequence[str]) -> int:
                 return 0
             case "--output":
                 output = value
+            case "--picture":
+                picture = value
             case "-s":
                 start = parse_amount(value, "start offset")
             case "-l":
@@ -51,6 +55,8 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError("Expecting one image file name")
     json = wants_json(output)
     images.check()
+    if picture is not None:
+        return run_command(lambda: _draw(operands[0], images, start, length, picture))
     return run_command(lambda: _map(operands[0], images, start, length, json=json))
 
 
@@ -76,6 +82,23 @@ async def _map(
     finally:
         sys.stdout.flush()
         await node.close()
+    return 0
+
+
+async def _draw(
+    name: str, images: ImageArguments, start: int, length: int, filename: str
+) -> int:
+    from nbdqcow.cli.map_picture import Picture
+
+    node = await open_node(name, images)
+    try:
+        end = min(disk_size(node), start + length)
+        picture = Picture(node, start, end)
+        async for rows in map_disk(node, start, end):
+            picture.add(rows)
+    finally:
+        await node.close()
+    picture.save(filename)
     return 0
 
 

@@ -9,6 +9,7 @@ from nbdqcow.block.node import Node
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.jobs.status import disk_size, has_holes, has_offsets
 from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO, ZERO_ALLOCATED
+from nbdqcow.units import round_down, round_up
 
 _MANY_ROWS: Final = 1 << 12
 _NB_STRETCHES: Final = 1 << 14
@@ -51,6 +52,20 @@ async def map_disk(node: Node, start: int, end: int) -> AsyncIterator[list[Row]]
         last = _join([*last, (start, end - start, flags, start, 0, node)])
     if last:
         yield last
+
+
+async def data_length(node: Node, cluster_size: int) -> int:
+    """Return the bytes of a disk that are not zero by its map, counted in whole
+    clusters of ``cluster_size``."""
+    total = covered = 0
+    async for rows in map_disk(node, 0, disk_size(node)):
+        for start, length, flags, *_ in rows:
+            if flags & IS_ZERO:
+                continue
+            first = max(covered, round_down(start, cluster_size))
+            covered = max(covered, round_up(start + length, cluster_size))
+            total += covered - first
+    return total
 
 
 def _join(rows: list[Row]) -> list[Row]:

@@ -4,8 +4,9 @@ import asyncio
 import errno
 import logging
 from array import array
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from collections.abc import Mapping as Options
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from nbdqcow.block.driver import WritePlan
@@ -155,10 +156,12 @@ class Qcow2Driver(Operations):
                 self.tables, self.metadata, self.check_not_metadata
             )
             self.try_plan = write_extended.try_plan
-            inline = write_extended.InlineWriter(self)
             if not (
                 header.has_data_file or header.crypt_method == qcow2_header.CRYPT_AES
             ):
+                # Not ``self``'s: that may be another one's already.
+                begin_any = partial(type(self).try_begin_write, self)
+                inline = write_extended.InlineWriter(self, begin_any)
                 self.try_begin_write = inline.try_begin_write  # type: ignore[method-assign]
         self.try_map = self.mapping.try_map  # type: ignore[method-assign]
         if not header.extended_l2:
@@ -317,6 +320,12 @@ class Qcow2Driver(Operations):
 
         return await runs(self, offset, length)
 
+    def read_compressed_parts(
+        self, places: Sequence[tuple[int, int, int]]
+    ) -> AsyncIterator[Buffer]:
+        """See `FormatDriver.read_compressed_parts`."""
+        return self.compressed.read_all(places)
+
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """See `FormatDriver.extents`."""
         try:
@@ -330,10 +339,6 @@ class Qcow2Driver(Operations):
     def try_begin_write(self, offset: int, length: int) -> WritePlan | None:
         """See `FormatDriver.try_begin_write`; `InlineWriter.try_begin_write`
         takes its place if there are subclusters."""
-        return self.try_begin_any_write(offset, length)
-
-    def try_begin_any_write(self, offset: int, length: int) -> WritePlan | None:
-        """As `try_begin_write`, whatever clusters the write is to."""
         if self.read_only:
             return None
         try:

@@ -33,8 +33,8 @@ _NAMES: Final = {
 """What QEMU calls them in its message."""
 
 
-_MAX_SNAPSHOT_CLUSTERS: Final = 1 << 21
-"""Each takes about 200 bytes of memory while the image is open for writing."""
+_MAX_SNAPSHOT_L1_CLUSTERS: Final = 1 << 21
+"""Each takes about 100 bytes of memory while the image is open for writing."""
 
 
 def check(image: "Qcow2Driver", cluster_index: int) -> None:
@@ -89,21 +89,22 @@ async def note_snapshots(image: "Qcow2Driver") -> None:
     if not header.nb_snapshots:
         return
     snapshots, length = await run_steps(read_snapshots(header), image.storage)
+    if sum(-(-one.l1_size * 8 // image.cluster_size) for one in snapshots) > (
+        _MAX_SNAPSHOT_L1_CLUSTERS
+    ):
+        raise ImageError("The L1 tables of the snapshots are too large")
     places = [(header.snapshots_offset, length, "snapshot-table")]
     for one in snapshots:
         offset, length = one.l1_table_offset, one.l1_size * 8
         if length > MAX_L1_BYTES or offset % image.cluster_size:
             raise ImageError("Snapshot L1 table is invalid")
         places.append((offset, length, "inactive-l1"))
-        if len(places) > _MAX_SNAPSHOT_CLUSTERS:
-            raise ImageError("The L1 tables of the snapshots are too large")
         if "inactive-l2" in image.settings.overlap_checks and length:
             l1 = load_be64(await image.storage.pread(offset, length))
             tables = {entry & OFFSET_MASK for entry in l1} - {0}
             places += [(table, 1, "inactive-l2") for table in tables]
-    nb_clusters = sum(-(-length >> bits) for _, length, _ in places)
-    if nb_clusters > _MAX_SNAPSHOT_CLUSTERS:
-        raise ImageError("The L1 tables of the snapshots are too large")
+            if len(places) > _MAX_SNAPSHOT_L1_CLUSTERS:
+                raise ImageError("The snapshots have too many L2 tables")
     for offset, length, kind in places:
         for cluster_index in range(offset >> bits, -(-(offset + length) >> bits)):
             image.snapshot_metadata.setdefault(cluster_index, kind)
