@@ -41,7 +41,8 @@ class FullStorage(PermutedStorage):
     async def pwritev(self, offset, buffers, *, fua=False):
         if self._rnd.random() < self.failing:
             data = b"".join(bytes(b) for b in buffers)
-            await super().pwritev(offset, [data[: len(data) // 2]])
+            if len(data) > 1:
+                await super().pwritev(offset, [data[: len(data) // 2]])
             raise OSError(errno.ENOSPC, "full")
         await super().pwritev(offset, buffers, fua=fua)
 
