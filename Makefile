@@ -8,6 +8,9 @@ BIN := .venv/bin
 IMAGE ?= var/disk.qcow2
 LISTEN ?= 127.0.0.1:10809
 PYTEST := $(BIN)/python -m pytest
+# Tests wait for other programs now and then: one more than there are processors.
+JOBS ?= $(shell echo $$(($$(nproc) + 1)))
+PARALLEL := -n $(JOBS) --dist worksteal
 export PYTHON
 
 help:  ## this list
@@ -25,7 +28,7 @@ test: setup-test  ## lint, types and every test but the slow ones
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) -m "not slow"
+	$(PYTEST) $(PARALLEL) -m "not slow"
 
 lint: setup-test  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -42,6 +45,12 @@ check: setup-test  ## quick: lint, types, unit and block tests
 
 bench: setup-test  ## fio against this server and its peers, side by side
 	$(BIN)/python -m bench $(BENCH)
+
+bench-img: setup-test  ## the image tool's commands beside qemu-img
+	$(BIN)/python -m bench.img $(BENCH)
+
+conformance: setup-test  ## every command line of the image tool beside qemu-img
+	$(PYTEST) $(PARALLEL) tests/interop/test_img_commands.py
 
 differential-long: setup-test  ## the differential tests for hours rather than minutes
 	$(PYTEST) -m slow tests/differential

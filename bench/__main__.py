@@ -26,15 +26,26 @@ def prepare(cell: Cell, peer: Peer, directory: Path) -> Path:
     """Return the image for one run, in the state the cell wants."""
     if cell.disk is Disk.EMPTY:
         return images.fresh_empty(directory)
+    if cell.disk is Disk.SUBCLUSTERS:
+        return images.fresh_subclusters(directory)
     if cell.disk is Disk.OVERLAY:
         return images.fresh_overlay(directory)
     if cell.disk is Disk.HUGE:
         return images.huge_qcow2(directory)
+    if cell.disk is Disk.LUKS:
+        path = images.luks_qcow2(directory)
+        images.warm_up(path)
+        images.write_back(path)
+        return path
     if cell.disk in (Disk.ZLIB, Disk.ZSTD):
         path = images.compressed_qcow2(directory, cell.disk.name.lower())
         images.warm_up(path)
         return path
-    path = images.full_raw(directory) if peer.raw else images.full_qcow2(directory)
+    if cell.disk is Disk.QCOW1:
+        path = images.full_qcow1(directory)
+        images.warm_up(path)
+    else:
+        path = images.full_raw(directory) if peer.raw else images.full_qcow2(directory)
     images.write_back(path)
     return path
 
@@ -45,6 +56,7 @@ def run_rounds(
     """Run one cell against every peer that it has a meaning for."""
     able = [p for p in peers if not (p.raw and cell.disk is not Disk.FULL)]
     samples: dict[str, list[Sample]] = {peer.name: [] for peer in able}
+    secret = images.secret_file(directory) if cell.disk is Disk.LUKS else None
     if cell.disk in (Disk.FULL, Disk.OVERLAY):
         images.warm_up(images.full_qcow2(directory))
         if any(peer.raw for peer in able):
@@ -53,7 +65,9 @@ def run_rounds(
     for round_index in range(nb_rounds):
         for peer in able:
             image = prepare(cell, peer, directory)
-            with running(peer, image, l2_cache_size=cache, tls=cell.tls) as server:
+            with running(
+                peer, image, l2_cache_size=cache, tls=cell.tls, secret=secret
+            ) as server:
                 sample = run_cell(cell, server, seconds, seed=1 + round_index)
             samples[peer.name].append(sample)
             progress(

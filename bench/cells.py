@@ -19,10 +19,13 @@ class Disk(enum.Enum):
 
     FULL = "every cluster allocated, in page cache"
     EMPTY = "a fresh empty image for each run"
+    SUBCLUSTERS = "a fresh empty image with extended L2 entries for each run"
     OVERLAY = "a fresh overlay over the full image for each run"
     HUGE = "1 TiB, every cluster mapped, sparse"
+    LUKS = "as full, encrypted with LUKS"
     ZLIB = "every cluster compressed by zlib, in page cache"
     ZSTD = "every cluster compressed by zstd, in page cache"
+    QCOW1 = "as FULL, in the qcow format of version 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,15 @@ CELLS: Final = (
         nb_requests=GiB // (64 * KiB),
     ),
     Cell(
+        "subclusters-alloc-randwrite-4k-qd16",
+        "randwrite",
+        4 * KiB,
+        16,
+        _targets(1.2, 1.2),
+        disk=Disk.SUBCLUSTERS,
+        nb_requests=65536,
+    ),
+    Cell(
         "overlay-randwrite-4k-qd16",
         "randwrite",
         4 * KiB,
@@ -121,10 +133,39 @@ CELLS: Final = (
             ("read-1m-qd8", MiB, 8),
         )
     ),
+    Cell(
+        "qcow1-randread-4k-qd16",
+        "randread",
+        4 * KiB,
+        16,
+        {QEMU: 1.5},
+        disk=Disk.QCOW1,
+    ),
+    Cell(
+        "qcow1-randwrite-4k-qd16",
+        "randwrite",
+        4 * KiB,
+        16,
+        {QEMU: 1.5},
+        disk=Disk.QCOW1,
+    ),
     Cell("tls-randread-4k-qd16", "randread", 4 * KiB, 16, {QEMU: 1.5}, tls=True),
     Cell("tls-randwrite-4k-qd16", "randwrite", 4 * KiB, 16, {QEMU: 1.5}, tls=True),
     Cell("tls-randread-64k-qd16", "randread", 64 * KiB, 16, {QEMU: 1.2}, tls=True),
     Cell("tls-randwrite-64k-qd16", "randwrite", 64 * KiB, 16, {QEMU: 1.2}, tls=True),
+    *(
+        Cell(f"luks-{name}", rw, block, depth, {QEMU: 0.8}, disk=Disk.LUKS)
+        for name, rw, block, depth in (
+            ("randread-4k-qd1", "randread", 4 * KiB, 1),
+            ("randread-4k-qd16", "randread", 4 * KiB, 16),
+            ("randwrite-4k-qd1", "randwrite", 4 * KiB, 1),
+            ("randwrite-4k-qd16", "randwrite", 4 * KiB, 16),
+            ("randread-64k-qd16", "randread", 64 * KiB, 16),
+            ("randwrite-64k-qd16", "randwrite", 64 * KiB, 16),
+            ("read-1m-qd8", "read", MiB, 8),
+            ("write-1m-qd8", "write", MiB, 8),
+        )
+    ),
 )
 
 FAIRNESS: Final = "fairness"

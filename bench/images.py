@@ -4,6 +4,7 @@ import contextlib
 import os
 import struct
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,11 +57,57 @@ def full_qcow2(directory: Path) -> Path:
     return path
 
 
+def luks_qcow2(directory: Path) -> Path:
+    """Return a qcow2 image with the data of `full_raw`, encrypted; the
+    passphrase is in `secret_file`."""
+    path = directory / "luks.qcow2"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        secret = f"secret,id=s,file={secret_file(directory)}"
+        options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=100"
+        words = ["create", "-q", "-f", "qcow2", "--object", secret, "-o", options]
+        # With ours: QEMU can't measure its time on every machine.
+        command = [sys.executable, "-m", "nbdqcow.cli.img", *words]
+        subprocess.run([*command, partial, str(FULL_SIZE)], check=True)
+        target = f"driver=qcow2,file.filename={partial},encrypt.key-secret=s"
+        words = ["convert", "-n", "--object", secret, "-f", "raw"]
+        qemu_img(*words, full_raw(directory), "--target-image-opts", target)
+        partial.rename(path)
+    return path
+
+
+def full_qcow1(directory: Path) -> Path:
+    """Return a qcow image, version 1, with the data of `full_raw`."""
+    path = directory / "full.qcow"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        source = full_raw(directory)
+        qemu_img("convert", "-f", "raw", "-O", "qcow", source, partial)
+        partial.rename(path)
+    return path
+
+
+def secret_file(directory: Path) -> Path:
+    """Return a file with the passphrase of `luks_qcow2`."""
+    path = directory / "secret"
+    path.write_text("passphrase")
+    return path
+
+
 def fresh_empty(directory: Path) -> Path:
     """Return an image without a single data cluster."""
     path = directory / "empty.qcow2"
     path.unlink(missing_ok=True)
     qemu_img("create", "-q", "-f", "qcow2", path, str(4 * FULL_SIZE))
+    return path
+
+
+def fresh_subclusters(directory: Path) -> Path:
+    """Return an image with extended L2 entries and no data cluster."""
+    path = directory / "subclusters.qcow2"
+    path.unlink(missing_ok=True)
+    options = ("-o", "extended_l2=on")
+    qemu_img("create", "-q", "-f", "qcow2", *options, path, str(4 * FULL_SIZE))
     return path
 
 

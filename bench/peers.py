@@ -43,9 +43,11 @@ class Peer:
         socket: Path,
         l2_cache_size: int | None,
         certificates: Path | None,
+        secret: Path | None,
     ) -> list[str]:
-        """Return the command that serves ``image`` on a unix socket."""
-        command = self._command(image, socket, l2_cache_size)
+        """Return the command that serves ``image`` on a unix socket; ``secret``
+        is the file with its passphrase."""
+        command = self._command(image, socket, l2_cache_size, secret)
         if certificates is None:
             return command
         if self.name == OURS:
@@ -58,11 +60,17 @@ class Peer:
         return [command[0], *options, "--tls-creds=tls0", *command[1:]]
 
     def _command(
-        self, image: Path, socket: Path, l2_cache_size: int | None
+        self,
+        image: Path,
+        socket: Path,
+        l2_cache_size: int | None,
+        secret: Path | None,
     ) -> list[str]:
         if self.name == OURS:
             command = [sys.executable, "-m", "nbdqcow", "serve", str(image)]
-            command += ["--unix", str(socket), "--format", "qcow2"]
+            command += ["--unix", str(socket), "--format", image.suffix[1:]]
+            if secret is not None:
+                command += ["--key-file", str(secret)]
             if l2_cache_size is not None:
                 command += ["--l2-cache-size", str(l2_cache_size)]
             return command
@@ -73,9 +81,14 @@ class Peer:
         if self.name == QEMU_URING:
             aio = "io_uring"
             command += ["--aio=io_uring", "--cache=writeback"]
-        if l2_cache_size is None:
-            return [*command, "-f", "qcow2", str(image)]
-        options = f"driver=qcow2,l2-cache-size={l2_cache_size},file.driver=file"
+        if l2_cache_size is None and secret is None:
+            return [*command, "-f", image.suffix[1:], str(image)]
+        options = "driver=qcow2,file.driver=file"
+        if l2_cache_size is not None:
+            options += f",l2-cache-size={l2_cache_size}"
+        if secret is not None:
+            command += ["--object", f"secret,id=s,file={secret}"]
+            options += ",encrypt.key-secret=s"
         options += f",file.aio={aio},file.filename={image}"
         return [*command, "--image-opts", options]
 
@@ -178,6 +191,7 @@ def running(
     l2_cache_size: int | None = None,
     tls: bool = False,
     options: Sequence[str] = (),
+    secret: Path | None = None,
 ) -> Iterator[Server]:
     """Serve ``image`` with a peer while the block runs.
 
@@ -191,7 +205,10 @@ def running(
             make_certificates(certificates, home)
         with log.open("w") as errors:
             process = subprocess.Popen(
-                [*peer.command(image, socket, l2_cache_size, certificates), *options],
+                [
+                    *peer.command(image, socket, l2_cache_size, certificates, secret),
+                    *options,
+                ],
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,

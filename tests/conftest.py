@@ -24,6 +24,8 @@ import uvloop
 REPOSITORY = Path(__file__).resolve().parent.parent
 IN_CI = os.environ.get("CI", "") not in ("", "0", "false")
 SEED = int(os.environ.get("NBDQCOW_SEED") or random.SystemRandom().getrandbits(32))
+# Those who share the work of this run draw theirs from the same one.
+os.environ["NBDQCOW_SEED"] = str(SEED)
 
 # A machine under load is no failure.
 hypothesis.settings.register_profile(
@@ -82,19 +84,30 @@ def pytest_asyncio_loop_factories() -> Mapping[
 
 # -- what a run has done ---------------------------------------------------------
 
-_figures: list[str] = []
+_FIGURE = "figure"
 
 
 @pytest.fixture
-def figures() -> Callable[[str], None]:
+def figures(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Takes a line about what a test has explored, for the end of the run."""
-    return _figures.append
+
+    def add(line: str) -> None:
+        # With the report, which reaches whoever sums up the run.
+        request.node.user_properties.append((_FIGURE, line))
+
+    return add
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if _figures:
+    lines = [
+        value
+        for report in terminalreporter.getreports("passed")
+        for name, value in report.user_properties
+        if name == _FIGURE
+    ]
+    if lines:
         terminalreporter.section("what was explored")
-        for line in _figures:
+        for line in lines:
             terminalreporter.write_line(line)
 
 

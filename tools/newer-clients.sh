@@ -20,6 +20,11 @@ fail() {
 }
 
 [ -e "$dir/complete" ] && exit 0
+# Several tests may ask for them at once.
+mkdir -p "$dir"
+exec 9>"$dir/lock"
+flock 9
+[ -e "$dir/complete" ] && exit 0
 type -P apt-get dpkg-deb >/dev/null || fail "apt-get and dpkg-deb are needed"
 [ -e "$keyring" ] || fail "no $keyring (package debian-archive-keyring)"
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Final
 from nbdqcow.block.inflight import Epochs
 from nbdqcow.block.status import DirtyBitmap, Kinds
 from nbdqcow.block.storage import StorageDriver
-from nbdqcow.block.tools import OptionValue, Secrets
+from nbdqcow.block.tools import OptionValue, Progress, Secrets
 from nbdqcow.errors import ImageError, NotSupported
 from nbdqcow.types import Buffer, Run
 
@@ -54,6 +54,7 @@ class FormatDriver(ABC):
     """One open image of one format.
 
     Attributes:
+        shows_snapshots: whether the option ``snapshot`` has a meaning.
         storage: the image file; data: the file with the guest's bytes (the
             same unless the image has an external data file).
         data_file: the external data file, if the image has one.
@@ -62,6 +63,8 @@ class FormatDriver(ABC):
         subcluster_size: the unit in which writes are completed with old
             content, and zeroed by metadata; a cluster in most formats.
         backing_filename, backing_format: as the image names them, or None.
+        backing_size: of the backing image that is open, 0 for none; set by
+            the node.
         lock: guards the metadata. Held to map, allocate and link; never
             across guest data I/O.
         dirty_bitmaps: those that can be read, by name; none in most formats.
@@ -72,6 +75,7 @@ class FormatDriver(ABC):
     """
 
     name: ClassVar[str]
+    shows_snapshots: ClassVar[bool] = False
     storage: StorageDriver
     data: StorageDriver
     data_file: StorageDriver | None = None
@@ -80,6 +84,7 @@ class FormatDriver(ABC):
     read_only: bool
     backing_filename: str | None = None
     backing_format: str | None = None
+    backing_size: int = 0
     dirty_bitmaps: Mapping[str, DirtyBitmap] = MappingProxyType({})
     when_rebound: Callable[[], None] = staticmethod(lambda: None)
     lock: asyncio.Lock
@@ -123,6 +128,14 @@ class FormatDriver(ABC):
         """Return ``length`` bytes from ``start`` on of a compressed cluster."""
         cluster = await self.read_compressed(descriptor)
         return memoryview(cluster)[start : start + length]
+
+    async def runs(self, offset: int, length: int) -> list[Run]:
+        """Return what `map` says of consecutive stretches from ``offset`` on,
+        as many as are found without much waiting, at least one.
+
+        For images that nobody writes to. Neighbours may be alike.
+        """
+        return [await self.map(offset, length)]
 
     async def read_compressed_parts(
         self, places: Sequence[tuple[int, int, int]]
@@ -231,27 +244,23 @@ class FormatDriver(ABC):
         self,
         values: Mapping[str, OptionValue],
         secrets: Secrets,
-        passphrase: bytes,
         *,
         force: bool = False,
     ) -> None:
         """Add or erase passphrases as ``encrypt.*`` options of ``amend`` say.
 
-        ``passphrase`` is the one that the image was opened with. Raises
-        `ImageError` before anything is written, and `OSError`.
+        Raises `ImageError` before anything is written, and `OSError`.
         """
         raise ImageError("This image format has no passphrases")
 
     # -- the disk as a whole ---------------------------------------------
 
-    async def resize(
-        self, size: int, *, preallocation: str = "off", backing_size: int = 0
-    ) -> None:
+    async def resize(self, size: int, *, preallocation: str = "off") -> None:
         """Set the virtual size; the file's end that is not needed goes.
 
-        What is new reads as zeroes from the next cluster on, even if a
-        backing image of ``backing_size`` bytes has data there; what the last
-        cluster holds beyond the old size is the caller's business.
+        What is new reads as zeroes from the next cluster on, even if the
+        backing image has data there; what the last cluster holds beyond the
+        old size is the caller's business.
         ``preallocation`` is one of `PREALLOCATIONS`. Raises `BlockError`.
         """
         raise NotSupported("Image format driver does not support resize")
@@ -262,6 +271,37 @@ class FormatDriver(ABC):
         Raises `BlockError`.
         """
         raise NotSupported("this format has no empty images")
+
+    async def change_backing_file(
+        self, filename: str | None, format_name: str | None
+    ) -> None:
+        """Name another backing file in the image, or none. What is open stays
+        open; nothing is copied.
+
+        Raises `BlockError`.
+        """
+        raise NotSupported("this format can't change the backing file")
+
+    async def reopen(self, *, read_only: bool) -> None:
+        """Allow changes to the image, or no longer, while it is in use.
+
+        To stop them it waits for writers and writes all metadata back; the
+        storage changes after that, or before changes are allowed.
+        """
+        raise NotSupported("this format can't be opened otherwise while in use")
+
+    async def amend(
+        self, options: Mapping[str, OptionValue], progress: Progress
+    ) -> None:
+        """Change the image to what ``-o`` options of qemu-img's amend say,
+        but for ``encrypt.*``, which `amend_keys` takes. Of several changes some
+        may be done when one fails.
+
+        Raises `BlockError`.
+        """
+        raise NotSupported(
+            f"Format driver '{self.name}' does not support option amendment"
+        )
 
     async def close_files(self) -> None:
         """Close what the image is made of. The block layer calls it last."""

@@ -8,12 +8,14 @@ to be aligned, and falls back where a driver can't do something.
 import asyncio
 import errno
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from typing import Final, Self, cast
+from typing import Final, Self
 
 from nbdqcow.block.driver import PREALLOCATIONS, FormatDriver, WritePlan
-from nbdqcow.block.inline import GUARD_LENGTH, MAX_INLINE, InlineNode
+from nbdqcow.block.inline_requests import GUARD_LENGTH, MAX_INLINE, InlineRequests
+from nbdqcow.block.resizing import prepare_resize
 from nbdqcow.block.status import DEFAULT_LIMIT, DirtyBitmap, Extents, block_status
 from nbdqcow.block.storage import StorageDriver
+from nbdqcow.block.tools import OptionValue, Progress
 from nbdqcow.buffers import ZERO_VIEW, ZEROES, zero_views
 from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.types import (
@@ -30,7 +32,7 @@ _MAX_COMPRESSING: Final = 32
 """Clusters of one write that are compressed at a time."""
 
 
-class Node(InlineNode):
+class Node(InlineRequests):
     """One open image. All offsets and lengths are bytes inside ``[0, size]``.
 
     ``try_*`` methods never wait; None or False means "take the coroutine".
@@ -58,24 +60,22 @@ class Node(InlineNode):
         the image's first `GUARD_LENGTH` bytes whether they look like another
         format. A guest that writes such bytes is refused, or the next one to
         guess would follow whatever backing file it wrote there."""
-        inline_writes = not (driver.read_only or writethrough or detect_zeroes != "off")
-        super().__init__(driver, backing, inline_writes=inline_writes, guard=guard)
+        self.driver = driver
+        self.size = self._largest_size = driver.size
         self.read_only = driver.read_only
         self.filename = filename
+        self.backing = backing
         self._writethrough = writethrough
         self._unsafe = unsafe
         self._discard = discard
         self._detect_zeroes = detect_zeroes
+        self._inline_writes = not (
+            self.read_only or writethrough or detect_zeroes != "off"
+        )
+        self._guard = guard
         self._guard_lock = asyncio.Lock()
-
-    @property
-    def backing(self) -> "Node | None":
-        """The node below."""
-        return cast("Node | None", self._backing)
-
-    @backing.setter
-    def backing(self, backing: "Node | None") -> None:
-        self._backing = backing
+        self._bind()
+        driver.when_rebound = self._bind
 
     @property
     def format_name(self) -> str:
@@ -386,7 +386,7 @@ class Node(InlineNode):
             if start < stop and not await self._claim_zero(start, stop):
                 if no_fallback:
                     raise NotSupported("the range does not cover whole clusters")
-                await self._write_zero_bytes(start, stop - start)
+                await self.write_zero_bytes(start, stop - start)
         for start, stop in self._whole_clusters_apart(first, last):
             try:
                 await self.driver.write_zeroes(
@@ -395,7 +395,7 @@ class Node(InlineNode):
             except NotSupported:
                 if no_fallback:
                     raise
-                await self._write_zero_bytes(start, stop - start)
+                await self.write_zero_bytes(start, stop - start)
         if fua or self._writethrough:
             await self.flush()
 
@@ -430,7 +430,8 @@ class Node(InlineNode):
         )
         return await self.driver.claim_zero(cluster_start, backing_zero)
 
-    async def _write_zero_bytes(self, offset: int, length: int) -> None:
+    async def write_zero_bytes(self, offset: int, length: int) -> None:
+        """Write zeroes out, also behind the end in the last cluster."""
         end = offset + length
         for start in range(offset, end, MiB):
             await self._write_data(start, ZERO_VIEW[: min(MiB, end - start)])
@@ -465,30 +466,72 @@ class Node(InlineNode):
             )
         if size < 0:
             raise BlockError(errno.EINVAL, "The new size is below 0")
-        backing_size = 0 if self.backing is None else self.backing.size
-        if size > self.size:
-            await self._zero_last_cluster(size)
-        await self.driver.resize(
-            size, preallocation=preallocation, backing_size=backing_size
-        )
-        self._bind()
+        await prepare_resize(self, size)
+        await self.driver.resize(size, preallocation=preallocation)
 
-    async def _zero_last_cluster(self, size: int) -> None:
-        """Zero what the last cluster has behind the end of the disk, as far as
-        a new ``size`` shows it: a larger disk may have ended there once."""
-        offset = self.size
-        cluster_size = self.driver.cluster_size
-        end = min(-(-offset // cluster_size) * cluster_size, size)
-        while offset < end:
-            kind, _, covered = await self.driver.map(offset, end - offset)
-            if kind in (DATA, COMPRESSED) or (
-                kind == UNALLOCATED
-                and self.backing is not None
-                and self.backing.size > offset
-            ):
-                await self._write_zero_bytes(offset, end - offset)
-                return
-            offset += covered
+    async def amend(
+        self, options: Mapping[str, OptionValue], progress: Progress
+    ) -> None:
+        """See `FormatDriver.amend`."""
+        self._check_writable()
+        await prepare_resize(self, int(options.get("size", self.size)))
+        await self.driver.amend(options, progress)
+
+    async def change_backing_file(
+        self, filename: str | None, format_name: str | None
+    ) -> None:
+        """Name another backing file in the image, or none, durably.
+
+        What is open stays open: the new one counts when the image is opened
+        again. Nothing is copied. Raises `BlockError`.
+        """
+        self._check_writable()
+        await self.driver.change_backing_file(filename, format_name)
+        await self.driver.flush()
+
+    async def reopen(self, *, read_only: bool) -> None:
+        """Let the image be changed, or no longer, while it is in use.
+
+        Writes that have begun end first, and are durable; later ones fail
+        with EPERM. Other programs may open the file as they like to meanwhile,
+        short of changing it. Raises `BlockError` and `ImageError`, and leaves
+        all as it was then.
+        """
+        if read_only == self.read_only:
+            return
+        if not read_only:
+            await self.driver.storage.reopen(read_only=False)
+            try:
+                await self.driver.reopen(read_only=False)
+            except BaseException:
+                await self.driver.storage.reopen(read_only=True)
+                raise
+            self._allow_changes(True)
+            return
+        self._allow_changes(False)
+        try:
+            await self.driver.reopen(read_only=True)
+            try:
+                await self.driver.storage.reopen(read_only=True)
+            except BaseException:
+                await self.driver.reopen(read_only=False)
+                raise
+        except BaseException:
+            self._allow_changes(True)
+            raise
+
+    def _allow_changes(self, allowed: bool) -> None:
+        self.read_only = not allowed
+        self._inline_writes = (
+            allowed and not self._writethrough and self._detect_zeroes == "off"
+        )
+
+    def expect_sequential(self, sequential: bool) -> None:
+        """Say that reads will mostly follow one another, or no longer. A hint
+        for the files of the whole chain."""
+        self.driver.storage.expect_sequential(sequential)
+        if self.backing is not None:
+            self.backing.expect_sequential(sequential)
 
     async def flush(self) -> None:
         """Make every write answered before this call durable."""

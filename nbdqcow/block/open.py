@@ -11,6 +11,11 @@ from types import TracebackType
 from typing import Any, Final
 
 from nbdqcow.block.driver import FormatDriver
+from nbdqcow.block.image_options import (
+    JSON_PREFIX,
+    BackingOverride,
+    parse_json_name,
+)
 from nbdqcow.block.node import Node
 from nbdqcow.block.registry import (
     PROBE_LENGTH,
@@ -42,6 +47,8 @@ class OpenOptions:
             from, symbolic links resolved; None for any.
         lock: False opens without image locks (QEMU's ``locking=off``).
         force_share: opens read-only beside a writer (QEMU's ``-U``).
+        backing: what to open in the place of the backing file that the image
+            names; None for that one.
         with_backing: False opens the image alone: what it does not have reads
             as zeroes. For work on its metadata.
         driver_options: for the format driver of the image itself, as its
@@ -60,6 +67,7 @@ class OpenOptions:
     force_share: bool = False
     driver_options: Mapping[str, Any] = field(default_factory=dict)
     with_backing: bool = True
+    backing: BackingOverride | None = None
 
 
 class Opening:
@@ -101,9 +109,13 @@ def open_image(
     force_share: bool = False,
     driver_options: Mapping[str, Any] | None = None,
     with_backing: bool = True,
+    backing: BackingOverride | None = None,
 ) -> Opening:
     """Open an image with its backing chain; see `OpenOptions`.
 
+    ``filename`` is a path, perhaps after ``file:``, the URI of an NBD export,
+    or ``json:{...}`` with options as QEMU names them, which come before those
+    given here.
     Use ``async with open_image(...) as node`` or ``node = await
     open_image(...)`` and close the node. Raises `ImageError` (`ImageInUse`
     for a locked one) and `OSError`.
@@ -113,6 +125,7 @@ def open_image(
         OpenOptions(
             format, read_only, cache, discard, detect_zeroes, l2_cache_size,
             allowed_paths, lock, force_share, driver_options or {}, with_backing,
+            backing,
         ),
     )  # fmt: skip
 
@@ -122,6 +135,9 @@ async def _open_chain(
 ) -> Node:
     """Open ``filename`` and what it is backed by; ``above`` are the real
     paths of the overlays that led here."""
+    if filename.startswith(JSON_PREFIX):
+        filename, given = _parse_json_name(filename)
+        options = _with_given(options, given)
     real = _real_path(filename)
     if real in above:
         raise ImageError(f"Backing chain of '{above[0]}' loops at '{filename}'")
@@ -173,7 +189,8 @@ async def open_storage(
         cache={"writethrough": "writeback", "directsync": "none"}.get(
             options.cache, options.cache
         ),
-        discard=options.discard,
+        # What a guest discards stops at the node; what a format frees does not.
+        discard="unmap",
         locking=options.lock,
         shared=options.force_share,
         is_data_file=is_data_file,
@@ -193,8 +210,14 @@ async def _open_driver(
     async def open_data_file(name_in_image: str | None) -> StorageDriver:
         return await _open_data_file(filename, given, name_in_image, options, above)
 
+    kind = format_driver(name)
+    if options.driver_options.get("snapshot") is not None and not kind.shows_snapshots:
+        raise ImageError(
+            f"Block format '{name}' does not support temporarily loading internal"
+            " snapshots"
+        )
     try:
-        driver: FormatDriver = await format_driver(name).open(
+        driver: FormatDriver = await kind.open(
             storage,
             read_only=options.read_only,
             options={
@@ -247,17 +270,34 @@ async def _open_data_file(
 async def _open_backing(
     filename: str, driver: FormatDriver, options: OpenOptions, above: tuple[str, ...]
 ) -> Node | None:
-    if driver.backing_filename is None or not options.with_backing:
-        return None
-    path = backing_path(filename, driver.backing_filename)
-    check_allowed(path, options.allowed_paths)
+    wanted = options.backing or BackingOverride()
     below = replace(
         options,
         format=driver.backing_format,
-        read_only=True,
         detect_zeroes="off",
         driver_options=_passed_down(options.driver_options),
+        backing=None,
     )
+    if wanted.none or not options.with_backing:
+        return None
+    if wanted.filename is not None:
+        path = wanted.filename
+        below = replace(below, format=None)
+        if driver.backing_filename is None:
+            # What is discarded must not show what is there now.
+            driver.backing_filename = path
+    elif driver.backing_filename is not None:
+        name = driver.backing_filename
+        if name.startswith(JSON_PREFIX):
+            path, given = _parse_json_name(name)
+            _check_names_allowed(path, given, options.allowed_paths)
+            below = _with_given(below, given)
+        else:
+            path = backing_path(filename, name)
+            check_allowed(path, options.allowed_paths)
+    else:
+        return None
+    below = replace(_with_given(below, wanted.options), read_only=True)
     try:
         return await _open_chain(path, below, above)
     except (ImageError, OSError) as error:
@@ -267,6 +307,34 @@ async def _open_backing(
             text = f"{prefix}{text}"
         kind = type(error) if isinstance(error, ImageError) else ImageError
         raise kind(f"Could not open backing file: {text}") from None
+
+
+def _parse_json_name(name: str) -> tuple[str, dict[str, Any]]:
+    try:
+        return parse_json_name(name)
+    except ImageError as error:
+        raise ImageError(f"Could not open '{name}': {error}") from None
+
+
+def _with_given(options: OpenOptions, given: Mapping[str, Any]) -> OpenOptions:
+    """Return ``options`` with those that a name gives in their place."""
+    if "key_secret" in given:
+        raise ImageError("'key-secret' names an object, which there is none of here")
+    more = {**options.driver_options, **given.get("driver_options", {})}
+    return replace(options, **{**given, "driver_options": more})
+
+
+def _check_names_allowed(
+    path: str, given: Mapping[str, Any], allowed_paths: Sequence[str] | None
+) -> None:
+    """Check all files that a ``json:`` name in an image's header names."""
+    check_allowed(path, allowed_paths)
+    data_file = given.get("driver_options", {}).get("data_file")
+    if data_file is not None:
+        check_allowed(data_file, allowed_paths)
+    below: BackingOverride | None = given.get("backing")
+    if below is not None and below.filename is not None:
+        _check_names_allowed(below.filename, below.options, allowed_paths)
 
 
 def _passed_down(driver_options: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,11 +14,13 @@ _FORMATS: Final = {
     "raw": "nbdqcow.formats.raw:RawDriver",
     "qcow": "nbdqcow.formats.qcow1.driver:Qcow1Driver",
     "qcow2": "nbdqcow.formats.qcow2.driver:Qcow2Driver",
+    "luks": "nbdqcow.formats.luks:LuksDriver",
 }
 _TOOLS: Final = {
     "raw": "nbdqcow.formats.raw_tool:RawTool",
     "qcow": "nbdqcow.formats.qcow1.tool:Qcow1Tool",
     "qcow2": "nbdqcow.formats.qcow2.tool:Qcow2Tool",
+    "luks": "nbdqcow.formats.luks_tool:LuksTool",
 }
 _STORAGE: Final = {
     "file": "nbdqcow.storage.file:FileStorage",

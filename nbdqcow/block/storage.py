@@ -22,6 +22,7 @@ class StorageDriver(ABC):
 
     Attributes:
         name: the registry's name of the driver, such as ``file``.
+        reads_in_threads: whether it has `pread_blocking`.
         filename: what messages call this file.
         read_only: True if no request may change the file.
         length: bytes in the file as far as this process knows: kept up to
@@ -31,14 +32,24 @@ class StorageDriver(ABC):
     """
 
     name: ClassVar[str]
+    reads_in_threads: ClassVar[bool] = False
     filename: str
     read_only: bool
     length: int
     zero_beyond_end: bool
+    defers_reads: ClassVar[bool] = False
 
     @abstractmethod
     def try_pread(self, offset: int, length: int) -> Buffer | None:
         """Return exactly ``length`` bytes if they need no waiting."""
+
+    def try_pread_later(self, offset: int, length: int) -> Buffer | None:
+        """Do as `try_pread` does, but the bytes need not be right before the
+        next `finish_reads`; only where `defers_reads` says so, they are not."""
+        return self.try_pread(offset, length)
+
+    def finish_reads(self) -> None:
+        """Make the bytes right that `try_pread_later` has returned."""
 
     def try_view(self, offset: int, length: int) -> memoryview | None:
         """Return resident bytes without copying them, or None.
@@ -72,6 +83,11 @@ class StorageDriver(ABC):
     @abstractmethod
     async def pread(self, offset: int, length: int) -> Buffer:
         """Return exactly ``length`` bytes."""
+
+    def pread_blocking(self, offset: int, length: int) -> bytes:
+        """Return exactly ``length`` bytes; for work in a worker thread that
+        begins with reading. The file stays open until the thread is done."""
+        raise AssertionError("this driver reads on the loop only")
 
     @abstractmethod
     async def pwritev(
@@ -132,6 +148,17 @@ class StorageDriver(ABC):
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring a range near, if the driver can. A hint."""
+
+    def expect_sequential(self, sequential: bool) -> None:
+        """Say that reads will mostly follow one another, or no longer. A hint."""
+
+    async def reopen(self, *, read_only: bool) -> None:
+        """Give up the right to change the file, or take it again.
+
+        No write is in flight. Raises `ImageError` (`ImageInUse` for a lock)
+        and leaves all as it was if that can't be.
+        """
+        raise NotSupported(f"'{self.filename}' can't be opened otherwise")
 
     @abstractmethod
     async def close(self) -> None:

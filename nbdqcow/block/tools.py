@@ -102,11 +102,27 @@ class CheckResult:
     image_end_offset: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """The room that a new image would need, in bytes.
+
+    Attributes:
+        required: for the data that there is.
+        fully_allocated: once all of the disk was written.
+        bitmaps: more for the source's bitmaps; None if there can be none.
+    """
+
+    required: int
+    fully_allocated: int
+    bitmaps: int | None = None
+
+
 class FormatTool(ABC):
     """What the commands need of one format."""
 
     name: ClassVar[str]
     create_options: ClassVar[Sequence[OptionSpec]]
+    key_options: ClassVar[Sequence[OptionSpec]] = ()
     supports_backing: ClassVar[bool] = False
     supports_check: ClassVar[bool] = False
 
@@ -140,6 +156,24 @@ class FormatTool(ABC):
         """Make a file the external data file of the planned image. Raises
         `OSError`."""
         raise AssertionError("this format has no external data files")
+
+    def measure(
+        self,
+        values: Mapping[str, OptionValue],
+        data_length: int = 0,
+        bitmaps: Sequence[tuple[str, int]] | None = None,
+    ) -> Measure:
+        """Say how much room the image that ``values`` describe would need.
+
+        ``data_length`` is how many bytes of the source are not zero, counted
+        in whole clusters of the new image; all of them if it is to have a
+        backing file. ``bitmaps`` are names and granularities of those of the
+        source, None if it is of a format without. Raises `ImageError`,
+        `NotSupported` if the format can't tell.
+        """
+        raise NotSupported(
+            f"Block driver '{self.name}' does not support size measurement"
+        )
 
     def describe_for_check(self, file: BlockingFile) -> ImageInfo:
         """Describe an image as far as a check needs it, which finds errors that

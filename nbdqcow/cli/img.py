@@ -33,6 +33,11 @@ _COMMANDS: Final = {
         "nbdqcow.cli.img_check",
         "[-q] [-f fmt] [--output=human|json] [-r leaks|all] [-U] filename",
     ),
+    "commit": (
+        "nbdqcow.cli.img_commit",
+        "[--object objectdef] [--image-opts] [-q] [-f fmt] [-t cache] [-b base] "
+        "[-r rate_limit] [-d] [-p] filename",
+    ),
     "compare": (
         "nbdqcow.cli.img_compare",
         "[--object objectdef] [--image-opts] [-f fmt] [-F fmt] [-T src_cache] [-pqsU] "
@@ -63,12 +68,22 @@ _COMMANDS: Final = {
     "map": (
         "nbdqcow.cli.img_map",
         "[--object objectdef] [--image-opts] [-f fmt] [--start-offset=offset] "
-        "[--max-length=length] [--output=human|json] [-U] filename",
+        "[--max-length=length] [--output=human|json | --picture=file.svg|file.png] "
+        "[-U] filename",
     ),
     "measure": (
         "nbdqcow.cli.img_measure",
         "[--output=human|json] [-O output_fmt] [-o options] [--size N | "
         "[--object objectdef] [--image-opts] [-f fmt] [-l snapshot] filename]",
+    ),
+    "rebase": (
+        "nbdqcow.cli.img_rebase",
+        "[--object objectdef] [--image-opts] [-U] [-q] [-f fmt] [-t cache] "
+        "[-T src_cache] [-p] [-u] -b backing_file [-F backing_fmt] filename",
+    ),
+    "rename": (
+        "nbdqcow.cli.img_rename",
+        "[--object objectdef] [--image-opts] [-f fmt] filename new_filename",
     ),
     "resize": (
         "nbdqcow.cli.img_resize",

@@ -1,6 +1,6 @@
 """``nbdqcow-img amend``: another format version, other options."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from nbdqcow.block.tools import FormatTool, OptionSpec, OptionValue
@@ -26,25 +26,6 @@ _LONG: Final = {
 _AMENDABLE: Final = (
     *("backing_file", "backing_fmt", "compat", "data_file", "data_file_raw"),
     *("lazy_refcounts", "refcount_bits", "size"),
-)
-_ONLY_AMENDED: Final = (
-    OptionSpec(
-        "encrypt.state",
-        "str",
-        "Select new state of affected keyslots (active/inactive)",
-    ),
-    OptionSpec(
-        "encrypt.keyslot", "num", "Select a single keyslot to modify explicitly"
-    ),
-    OptionSpec(
-        "encrypt.old-secret", "str", "Select all keyslots that match this password"
-    ),
-    OptionSpec(
-        "encrypt.new-secret",
-        "str",
-        "New secret to set in the matching keyslots. Empty string to erase",
-    ),
-    OptionSpec("encrypt.iter-time", "num", "Time to spend in PBKDF in milliseconds"),
 )
 
 
@@ -93,12 +74,14 @@ def run(arguments: Sequence[str]) -> int:
 
 def amend_specs(tool: FormatTool) -> list[OptionSpec]:
     """Return the options that can be changed. Raises `ImageError`."""
-    if not tool.supports_backing or tool.name == "qcow":
+    if not tool.key_options:
         raise ImageError(
             f"Format driver '{tool.name}' does not support option amendment"
         )
-    own = [spec for spec in tool.create_options if spec.name in _AMENDABLE]
-    return [*_ONLY_AMENDED, *own]
+    own = []
+    if tool.supports_backing:
+        own = [spec for spec in tool.create_options if spec.name in _AMENDABLE]
+    return [*tool.key_options, *own]
 
 
 def _print_help(format_: str) -> None:
@@ -119,7 +102,15 @@ async def _amend(
         values = _parse(tool, text)
         progress.show(0)
         driver: Any = node.driver
-        await driver.amend(_with_secrets(values, images, force), progress)
+        keys = {
+            spec.name: values.pop(spec.name)
+            for spec in tool.key_options
+            if spec.name in values
+        }
+        if keys:
+            await driver.amend_keys(keys, images.secret, force=force)
+        if values:
+            await driver.amend(values, progress)
         progress.show(100)
     finally:
         await node.close()
@@ -142,16 +133,3 @@ def _parse(tool: FormatTool, text: str) -> dict[str, OptionValue]:
             "Cannot amend the backing file\nYou can use 'qemu-img rebase' instead."
         )
     return values
-
-
-def _with_secrets(
-    values: Mapping[str, OptionValue], images: ImageArguments, force: bool
-) -> dict[str, Any]:
-    """Return the options with passphrases in place of their objects' ids."""
-    found: dict[str, Any] = dict(values)
-    for name in ("encrypt.old-secret", "encrypt.new-secret"):
-        if found.get(name):
-            found[name] = images.secret(str(found[name]))
-    if force:
-        found["force"] = True
-    return found

@@ -95,6 +95,8 @@ def _settings(found: dict[str, Any], pattern: int | None) -> BenchOptions:
     interval, depth = found.get("flush_interval", 0), found.get("depth", 64)
     if pattern is None and interval:
         raise ImageError("--flush-interval is only available in write tests")
+    if not depth:
+        raise ImageError("Invalid queue depth specified")
     if interval and interval < depth:
         raise ImageError("Flush interval can't be smaller than depth")
     return BenchOptions(

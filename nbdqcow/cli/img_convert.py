@@ -22,6 +22,7 @@ from nbdqcow.cli.img_options import (
     wants_help,
 )
 from nbdqcow.cli.img_run import ProgressLine, run_command
+from nbdqcow.cli.img_snapshot import parse_snapshot
 from nbdqcow.cli.img_target import NewImage, parse_create_options
 from nbdqcow.cli.messages import error
 from nbdqcow.errors import ImageError
@@ -160,23 +161,6 @@ def _take(settings: _Settings, name: str, value: str) -> None:
             settings.skip_broken_bitmaps = True
 
 
-def parse_snapshot(text: str) -> Any:
-    """Return what ``-l`` asks for: an ID or name, or ``(ID, name)``.
-
-    Raises `ImageError`.
-    """
-    if not text.startswith("snapshot."):
-        return text
-    found: dict[str, str] = {}
-    for item in text.split(","):
-        key, _, value = item.partition("=")
-        if key not in ("snapshot.id", "snapshot.name"):
-            error(f"Invalid parameter '{key}'")
-            raise ImageError(f"Failed in parsing snapshot param '{text}'")
-        found[key] = value
-    return found.get("snapshot.id"), found.get("snapshot.name")
-
-
 def _parse_sparse(text: str) -> int:
     sparse = parse_amount(text, "buffer size for sparse output")
     if sparse % SECTOR_SIZE or sparse > _MAX_SPARSE:
@@ -270,7 +254,7 @@ async def _convert_to_target(
         if tool is not None and not is_remote(settings.target):
             try:
                 new = NewImage(settings.target)
-                new.create(tool, values)
+                new.create(tool, values, settings.images.secret)
             except ImageError as exc:
                 shown = str(exc) if new is None else new.rename_in(str(exc))
                 raise ImageError(
@@ -280,7 +264,11 @@ async def _convert_to_target(
             path = new.path
         try:
             target = await open_node(
-                path, target_arguments, writable=True, cache=target_cache
+                path,
+                target_arguments,
+                writable=True,
+                cache=target_cache,
+                secret=_secret_of(values, settings.images),
             )
         except ImageError as exc:
             shown = str(exc) if new is None else new.rename_in(str(exc))
@@ -337,6 +325,12 @@ def _creation_values(
                 "Compression and preallocation not supported at the same time"
             )
     return values
+
+
+def _secret_of(values: dict[str, OptionValue], images: ImageArguments) -> bytes | None:
+    """Return the passphrase that the new image was made with."""
+    key = values.get("encrypt.key-secret", values.get("key-secret"))
+    return None if key is None else images.secret(str(key))
 
 
 def _check_compression(format_: str) -> None:

@@ -76,12 +76,14 @@ def _as_json(filename: str, pairs: Mapping[str, str]) -> str | None:
         for key, value in pairs.items()
         if key not in ("driver", "filename") and not key.startswith("file.")
     }
-    if not others:
+    behind = {"key-secret": others.pop("key-secret")} if "key-secret" in others else {}
+    if not (others or behind):
         return None
     import json
 
     named = others | {
         "driver": pairs.get("driver", "raw"),
         "file": {"driver": "file", "filename": filename},
+        **behind,
     }
     return "json:" + json.dumps(named)

@@ -1,16 +1,17 @@
 """Images as nodes, for the commands that read and write disks."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from nbdqcow.block.image_options import parse_json_name
 from nbdqcow.block.node import Node
 from nbdqcow.block.open import CACHE_MODES, open_image
 from nbdqcow.block.registry import is_remote
-from nbdqcow.cli.image_opts import parse_image_opts, parse_pairs
+from nbdqcow.cli.image_opts import parse_image_opts
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
 from nbdqcow.cli.objects import Objects
+from nbdqcow.crypto.secrets import PassphraseRequired, Secret
 from nbdqcow.errors import ImageError, UsageError
 
 
@@ -87,12 +88,14 @@ async def open_node(
     snapshot: Any = None,
     shown: str | None = None,
     with_backing: bool = True,
+    secret: "Secret | bytes | None" = None,
 ) -> Node:
     """Open an image with its backing chain.
 
     ``format_`` and ``cache`` go before those of ``arguments``; ``shown`` is
-    what messages call it; ``with_backing``: see `OpenOptions`. Raises
-    `ImageError` in qemu-img's words.
+    what messages call it; ``with_backing``: see `OpenOptions`;
+    ``secret`` opens it if it is encrypted, and ``name`` does not say what does.
+    Raises `ImageError` in qemu-img's words.
     """
     filename, options = _parse_name(name, arguments)
     if format_ is not None:
@@ -105,7 +108,7 @@ async def open_node(
         raise ImageError(
             f"{opening}force-share=on can only be used with read-only images"
         )
-    driver_options: dict[str, Any] = {}
+    driver_options: dict[str, Any] = {} if secret is None else {"secret": secret}
     try:
         if (key := options.pop("key_secret", None)) is not None:
             driver_options["secret"] = arguments.secret(key)
@@ -125,6 +128,15 @@ async def open_node(
         if not is_remote(filename):
             _explain(filename, options, arguments, opening, writable=writable)
         text = str(exc) if isinstance(exc, ImageError) else exc.strerror or str(exc)
+        if filename != name:
+            text = text.removeprefix(f"Could not open '{filename}': ")
+        if isinstance(exc, PassphraseRequired):
+            before, what, _ = text.rpartition("the image is encrypted")
+            option = "encrypt.key-secret"
+            if not what:
+                before, _, _ = text.rpartition("the disk is encrypted")
+                option = "key-secret"
+            text = f"{before}Parameter '{option}' is required for cipher"
         kind = type(exc) if isinstance(exc, ImageError) else ImageError
         if text.startswith(opening) and not isinstance(exc.__cause__, OSError):
             opening = ""
@@ -179,8 +191,8 @@ def _parse_name(name: str, arguments: ImageArguments) -> tuple[str, dict[str, An
         if arguments.image_opts:
             return parse_image_opts(name)
         if name.startswith("json:"):
-            return parse_pairs(_flatten(name[5:]), name)
-    except UsageError as exc:
+            return parse_json_name(name)
+    except (ImageError, UsageError) as exc:
         raise ImageError(f"Could not open '{name}': {exc}") from None
     if not name:
         raise ImageError(
@@ -191,29 +203,6 @@ def _parse_name(name: str, arguments: ImageArguments) -> tuple[str, dict[str, An
     except ImageError as exc:
         raise ImageError(f"Could not open '{name}': {exc}") from None
     return name, {}
-
-
-def _flatten(text: str) -> dict[str, str]:
-    """Return a JSON object as dotted keys and texts. Raises `UsageError`."""
-    try:
-        given = json.loads(text)
-    except (ValueError, RecursionError):
-        raise UsageError("Could not parse the JSON options") from None
-    if not isinstance(given, dict):
-        raise UsageError("Invalid JSON object given")
-    pairs: dict[str, str] = {}
-
-    def walk(prefix: str, value: Mapping[str, Any]) -> None:
-        for key, item in value.items():
-            if isinstance(item, dict):
-                walk(f"{prefix}{key}.", item)
-            elif isinstance(item, bool):
-                pairs[prefix + key] = "on" if item else "off"
-            else:
-                pairs[prefix + key] = str(item)
-
-    walk("", given)
-    return pairs
 
 
 async def close_nodes(nodes: Sequence[Node]) -> None:

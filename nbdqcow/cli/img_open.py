@@ -95,9 +95,11 @@ def describe_chain(
     name: str | None = image.filename
     text, format_ = image.text, image.format
     while name is not None:
-        if name in seen:
+        # By any of its names: a link to itself would make ever longer ones.
+        real = os.path.realpath(name)
+        if real in seen:
             raise ImageError(f"Backing file '{name}' creates an infinite loop.")
-        seen.add(name)
+        seen.add(real)
         try:
             with open_image_file(name, format_, force_share=force_share) as opened:
                 info = opened.tool.describe(opened.file)

@@ -18,7 +18,7 @@ _LONG: Final = {
     "preallocation=": "--preallocation",
     "shrink": "--shrink",
 }
-_PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
+PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
 _MAX_SIZE: Final = (1 << 63) - 1
 
 
@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
             case "--shrink":
                 shrink = True
             case "--preallocation":
-                if value not in _PREALLOCATIONS:
+                if value not in PREALLOCATIONS:
                     raise ImageError(f"Invalid preallocation mode '{value}'")
                 preallocation = value
             case _:

@@ -9,7 +9,7 @@ from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_info import print_snapshots
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
 from nbdqcow.cli.img_options import parse_arguments
-from nbdqcow.cli.messages import describe
+from nbdqcow.cli.messages import describe, error
 from nbdqcow.errors import ImageError, UsageError
 
 _LONG: Final = {
@@ -44,6 +44,23 @@ def run(arguments: Sequence[str]) -> int:
     if action == "-l" and all(name == "-U" for name, _ in common):
         return _list(operands[0], force_share=bool(common))
     return _operate(operands[0], common, action, snapshot)
+
+
+def parse_snapshot(text: str) -> Any:
+    """Return which snapshot an option asks for: an ID or name, or ``(ID, name)``.
+
+    Raises `ImageError`.
+    """
+    if not text.startswith("snapshot."):
+        return text
+    found: dict[str, str] = {}
+    for item in text.split(","):
+        key, _, value = item.partition("=")
+        if key not in ("snapshot.id", "snapshot.name"):
+            error(f"Invalid parameter '{key}'")
+            raise ImageError(f"Failed in parsing snapshot param '{text}'")
+        found[key] = value
+    return found.get("snapshot.id"), found.get("snapshot.name")
 
 
 def _list(filename: str, *, force_share: bool) -> int:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping
 
 from nbdqcow.block.registry import blocking_file
-from nbdqcow.block.tools import FormatTool, OptionValue
+from nbdqcow.block.tools import FormatTool, OptionValue, Secrets, no_secrets
 from nbdqcow.cli.img_create import create_data_file, option_specs
 from nbdqcow.cli.img_open import local_path
 from nbdqcow.cli.img_options import convert_option, split_options
@@ -94,9 +94,14 @@ class NewImage:
         self.path = os.path.join(directory, os.path.basename(path))
         self._final = final
 
-    def create(self, tool: FormatTool, values: Mapping[str, OptionValue]) -> None:
+    def create(
+        self,
+        tool: FormatTool,
+        values: Mapping[str, OptionValue],
+        secrets: Secrets = no_secrets,
+    ) -> None:
         """Write an empty image. Raises `ImageError`."""
-        plan = tool.prepare(values)
+        plan = tool.prepare(values, secrets=secrets)
         create_data_file(tool, plan, self._final or self.path)
         try:
             file = blocking_file().create(self.path)

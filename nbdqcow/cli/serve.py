@@ -59,7 +59,7 @@ class ServeSettings:
     "-f",
     "--format",
     metavar="FORMAT",
-    help="The format of the images (raw, qcow2). Without it, it is guessed.",
+    help="The format of the images (raw, qcow, qcow2). Without it, it is guessed.",
 )
 @click.option(
     "--cache",

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from nbdqcow.crypto.iv import IvGenerator, Words
+from nbdqcow.crypto.iv import IvGenerator, Sectors, Words
 from nbdqcow.crypto.sectors import (
     CHUNK_LENGTH,
     CHUNK_SECTORS,
@@ -46,11 +46,11 @@ class _EcbWorker(SectorWorker):
         self._decrypt_blocks = cipher.decryptor().update_into
         self._after = np.empty(CHUNK_LENGTH + UPDATE_SLACK, "u1")
 
-    def encrypt(self, sector: int, source: Words, target: Words) -> None:
+    def encrypt(self, sectors: Sectors, source: Words, target: Words) -> None:
         """See `SectorWorker.encrypt`."""
         target[:] = self._update(self._encrypt_blocks, source)
 
-    def decrypt(self, sector: int, source: Words, target: Words) -> None:
+    def decrypt(self, sectors: Sectors, source: Words, target: Words) -> None:
         """See `SectorWorker.decrypt`."""
         target[:] = self._update(self._decrypt_blocks, source)
 
@@ -86,20 +86,20 @@ class _CbcWorker(_EcbWorker):
         self._mixed = np.empty((CHUNK_SECTORS, 2), "<u8")
         self._vectors = np.zeros((CHUNK_SECTORS, 2), "<u8")
 
-    def decrypt(self, sector: int, source: Words, target: Words) -> None:
+    def decrypt(self, sectors: Sectors, source: Words, target: Words) -> None:
         """See `SectorWorker.decrypt`."""
         blocks = _blocks(self._update(self._decrypt_blocks, source))
         plain = _blocks(target)
         vectors = self._vectors[: len(plain)]
-        self._ivs(sector, vectors)
+        self._ivs(sectors, vectors)
         np.bitwise_xor(blocks[:, 0], vectors, out=plain[:, 0])
         np.bitwise_xor(blocks[:, 1:], _blocks(source)[:, :-1], out=plain[:, 1:])
 
-    def encrypt(self, sector: int, source: Words, target: Words) -> None:
+    def encrypt(self, sectors: Sectors, source: Words, target: Words) -> None:
         """See `SectorWorker.encrypt`."""
         nb_sectors = len(source) // SECTOR_WORDS
         vectors = self._vectors[:nb_sectors]
-        self._ivs(sector, vectors)
+        self._ivs(sectors, vectors)
         if nb_sectors <= _FEW_SECTORS:
             self._encrypt_few(vectors, source, target)
             return

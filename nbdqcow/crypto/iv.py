@@ -20,10 +20,13 @@ IV_LENGTH: Final = 16
 Words: TypeAlias = npt.NDArray[Any]
 """Little-endian unsigned 64-bit words, two for each block of a cipher."""
 
-IvGenerator: TypeAlias = Callable[[int, Words], None]
-"""``generator(sector, vectors)`` fills in the vectors of the sectors from
-``sector`` on, one in each row of two words. The rows hold zeroes, or what the
-same generator left there. One generator serves one thread."""
+Sectors: TypeAlias = int | Words
+"""Consecutive sectors by the number of the first, or the number of each."""
+
+IvGenerator: TypeAlias = Callable[[Sectors, Words], None]
+"""``generator(sectors, vectors)`` fills in the vectors of sectors, one in each
+row of two words. The rows hold zeroes, or what the same generator left there.
+One generator serves one thread."""
 
 MAX_SECTORS: Final = 128
 """Rows that a generator fills in at a time."""
@@ -32,14 +35,22 @@ _COUNT: Final = np.arange(MAX_SECTORS, dtype="<u8")
 _WORD_MASK: Final = 0xFFFF_FFFF_FFFF_FFFF
 
 
-def plain64(sector: int, vectors: Words) -> None:
+def fill_numbers(sector: int, numbers: Words) -> None:
+    """Fill in consecutive numbers from ``sector`` on, modulo 2^64."""
+    np.add(_COUNT[: len(numbers)], np.uint64(sector & _WORD_MASK), out=numbers)
+
+
+def plain64(sectors: Sectors, vectors: Words) -> None:
     """Fill in the sector numbers, modulo 2^64."""
-    np.add(_COUNT[: len(vectors)], np.uint64(sector & _WORD_MASK), out=vectors[:, 0])
+    if isinstance(sectors, int):
+        fill_numbers(sectors, vectors[:, 0])
+    else:
+        vectors[:, 0] = sectors
 
 
-def plain(sector: int, vectors: Words) -> None:
+def plain(sectors: Sectors, vectors: Words) -> None:
     """Fill in the sector numbers, modulo 2^32."""
-    plain64(sector, vectors)
+    plain64(sectors, vectors)
     vectors[:, 0] &= np.uint64(0xFFFF_FFFF)
 
 
@@ -49,9 +60,9 @@ def essiv(hash_name: str, key: bytes) -> IvGenerator:
     salt = hashlib.new(hash_name, key).digest()
     encryptor = Cipher(algorithms.AES(salt), modes.ECB()).encryptor()
 
-    def generate(sector: int, vectors: Words) -> None:
+    def generate(sectors: Sectors, vectors: Words) -> None:
         numbers = np.zeros_like(vectors)
-        plain64(sector, numbers)
+        plain64(sectors, numbers)
         encrypted = encryptor.update(numbers.view("u1").reshape(-1).data)
         vectors[:] = np.frombuffer(encrypted, "<u8").reshape(-1, 2)
 

@@ -15,7 +15,6 @@ import itertools
 import os
 import struct
 import time
-import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Self
 
@@ -326,6 +325,13 @@ class LuksHeader:
         return self.slots[index]
 
 
+def new_area_length(key_length: int) -> int:
+    """Return the bytes before the disk's sectors in what `create_blocking`
+    makes, for a volume key of ``key_length`` bytes."""
+    slot_length = round_up(key_length * NB_STRIPES, _SLOT_ALIGNMENT)
+    return _SLOT_ALIGNMENT + NB_SLOTS * slot_length
+
+
 def create_blocking(
     passphrase: bytes,
     *,
@@ -340,18 +346,19 @@ def create_blocking(
     bytes up to where the disk's sectors begin. Raises `UnsupportedFeature` or
     `ImageError` for a cipher or hash that can't be had.
     """
+    import uuid
+
     spec = spec or CipherSpec()
     spec.check()
     check_hash(hash_name)
     volume_key = os.urandom(spec.key_length)
-    slot_sectors = (
-        round_up(spec.key_length * NB_STRIPES, _SLOT_ALIGNMENT) // SECTOR_SIZE
-    )
     first_sector = _SLOT_ALIGNMENT // SECTOR_SIZE
+    payload_sector = new_area_length(spec.key_length) // SECTOR_SIZE
+    slot_sectors = (payload_sector - first_sector) // NB_SLOTS
     header = LuksHeader(
         spec=spec,
         hash_name=hash_name,
-        payload_sector=first_sector + NB_SLOTS * slot_sectors,
+        payload_sector=payload_sector,
         digest=b"",
         digest_salt=os.urandom(_SALT_LENGTH),
         # An eighth of the time, as QEMU and cryptsetup have it.

@@ -7,10 +7,14 @@ as QEMU has it: ``printf %s`` writes a file without one.
 import os
 from typing import Final
 
-from nbdqcow.errors import UsageError
+from nbdqcow.errors import ImageError, UsageError
 
 MAX_LENGTH: Final = 1 << 20
 """Bytes of a passphrase, far more than anyone has; a device has no end."""
+
+
+class PassphraseRequired(ImageError):
+    """An encrypted image was opened without a passphrase."""
 
 
 class Secret:
@@ -27,6 +31,11 @@ class Secret:
 
     def __repr__(self) -> str:
         return "Secret(...)"
+
+
+def reveal(secret: Secret | bytes) -> bytes:
+    """Return the bytes of a passphrase, however a driver was given it."""
+    return secret if isinstance(secret, bytes) else secret.reveal()
 
 
 def from_file(path: str) -> Secret:

@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from nbdqcow.crypto.iv import MAX_SECTORS, Words
+from nbdqcow.crypto.iv import MAX_SECTORS, Sectors, Words, fill_numbers
 from nbdqcow.types import Buffer
 from nbdqcow.units import SECTOR_SIZE
 
@@ -31,7 +31,7 @@ class SectorWorker(ABC):
     """The state that one thread needs to work with one cipher and key."""
 
     @abstractmethod
-    def encrypt(self, sector: int, source: Words, target: Words) -> None:
+    def encrypt(self, sectors: Sectors, source: Words, target: Words) -> None:
         """Encrypt at most `CHUNK_SECTORS` sectors.
 
         ``source`` and ``target`` are contiguous, dtype ``<u8``, and do not
@@ -39,7 +39,7 @@ class SectorWorker(ABC):
         """
 
     @abstractmethod
-    def decrypt(self, sector: int, source: Words, target: Words) -> None:
+    def decrypt(self, sectors: Sectors, source: Words, target: Words) -> None:
         """Decrypt likewise."""
 
 
@@ -86,3 +86,43 @@ class SectorCipher(ABC):
         # After a failure the worker is not used again.
         self._idle_workers.append(worker)
         return target.view("u1").data
+
+
+class DecryptBatch:
+    """Reads of an event loop's turn, decrypted all at once at its end.
+
+    Setting up for a few sectors takes longer than the work on them.
+    """
+
+    def __init__(self, cipher: SectorCipher) -> None:
+        self._worker = cipher.make_worker()
+        self._source: Words = np.empty(CHUNK_LENGTH, "u1")
+        self._numbers: Words = np.empty(CHUNK_SECTORS, "<u8")
+        self._target: Words = np.empty(0, "u1")
+        self._nb_sectors = 0
+
+    def add(self, sector: int, data: Buffer) -> memoryview:
+        """Take ``data``, at most `CHUNK_LENGTH` bytes of whole sectors from
+        number ``sector`` on; return where it will be plain after `finish`."""
+        start = self._nb_sectors * SECTOR_SIZE
+        stop = start + len(data)
+        if stop > CHUNK_LENGTH:
+            self.finish()
+            start, stop = 0, len(data)
+        if not start:
+            self._target = np.empty(CHUNK_LENGTH, "u1")
+        first, end = start // SECTOR_SIZE, stop // SECTOR_SIZE
+        self._source.data[start:stop] = data
+        fill_numbers(sector, self._numbers[first:end])
+        self._nb_sectors = end
+        return self._target.data[start:stop]
+
+    def finish(self) -> None:
+        """Fill in all that `add` has promised."""
+        nb_sectors, self._nb_sectors = self._nb_sectors, 0
+        if nb_sectors:
+            self._worker.decrypt(
+                self._numbers[:nb_sectors],
+                self._source[: nb_sectors * SECTOR_SIZE].view("<u8"),
+                self._target[: nb_sectors * SECTOR_SIZE].view("<u8"),
+            )

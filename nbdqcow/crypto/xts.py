@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from nbdqcow.crypto.iv import IvGenerator, Words
+from nbdqcow.crypto.iv import IvGenerator, Sectors, Words
 from nbdqcow.crypto.sectors import (
     BLOCK_LENGTH,
     CHUNK_SECTORS,
@@ -28,7 +28,7 @@ KEY_LENGTHS: Final = (32, 48, 64)
 
 _POWERS: Final = np.arange(SECTOR_BLOCKS, dtype="<u8")
 _REST: Final = np.uint64(64) - _POWERS
-_1, _2, _7 = (np.uint64(shift) for shift in (1, 2, 7))
+_7: Final = np.uint64(7)
 
 
 class XtsCipher(SectorCipher):
@@ -61,17 +61,17 @@ class _XtsWorker(SectorWorker):
         # Slicing costs as much as the work on a slice of 4 KiB.
         self._slices: dict[int, _Memory] = {}
 
-    def encrypt(self, sector: int, source: Words, target: Words) -> None:
+    def encrypt(self, sectors: Sectors, source: Words, target: Words) -> None:
         """See `SectorWorker.encrypt`."""
-        self._crypt(sector, source, target, self._encrypt_blocks)
+        self._crypt(sectors, source, target, self._encrypt_blocks)
 
-    def decrypt(self, sector: int, source: Words, target: Words) -> None:
+    def decrypt(self, sectors: Sectors, source: Words, target: Words) -> None:
         """See `SectorWorker.decrypt`."""
-        self._crypt(sector, source, target, self._decrypt_blocks)
+        self._crypt(sectors, source, target, self._decrypt_blocks)
 
     def _crypt(
         self,
-        sector: int,
+        sectors: Sectors,
         source: Words,
         target: Words,
         update_into: Callable[[Buffer, Buffer], int],
@@ -80,7 +80,7 @@ class _XtsWorker(SectorWorker):
         memory = self._slices.get(nb_sectors)
         if memory is None:
             memory = self._slices[nb_sectors] = _Memory(nb_sectors, self._memory)
-        self._ivs(sector, memory.vectors)
+        self._ivs(sectors, memory.vectors)
         self._encrypt_tweaks(memory.vector_bytes, memory.first_room)
         memory.expand_tweaks()
         np.bitwise_xor(source, memory.mask, out=memory.before)
@@ -93,41 +93,51 @@ class _Memory:
 
     Attributes:
         vectors, vector_bytes: of each sector, before encryption.
-        first, first_room: the tweaks of each sector's first block; and with
-            the room that encrypting to there needs.
-        tweaks, mask: of all blocks, shape (n, SECTOR_BLOCKS, 2), and flat.
+        first_room: where the tweaks of the sectors' first blocks go, with the
+            room that encrypting to there needs.
+        mask: the tweaks of all blocks.
         before, after: of AES; ``before_bytes`` and ``after_room`` for it.
     """
 
     def __init__(self, nb_sectors: int, whole: "_Memory | None" = None) -> None:
         """Without ``whole`` take memory, else share that of ``whole``."""
         length = nb_sectors * SECTOR_SIZE
+        nb_blocks = nb_sectors * SECTOR_BLOCKS
         vectors_length = nb_sectors * BLOCK_LENGTH
         if whole is None:
             self.vectors: Words = np.zeros((nb_sectors, 2), "<u8")
             self._first_bytes: Words = np.empty(vectors_length + UPDATE_SLACK, "u1")
-            self.tweaks = np.empty((nb_sectors, SECTOR_BLOCKS, 2), "<u8")
-            self._planes = np.empty((3, nb_sectors, SECTOR_BLOCKS), "<u8")
-            self.before = np.empty(nb_sectors * SECTOR_WORDS, "<u8")
+            self.mask: Words = np.empty(nb_blocks * 2, "<u8")
+            self._flat: Words = np.empty((4, nb_blocks * 2), "<u8")
+            self.before: Words = np.empty(nb_sectors * SECTOR_WORDS, "<u8")
             self._after_bytes: Words = np.empty(length + UPDATE_SLACK, "u1")
+            self._powers: Words = np.tile(_POWERS, 2 * nb_sectors)
+            self._rests: Words = np.tile(_REST, 2 * nb_sectors)
         else:
             self.vectors = whole.vectors[:nb_sectors]
             self._first_bytes = whole._first_bytes[: vectors_length + UPDATE_SLACK]
-            self.tweaks = whole.tweaks[:nb_sectors]
-            self._planes = whole._planes[:, :nb_sectors]
+            self.mask = whole.mask[: nb_blocks * 2]
+            self._flat = whole._flat[:, : nb_blocks * 2]
             self.before = whole.before[: nb_sectors * SECTOR_WORDS]
             self._after_bytes = whole._after_bytes[: length + UPDATE_SLACK]
+            self._powers = whole._powers[: nb_blocks * 2]
+            self._rests = whole._rests[: nb_blocks * 2]
         first, after = self._first_bytes, self._after_bytes
         self.vector_bytes: Buffer = self.vectors.view("u1").reshape(-1).data
         self.first_room: Buffer = first.data
-        self.first = first[:vectors_length].view("<u8").reshape(-1, 2)
-        self.mask = self.tweaks.reshape(-1)
         self.before_bytes: Buffer = self.before.view("u1").data
         self.after_room: Buffer = after.data
         self.after = after[:length].view("<u8")
-        self._first_low, self._first_high = self.first[:, :1], self.first[:, 1:]
-        self._low, self._high = self.tweaks[:, :, 0], self.tweaks[:, :, 1]
-        self._plane, self._carry, self._shifted = self._planes
+        self._take_first = first[:vectors_length].view("<u8").take
+        # For each block the high word of its sector's first tweak; behind
+        # them the low words.
+        low = np.repeat(np.arange(nb_sectors) * 2, SECTOR_BLOCKS)
+        self._places = np.concatenate((low + 1, low))
+        self._words, self._up, self._down, work = self._flat
+        self._high_up, self._low_up = self._up[:nb_blocks], self._up[nb_blocks:]
+        self._carry, self._low_down = self._down[:nb_blocks], self._down[nb_blocks:]
+        self._low, self._shifted = work[:nb_blocks], work[nb_blocks:]
+        self._mask_low, self._mask_high = self.mask[::2], self.mask[1::2]
 
     def expand_tweaks(self) -> None:
         """Make the tweaks of all blocks from those of the first ones.
@@ -136,19 +146,18 @@ class _Memory:
         x^128 + x^7 + x^2 + x + 1. j stays below 32, so what is shifted out at
         the top comes back in at the bottom without being shifted out again:
         no block has to wait for the one before it. (A shift by 64 gives 0 in
-        numpy.)
+        numpy.) For a few sectors the calls cost more than the work, so there
+        are few of them, on flat arrays.
         """
-        low, high = self._first_low, self._first_high
-        plane, carry, shifted = self._plane, self._carry, self._shifted
-        np.left_shift(high, _POWERS, out=plane)
-        np.right_shift(low, _REST, out=shifted)
-        np.bitwise_or(plane, shifted, out=self._high)
-        np.left_shift(low, _POWERS, out=plane)
-        np.right_shift(high, _REST, out=carry)
-        np.bitwise_xor(plane, carry, out=plane)
-        np.left_shift(carry, _1, out=shifted)
-        np.bitwise_xor(plane, shifted, out=plane)
-        np.left_shift(carry, _2, out=shifted)
-        np.bitwise_xor(plane, shifted, out=plane)
-        np.left_shift(carry, _7, out=shifted)
-        np.bitwise_xor(plane, shifted, out=self._low)
+        low, shifted, carry = self._low, self._shifted, self._carry
+        self._take_first(self._places, None, self._words, "clip")
+        np.left_shift(self._words, self._powers, self._up)
+        np.right_shift(self._words, self._rests, self._down)
+        np.bitwise_or(self._high_up, self._low_down, self._mask_high)
+        np.bitwise_xor(self._low_up, carry, low)
+        np.add(carry, carry, shifted)
+        np.bitwise_xor(low, shifted, low)
+        np.add(shifted, shifted, shifted)
+        np.bitwise_xor(low, shifted, low)
+        np.left_shift(carry, _7, shifted)
+        np.bitwise_xor(low, shifted, self._mask_low)

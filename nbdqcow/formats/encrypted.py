@@ -10,7 +10,7 @@ from typing import Final
 
 from nbdqcow.block.inflight import InFlightRanges
 from nbdqcow.block.storage import StorageDriver
-from nbdqcow.crypto.sectors import SectorCipher
+from nbdqcow.crypto.sectors import DecryptBatch, SectorCipher
 from nbdqcow.errors import NotSupported
 from nbdqcow.pool import Pool
 from nbdqcow.types import Buffer, Buffers
@@ -54,6 +54,7 @@ class EncryptedStorage(StorageDriver):
     """
 
     name = "encrypted"
+    defers_reads = True
 
     def __init__(self, storage: StorageDriver, cipher: SectorCipher) -> None:
         self._storage = storage
@@ -66,6 +67,7 @@ class EncryptedStorage(StorageDriver):
         self._reads = InFlightRanges()
         self._writes = InFlightRanges()
         self._inline_resume_at = 0.0
+        self._batch = DecryptBatch(cipher)
 
     @property
     def length(self) -> int:  # type: ignore[override]
@@ -87,6 +89,25 @@ class EncryptedStorage(StorageDriver):
         if data is None:
             return None
         return self._cipher.decrypt_blocking(sector, data)[head : head + length]
+
+    def try_pread_later(self, offset: int, length: int) -> Buffer | None:
+        """See `StorageDriver.try_pread_later`."""
+        head = offset % SECTOR_SIZE
+        whole = round_up(head + length, SECTOR_SIZE)
+        if whole > _MAX_INLINE:
+            return None
+        host_offset, sector = _locate(offset - head)
+        if self._writes and self._writes.find(host_offset, host_offset + whole):
+            return None
+        data = self._storage.try_pread(host_offset, whole)
+        if data is None:
+            return None
+        plain = self._batch.add(sector, data)
+        return plain if whole == length else plain[head : head + length]
+
+    def finish_reads(self) -> None:
+        """See `StorageDriver.finish_reads`."""
+        self._batch.finish()
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """See `StorageDriver.pread`."""
@@ -194,8 +215,8 @@ class EncryptedStorage(StorageDriver):
             await self.pwritev(offset + start, [bytes(min(_PIECE, length - start))])
 
     async def discard(self, offset: int, length: int) -> None:
-        """See `StorageDriver.discard`."""
-        await self._storage.discard(_locate(offset)[0], length)
+        """See `StorageDriver.discard`: nothing is done. A hole decrypts to noise,
+        and after a power cut the image may still say that data is there."""
 
     async def flush(self) -> None:
         """See `StorageDriver.flush`."""
@@ -209,6 +230,10 @@ class EncryptedStorage(StorageDriver):
         if self._pool is None:
             self._pool = Pool()
         return self._pool
+
+    async def reopen(self, *, read_only: bool) -> None:
+        """See `StorageDriver.reopen`; the storage below is reopened by itself."""
+        self.read_only = read_only
 
     async def close(self) -> None:
         """Let go of the threads. The file stays open."""

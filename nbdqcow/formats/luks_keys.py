@@ -8,43 +8,21 @@ overwritten.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import StorageDriver
-from nbdqcow.block.tools import OptionSpec, OptionValue, Secrets
+from nbdqcow.block.tools import OptionValue, Secrets
 from nbdqcow.crypto.luks import DEFAULT_ITERATION_MS, NB_SLOTS, Edit, LuksHeader
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.luks_file import read_luks
 from nbdqcow.pool import Pool
 from nbdqcow.types import Buffer
 
+if TYPE_CHECKING:
+    from nbdqcow.crypto.sectors import SectorCipher
+
 _UNSIGNED_MASK: Final = (1 << 32) - 1
-
-
-def key_options(prefix: str) -> list[OptionSpec]:
-    """Return what ``amend`` can be told of key slots."""
-    return [
-        OptionSpec(
-            f"{prefix}state",
-            "str",
-            "Select new state of affected keyslots (active/inactive)",
-        ),
-        OptionSpec(
-            f"{prefix}keyslot", "num", "Select a single keyslot to modify explicitly"
-        ),
-        OptionSpec(
-            f"{prefix}old-secret", "str", "Select all keyslots that match this password"
-        ),
-        OptionSpec(
-            f"{prefix}new-secret",
-            "str",
-            "New secret to set in the matching keyslots. Empty string to erase",
-        ),
-        OptionSpec(
-            f"{prefix}iter-time", "num", "Time to spend in PBKDF in milliseconds"
-        ),
-    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +91,20 @@ class KeyChange:
             iteration_ms=iteration_ms,
             force=force,
         )
+
+
+async def open_luks(
+    storage: StorageDriver, offset: int, length: int, passphrase: bytes
+) -> tuple[LuksHeader, "SectorCipher"]:
+    """Return the LUKS header of ``length`` bytes at ``offset`` of a file, and
+    the cipher that its passphrase gives. Raises `ImageError`."""
+    header, area = await run_steps(read_luks(offset, length), storage)
+    pool = Pool()
+    try:
+        key, _ = await pool.run(header.unlock_blocking, area, passphrase)
+    finally:
+        await pool.close()
+    return header, header.spec.make(key)
 
 
 async def change_keys(

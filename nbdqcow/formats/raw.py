@@ -2,8 +2,10 @@
 
 import asyncio
 import errno
+from bisect import bisect_right
 from collections.abc import Mapping
-from typing import Any, Self
+from itertools import accumulate
+from typing import Any, Final, Self
 
 from nbdqcow.block.driver import FormatDriver, WritePlan
 from nbdqcow.block.inflight import Epochs
@@ -12,6 +14,8 @@ from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import BlockError, ImageError, NotSupported
 from nbdqcow.types import DATA, ZERO, Run
 from nbdqcow.units import MiB, parse_size
+
+_NB_AHEAD: Final = 256
 
 
 class RawDriver(FormatDriver):
@@ -34,6 +38,11 @@ class RawDriver(FormatDriver):
         self.epochs = Epochs()
         self._offset = offset
         self._is_window = offset + size != storage.length
+        # Stretches of the file from an offset on, and where each ends: who asks
+        # for one asks for those behind it, and each costs a hop to a thread.
+        self._known_from = 0
+        self._known_ends: list[int] = []
+        self._known_allocated: list[bool] = []
 
     @classmethod
     def probe(cls, head: bytes, filename: str) -> int:
@@ -69,8 +78,19 @@ class RawDriver(FormatDriver):
     async def map(self, offset: int, length: int) -> Run:
         """Tell data from holes where the file system can."""
         host_offset = self._offset + offset
-        allocated, run = await self.storage.block_status(host_offset, length)
-        return (DATA if allocated else ZERO), host_offset, run
+        if not self.read_only:
+            allocated, run = await self.storage.block_status(host_offset, length)
+            return DATA if allocated else ZERO, host_offset, run
+        ends = self._known_ends
+        if not ends or not self._known_from <= host_offset < ends[-1]:
+            rest = self.size - offset
+            found = await self.storage.extents(host_offset, rest, _NB_AHEAD)
+            ends = list(accumulate((run for _, run in found), initial=host_offset))[1:]
+            self._known_from, self._known_ends = host_offset, ends
+            self._known_allocated = [allocated for allocated, _ in found]
+        index = bisect_right(ends, host_offset)
+        kind = DATA if self._known_allocated[index] else ZERO
+        return kind, host_offset, min(ends[index] - host_offset, length)
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """See `FormatDriver.extents`."""
@@ -129,9 +149,7 @@ class RawDriver(FormatDriver):
         finally:
             self.epochs.leave(epoch)
 
-    async def resize(
-        self, size: int, *, preallocation: str = "off", backing_size: int = 0
-    ) -> None:
+    async def resize(self, size: int, *, preallocation: str = "off") -> None:
         """Set the file's length. Raises `BlockError`."""
         if preallocation == "metadata":
             raise NotSupported("Unsupported preallocation mode: metadata")
@@ -171,6 +189,12 @@ class RawDriver(FormatDriver):
                 await self.storage.pwritev(
                     self._offset + offset, [zeroes[: min(MiB, size - offset)]]
                 )
+
+    async def reopen(self, *, read_only: bool) -> None:
+        """See `FormatDriver.reopen`: the block layer keeps writers off."""
+        if read_only and not self.read_only:
+            await self.storage.flush()
+        self.read_only = read_only
 
     async def flush(self) -> None:
         """Make the file's data durable."""

@@ -8,6 +8,7 @@ from nbdqcow.block.steps import BlockingFile
 from nbdqcow.block.tools import (
     FormatTool,
     ImageInfo,
+    Measure,
     OptionSpec,
     OptionValue,
     Secrets,
@@ -57,6 +58,16 @@ class RawTool(FormatTool):
             )
         length = round_up(int(values.get("size", 0)), SECTOR_SIZE)
         return RawPlan(length, preallocation)
+
+    def measure(
+        self,
+        values: Mapping[str, OptionValue],
+        data_length: int = 0,
+        bitmaps: Sequence[tuple[str, int]] | None = None,
+    ) -> Measure:
+        """Say how long the file would be: as long as the disk."""
+        length = round_up(int(values.get("size", 0)), SECTOR_SIZE)
+        return Measure(length, length)
 
     def create(self, file: BlockingFile, plan: Any) -> None:
         """Write the planned image, the file's old content gone."""

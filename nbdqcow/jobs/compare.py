@@ -1,17 +1,20 @@
 """Comparing two disks."""
 
 import asyncio
+import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from nbdqcow.block.node import Node
+from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import NbdQcowError
 from nbdqcow.jobs.control import JobControl
 from nbdqcow.jobs.convert import reason_of
-from nbdqcow.jobs.status import Entry, disk_size, entry_of
+from nbdqcow.jobs.status import Entry, disk_size, entry_of, place_in
 from nbdqcow.jobs.zeroes import is_zero
+from nbdqcow.pool import Pool
 from nbdqcow.units import SECTOR_SIZE, MiB
 
 _PIECE: Final = 2 * MiB
@@ -45,12 +48,18 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A stretch of both disks. ``reads``: which of them must be read, the
-    others are zero; ``status_differs``: so strict a comparison ends here."""
+    """A stretch of both disks.
+
+    Attributes:
+        reads: which of them must be read; the others are zero.
+        places: where these are in files, if threads can read them there.
+        status_differs: a strict comparison ends here.
+    """
 
     offset: int
     length: int
     reads: tuple[int, ...]
+    places: list[tuple[StorageDriver, int]]
     status_differs: bool
 
 
@@ -76,6 +85,7 @@ async def compare(
     control.expect(max(map(disk_size, nodes)))
     common = min(map(disk_size, nodes))
     running: deque[tuple[_Piece, asyncio.Task[int | None]]] = deque()
+    pool = Pool()
 
     async def finish_one() -> Comparison | None:
         piece, task = running.popleft()
@@ -95,7 +105,7 @@ async def compare(
                     if found := await finish_one():
                         return found
                 return Comparison(status_offset=piece.offset)
-            running.append((piece, asyncio.create_task(_compare(nodes, piece))))
+            running.append((piece, asyncio.create_task(_compare(nodes, piece, pool))))
             if len(running) >= _NB_IN_FLIGHT and (found := await finish_one()):
                 return found
         while running:
@@ -106,6 +116,7 @@ async def compare(
         for _, task in running:
             task.cancel()
         await asyncio.gather(*(task for _, task in running), return_exceptions=True)
+        await pool.close()
 
 
 async def _pieces(nodes: tuple[Node, Node]) -> AsyncIterator[_Piece]:
@@ -131,7 +142,13 @@ async def _pieces(nodes: tuple[Node, Node]) -> AsyncIterator[_Piece]:
         if reads:
             end = min(end, offset + _PIECE - offset % _PIECE)
         differs = _status(entries[0]) != _status(entries[1])
-        yield _Piece(offset, end - offset, reads, differs)
+        places = []
+        for which in reads:
+            held = entries[which]
+            assert held is not None
+            if (place := place_in(held, ends[which], offset, end)) is not None:
+                places.append(place)
+        yield _Piece(offset, end - offset, reads, places, differs)
         offset = end
 
 
@@ -151,20 +168,28 @@ def _status(entry: Entry | None) -> tuple[bool, ...]:
     return entry.is_data, entry.is_zero, entry.present, entry.host_offset >= 0
 
 
-async def _compare(nodes: tuple[Node, Node], piece: _Piece) -> int | None:
+async def _compare(nodes: tuple[Node, Node], piece: _Piece, pool: Pool) -> int | None:
     """Return the first sector that differs, None if there is none."""
     if not piece.reads:
         return None
+    if len(piece.places) == len(piece.reads):
+        # If that fails, the slow way says which of them it was.
+        with contextlib.suppress(OSError):
+            if await pool.run(_is_same_blocking, piece.places, piece.length):
+                return None
     found = await asyncio.gather(
         *(_read(which, nodes[which], piece) for which in piece.reads)
     )
-    if len(found) == 2:
-        if found[0] == found[1]:
-            return None
-        return piece.offset + _first_difference(*found)
-    if is_zero(found[0]):
+    if len(found) == 1:
+        found.append(bytes(piece.length))
+    if found[0] == found[1]:
         return None
-    return piece.offset + _first_difference(found[0], bytes(piece.length))
+    return piece.offset + _first_difference(*found)
+
+
+def _is_same_blocking(places: Sequence[tuple[StorageDriver, int]], length: int) -> bool:
+    found = [storage.pread_blocking(offset, length) for storage, offset in places]
+    return found[0] == found[1] if len(found) == 2 else is_zero(found[0])
 
 
 async def _read(which: int, node: Node, piece: _Piece) -> bytes:

@@ -6,7 +6,6 @@ order, so that an image that grows is laid out as a reader will want it.
 """
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -17,7 +16,7 @@ from nbdqcow.jobs.control import Flight, JobControl
 from nbdqcow.jobs.status import disk_size, stretch_of
 from nbdqcow.jobs.zeroes import data_runs
 from nbdqcow.types import DATA, UNALLOCATED, ZERO, Buffer
-from nbdqcow.units import SECTOR_SIZE, GiB, KiB, MiB, round_down
+from nbdqcow.units import SECTOR_SIZE, GiB, KiB, MiB, round_down, round_up
 
 _PIECE: Final = 2 * MiB
 _SHORT_HOLE: Final = 64 * KiB
@@ -151,6 +150,8 @@ class _Conversion:
                     self._copy(piece, turn if options.in_order else None, begun)
                 )
                 turn = begun
+                # Said when begun, as QEMU does: pieces end in any order.
+                control.advance(piece.length)
             await flight.drain()
 
     def _is_there(self, piece: _Piece) -> bool:
@@ -182,11 +183,7 @@ class _Conversion:
             )
         boundary = round_down(position, self._piece) + self._piece - position
         if self._options.compressed:
-            # Whole clusters, whatever is in them.
-            if kind != DATA and covered < self._disks[-1].end - position:
-                covered = round_down(position + covered, self._piece) - position
-            if kind == DATA or covered <= 0:
-                return DATA, min(boundary, self._disks[-1].end - position)
+            return self._whole_clusters(kind, position, covered, boundary)
         if kind == ZERO:
             return self._zero_kind(position, covered)
         if kind == UNALLOCATED:
@@ -201,6 +198,19 @@ class _Conversion:
                 break
             covered += more
         return DATA, min(covered, boundary)
+
+    def _whole_clusters(
+        self, kind: int, position: int, covered: int, boundary: int
+    ) -> tuple[int, int]:
+        """Return a piece of the target's clusters that are all of one kind, or
+        are read because they are not."""
+        rest, unit = self._disks[-1].end - position, self._unit
+        if kind != DATA and self._options.sparse:
+            if covered >= rest:
+                return kind, rest
+            if whole := round_down(position + covered, unit) - position:
+                return kind, whole
+        return DATA, min(round_up(position + covered, unit) - position, boundary, rest)
 
     def _zero_kind(self, position: int, length: int) -> tuple[int, int]:
         """Return a piece of zeroes: behind the end of the target's backing
@@ -230,23 +240,16 @@ class _Conversion:
                 data = await self._read(piece)
             if turn is not None:
                 await turn
-            writing = asyncio.create_task(self._write(piece, data))
-            # It runs before whoever waits for this.
+            # Whoever waits for this runs once this task waits for something:
+            # by then it has its clusters.
             begun.set_result(None)
-            try:
-                await asyncio.shield(writing)
-            except asyncio.CancelledError:
-                writing.cancel()
-                with contextlib.suppress(BaseException):
-                    await writing
-                raise
+            await self._write(piece, data)
         except OSError as error:
             raise CopyError("writing", piece.offset, reason_of(error)) from error
         finally:
             # Nobody waits for ever for a piece that failed.
             if not begun.done():
                 begun.cancel()
-        self._control.advance(piece.length)
 
     async def _read(self, piece: _Piece) -> Buffer:
         parts: list[Buffer] = []
@@ -330,17 +333,14 @@ class _Conversion:
             await self._target.write_zeroes(offset, length, may_unmap=True)
 
     async def _write_compressed(self, offset: int, data: Buffer) -> None:
-        unit = self._unit
-        compress = getattr(self._target, "pwrite_compressed", None)
-        if compress is None:
-            raise NotSupported("no compressed clusters can be written")
+        target, unit = self._target, self._unit
         if isinstance(data, memoryview):
             data = data.tobytes()
         position = 0
         for has_data, length in data_runs(data, unit):
             chunk = memoryview(data)[position : position + length]
             if has_data or not self._options.sparse:
-                await compress(offset + position, chunk)
+                await target.pwrite_compressed(offset + position, chunk)
             elif not self._skip_zeroes:
                 await self._write_zeroes(offset + position, length)
             position += length

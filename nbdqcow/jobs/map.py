@@ -1,45 +1,206 @@
 """The map of a disk: what is where, and in which image of the chain."""
 
-import asyncio
-from collections.abc import AsyncIterator
-from typing import Final
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Sequence
+from itertools import accumulate, repeat
+from typing import Final, Self, TypeAlias
 
 from nbdqcow.block.node import Node
-from nbdqcow.jobs.status import Entry, entry_of
+from nbdqcow.block.storage import StorageDriver
+from nbdqcow.jobs.status import disk_size, has_holes, has_offsets
+from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO, ZERO_ALLOCATED
+from nbdqcow.units import round_down, round_up
 
-_TURN: Final = 1 << 12
-"""Entries that others on the loop wait for."""
+_MANY_ROWS: Final = 1 << 12
+_NB_STRETCHES: Final = 1 << 14
+_MIXED: Final = -1
+
+HAS_DATA: Final = 1
+"""The image has a place for it in a file."""
+IS_ZERO: Final = 2
+"""It reads as zeroes; with HAS_DATA: that place is a hole."""
+IS_PRESENT: Final = 4
+"""The image has an entry for it."""
+HAS_OFFSET: Final = 8
+"""The host offset means something."""
+
+Row: TypeAlias = tuple[int, int, int, int, int, Node]
+"""``(start, length, flags, host_offset, depth, node)``: a stretch of a disk, as
+QEMU's ``map`` tells it, and which image of the chain says so: ``node``, at
+``depth`` from the top one. A plain tuple: there are millions."""
 
 
-async def map_entries(
-    node: Node, start: int, end: int
-) -> AsyncIterator[tuple[int, Entry]]:
-    """Yield what is in ``[start, end)``, in order: each entry's offset, and the
-    entry. What continues the entry before, in the file also, is joined to it."""
-    position = start
-    current: Entry | None = None
-    nb_found = 0
-    while position < end:
-        entry = await entry_of(node, position, end - position)
-        assert entry is not None
-        if current is None:
-            current = entry
-        elif _continues(current, entry):
-            current = current._replace(length=current.length + entry.length)
+async def map_disk(node: Node, start: int, end: int) -> AsyncIterator[list[Row]]:
+    """Yield what is in ``[start, end)``, in order. What continues the row
+    before, in the file also, is joined to it."""
+    last: list[Row] = []
+    async for rows, may_join in _rows(node, start, min(end, node.size), 0):
+        if may_join:
+            rows = _join(last + rows)
+        elif last and _continues(last[0], rows[0]):
+            rows[0] = _joined(last[0], rows[0])
         else:
-            yield position - current.length, current
-            current = entry
-        position += entry.length
-        nb_found += 1
-        if nb_found % _TURN == 0:
-            await asyncio.sleep(0)
-    if current is not None:
-        yield position - current.length, current
+            rows = last + rows
+        last = [rows.pop()]
+        if rows:
+            yield rows
+    if (start := max(start, node.size)) < min(end, disk_size(node)):
+        # The rest of the last sector.
+        flags = IS_ZERO | IS_PRESENT
+        if node.driver.cluster_size == 1:
+            flags |= HAS_OFFSET
+        last = _join([*last, (start, end - start, flags, start, 0, node)])
+    if last:
+        yield last
 
 
-def _continues(first: Entry, second: Entry) -> bool:
-    if first[1:5] != second[1:5] or first.node is not second.node:
+async def data_length(node: Node, cluster_size: int) -> int:
+    """Return the bytes of a disk that are not zero by its map, counted in whole
+    clusters of ``cluster_size``."""
+    total = covered = 0
+    async for rows in map_disk(node, 0, disk_size(node)):
+        for start, length, flags, *_ in rows:
+            if flags & IS_ZERO:
+                continue
+            first = max(covered, round_down(start, cluster_size))
+            covered = max(covered, round_up(start + length, cluster_size))
+            total += covered - first
+    return total
+
+
+def _join(rows: list[Row]) -> list[Row]:
+    joined = rows[:1]
+    for row in rows[1:]:
+        if _continues(joined[-1], row):
+            joined[-1] = _joined(joined[-1], row)
+        else:
+            joined.append(row)
+    return joined
+
+
+def _continues(first: Row, second: Row) -> bool:
+    if first[2] != second[2] or first[4] != second[4]:
         return False
-    if first.host_offset < 0:
-        return second.host_offset < 0
-    return first.host_offset + first.length == second.host_offset
+    return not first[2] & HAS_OFFSET or first[3] + first[1] == second[3]
+
+
+def _joined(first: Row, second: Row) -> Row:
+    return (first[0], first[1] + second[1], *first[2:])
+
+
+async def _rows(
+    node: Node, start: int, end: int, depth: int
+) -> AsyncIterator[tuple[list[Row], bool]]:
+    """Yield rows, and whether some of them may continue others."""
+    driver, backing = node.driver, node.backing
+    flags_of = [0] * 5
+    flags_of[DATA] = HAS_DATA | IS_PRESENT | HAS_OFFSET
+    flags_of[COMPRESSED] = HAS_DATA | IS_PRESENT
+    flags_of[ZERO] = IS_ZERO | IS_PRESENT
+    flags_of[ZERO_ALLOCATED] = IS_ZERO | IS_PRESENT | HAS_OFFSET
+    flags_of[UNALLOCATED] = IS_ZERO
+    if driver.cluster_size == 1:
+        flags_of[ZERO] |= HAS_OFFSET
+    if not has_offsets(driver):
+        flags_of = [flags & ~HAS_OFFSET for flags in flags_of]
+    holes = None
+    if flags_of[DATA] & HAS_OFFSET and await has_holes(driver):
+        holes = await _FileMap.load(driver.data)
+    while start < end:
+        kinds, hosts, lengths = zip(*await driver.runs(start, end - start), strict=True)
+        starts = list(accumulate(lengths, initial=start))
+        flags = [flags_of[kind] for kind in kinds]
+        if holes is not None:
+            holes.mark(flags, hosts, lengths)
+        rows = list(zip(starts, lengths, flags, hosts, repeat(depth), repeat(node)))
+        if holes is not None and _MIXED in flags:
+            rows = holes.split(rows)
+        may_join = COMPRESSED in kinds or not flags_of[DATA] & HAS_OFFSET
+        if backing is None or UNALLOCATED not in kinds:
+            yield rows, may_join
+        else:
+            async for below in _see_through(rows, backing, depth):
+                yield below, True
+        start = starts[-1]
+
+
+async def _see_through(
+    rows: list[Row], backing: Node, depth: int
+) -> AsyncIterator[list[Row]]:
+    """Put what ``backing`` has in the place of what is not present."""
+    found: list[Row] = []
+    for row in rows:
+        start, length, flags, host_offset, _, node = row
+        if flags & IS_PRESENT or start >= backing.size:
+            found.append(row)
+            continue
+        end, stop = start + length, min(start + length, backing.size)
+        async for below, _ in _rows(backing, start, stop, depth + 1):
+            found += below
+        if stop < end:
+            found.append((stop, end - stop, flags, host_offset, depth, node))
+        if len(found) > _MANY_ROWS:
+            yield found
+            found = []
+    if found:
+        yield found
+
+
+class _FileMap:
+    """The holes of a file that has more of them than it should."""
+
+    def __init__(self) -> None:
+        self._ends: list[int] = []
+        self._allocated: list[bool] = []
+
+    @classmethod
+    async def load(cls, storage: StorageDriver) -> Self:
+        """Look for all holes of ``storage``."""
+        found = cls()
+        position = 0
+        while position < storage.length:
+            stretches = await storage.extents(
+                position, storage.length - position, _NB_STRETCHES
+            )
+            lengths = (length for _, length in stretches)
+            found._ends += list(accumulate(lengths, initial=position))[1:]
+            found._allocated += [allocated for allocated, _ in stretches]
+            position = found._ends[-1]
+        # What is past the end is a hole.
+        found._ends.append(1 << 64)
+        found._allocated.append(False)
+        return found
+
+    def mark(
+        self, flags: list[int], hosts: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        """Add IS_ZERO to the flags of data that is a hole; those of what is so
+        in part become _MIXED, for `split`."""
+        ends, allocated = self._ends, self._allocated
+        plain = HAS_DATA | IS_PRESENT | HAS_OFFSET
+        for index, host_offset in enumerate(hosts):
+            if flags[index] == plain:
+                at = bisect_right(ends, host_offset)
+                if ends[at] < host_offset + lengths[index]:
+                    flags[index] = _MIXED
+                elif not allocated[at]:
+                    flags[index] = plain | IS_ZERO
+
+    def split(self, rows: list[Row]) -> list[Row]:
+        """Cut the rows without flags where data and holes meet."""
+        found: list[Row] = []
+        for row in rows:
+            if row[2] != _MIXED:
+                found.append(row)
+                continue
+            start, length, _, host_offset, depth, node = row
+            at = bisect_right(self._ends, host_offset)
+            while length:
+                covered = min(self._ends[at] - host_offset, length)
+                flags = HAS_DATA | IS_PRESENT | HAS_OFFSET
+                if not self._allocated[at]:
+                    flags |= IS_ZERO
+                found.append((start, covered, flags, host_offset, depth, node))
+                start, host_offset = start + covered, host_offset + covered
+                length, at = length - covered, at + 1
+        return found

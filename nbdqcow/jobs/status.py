@@ -5,6 +5,7 @@ from weakref import WeakKeyDictionary
 
 from nbdqcow.block.driver import FormatDriver
 from nbdqcow.block.node import Node
+from nbdqcow.block.storage import StorageDriver
 from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO
 from nbdqcow.units import SECTOR_SIZE, round_up
 
@@ -80,8 +81,22 @@ def _end_offset(node: Node, offset: int) -> int:
 def has_offsets(driver: FormatDriver) -> bool:
     """Whether the bytes at a host offset are the disk's own: not if they are
     encrypted."""
-    header = getattr(driver, "header", None)
-    return not getattr(header, "crypt_method", 0)
+    return driver.data.name != "encrypted"
+
+
+def place_in(
+    entry: Entry, entry_end: int, start: int, end: int
+) -> tuple[StorageDriver, int] | None:
+    """Return where in which file the bytes ``[start, end)`` are, if a thread can
+    read them there as they are. ``entry``, which ends at ``entry_end``, covers
+    them."""
+    storage = entry.node.driver.data
+    offset = entry.host_offset + start - (entry_end - entry.length)
+    if entry.host_offset < 0 or not storage.reads_in_threads:
+        return None
+    if entry_end < end or offset + end - start > storage.length:
+        return None
+    return storage, offset
 
 
 def disk_size(node: Node) -> int:

@@ -28,6 +28,16 @@ class ExportedNode(Protocol):
     def try_pread(self, offset: int, length: int) -> Buffer | None:
         """Return bytes if they need no waiting."""
 
+    @property
+    def defers_reads(self) -> bool:
+        """Whether `try_pread_later` is worth its while."""
+
+    def try_pread_later(self, offset: int, length: int) -> Buffer | None:
+        """Do as `try_pread` does; the bytes are right after `finish_reads`."""
+
+    def finish_reads(self) -> None:
+        """Make the bytes right that `try_pread_later` has returned."""
+
     def try_pread_views(self, offset: int, length: int) -> tuple[Buffers, int] | None:
         """Return bytes without copying them, and a token for `release`."""
 

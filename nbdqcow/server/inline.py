@@ -120,6 +120,9 @@ class Transmission(asyncio.BufferedProtocol):
             max_requests=options.max_requests,
             max_bytes=options.max_bytes,
         )
+        node = export.node
+        self._defers_reads = node.defers_reads
+        self._try_pread = node.try_pread_later if self._defers_reads else node.try_pread
         self._inline_write = -1 if export.read_only else STAGED_PAYLOAD
         self._out: list[Buffer] = []
         # Views that may not have left yet: their tokens.
@@ -260,6 +263,8 @@ class Transmission(asyncio.BufferedProtocol):
                 logger.warning("%s closed: %s", peer_name(self._transport), exc)
                 self._stop_reading()
         if self._out:
+            if self._defers_reads:
+                self._node.finish_reads()
             self._transport.writelines(self._out)
             self._out.clear()
             if self._tokens and not self._transport.get_write_buffer_size():
@@ -302,7 +307,7 @@ class Transmission(asyncio.BufferedProtocol):
         replies = self._replies
         out = self._out
         append = out.append
-        try_pread = self._node.try_pread
+        try_pread = self._try_pread
         try_pwrite = self._node.try_pwrite
         inline_write = self._inline_write
         size = self._export.size
@@ -458,6 +463,8 @@ class Transmission(asyncio.BufferedProtocol):
         if sender is None:
             return False
         if self._out:
+            if self._defers_reads:
+                self._node.finish_reads()
             self._transport.writelines(self._out)
             self._out.clear()
         if self._transport.get_write_buffer_size():

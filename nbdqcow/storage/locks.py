@@ -74,16 +74,34 @@ def lock_blocking(fd: int, filename: str, permissions: Permissions) -> None:
     `ImageError` if the file can't be locked at all. The caller then closes
     ``fd``, which gives back whatever was locked.
     """
-    for bit in _NAMES:
-        if permissions.held & bit:
-            _lock_byte(fd, filename, _byte(_HELD_BYTE, bit))
-        if permissions.unshared & bit:
-            _lock_byte(fd, filename, _byte(_UNSHARED_BYTE, bit))
+    hold_blocking(fd, filename, permissions)
     for bit, name in _NAMES.items():
         if permissions.held & bit:
             _check_byte(fd, filename, _byte(_UNSHARED_BYTE, bit), f'"{name}"')
         if permissions.unshared & bit:
             _check_byte(fd, filename, _byte(_HELD_BYTE, bit), f'shared "{name}"')
+
+
+def hold_blocking(fd: int, filename: str, permissions: Permissions) -> None:
+    """Take the locks without a look at those of others: for a descriptor that
+    is to take the place of one that has them."""
+    for bit in _NAMES:
+        if permissions.held & bit:
+            _lock_byte(fd, filename, _byte(_HELD_BYTE, bit))
+        if permissions.unshared & bit:
+            _lock_byte(fd, filename, _byte(_UNSHARED_BYTE, bit))
+
+
+def release_blocking(fd: int, kept: Permissions) -> None:
+    """Give all locks of ``fd`` back but the ``kept`` ones."""
+    for bit in _NAMES:
+        for base, bits in (
+            (_HELD_BYTE, kept.held),
+            (_UNSHARED_BYTE, kept.unshared),
+        ):
+            if not bits & bit:
+                unlock = _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, _byte(base, bit), 1, 0)
+                fcntl.fcntl(fd, _F_OFD_SETLK, unlock)
 
 
 def _byte(base: int, bit: int) -> int:

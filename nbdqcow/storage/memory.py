@@ -86,6 +86,10 @@ class MemoryStorage(StorageDriver):
         self._check_writable()
         self._resize(length)
 
+    async def reopen(self, *, read_only: bool) -> None:
+        """Allow changes, or no longer."""
+        self.read_only = read_only
+
     async def close(self) -> None:
         """Keep the data, for whoever still looks at it."""
 

@@ -189,8 +189,8 @@ async def test_slots_of_an_image_in_use(tmp_path):
         path, format="qcow2", driver_options={"secret": b"one"}
     ) as node:
         await node.pwrite(1000, b"content")
-        await node.driver.amend_keys(add, SECRETS.__getitem__, b"one")
-        await node.driver.amend_keys(erase, SECRETS.__getitem__, b"one")
+        await node.driver.amend_keys(add, SECRETS.__getitem__)
+        await node.driver.amend_keys(erase, SECRETS.__getitem__)
         assert await node.pread(1000, 7) == b"content"
     async with open_image(
         path, format="qcow2", driver_options={"secret": b"two"}
@@ -210,4 +210,4 @@ async def test_only_luks_has_slots(tmp_path):
         options = {"secret": b"one"}
         async with open_image(path, format="qcow2", driver_options=options) as node:
             with pytest.raises(ImageError, match=text):
-                await node.driver.amend_keys({}, no_secrets, b"one")
+                await node.driver.amend_keys({}, no_secrets)

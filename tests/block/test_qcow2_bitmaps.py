@@ -156,6 +156,29 @@ def test_qemu_reads_what_we_kept(tmp_path):
     assert listed(path) == {}
 
 
+def test_writes_to_subclusters_are_marked(tmp_path):
+    path = create(tmp_path / "a", extended_l2="on")
+
+    async def run():
+        async with open_image(path) as node:
+            node.driver.bitmap_add("b", granularity=512)
+            await node.pwrite(4096, b"1" * 2048)
+            assert node.try_pwrite(8192, b"2" * 1024)
+            assert node.try_pwrite(4096, b"3")
+            await node.write_zeroes(6144, 2048)
+            await node.write_zeroes(MiB + 2048 + 512, 512)
+            await node.discard(2 * MiB, 65536)
+            assert await dirty(node, "b") == [
+                (4096, 9216),
+                (MiB + 2048, MiB + 4096),
+                (2 * MiB, 2 * MiB + 65536),
+            ]
+
+    asyncio.run(run())
+    check(path)
+    assert dirty_as_qemu_sees(path, "b")[0] == (4096, 9216)
+
+
 def test_in_use_until_closed(tmp_path):
     path = create(tmp_path / "a")
     qemu_img("bitmap", "--add", path, "b0")

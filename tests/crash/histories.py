@@ -21,6 +21,8 @@ from tests.builder import BytesFile, ImageBuilder
 
 SECTOR = 512
 KiB = 1 << 10
+LOOKED_AT = 4 << 20
+"""Bytes of a disk that are looked at: none of the steps goes beyond."""
 ZERO = bytes(SECTOR)
 
 Sectors = Mapping[int, bytes]
@@ -435,6 +437,17 @@ HISTORIES = [
         ],
     ),
     History(
+        "long-l1-table",
+        functools.partial(created, size=160 << 20, refcount_bits=64),
+        [
+            write(0, 0x200),
+            snapshot_create("one"),
+            write(0, 0x200, "again"),
+            snapshot_delete("one"),
+        ],
+        costly=True,
+    ),
+    History(
         "bitmaps",
         functools.partial(filled, 6),
         [
@@ -461,6 +474,12 @@ def base_content(history: History) -> Callable[[int], bytes]:
             return lambda s: compressible(s // 8)[:SECTOR] if s // 8 < 12 else ZERO
         case "refcount-table":
             return lambda s: (b"%d" % s).ljust(SECTOR, b"\0") if s < 3930 else ZERO
-    nb_filled = {"allocate": 0, "overwrite": 8, "discard": 12, "zero": 12}
+    nb_filled = {
+        "allocate": 0,
+        "long-l1-table": 0,
+        "overwrite": 8,
+        "discard": 12,
+        "zero": 12,
+    }
     nb = nb_filled.get(history.name, 48 if history.name == "refcount-block" else 6)
     return lambda s: pattern(("base", s), SECTOR) if s < nb else ZERO

@@ -24,6 +24,7 @@ from nbdqcow.storage.memory import MemoryStorage
 from tests.builder import BytesFile
 from tests.crash.histories import (
     HISTORIES,
+    LOOKED_AT,
     SECTOR,
     Disk,
     History,
@@ -134,9 +135,9 @@ async def look_at(
     assert is_sound(result, leaks=False), f"{where}, repaired:\n{text}"
     node = await history.open(storage)
     try:
-        content = bytes(await node.pread(0, node.size))
+        content = bytes(await node.pread(0, min(node.size, LOOKED_AT)))
         base = base_content(history)
-        for sector in range(node.size // SECTOR):
+        for sector in range(len(content) // SECTOR):
             got = content[sector * SECTOR : (sector + 1) * SECTOR]
             may = allowed.get(sector)
             assert got in may if may else got == base(sector), (

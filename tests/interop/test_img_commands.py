@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,6 +109,18 @@ def settle(outcome: Outcome) -> Outcome:
 
 
 READING = ("compare", "map", "measure", "info", "check")
+IN_EVERY_RUN = 6
+"""Of so many lines that change images one is in every test run."""
+
+
+def lines(*given: str) -> Any:
+    """Parametrise a test with command lines. Those that change images take ten
+    times as long as the others: most of them are `slow`."""
+    cases = []
+    for index, line in enumerate(given):
+        slow = not line.startswith(READING) and index % IN_EVERY_RUN
+        cases.append(pytest.param(line, marks=pytest.mark.slow if slow else ()))
+    return pytest.mark.parametrize("line", cases)
 
 
 def compare(line: str, disks: Path, tmp_path: Path) -> None:
@@ -258,6 +271,19 @@ CONVERT = [
     "convert -O qcow2 base.qcow2 file:out",
     "convert -f qcow2 file:base.qcow2 out",
     "convert -f raw base.qcow2 out",
+    # Compressed
+    *(f"convert -c -O qcow2 {options} out" for options in (
+        *("base.qcow2", "top.qcow2", "compressed.qcow2", "x.raw", "text", "holes.raw"),
+        *("empty.qcow2", "v2.qcow2", "full.qcow2", "-W -m 16 top.qcow2"),
+        *("-o compression_type=zstd top.qcow2", "-o cluster_size=4k top.qcow2"),
+        *("-o cluster_size=2M top.qcow2", "-o compat=0.10 base.qcow2"),
+        *("base.qcow2 top.qcow2", "x.raw v2.qcow2 base.raw", "-S 64k holes.raw"),
+        *("-o extended_l2=on top.qcow2", "-B base.qcow2 -F qcow2 overlay.qcow2"),
+        *("-o compression_type=foo base.qcow2", "-o lazy_refcounts=on base.qcow2"),
+    )),
+    "convert -c -n -O qcow2 base.qcow2 empty.qcow2",
+    "convert -c -n -O qcow2 base.qcow2 snap.qcow2",
+    "convert -O qcow2 -o extended_l2=on top.qcow2 out",
     # Several inputs
     "convert base.qcow2 top.qcow2 out",
     "convert -O qcow2 base.qcow2 x.raw v2.qcow2 out",
@@ -324,6 +350,13 @@ CONVERT = [
     "convert base.qcow2 out -O qcow2",
     "convert -qO qcow2 -- base.qcow2 out",
     "convert --object secret,id=a,data=b -O qcow2 base.qcow2 out",
+    "convert -O qcow2 -o encrypt.format=luks,encrypt.key-secret=a base.qcow2 out",
+    "convert --object secret,id=b,data=b -O qcow2 "
+    "-o encrypt.format=luks,encrypt.key-secret=a base.qcow2 out",
+    "convert --object foo,id=b -O qcow2 base.qcow2 out",
+    "convert --object secret,id=b,data=b -c -O qcow2 "
+    "-o encrypt.format=luks,encrypt.key-secret=b base.qcow2 out",
+    "convert -c -O qcow2 -o encryption=on base.qcow2 out",
 ]  # fmt: skip
 
 
@@ -450,7 +483,7 @@ DD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("line", DD)
+@lines(*DD)
 def test_dd(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
 
@@ -495,7 +528,7 @@ SNAPSHOT = [
 ]
 
 
-@pytest.mark.parametrize("line", SNAPSHOT)
+@lines(*SNAPSHOT)
 def test_snapshot(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
 
@@ -547,7 +580,7 @@ BITMAP = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("line", BITMAP)
+@lines(*BITMAP)
 def test_bitmap(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
 
@@ -575,7 +608,7 @@ BENCH = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("line", BENCH)
+@lines(*BENCH)
 def test_bench(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
 
@@ -625,7 +658,7 @@ RESIZE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("line", RESIZE)
+@lines(*RESIZE)
 def test_resize(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
 
@@ -668,7 +701,6 @@ AMEND = [
     "amend -o size=20M x.raw",
     "amend -o compat=v3 absent",
     "amend -o compat=v3",
-    "amend -o compat=0.10 bitmaps.qcow2",
     "amend -o compat=0.10 snap.qcow2",
     "amend -o compat=0.10 compressed.qcow2",
     "amend -o refcount_bits=1 snap.qcow2",
@@ -680,21 +712,68 @@ AMEND = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("line", AMEND)
+@lines(*AMEND)
 def test_amend(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
 
 
-@pytest.mark.parametrize("line", MAP)
+MEASURE = [
+    "measure",
+    "measure a b",
+    *(f"measure {options}" for options in (
+        *("--size 1G", "--size 0", "--size foo", "--size -1", "--size 1.5k"),
+        "--size 9E",
+        *("--size 1G -O foo", "--size 1G -O raw", "--size 1G -O qcow2"),
+        *("--size 1G -O qcow2 --output=json", "--size 1G --output=foo"),
+        *("--size 1G base.qcow2", "--size 1G -l foo", "--size 1G -f raw"),
+        *("--size 1G --image-opts", "--image-opts -f raw x", "-o help -O qcow2"),
+    )),
+    *(f"measure -O qcow2 -o {options} --size 1G" for options in (
+        *("cluster_size=4k", "cluster_size=2M", "cluster_size=3", "foo=1"),
+        "compat=0.10",
+        *("refcount_bits=1", "refcount_bits=64", "preallocation=metadata"),
+        *("preallocation=full", "preallocation=foo", "extended_l2=on", "','"),
+        "size=2G",
+        *("lazy_refcounts=on", "extended_l2=on,cluster_size=2M", "cluster_size=512"),
+    )),
+    *(
+        f"measure {options} {name}"
+        for options in ("", "-O qcow2", "-O qcow2 --output=json",
+                        "-O qcow2 -o cluster_size=4k")
+        for name in (
+            *("base.qcow2", "top.qcow2", "snap.qcow2", "bitmaps.qcow2", "x.raw"),
+            *("holes.raw", "compressed.qcow2", "full.qcow2", "absent", "text"),
+        )
+    ),
+    "measure -O qcow2 -o backing_file=base.qcow2 overlay.qcow2",
+    "measure -O qcow2 -o backing_file=base.qcow2,backing_fmt=qcow2 overlay.qcow2",
+    "measure -l one -O qcow2 snap.qcow2",
+    "measure -l foo -O qcow2 snap.qcow2",
+    "measure -f raw -O qcow2 base.qcow2",
+    "measure -f foo -O qcow2 base.qcow2",
+    "measure -O foo base.qcow2",
+    "measure -O foo absent",
+    "measure -U -O qcow2 base.qcow2",
+    "measure --image-opts -O qcow2 driver=qcow2,file.filename=base.qcow2",
+    "measure orphan.qcow2",
+]  # fmt: skip
+
+
+@lines(*MEASURE)
+def test_measure(line: str, disks: Path, tmp_path: Path) -> None:
+    compare(line, disks, tmp_path)
+
+
+@lines(*MAP)
 def test_map(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
 
 
-@pytest.mark.parametrize("line", COMPARE)
+@lines(*COMPARE)
 def test_compare(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
 
 
-@pytest.mark.parametrize("line", CONVERT)
+@lines(*CONVERT)
 def test_convert(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)

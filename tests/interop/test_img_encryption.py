@@ -64,7 +64,6 @@ CREATE = [
     f"{QUICK},preallocation=metadata",
     f"{QUICK},refcount_bits=64,lazy_refcounts=on",
     f"{QUICK},encrypt.cipher-alg=aes-128,encrypt.cipher-mode=cbc",
-    f"{QUICK},encrypt.cipher-alg=aes-192,encrypt.cipher-mode=cbc",
     f"{QUICK},encrypt.ivgen-alg=essiv",
     f"{QUICK},encrypt.ivgen-alg=plain,encrypt.ivgen-hash-alg=sha1",
     f"{QUICK},encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha1",
@@ -106,6 +105,85 @@ def test_create(options: str, tmp_path: Path) -> None:
             opts = "driver=qcow2,file.filename=new.qcow2,encrypt.key-secret=s"
             checked = theirs(f"check -q {ONE} --image-opts {opts}", path)
             found += [without_chance(theirs("info new.qcow2", path)), checked]
+        outcomes.append(found)
+    assert outcomes[0] == outcomes[1]
+
+
+QUICK_LUKS = "key-secret=s,iter-time=10"
+CONTAINERS = [
+    QUICK_LUKS,
+    f"{QUICK_LUKS},preallocation=full,cipher-mode=cbc,ivgen-alg=essiv",
+    f"{QUICK_LUKS},preallocation=foo",
+    "cipher-alg=aes-256",
+    "key-secret=x",
+    f"{QUICK_LUKS},hash-alg=foo",
+    "foo=1",
+    "help",
+]
+
+
+@pytest.mark.parametrize("options", CONTAINERS)
+def test_create_a_container(options: str, tmp_path: Path) -> None:
+    line = f"create -f luks {ONE} -o {options} new.luks 1000000"
+    outcomes = []
+    for name, run_one in (("theirs", theirs), ("ours", run_ours)):
+        path = tmp_path / name
+        path.mkdir()
+        found = [run_one(line, path)]
+        if (path / "new.luks").exists():
+            opts = f"{ONE} --image-opts driver=luks,file.filename=new.luks,key-secret=s"
+            for look in (f"info {opts}", "info new.luks", f"map --output=json {opts}"):
+                found.append(without_chance(theirs(look, path)))
+                assert without_chance(run_ours(look, path)) == found[-1]
+            # QEMU writes to it.
+            target = f"{ONE} --image-opts --target-image-opts -n"
+            (path / "content").write_bytes(bytes(range(256)) * 3908)
+            source = "driver=raw,file.filename=content"
+            container = "driver=luks,file.filename=new.luks,key-secret=s"
+            done = theirs(f"convert {target} {source} {container}", path)
+            assert done == (0, b"", b"")
+            done = run_ours(f"compare {ONE} --image-opts {source} {container}", path)
+            assert done[:2] == (0, b"Images are identical.\n")
+        outcomes.append(found)
+    assert outcomes[0] == outcomes[1]
+
+
+SLOTS = [
+    "state=active,new-secret=t,iter-time=10",
+    "state=active,new-secret=t,keyslot=5,iter-time=10",
+    "--force state=active,new-secret=t,keyslot=0,iter-time=10",
+    "state=active,new-secret=t,keyslot=0",
+    "state=active,new-secret=t,keyslot=8",
+    "state=active,new-secret=x",
+    "state=active",
+    "state=foo",
+    "new-secret=t",
+    "state=inactive",
+    "state=inactive,keyslot=0",
+    "state=inactive,keyslot=3",
+    "state=inactive,old-secret=s",
+    "state=inactive,old-secret=t",
+    "state=inactive,keyslot=0,old-secret=t",
+    "--force state=inactive,keyslot=0",
+    "state=inactive,keyslot=0,iter-time=3",
+    "format=luks",
+]
+
+
+@pytest.mark.parametrize("change", SLOTS)
+def test_amend_key_slots(change: str, directory: Path, tmp_path: Path) -> None:
+    force, _, names = change.rpartition(" ")
+    options = ",".join(f"encrypt.{name}" for name in names.split(","))
+    opened = "--image-opts driver=qcow2,file.filename=luks.qcow2,encrypt.key-secret"
+    line = f"amend {ONE} {TWO} {force} -o {options} {opened}=s"
+    outcomes = []
+    for name, run_one in (("theirs", theirs), ("ours", run_ours)):
+        path = tmp_path / name
+        path.mkdir()
+        shutil.copy(directory / "luks.qcow2", path)
+        found = [run_one(line, path), without_chance(theirs("info luks.qcow2", path))]
+        check = f"check -q {ONE} {TWO} {opened}"
+        found += [theirs(f"{check}={key}", path) for key in "st"]
         outcomes.append(found)
     assert outcomes[0] == outcomes[1]
 

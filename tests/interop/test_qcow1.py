@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import random
 import subprocess
 import sys
@@ -90,23 +91,12 @@ def random_clusters(rnd: random.Random, bits: int, nb: int) -> dict[int, Any]:
 @pytest.mark.parametrize("size", ["512", "513", "3M", "5G"])
 def test_new_images_are_qemus_byte_for_byte(tmp_path, size, backing, encrypted):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    words = ["-u", "-b", backing, "-F", "raw"] if backing else []
     if encrypted:
-        # The key has no place in the image, but QEMU asks for it.
-        options = ["-o", "encryption=on,encrypt.key-secret=s"]
-        run("qemu-img", "create", "-qf", "qcow", *SECRET, *options, theirs, size)
-        from nbdqcow.formats.qcow1.tool import Qcow1Tool
-        from nbdqcow.storage.blocking import BlockingLocalFile
-        from nbdqcow.units import parse_size
-
-        tool, file = Qcow1Tool(), BlockingLocalFile.create(str(ours))
-        values = {"size": parse_size(size), "encrypt.format": "aes"}
-        values["encrypt.key-secret"] = "s"
-        tool.create(file, tool.prepare(values))
-        file.close()
-    else:
-        link = ["-u", "-b", backing, "-F", "raw"] if backing else []
-        run("qemu-img", "create", "-qf", "qcow", *link, theirs, size)
-        nbdqcow_img("create", "-qf", "qcow", *link, ours, size)
+        # The key has no place in the image, but it is asked for.
+        words += [*SECRET, "-o", "encryption=on,encrypt.key-secret=s"]
+    run("qemu-img", "create", "-qf", "qcow", *words, theirs, size)
+    nbdqcow_img("create", "-qf", "qcow", *words, ours, size)
     assert ours.read_bytes() == theirs.read_bytes()
 
 
@@ -128,6 +118,8 @@ def describe(program: str, *words: str | Path) -> tuple[int, str, str]:
         ("info", "--output=json", "NAME"),
         ("info", "-f", "qcow", "--backing-chain", "NAME"),
         ("info", "-f", "qcow2", "NAME"),
+        ("info", "SECRET"),
+        ("info", "--output=json", "SECRET"),
         ("check", "NAME"),
         ("check", "-f", "qcow", "--output=json", "NAME"),
         ("check", "-r", "all", "NAME"),
@@ -145,11 +137,13 @@ def test_commands_speak_as_qemus(tmp_path, words):
     base, path = tmp_path / "base.raw", tmp_path / "a.qcow"
     base.write_bytes(bytes(3 * MiB))
     run("qemu-img", "create", "-qf", "qcow", "-b", base, "-F", "raw", path)
+    secret = tmp_path / "secret.qcow"
+    secret.write_bytes(Image(MiB, key=KEY, clusters={0: Plain(b"x")}).build())
     answers = []
     for program in ("qemu-img", "ours"):
         new = tmp_path / "new"
         new.unlink(missing_ok=True)
-        names = {"NAME": path, "NEW": new}
+        names = {"NAME": path, "NEW": new, "SECRET": secret}
         answers.append(describe(program, *(names.get(w, w) for w in words)))
     assert answers[1] == answers[0]
 
@@ -221,11 +215,19 @@ def test_built_images_are_read_and_continued_by_both(tmp_path, seed, case):
     for _ in range(8):
         offset = rnd.randrange(len(disk) // 512) * 512
         length = min(len(disk) - offset, rnd.randrange(1, 20) * 512)
+        touched = range(offset >> case["bits"], (offset + length >> case["bits"]) + 1)
+        if case["key"] and any(
+            isinstance(image.clusters.get(index), Packed) for index in touched
+        ):
+            # QEMU 7.2 forgets to encrypt what it takes from a compressed cluster
+            # that it writes part of.
+            continue
         pattern = rnd.randrange(256)
         commands += ["-c", f"write -P {pattern} {offset} {length}"]
         disk[offset : offset + length] = bytes([pattern]) * length
     secret = SECRET if case["key"] else ()
-    run("qemu-io", *secret, *commands, *image_options(path, case["key"]))
+    if commands:
+        run("qemu-io", *secret, *commands, *image_options(path, case["key"]))
     check(path)
 
     async def read_again() -> None:
@@ -292,8 +294,10 @@ def test_what_we_compress_qemu_reads(tmp_path, seed):
 # -- serving -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("top", ["qcow", "qcow2"])
-@pytest.mark.parametrize("bottom", ["qcow", "qcow2", "raw"])
+@pytest.mark.parametrize(
+    ("top", "bottom"),
+    [("qcow", "raw"), ("qcow", "qcow"), ("qcow", "qcow2"), ("qcow2", "qcow")],
+)
 def test_chains_are_served(tmp_path, top, bottom):
     need("nbdcopy")
     base, path, flat = (tmp_path / name for name in ("base", "top", "flat"))
@@ -326,6 +330,27 @@ def test_an_old_image_is_probed_and_served(tmp_path, served):
     assert '"data": true' in done.stdout
 
 
+def test_the_key_comes_from_a_file_or_the_environment(tmp_path, served, monkeypatch):
+    key_file = tmp_path / "key"
+    key_file.write_bytes(KEY)
+    monkeypatch.setenv("THE_KEY", KEY.decode())
+    path = tmp_path / "old.qcow"
+    image = Image(MiB, clusters={3: Plain(b"hello" * 800)}, key=KEY)
+    path.write_bytes(image.build())
+    for number, source in enumerate(
+        (("--key-file", key_file), ("--key-env", "THE_KEY"))
+    ):
+        socket = tmp_path / f"s{number}"
+        server = served(path, "--unix", socket, *source)
+        uri = f"nbd+unix:///?socket={socket}"
+        pattern = f"write -P {number} {number}k 1k"
+        run("qemu-io", "-f", "raw", "-c", pattern, "-c", "flush", uri)
+        server.stop()
+    content = content_by_qemu(path, KEY)
+    assert content[: 2 * KiB] == bytes(KiB) + b"\1" * KiB
+    assert content[3 * 4096 :].startswith(b"hello" * 800)
+
+
 def test_a_command_line_of_qemu_nbds(tmp_path, served):
     path, socket = tmp_path / "old.qcow", tmp_path / "socket"
     secret = tmp_path / "secret"
@@ -344,3 +369,85 @@ def test_a_command_line_of_qemu_nbds(tmp_path, served):
     run("qemu-io", "-f", "raw", "-c", "read -P 5 20k 3k", uri)
     done = run("qemu-io", "-f", "raw", "-c", "read -v 12k 16", uri)
     assert "hellohello" in done.stdout
+
+
+@pytest.mark.parametrize("image_format", ["qcow", "raw"])
+def test_there_are_no_snapshots_to_load(tmp_path, image_format):
+    path = tmp_path / "a"
+    run("qemu-img", "create", "-qf", image_format, path, "1M")
+    answers = []
+    for program in ("qemu-nbd", "ours"):
+        command = [program]
+        if program == "ours":
+            code = "import sys; from nbdqcow.cli.nbd import main; sys.exit(main())"
+            command = [sys.executable, "-c", code]
+        words = ["-f", image_format, "-l", "snap", "-k", str(tmp_path / "s"), str(path)]
+        done = run(*command, *words, check=False)
+        text = done.stderr.strip().rpartition(": ")[2]
+        answers.append((done.returncode, text.replace(" used by device ''", "")))
+    assert answers[1] == answers[0]
+
+
+def test_the_rename_command_keeps_the_link(tmp_path):
+    (tmp_path / "archive").mkdir()
+    base, path = tmp_path / "base.raw", tmp_path / "a.qcow"
+    base.write_bytes(b"b" * MiB)
+    link = ("-b", "base.raw", "-F", "raw")
+    run("qemu-img", "create", "-qf", "qcow", *link, path, "1M")
+    moved = tmp_path / "archive" / "b.qcow"
+    nbdqcow_img("rename", "-f", "qcow", path, moved)
+    assert not path.exists()
+    check(moved)
+    assert "backing file: ../base.raw" in run("qemu-img", "info", moved).stdout
+    compare_images(base, moved, second_format="qcow")
+    # Nothing of the backing file is needed.
+    base.rename(tmp_path / "elsewhere")
+    nbdqcow_img("rename", moved, path)
+    assert "backing file: base.raw" in run("qemu-img", "info", path).stdout
+    path.rename(moved)
+    (tmp_path / "elsewhere").rename(base)
+    done = describe("ours", "rename", moved, base)
+    assert done[0] == 1
+    assert done[2] == f"Could not rename '{moved}' to '{base}': File exists"
+    assert base.read_bytes() == b"b" * MiB
+
+
+def test_images_are_converted_and_compared(tmp_path, seed):
+    rnd = random.Random(seed)
+    raw, flat = tmp_path / "a.raw", tmp_path / "flat"
+    kinds = (rnd.randbytes, lambda n: rnd.randbytes(64) * (n // 64), bytes)
+    raw.write_bytes(
+        b"".join(rnd.choice(kinds)(4096) for _ in range(300)) + b"end" * 171
+    )
+    size = -(-raw.stat().st_size // 512) * 512
+    for words in ((), ("-c",), ("-c", "-m", "8"), ("-W",)):
+        path = tmp_path / "a.qcow"
+        nbdqcow_img("convert", "-f", "raw", "-O", "qcow", *words, raw, path)
+        check(path)
+        compare_images(raw, path, second_format="qcow")
+        nbdqcow_img("compare", "-f", "raw", "-F", "qcow", raw, path)
+        nbdqcow_img("convert", "-f", "qcow", "-O", "raw", path, flat)
+        assert flat.read_bytes() == raw.read_bytes().ljust(size, b"\0")
+        ours = nbdqcow_img("map", "--output=json", "-f", "qcow", path).stdout
+        theirs = run("qemu-img", "map", "--output=json", "-f", "qcow", path).stdout
+        assert json.loads(ours) == json.loads(theirs)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("resize", "-f", "qcow", "NAME", "8M"),
+        ("amend", "-f", "qcow", "-o", "size=8M", "NAME"),
+        ("snapshot", "-c", "snap", "NAME"),
+    ],
+)
+def test_what_the_format_lacks_is_refused_as_by_qemu(tmp_path, words):
+    path = tmp_path / "a.qcow"
+    run("qemu-img", "create", "-qf", "qcow", path, "1M")
+    before = path.read_bytes()
+    answers = [
+        describe(program, *(path if word == "NAME" else word for word in words))
+        for program in ("qemu-img", "ours")
+    ]
+    assert answers[1] == answers[0]
+    assert path.read_bytes() == before

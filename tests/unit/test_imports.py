@@ -36,7 +36,12 @@ MAY_IMPORT = {
 
 # Modules that decide without input or output, so that they can be tested, fuzzed
 # and reasoned about without a clock or a socket.
-WITHOUT_IO = {"nbd", "formats.qcow2.header", "formats.qcow2.entries"}
+WITHOUT_IO = {
+    "nbd",
+    "formats.qcow1.header",
+    "formats.qcow2.header",
+    "formats.qcow2.entries",
+}
 IO_MODULES = {"asyncio", "os", "socket", "threading"}
 
 # 100 ms of imports that `nbdqcow-img --version` need not pay.

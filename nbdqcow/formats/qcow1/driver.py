@@ -7,6 +7,7 @@ import logging
 from array import array
 from collections.abc import Coroutine
 from collections.abc import Mapping as Options
+from dataclasses import replace
 from typing import Any, Final, Self
 
 from nbdqcow.block.driver import FormatDriver, WritePlan
@@ -23,7 +24,7 @@ from nbdqcow.formats.qcow1.mapping import Mapping
 from nbdqcow.formats.qcow1.tables import Tables, load_be64
 from nbdqcow.formats.qcow1.writeback import Writeback
 from nbdqcow.types import UNALLOCATED, Buffer, Run
-from nbdqcow.units import MiB, round_up
+from nbdqcow.units import SECTOR_SIZE, MiB, round_up
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Qcow1Driver(FormatDriver):
     """
 
     name = "qcow"
+    version: Final = 1
 
     def __init__(
         self,
@@ -83,7 +85,11 @@ class Qcow1Driver(FormatDriver):
         self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
         if header.crypt_method == qcow1_header.CRYPT_AES:
             encryption.number_by_guest_offset(self)
+        self._shows_backing = header.backing_filename is not None
         self._tasks: set[asyncio.Task[None]] = set()
+        # The end of the latest compressed write: clusters that are compressed
+        # at the same time are stored in the order in which they came.
+        self._last_stored: asyncio.Future[None] | None = None
         self._nb_in_place = 0
         self._in_place_done: asyncio.Future[None] | None = None
 
@@ -133,6 +139,12 @@ class Qcow1Driver(FormatDriver):
     async def read_compressed(self, descriptor: int) -> Buffer:
         """See `FormatDriver.read_compressed`."""
         return await self.compressed.read(descriptor)
+
+    def try_read_compressed(
+        self, descriptor: int, start: int, length: int
+    ) -> Buffer | None:
+        """See `FormatDriver.try_read_compressed`."""
+        return self.compressed.try_read(descriptor, start, length)
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """See `FormatDriver.extents`."""
@@ -206,9 +218,16 @@ class Qcow1Driver(FormatDriver):
         ):
             raise BlockError(errno.EINVAL, "not one whole cluster")
         cluster = bytes(data).ljust(self.cluster_size, b"\0")
-        packed = await self.compressed.pack(cluster)
-        if packed is None or not await self._store_packed(offset, packed):
-            await self._store_plain(offset, cluster, length)
+        earlier, stored = self._last_stored, asyncio.get_running_loop().create_future()
+        self._last_stored = stored
+        try:
+            packed = await self.compressed.pack(cluster)
+            if earlier is not None and not earlier.done():
+                await asyncio.wait((earlier,))
+            if packed is None or not await self._store_packed(offset, packed):
+                await self._store_plain(offset, cluster, length)
+        finally:
+            stored.set_result(None)
 
     async def _store_packed(self, offset: int, packed: bytes) -> bool:
         """Write and link a compressed cluster; False if its place is too far
@@ -256,7 +275,7 @@ class Qcow1Driver(FormatDriver):
         return await self._reads_zero(offset, length)
 
     async def _reads_zero(self, offset: int, length: int) -> bool:
-        if self.backing_filename is not None:
+        if self._shows_backing:
             return False
         end = offset + length
         while True:
@@ -275,14 +294,22 @@ class Qcow1Driver(FormatDriver):
         """Give all clusters up: everything is as it is in the backing file, or
         zero, and the file as short as it was when it was new."""
         self.check_writable()
+        await self._operate(self._make_empty())
+
+    async def _make_empty(self) -> None:
         async with self.writeback.running, self.lock:
             await self.writers_quiet()
             header = self.header
             old_end = round_up(self.file_end.offset, self.cluster_size)
             metadata_end = max(end for _, end in header.ranges)
-            # On disk first: if that fails, all is as it was.
-            await self.storage.pwritev(header.l1_table_offset, [bytes(header.l1_bytes)])
-            await self.storage.flush()
+            try:
+                zeroes = bytes(header.l1_bytes)
+                await self.storage.pwritev(header.l1_table_offset, [zeroes])
+                await self.storage.flush()
+            except BaseException:
+                # Some of it may be gone from the disk: bring it back.
+                self.tables.mark_l1_dirty()
+                raise
             self.tables.clear(old_end)
             self.compressed.clear()
             self.file_end.reset(old_end)
@@ -291,6 +318,77 @@ class Qcow1Driver(FormatDriver):
             await self.storage.truncate(metadata_end)
             self.file_end.reset(metadata_end)
             self.tables.clear(round_up(metadata_end, self.cluster_size))
+
+    async def change_backing_file(
+        self, filename: str | None, format_name: str | None
+    ) -> None:
+        """See `FormatDriver.change_backing_file`. The image has no place for
+        the format: it is guessed when the backing file is opened.
+
+        What was named before is named after a power cut, or the new name. It
+        goes into the header's sector if there is room, else to the end.
+        """
+        self.check_writable()
+        name = (filename or "").encode("utf-8", "surrogateescape")
+        if len(name) > qcow1_header.MAX_BACKING_NAME_BYTES:
+            raise BlockError(errno.EINVAL, "Backing file name too long")
+        if b"\0" in name:
+            raise BlockError(errno.EINVAL, "A file name can't have a NUL byte")
+        await self._operate(self._change_name(filename, name))
+
+    async def _change_name(self, filename: str | None, name: bytes) -> None:
+        async with self.lock:
+            changed = replace(
+                self.header,
+                backing_file_offset=0,
+                backing_file_size=len(name),
+                backing_filename=filename or None,
+            )
+            if name:
+                changed.backing_file_offset = await self._place_name(name)
+            head = changed.pack()
+            if changed.backing_file_offset == len(head):
+                head += name
+            await self.storage.pwritev(0, [head])
+            await self.storage.flush()
+            self.header = changed
+            self.backing_filename = changed.backing_filename
+            # What lies open below still shows.
+            self._shows_backing = self._shows_backing or bool(name)
+
+    async def _place_name(self, name: bytes) -> int:
+        """Return where a backing file's name goes: behind the header, where it
+        is still to be written, or to a new place, where it is durable."""
+        in_sector = qcow1_header.HEADER_LENGTH + len(name)
+        if in_sector <= min(SECTOR_SIZE, self.header.l1_table_offset):
+            return qcow1_header.HEADER_LENGTH
+        offset, old_end = self.file_end.take(len(name), SECTOR_SIZE)
+        try:
+            await self.storage.pwritev(offset, [name])
+            await self.storage.flush()
+        except BaseException:
+            self.file_end.give_back(old_end, offset + len(name))
+            raise
+        self.tables.protect(offset, offset + len(name))
+        return offset
+
+    async def reopen(self, *, read_only: bool) -> None:
+        """See `FormatDriver.reopen`."""
+        if not read_only:
+            self.read_only = False
+            self.mapping.freeze(False)
+            return
+        async with self.lock:
+            self.read_only = True
+            self.mapping.freeze(True)
+            await self.writers_quiet()
+        await self._settle()
+        try:
+            await self.writeback.flush()
+        except BaseException:
+            self.read_only = False
+            self.mapping.freeze(False)
+            raise
 
     def check_writable(self) -> None:
         """Raise `BlockError` if the image is read-only."""
@@ -323,6 +421,13 @@ class Qcow1Driver(FormatDriver):
             await self._in_place_done
 
     # -- durability ------------------------------------------------------
+
+    async def _operate(self, operation: Coroutine[Any, Any, None]) -> None:
+        """Run an operation to its end, even if the caller is cancelled."""
+        task = asyncio.create_task(operation)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        await asyncio.shield(task)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -19,7 +19,7 @@ from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import CorruptImage
 from nbdqcow.formats.qcow1.header import COMPRESSED, Header, compressed_range
 from nbdqcow.types import Buffer
-from nbdqcow.units import SECTOR_SIZE, round_up
+from nbdqcow.units import SECTOR_SIZE
 
 SLICE_BYTES: Final = 4096
 DAMAGED: Final = 1
@@ -305,6 +305,12 @@ class Tables:
             changed.dirty_first = min(changed.dirty_first, first)
             changed.dirty_end = max(changed.dirty_end, end)
 
+    def mark_l1_dirty(self) -> None:
+        """All of the L1 table may be missing on disk."""
+        self.dirty_l1.update(
+            index for index, entry in enumerate(self.l1) if entry not in (0, DAMAGED)
+        )
+
     def add_table(self, l1_index: int, offset: int, old_end: int) -> None:
         """Link a new, all-zero L2 table whose place nobody has written; the
         file's used part ended at ``old_end`` before."""
@@ -364,8 +370,3 @@ class Tables:
     def is_dirty(self) -> bool:
         """Whether any L1 or L2 entry is not on disk."""
         return bool(self.dirty or self.dirty_l1 or self.fresh)
-
-
-def first_free(file_length: int, cluster_size: int) -> int:
-    """Return the first host offset for a new cluster in a file."""
-    return round_up(file_length, cluster_size)

@@ -26,8 +26,9 @@ from nbdqcow.formats.qcow2.bitmap_directory import (
     read_bitmap_directory,
 )
 from nbdqcow.formats.qcow2.entries import OFFSET_MASK
+from nbdqcow.formats.qcow2.header_update import update_header
 from nbdqcow.formats.qcow2.tables import dump_be64, load_be64
-from nbdqcow.units import GiB, MiB, round_up
+from nbdqcow.units import MiB, round_up
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,14 +36,13 @@ if TYPE_CHECKING:
 
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
-_MAX_TOTAL_BYTES: Final = GiB
+_MAX_TOTAL_BYTES: Final = 256 * MiB
 """Memory that all bitmaps of an image may take."""
 _MAX_TABLE_BYTES: Final = 64 * MiB
 _ALL_ONES: Final = 1
 """A table entry for a cluster of ones that has no cluster."""
 _STRIDE_BITS: Final = 1 << 20
 _BITMAPS: Final = struct.Struct(">IIQQ")
-_SECTOR: Final = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +320,11 @@ class Bitmaps:
                 in_use = [replace(e, flags=e.flags | FLAG_IN_USE) for e in stored]
                 await self._switch(in_use, old)
 
+    async def remove_all(self) -> None:
+        """Remove all bitmaps."""
+        for name in list(self._all):
+            await self.remove(name)
+
     def enable(self, name: str, enabled: bool) -> None:
         """See `Qcow2Driver.bitmap_enable`."""
         self._find(name).enabled = enabled
@@ -419,36 +424,24 @@ class Bitmaps:
         self, entries: list[BitmapEntry], old: list[tuple[int, int]]
     ) -> None:
         """Let a new directory take the place of the old one, durably, and
-        give the clusters ``old`` back.
-
-        Until the header is whole again the image says that its bitmaps are
-        not to be trusted.
-        """
-        image, header = self._image, self._image.header
+        give the clusters ``old`` back."""
+        image = self._image
         old = [*old, self._directory_clusters()]
         extension = None
         if entries:
             directory = pack_bitmap_directory(entries)
             offset = await self._write_new(directory)
             extension = _BITMAPS.pack(len(entries), 0, len(directory), offset)
-        await image.writeback.flush()
-        async with image.lock:
-            if header.bitmaps_consistent:
-                header.autoclear_features &= ~qcow2_header.AUTOCLEAR_BITMAPS
-                await image.storage.pwritev(
-                    qcow2_header.AUTOCLEAR_FEATURES_OFFSET,
-                    [header.autoclear_features.to_bytes(8, "big")],
-                )
-                await image.storage.flush()
+
+        def change(header: qcow2_header.Header) -> None:
             header.set_extension(qcow2_header.EXT_BITMAPS, extension)
+            header.autoclear_features &= ~qcow2_header.AUTOCLEAR_BITMAPS
             if extension is not None:
                 header.autoclear_features |= qcow2_header.AUTOCLEAR_BITMAPS
-            packed = header.pack()
-            if len(packed) > _SECTOR:
-                await image.storage.pwritev(_SECTOR, [packed[_SECTOR:]])
-                await image.storage.flush()
-            await image.storage.pwritev(0, [packed[:_SECTOR]])
-            await image.storage.flush()
+
+        await image.writeback.flush(accurate=True)
+        async with image.lock:
+            await update_header(image, change)
             for first, nb_clusters in old:
                 image.metadata.difference_update(range(first, first + nb_clusters))
                 await image.refcounts.add(first, nb_clusters, -1)

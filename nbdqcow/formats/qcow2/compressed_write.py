@@ -9,6 +9,7 @@ Source: qcow2.txt, "Compressed Clusters Descriptor".
 import asyncio
 import contextlib
 import errno
+from array import array
 from typing import TYPE_CHECKING
 
 from nbdqcow.block.inflight import InFlightRange
@@ -124,12 +125,11 @@ def _check_place(image: "Qcow2Driver", host_offset: int, length: int) -> None:
 
 def _link(image: "Qcow2Driver", l2: L2Slice, offset: int, entry: int) -> None:
     """Let the guest's cluster be the compressed one from now on."""
-    tables = image.tables
-    index = (offset >> image.cluster_bits) & (tables.slice_entries - 1)
-    index *= tables.entry_words
-    free_entry(image, l2.words[index])
-    l2.words[index] = entry
-    if tables.entry_words == 2:
-        # "Subclusters are not used with compressed clusters": no bits.
-        l2.words[index + 1] = 0
-    tables.mark_dirty(l2, index, index + tables.entry_words)
+    tables, words = image.tables, l2.words
+    cluster = (offset >> image.cluster_bits) & (tables.slice_entries - 1)
+    index, end = cluster * tables.entry_words, (cluster + 1) * tables.entry_words
+    free_entry(image, words[index])
+    words[index] = entry
+    # A compressed cluster has no subclusters.
+    words[index + 1 : end] = array("Q", bytes(8 * (end - index - 1)))
+    tables.mark_dirty(l2, index, end)

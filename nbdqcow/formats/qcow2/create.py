@@ -155,7 +155,8 @@ class CreatePlan:
         yield from self._refcount_writes()
         yield from self._mapping_writes()
         if self.luks_area:
-            yield self.luks_offset, self.luks_area
+            # The slots that are not in use are zero.
+            yield self.luks_offset, self.luks_area.rstrip(b"\0")
         yield 0, self.packed_header
 
     def _block_offset(self, index: int) -> int:
@@ -254,7 +255,7 @@ def plan_create(options: CreateOptions) -> CreatePlan:
     l1_clusters = -(-header.l1_size * 8 // cluster_size)
     luks_area = b"" if options.encryption is None else options.encryption.luks_area
     luks_clusters = -(-len(luks_area) // cluster_size)
-    table_clusters, nb_blocks = _refcount_structures(
+    table_clusters, nb_blocks = refcount_structures(
         1 + l1_clusters + luks_clusters + nb_l2 + nb_here,
         cluster_size,
         options.refcount_bits,
@@ -292,15 +293,22 @@ def _add_extensions(header: Header, options: CreateOptions) -> None:
     if options.data_file is not None:
         raw = options.data_file.encode("utf-8", "surrogateescape")
         header.extensions.append(Extension(h.EXT_DATA_FILE, raw))
-    if options.version >= 3 and options.cluster_size >= _FEATURE_NAMES_MIN_CLUSTER:
-        names = b"".join(
-            bytes((type_, bit)) + name.ljust(46, b"\0")
-            for type_, bit, name in _FEATURE_NAMES
-        )
+    names = feature_names(options.cluster_size)
+    if options.version >= 3 and names is not None:
         header.extensions.append(Extension(h.EXT_FEATURE_NAMES, names))
 
 
-def _refcount_structures(
+def feature_names(cluster_size: int) -> bytes | None:
+    """Return the feature name table of a version 3 image; None for none."""
+    if cluster_size < _FEATURE_NAMES_MIN_CLUSTER:
+        return None
+    return b"".join(
+        bytes((type_, bit)) + name.ljust(46, b"\0")
+        for type_, bit, name in _FEATURE_NAMES
+    )
+
+
+def refcount_structures(
     nb_clusters: int, cluster_size: int, refcount_bits: int
 ) -> tuple[int, int]:
     """Return clusters of the refcount table and number of blocks that cover

@@ -6,7 +6,8 @@ import logging
 from array import array
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from collections.abc import Mapping as Options
-from typing import Any, Final, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from nbdqcow.block.driver import WritePlan
 from nbdqcow.block.inflight import Epochs, InFlightRanges
@@ -19,6 +20,7 @@ from nbdqcow.formats.qcow2 import (
     discard,
     encryption,
     extents,
+    overlap,
     write,
     write_extended,
 )
@@ -33,18 +35,21 @@ from nbdqcow.formats.qcow2.mapping import Mapping
 from nbdqcow.formats.qcow2.mapping_extended import ExtendedMapping
 from nbdqcow.formats.qcow2.operations import Operations
 from nbdqcow.formats.qcow2.refcount import Refcounts
+from nbdqcow.formats.qcow2.repair import repair_dirty
+from nbdqcow.formats.qcow2.settings import Settings
 from nbdqcow.formats.qcow2.snapshot_table import read_snapshots, select_snapshot
 from nbdqcow.formats.qcow2.tables import Tables, load_be64
 from nbdqcow.formats.qcow2.writeback import Freed, Writeback
 from nbdqcow.types import Buffer, Run
 from nbdqcow.units import MiB, round_up
 
+if TYPE_CHECKING:
+    from nbdqcow.crypto.secrets import Secret
+
 log = logging.getLogger(__name__)
 
-DEFAULT_L2_CACHE: Final = 32 * MiB
-"""Bytes of L2 slices kept by default, as QEMU has it: enough for 256 GiB with
-clusters of 64 KiB."""
-
+_MANY_CLUSTERS: Final = 1 << 14
+"""From so many on it pays to load numpy, which takes 50 ms."""
 _MAX_FREED_BYTES: Final = 256 * MiB
 """Freed space that may wait for a write-back before one is started for it."""
 
@@ -54,12 +59,18 @@ class Qcow2Driver(Operations):
 
     Attributes:
         tables, refcounts, mapping, writeback: the parts, see their modules.
+        secret: the passphrase that the image was opened with.
         in_flight: guest ranges of allocations that are not linked yet.
         freed: clusters that lost a reference since the last write-back.
         metadata: indices of host clusters that hold metadata.
         reads_zero_from: nothing at or after this host offset was ever
             written, so it reads as zeroes.
+        settings: the options that it was opened with.
         discard_freed: a guest's discard gives space back to the file system.
+        lazy_refcounts: refcounts reach the disk when the image is closed; until
+            then it is marked as dirty.
+        snapshot_metadata: what clusters of snapshots' tables were when the image
+            was opened, in the words of the option ``overlap-check``.
         tasks: operations and background work that run; see `settle`.
         resizing: held by whoever changes the disk's size.
         trim_wanted: once no freed cluster waits, the file's end is cut off.
@@ -67,6 +78,7 @@ class Qcow2Driver(Operations):
 
     name = "qcow2"
     subcluster_size = 0
+    shows_snapshots = True
 
     def __init__(
         self,
@@ -76,8 +88,7 @@ class Qcow2Driver(Operations):
         refcount_table: "array[int]",
         *,
         read_only: bool,
-        l2_cache_size: int,
-        discard_freed: bool,
+        settings: Settings,
         data: StorageDriver | None = None,
         data_file: StorageDriver | None = None,
     ) -> None:
@@ -94,25 +105,64 @@ class Qcow2Driver(Operations):
         self.subcluster_size = header.subcluster_size
         self.backing_filename = header.backing_filename
         self.backing_format = header.backing_format
-        self.discard_freed = discard_freed
+        self.settings = settings
+        self.discard_freed = settings.discard_request
+        self.lazy_refcounts = settings.lazy_refcounts
         self.lock = asyncio.Lock()
         self.keys_lock = asyncio.Lock()
+        self.secret: Secret | bytes | None = None
         self.epochs = Epochs()
         self.in_flight = InFlightRanges()
-        self.freed = Freed()
+        self.freed = Freed(settings.discard_other)
         self.metadata: set[int] = set()
+        self.snapshot_metadata: dict[int, str] = {}
         self.tables = Tables(
-            storage, l1, header.l1_table_offset, header.cluster_bits, l2_cache_size,
-            header.l2_entry_size // 8,
+            storage, l1, header.l1_table_offset, header.cluster_bits,
+            settings.l2_cache_bytes, header.l2_entry_size // 8,
         )  # fmt: skip
-        self.refcounts = Refcounts(storage, header, refcount_table, self.metadata)
-        self.mapping = Mapping(self.tables, self.metadata, header.version >= 3)
-        self.try_plan = write.try_plan
-        if header.extended_l2:
-            self.mapping = ExtendedMapping(self.tables, self.metadata)
-            self.try_plan = write_extended.try_plan
+        self.refcounts = Refcounts(
+            storage,
+            header,
+            refcount_table,
+            self.metadata,
+            settings.refcount_cache_bytes,
+        )
         self.compressed = CompressedClusters(self)
         self.writeback = Writeback(self)
+        end = round_up(storage.length, self.cluster_size)
+        # A data file may hold anything where nothing is mapped.
+        known = self.data is storage and storage.zero_beyond_end
+        self.reads_zero_from = end if known else 1 << 63
+        self.bitmaps = Bitmaps(self)
+        self._tracked: Sequence[Bitmap] = ()
+        self.rebind()
+        self.tasks: set[asyncio.Task[Any]] = set()
+        self._until_close: list[asyncio.Task[None]] = []
+        self.resizing = asyncio.Lock()
+        self.trim_wanted = False
+        self._nb_in_place = 0
+        self._in_place_done: asyncio.Future[None] | None = None
+        self.failed = False
+
+    def rebind(self) -> None:
+        """Choose the methods that fit the image's version and features."""
+        header = self.header
+        self.mapping = Mapping(
+            self.tables, self.metadata, header.version >= 3, self.check_not_metadata
+        )
+        self.try_plan = write.try_plan
+        if header.extended_l2:
+            self.mapping = ExtendedMapping(
+                self.tables, self.metadata, self.check_not_metadata
+            )
+            self.try_plan = write_extended.try_plan
+            if not (
+                header.has_data_file or header.crypt_method == qcow2_header.CRYPT_AES
+            ):
+                # Not ``self``'s: that may be another one's already.
+                begin_any = partial(type(self).try_begin_write, self)
+                inline = write_extended.InlineWriter(self, begin_any)
+                self.try_begin_write = inline.try_begin_write  # type: ignore[method-assign]
         self.try_map = self.mapping.try_map  # type: ignore[method-assign]
         if not header.extended_l2:
             self.map = self.mapping.map  # type: ignore[method-assign]
@@ -122,18 +172,7 @@ class Qcow2Driver(Operations):
         elif header.crypt_method == qcow2_header.CRYPT_AES:
             encryption.number_by_guest_offset(self)
         self._try_map_untracked_write = self.try_map_write
-        end = round_up(storage.length, self.cluster_size)
-        # A data file may hold anything where nothing is mapped.
-        known = self.data is storage and storage.zero_beyond_end
-        self.reads_zero_from = end if known else 1 << 63
-        self.bitmaps = Bitmaps(self)
-        self._tracked: Sequence[Bitmap] = ()
-        self.tasks: set[asyncio.Task[Any]] = set()
-        self.resizing = asyncio.Lock()
-        self.trim_wanted = False
-        self._nb_in_place = 0
-        self._in_place_done: asyncio.Future[None] | None = None
-        self.failed = False
+        self.track(self._tracked)
 
     # -- opening ---------------------------------------------------------
 
@@ -149,8 +188,7 @@ class Qcow2Driver(Operations):
     ) -> Self:
         """Open the image in ``storage``.
 
-        Options: ``l2_cache_size`` in bytes; ``discard``, True if a guest's
-        discard goes down to the file; ``snapshot``, the ID or name of an
+        Options, besides those that `Settings` knows: ``snapshot``, the ID or name of an
         internal snapshot to show instead of the disk (``(id, name)``, either
         of them None, for one that must match both), read-only; ``secret``, the
         passphrase of an encrypted image (`nbdqcow.crypto.secrets.Secret` or
@@ -163,6 +201,9 @@ class Qcow2Driver(Operations):
             head = bytes(await storage.pread(0, wanted))
         header = Header.parse(head)
         header.check_supported(read_only=read_only)
+        settings = Settings.parse(options, header)
+        if header.dirty and not read_only:
+            header = await repair_dirty(storage)
         wanted_snapshot = options.get("snapshot")
         if wanted_snapshot is not None:
             if not read_only:
@@ -187,15 +228,17 @@ class Qcow2Driver(Operations):
                 l1,
                 refcount_table,
                 read_only=read_only,
-                l2_cache_size=options.get("l2_cache_size") or DEFAULT_L2_CACHE,
-                discard_freed=bool(options.get("discard", True)),
+                settings=settings,
                 data=await encryption.open_data(
                     storage, header, options.get("secret"), data_file
                 ),
                 data_file=data_file,
             )
+            image.secret = options.get("secret")
             if not read_only:
                 await image._prepare_for_writing()
+            if settings.clean_interval:
+                image.spawn_forever(image._drop_unused(settings.clean_interval))
             if wanted_snapshot is None and header.bitmaps_consistent:
                 await image.bitmaps.load()
         except BaseException:
@@ -212,14 +255,13 @@ class Qcow2Driver(Operations):
             (header.l1_table_offset, header.l1_size * 8),
             (header.refcount_table_offset, header.refcount_table_clusters * size),
         ]
-        if header.nb_snapshots:
-            ranges += await self._snapshot_ranges()
         if (luks := luks_range(header)) is not None:
             ranges.append(luks)
         for offset, length in ranges:
             metadata.update(range(offset >> bits, (offset + length + size - 1) >> bits))
         for table in (self.refcounts.table, self.tables.l1):
             metadata.update((entry & OFFSET_MASK) >> bits for entry in table if entry)
+        await overlap.note_snapshots(self)
         unknown = header.autoclear_features & ~qcow2_header.AUTOCLEAR_KNOWN_MASK
         if unknown:
             # "An implementation may only write to an image with unknown
@@ -229,27 +271,12 @@ class Qcow2Driver(Operations):
                 qcow2_header.AUTOCLEAR_FEATURES_OFFSET, header.autoclear_features
             )
 
-    async def _snapshot_ranges(self) -> list[tuple[int, int]]:
-        """Return where the snapshot table and the snapshots' L1 tables are.
-
-        Source: qcow2.txt, "Snapshots".
-        """
-        header = self.header
-        offset = header.snapshots_offset
-        ranges = []
-        for _ in range(header.nb_snapshots):
-            fixed = bytes(await self.storage.pread(offset, 40))
-            l1_offset, l1_size = int.from_bytes(fixed[:8]), int.from_bytes(fixed[8:12])
-            if l1_size * 8 > MAX_L1_BYTES or l1_offset % self.cluster_size:
-                raise ImageError("Snapshot L1 table is invalid")
-            ranges.append((l1_offset, l1_size * 8))
-            variable = int.from_bytes(fixed[12:14]) + int.from_bytes(fixed[14:16])
-            variable += int.from_bytes(fixed[36:40])
-            if offset + 40 + variable - header.snapshots_offset > 64 * MiB:
-                raise ImageError("Snapshot table is too large")
-            offset += round_up(40 + variable, 8)
-        ranges.append((header.snapshots_offset, offset - header.snapshots_offset))
-        return ranges
+    async def _drop_unused(self, interval: int) -> None:
+        """Give up cached tables that nobody used for ``interval`` seconds."""
+        while True:
+            await asyncio.sleep(interval)
+            self.tables.turn()
+            self.refcounts.turn()
 
     async def _write_header_field(self, offset: int, value: int) -> None:
         await self.storage.pwritev(offset, [value.to_bytes(8, "big")])
@@ -286,6 +313,14 @@ class Qcow2Driver(Operations):
         """See `FormatDriver.read_compressed_part`."""
         return await self.compressed.read(descriptor, start, length)
 
+    async def runs(self, offset: int, length: int) -> list[Run]:
+        """See `FormatDriver.runs`."""
+        if length >> self.cluster_bits < _MANY_CLUSTERS:
+            return await super().runs(offset, length)
+        from nbdqcow.formats.qcow2.runs import runs
+
+        return await runs(self, offset, length)
+
     def read_compressed_parts(
         self, places: Sequence[tuple[int, int, int]]
     ) -> AsyncIterator[Buffer]:
@@ -303,7 +338,8 @@ class Qcow2Driver(Operations):
     # -- writing ---------------------------------------------------------
 
     def try_begin_write(self, offset: int, length: int) -> WritePlan | None:
-        """See `FormatDriver.try_begin_write`."""
+        """See `FormatDriver.try_begin_write`; `InlineWriter.try_begin_write`
+        takes its place if there are subclusters."""
         if self.read_only:
             return None
         try:
@@ -420,23 +456,22 @@ class Qcow2Driver(Operations):
         """
         if self.header.corrupt or self.read_only:
             return
-        log.error("%s: image is corrupt: %s", self.storage.filename, text)
+        log.error(
+            "%s: qcow2: Marking image as corrupt: %s; further corruption events will"
+            " be suppressed",
+            self.storage.filename,
+            text,
+        )
         self.read_only = True
         self.mapping.freeze()
         if self.header.version >= 3:
-            self.header.incompatible_features |= qcow2_header.INCOMPAT_CORRUPT
-            await self._write_header_field(
-                qcow2_header.INCOMPATIBLE_FEATURES_OFFSET,
-                self.header.incompatible_features,
-            )
+            await self._set_incompatible(qcow2_header.INCOMPAT_CORRUPT, True)
+            await self.storage.flush()
 
     def check_not_metadata(self, cluster_index: int) -> None:
         """Refuse to write guest data to a cluster of metadata."""
         if cluster_index in self.metadata:
-            raise CorruptImage(
-                f"Preventing invalid write on metadata (overlaps with cluster at"
-                f" {cluster_index << self.cluster_bits:#x})"
-            )
+            overlap.check(self, cluster_index)
 
     # -- waiting for writers ---------------------------------------------
 
@@ -462,6 +497,28 @@ class Qcow2Driver(Operations):
         if self._nb_in_place:
             self._in_place_done = asyncio.get_running_loop().create_future()
             await self._in_place_done
+
+    async def mark_dirty(self) -> None:
+        """Refcounts on disk may be wrong from now on. The caller flushes.
+
+        Source: qcow2.txt, "Dirty bit".
+        """
+        if not self.header.dirty:
+            await self._set_incompatible(qcow2_header.INCOMPAT_DIRTY, True)
+
+    async def mark_clean(self) -> None:
+        """All refcounts on disk are right, and durable."""
+        if self.header.dirty:
+            await self._set_incompatible(qcow2_header.INCOMPAT_DIRTY, False)
+            await self.storage.flush()
+
+    async def _set_incompatible(self, bit: int, value: bool) -> None:
+        features = self.header.incompatible_features
+        features = features | bit if value else features & ~bit
+        await self.storage.pwritev(
+            qcow2_header.INCOMPATIBLE_FEATURES_OFFSET, [features.to_bytes(8, "big")]
+        )
+        self.header.incompatible_features = features
 
     def fail(self) -> None:
         """A write of the image's roots failed: no more writes, no flushes."""
@@ -508,7 +565,7 @@ class Qcow2Driver(Operations):
 
     def take_freed(self) -> Freed:
         """Return what was freed so far; the image starts a new list."""
-        freed, self.freed = self.freed, Freed()
+        freed, self.freed = self.freed, Freed(self.settings.discard_other)
         return freed
 
     def start_writeback_if_due(self) -> None:
@@ -525,6 +582,12 @@ class Qcow2Driver(Operations):
         """Run background work of the image; `settle` waits for it."""
         task = asyncio.create_task(work)
         self.tasks.add(task)
+        task.add_done_callback(self._background_done)
+
+    def spawn_forever(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run work that ends with the image."""
+        task = asyncio.create_task(work)
+        self._until_close.append(task)
         task.add_done_callback(self._background_done)
 
     def _background_done(self, task: "asyncio.Task[None]") -> None:
@@ -547,6 +610,8 @@ class Qcow2Driver(Operations):
 
     async def close(self) -> None:
         """See `FormatDriver.close`."""
+        for task in self._until_close:
+            task.cancel()
         try:
             if not self.read_only:
                 await self.settle()

@@ -6,20 +6,17 @@ Source: qcow2.txt, "Header" (crypt_method), "Data encryption".
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.block.tools import OptionValue, Secrets
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.formats.qcow2.encryption_header import luks_range
 from nbdqcow.formats.qcow2.header import Header
-from nbdqcow.pool import Pool
 from nbdqcow.types import DATA, Run
 
 if TYPE_CHECKING:
     from nbdqcow.block.driver import WritePlan
     from nbdqcow.crypto.secrets import Secret
-    from nbdqcow.crypto.sectors import SectorCipher
     from nbdqcow.formats.encrypted import EncryptedStorage
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
@@ -39,40 +36,31 @@ async def open_data(
         return None
     # 50 ms of imports that other images need not pay.
     from nbdqcow.crypto.cipher import LEGACY_AES, legacy_key
+    from nbdqcow.crypto.secrets import PassphraseRequired, reveal
     from nbdqcow.formats.encrypted import EncryptedStorage
 
     if secret is None:
-        raise ImageError("the image is encrypted: a passphrase is required")
-    passphrase = secret if isinstance(secret, bytes) else secret.reveal()
+        raise PassphraseRequired("the image is encrypted: a passphrase is required")
+    passphrase = reveal(secret)
     place = luks_range(header)
     if place is None:
         cipher = LEGACY_AES.make(legacy_key(passphrase))
     else:
-        cipher = await _unlock(storage, *place, passphrase)
+        from nbdqcow.formats.luks_keys import open_luks
+
+        offset, length = place
+        if offset + length > storage.length:
+            raise ImageError(
+                "qcow2: the encryption header lies beyond the end of the file"
+            )
+        _, cipher = await open_luks(storage, offset, length, passphrase)
     return EncryptedStorage(data_file or storage, cipher)
-
-
-async def _unlock(
-    storage: StorageDriver, offset: int, length: int, passphrase: bytes
-) -> "SectorCipher":
-    from nbdqcow.formats.luks_file import read_luks
-
-    if offset + length > storage.length:
-        raise ImageError("qcow2: the encryption header lies beyond the end of the file")
-    luks, area = await run_steps(read_luks(offset, length), storage)
-    pool = Pool()
-    try:
-        key, _ = await pool.run(luks.unlock_blocking, area, passphrase)
-    finally:
-        await pool.close()
-    return luks.spec.make(key)
 
 
 async def amend_keys(
     image: "Qcow2Driver",
     values: Mapping[str, OptionValue],
     secrets: Secrets,
-    passphrase: bytes,
     *,
     force: bool,
 ) -> None:
@@ -82,9 +70,12 @@ async def amend_keys(
     place = luks_range(image.header)
     if place is None:
         raise ImageError("Only LUKS encryption options can be amended")
+    from nbdqcow.crypto.secrets import reveal
     from nbdqcow.formats.luks_keys import KeyChange, change_keys
 
     change = KeyChange.parse(values, "encrypt.", secrets, force=force)
+    assert image.secret is not None
+    passphrase = reveal(image.secret)
     async with image.keys_lock:
         await change_keys(image.storage, *place, passphrase, change)
 
@@ -98,7 +89,8 @@ def number_by_guest_offset(image: "Qcow2Driver") -> None:
     # Not imported for every image: it brings numpy.
     from nbdqcow.formats.encrypted import tag_offset
 
-    mapping = image.mapping
+    map_plain, try_map_plain = image.map, image.try_map
+    try_map_write_plain = image.try_map_write
 
     def tag(offset: int, run: Run) -> Run:
         kind, host_offset, length = run
@@ -107,14 +99,14 @@ def number_by_guest_offset(image: "Qcow2Driver") -> None:
         return kind, host_offset, length
 
     def try_map(offset: int, length: int) -> Run | None:
-        run = mapping.try_map(offset, length)
+        run = try_map_plain(offset, length)
         return run if run is None else tag(offset, run)
 
     async def map_(offset: int, length: int) -> Run:
-        return tag(offset, await mapping.map(offset, length))
+        return tag(offset, await map_plain(offset, length))
 
     def try_map_write(offset: int, length: int) -> int:
-        host_offset = mapping.try_map_write(offset, length)
+        host_offset = try_map_write_plain(offset, length)
         return host_offset if host_offset < 0 else tag_offset(host_offset, offset)
 
     image.try_map = try_map  # type: ignore[method-assign]
@@ -122,10 +114,17 @@ def number_by_guest_offset(image: "Qcow2Driver") -> None:
     image.try_map_write = try_map_write  # type: ignore[method-assign]
 
 
-def tag_plan(header: Header, plan: "WritePlan") -> "WritePlan":
-    """Let a plan's host offset say what legacy encryption needs to know."""
-    if header.crypt_method == qcow2_header.CRYPT_AES and not header.has_data_file:
-        from nbdqcow.formats.encrypted import tag_offset
+def tagged(header: Header, host_offset: int, guest_offset: int) -> int:
+    """Let a host offset say what legacy encryption needs to know."""
+    if header.crypt_method != qcow2_header.CRYPT_AES or header.has_data_file:
+        return host_offset
+    from nbdqcow.formats.encrypted import tag_offset
 
-        plan.host_offset = tag_offset(plan.host_offset, plan.guest_offset)
+    return tag_offset(host_offset, guest_offset)
+
+
+def tag_plan(header: Header, plan: "WritePlan") -> "WritePlan":
+    """Do as `tagged` does with a plan's host offset."""
+    if header.crypt_method == qcow2_header.CRYPT_AES:
+        plan.host_offset = tagged(header, plan.host_offset, plan.guest_offset)
     return plan

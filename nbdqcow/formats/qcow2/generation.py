@@ -101,10 +101,11 @@ class Generation:
         self._spares.reverse()
         await image.writeback.commit_alone()
         self._counts = NewCounts(image.storage, refcounts, self._take_spare)
-        for freed in image.writeback.waiting:
-            for first, nb_clusters, _ in freed.ranges:
-                clusters = np.arange(first, first + nb_clusters, dtype=np.uint64)
-                await self._counts.add(clusters, -1)
+        # Whoever waits to drop them may turn its list round meanwhile.
+        waiting = [r for freed in image.writeback.waiting for r in freed.ranges]
+        for first, nb_clusters, _ in waiting:
+            clusters = np.arange(first, first + nb_clusters, dtype=np.uint64)
+            await self._counts.add(clusters, -1)
 
     async def _take_row(self, nb_clusters: int) -> int:
         first = await self._image.refcounts.allocate_contiguous(nb_clusters)
@@ -341,7 +342,7 @@ async def _drop(image: "Qcow2Driver", freed: "dict[int, bytes]") -> None:
         clusters = np.flatnonzero(flags).astype(np.uint64)
         clusters += np.uint64(block_index * refcounts.block_entries)
         ranges = runs(clusters)
-        if image.discard_freed:
+        if image.settings.discard_snapshot:
             for first, nb_clusters in ranges:
                 with contextlib.suppress(OSError):
                     await image.storage.discard(first << bits, nb_clusters << bits)

@@ -61,6 +61,7 @@ REFTABLE_FIELDS_OFFSET: Final = 48
 """``refcount_table_offset`` (u64), ``refcount_table_clusters`` (u32)."""
 INCOMPATIBLE_FEATURES_OFFSET: Final = 72
 AUTOCLEAR_FEATURES_OFFSET: Final = 88
+REFCOUNT_ORDER_OFFSET: Final = 96
 
 MAX_SNAPSHOTS: Final = 65536
 MAX_BITMAPS: Final = 65535
@@ -530,6 +531,13 @@ class Header:
             raise ImageError("Backing file name too long")
         self.backing_file_size = len(name)
         self.backing_file_offset = self.header_length + len(extensions) if name else 0
+        packed = bytes(self.pack_fields() + extensions + name)
+        if len(packed) > self.cluster_size:
+            raise ImageError("qcow2: header does not fit the first cluster")
+        return packed
+
+    def pack_fields(self) -> bytes:
+        """Return the fields up to ``header_length`` as the file holds them."""
         fixed = bytearray(
             _V2_FIELDS.pack(
                 MAGIC,
@@ -558,10 +566,7 @@ class Header:
             if self.header_length > _V3_MIN_HEADER_LENGTH:
                 fixed.append(self.compression_type)
                 fixed += self.extra.ljust(self.header_length - len(fixed), b"\0")
-        packed = bytes(fixed + extensions + name)
-        if len(packed) > self.cluster_size:
-            raise ImageError("qcow2: header does not fit the first cluster")
-        return packed
+        return bytes(fixed)
 
 
 def _decode(data: bytes) -> str:

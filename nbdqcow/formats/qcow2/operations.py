@@ -9,8 +9,9 @@ from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from nbdqcow.block.driver import FormatDriver
-from nbdqcow.block.tools import OptionValue, Secrets, SnapshotInfo
+from nbdqcow.block.tools import OptionValue, Progress, Secrets, SnapshotInfo
 from nbdqcow.errors import BlockError, CorruptImage, NotSupported
+from nbdqcow.formats.qcow2 import encryption
 from nbdqcow.formats.qcow2.bitmap import BitmapInfo
 
 if TYPE_CHECKING:
@@ -44,15 +45,11 @@ class Operations(FormatDriver):
 
     # -- the disk --------------------------------------------------------
 
-    async def resize(
-        self, size: int, *, preallocation: str = "off", backing_size: int = 0
-    ) -> None:
+    async def resize(self, size: int, *, preallocation: str = "off") -> None:
         """See `FormatDriver.resize`."""
         from nbdqcow.formats.qcow2 import resize
 
-        await self._operate(
-            resize.resize(self._image, size, preallocation, backing_size)
-        )
+        await self._operate(resize.resize(self._image, size, preallocation))
 
     async def make_empty(self) -> None:
         """See `FormatDriver.make_empty`."""
@@ -60,22 +57,23 @@ class Operations(FormatDriver):
 
         await self._operate(resize.make_empty(self._image))
 
-    # -- encryption ------------------------------------------------------
-
-    async def amend_keys(
-        self,
-        values: Mapping[str, OptionValue],
-        secrets: Secrets,
-        passphrase: bytes,
-        *,
-        force: bool = False,
+    async def change_backing_file(
+        self, filename: str | None, format_name: str | None
     ) -> None:
-        """See `FormatDriver.amend_keys`."""
-        from nbdqcow.formats.qcow2 import encryption
+        """See `FormatDriver.change_backing_file`."""
+        from nbdqcow.formats.qcow2 import amend
 
         await self._operate(
-            encryption.amend_keys(self._image, values, secrets, passphrase, force=force)
+            amend.change_backing_file(self._image, filename, format_name)
         )
+
+    async def amend(
+        self, options: Mapping[str, OptionValue], progress: Progress
+    ) -> None:
+        """See `FormatDriver.amend`."""
+        from nbdqcow.formats.qcow2 import amend
+
+        await self._operate(amend.amend(self._image, options, progress))
 
     # -- snapshots -------------------------------------------------------
 
@@ -140,6 +138,19 @@ class Operations(FormatDriver):
 
         self._refuse_for_data_file()
         await self._operate(snapshot.delete(self._image, id_or_name))
+
+    # -- encryption ------------------------------------------------------
+
+    async def amend_keys(
+        self,
+        values: Mapping[str, OptionValue],
+        secrets: Secrets,
+        *,
+        force: bool = False,
+    ) -> None:
+        """See `FormatDriver.amend_keys`."""
+        image = self._image
+        await self._operate(encryption.amend_keys(image, values, secrets, force=force))
 
     # -- dirty bitmaps ---------------------------------------------------
 

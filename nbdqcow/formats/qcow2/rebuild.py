@@ -53,11 +53,10 @@ def rebuild_refcounts(
     header.refcount_table_clusters = table_clusters
     yield Write(header.refcount_table_offset, table.tobytes())
     yield Flush()
-    yield Write(
-        h.REFTABLE_FIELDS_OFFSET,
-        header.refcount_table_offset.to_bytes(8, "big")
-        + header.refcount_table_clusters.to_bytes(4, "big"),
-    )
+    # The width of a refcount is in the same sector.
+    start = h.REFTABLE_FIELDS_OFFSET
+    end = start + 12 if header.version < 3 else h.REFCOUNT_ORDER_OFFSET + 4
+    yield Write(start, header.pack_fields()[start:end])
     yield Flush()
     return whole
 

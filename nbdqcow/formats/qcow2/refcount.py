@@ -27,7 +27,6 @@ from nbdqcow.types import Buffer
 
 _TYPECODES: Final = {3: "B", 4: "H", 5: "I", 6: "Q"}
 _MAX_FREE_RUNS: Final = 1 << 16
-_CACHE_BYTES: Final = 4 << 20
 
 
 def unpack_counts(data: Buffer, refcount_order: int) -> "array[int]":
@@ -103,26 +102,36 @@ class Refcounts:
         header: Header,
         table: "array[int]",
         metadata: set[int],
+        cache_bytes: int = 4 << 20,
     ) -> None:
+        self._cache_bytes = cache_bytes
         self.storage = storage
         self.header = header
         self.table = table
         self.metadata = metadata
         self.cluster_bits = header.cluster_bits
         self.cluster_size = 1 << header.cluster_bits
-        self.order = header.refcount_order
-        self.max_count = (1 << (1 << self.order)) - 1
-        self.block_entries = self.cluster_size * 8 >> self.order
+        self._set_width(header.refcount_order)
         self.blocks: dict[int, RefcountBlock] = {}
-        # A count of 1, 2 or 4 bits takes a whole byte in memory.
-        in_memory = self.cluster_size << max(0, 3 - self.order)
-        self._max_blocks = max(4, _CACHE_BYTES // in_memory)
         self.dirty: dict[int, RefcountBlock] = {}
         self.fresh: set[int] = set()
         self.table_lock = asyncio.Lock()
         self.packed_end = 0
         self._scan_index = 0
         self._free_runs: list[tuple[int, int]] = []
+
+    def _set_width(self, order: int) -> None:
+        self.order = order
+        self.max_count = (1 << (1 << order)) - 1
+        self.block_entries = self.cluster_size * 8 >> order
+        # A count of 1, 2 or 4 bits takes a whole byte in memory.
+        in_memory = self.cluster_size << max(0, 3 - order)
+        self._max_blocks = max(4, self._cache_bytes // in_memory)
+
+    @property
+    def many_dirty(self) -> bool:
+        """Whether half of the cache can't be given up before a write-back."""
+        return len(self.dirty) > self._max_blocks // 2
 
     # -- reading ---------------------------------------------------------
 
@@ -177,6 +186,12 @@ class Refcounts:
         self.blocks[block_index] = block
         return block
 
+    def turn(self) -> None:
+        """Give up the blocks that can be read again."""
+        for index in [i for i in self.blocks if i not in self.dirty]:
+            if not self.blocks[index].pins:
+                del self.blocks[index]
+
     # -- changing --------------------------------------------------------
 
     def _mark(
@@ -199,37 +214,41 @@ class Refcounts:
         Raises `BlockError` before changing anything if a count would leave
         its limits; a count below 0 means that the image is corrupt.
         """
-        pieces = []
+        pieces: list[tuple[int, RefcountBlock, int, int]] = []
         index, end = cluster_index, cluster_index + nb_clusters
-        while index < end:
-            block_index, first = divmod(index, self.block_entries)
-            last = min(self.block_entries, first + end - index)
-            block = await self._block(block_index)
-            if block is None:
-                raise BlockError(
-                    errno.EIO, f"host cluster {index:#x} has no refcount block"
-                )
-            counts = block.counts[first:last]
-            if change < 0 and 0 in counts:
-                raise CorruptImage(
-                    f"refcount of a cluster in use is 0"
-                    f" (host cluster {index + counts.index(0):#x}): image is corrupt"
-                )
-            if change > 0 and max(counts) >= self.max_count:
-                raise BlockError(
-                    errno.EINVAL, f"refcount would exceed {self.max_count}"
-                )
-            block.pins += 1
-            pieces.append((block_index, block, first, last))
-            index += last - first
+        try:
+            while index < end:
+                block_index, first = divmod(index, self.block_entries)
+                last = min(self.block_entries, first + end - index)
+                block = await self._block(block_index)
+                if block is None:
+                    raise BlockError(
+                        errno.EIO, f"host cluster {index:#x} has no refcount block"
+                    )
+                self._check_change(index, block.counts[first:last], change)
+                block.pins += 1
+                pieces.append((block_index, block, first, last))
+                index += last - first
+        finally:
+            for _, block, _, _ in pieces:
+                block.pins -= 1
         for block_index, block, first, last in pieces:
-            block.pins -= 1
             counts = block.counts
             for i in range(first, last):
                 counts[i] += change
             self._mark(block_index, block, first, last)
             if change < 0:
                 self._note_free(block_index, counts, first, last)
+
+    def _check_change(self, index: int, counts: "array[int]", change: int) -> None:
+        """Refuse to take counts, of clusters from ``index`` on, out of limits."""
+        if change < 0 and 0 in counts:
+            raise CorruptImage(
+                f"refcount of a cluster in use is 0"
+                f" (host cluster {index + counts.index(0):#x}): image is corrupt"
+            )
+        if change > 0 and max(counts) >= self.max_count:
+            raise BlockError(errno.EINVAL, f"refcount would exceed {self.max_count}")
 
     def _note_free(
         self, block_index: int, counts: "array[int]", first: int, last: int
@@ -249,6 +268,13 @@ class Refcounts:
         if len(self._free_runs) > _MAX_FREE_RUNS:
             self._scan_index = self._free_runs[0][0]
             self._free_runs.clear()
+
+    def reload(self, table: "array[int]") -> None:
+        """All refcounts were written anew, with the width in the header."""
+        self._set_width(self.header.refcount_order)
+        self.replace_table(table)
+        self._scan_index = 0
+        self._free_runs.clear()
 
     def replace_table(self, table: "array[int]") -> None:
         """Take another refcount table. Nothing under the old one is dirty."""
@@ -369,6 +395,8 @@ class Refcounts:
     async def allocate_contiguous(self, nb_clusters: int, lowest: int = 0) -> int:
         """Take exactly ``nb_clusters`` clusters in a row; return the first,
         which is not below ``lowest``."""
+        if nb_clusters >= self.block_entries:
+            return await self._allocate_beyond_blocks(nb_clusters, lowest)
         run_start = end = max(lowest, self._scan_index)
         while end - run_start < nb_clusters:
             block_index, first = divmod(end, self.block_entries)
@@ -390,6 +418,33 @@ class Refcounts:
         self._check_free(run_start, nb_clusters)
         await self.add(run_start, nb_clusters, 1)
         return run_start
+
+    async def _allocate_beyond_blocks(self, nb_clusters: int, lowest: int) -> int:
+        """Do as `allocate_contiguous` does for a row longer than the clusters
+        of one new block, which begin with the block itself: put all blocks
+        that the row needs before it."""
+        while True:
+            nb_blocks = len(self.table)
+            while nb_blocks and not self.table[nb_blocks - 1]:
+                nb_blocks -= 1
+            nb_blocks = max(nb_blocks, -(-lowest // self.block_entries))
+            nb_new = 1
+            while nb_new * self.block_entries < nb_new + nb_clusters:
+                nb_new += 1
+            if nb_blocks + nb_new <= len(self.table):
+                break
+            async with self.table_lock:
+                await self._grow_table(nb_blocks + nb_new - 1)
+        start = nb_blocks * self.block_entries
+        for i in range(nb_new):
+            counts = array(_TYPECODES.get(self.order, "B"), [0]) * self.block_entries
+            for j in range(min(self.block_entries, nb_new - i * self.block_entries)):
+                counts[j] = 1
+            block = RefcountBlock(counts)
+            self._keep(nb_blocks + i, block)
+            self._add_block(nb_blocks + i, start + i, block)
+        await self.add(start + nb_new, nb_clusters, 1)
+        return start + nb_new
 
     async def _block_for_allocation(self, block_index: int) -> RefcountBlock:
         """Return a block, making it (and room in the table) if need be."""

@@ -51,9 +51,7 @@ _DISK: Final = struct.Struct(">QIIQ")
 _ZEROES: Final = bytes(MiB)
 
 
-async def resize(
-    image: "Qcow2Driver", size: int, preallocation: str, backing_size: int
-) -> None:
+async def resize(image: "Qcow2Driver", size: int, preallocation: str) -> None:
     """See `FormatDriver.resize`."""
     if size % SECTOR_SIZE:
         raise BlockError(errno.EINVAL, "The new size must be a multiple of 512")
@@ -68,7 +66,7 @@ async def resize(
                 )
             await _shrink(image, size)
         elif size > image.size:
-            await _grow(image, size, preallocation, backing_size)
+            await _grow(image, size, preallocation)
 
 
 async def make_empty(image: "Qcow2Driver") -> None:
@@ -242,10 +240,9 @@ class _Preallocation(Allocation):
 # -- growing ---------------------------------------------------------------
 
 
-async def _grow(
-    image: "Qcow2Driver", size: int, preallocation: str, backing_size: int
-) -> None:
+async def _grow(image: "Qcow2Driver", size: int, preallocation: str) -> None:
     old_size, cluster_size = image.size, image.cluster_size
+    backing_size = image.backing_size
     if (
         backing_size > old_size
         and image.header.version < 3

@@ -77,6 +77,8 @@ class Tables:
             never written: on disk there is garbage under them.
         dirty: slices by key with changes that are not on disk.
         dirty_l1: indices of L1 entries that are not on disk.
+        dirty_limit: the `dirty_bytes` at which a writer should start a
+            write-back.
         load_entries, dump_entries: turn L2 entries on disk into those in
             memory, and back.
     """
@@ -108,6 +110,7 @@ class Tables:
         # An array of n words takes 8 n + 64 bytes; the slice and its places
         # in dictionaries about 300 more.
         self._generation_limit = max(4, cache_bytes // (2 * (self.slice_bytes + 364)))
+        self.dirty_limit = max(4, self._generation_limit // 2) * self.slice_bytes
         self.fresh: dict[int, int] = {}
         self.dirty: dict[int, L2Slice] = {}
         self.dirty_l1: set[int] = set()
@@ -214,14 +217,18 @@ class Tables:
 
     def _insert(self, new: L2Slice) -> L2Slice:
         if len(self.young) >= self._generation_limit:
-            kept = {k: s for k, s in self.old.items() if s.pins or k in self.dirty}
-            kept.update(self.young)
-            self.old = kept
-            # In place: the mapping holds on to this very dictionary.
-            self.young.clear()
+            self.turn()
         self.young[new.key] = new
         self._loading.pop(new.key, None)
         return new
+
+    def turn(self) -> None:
+        """Drop what was not used since the last turn."""
+        kept = {k: s for k, s in self.old.items() if s.pins or k in self.dirty}
+        kept.update(self.young)
+        self.old = kept
+        # In place: the mapping holds on to this very dictionary.
+        self.young.clear()
 
     # -- changing --------------------------------------------------------
 
@@ -254,25 +261,23 @@ class Tables:
         """Replace a shared L2 table by a copy of it in a new cluster."""
         first_key = l1_index << self._slices_per_table_bits
         keys = range(first_key, first_key + (1 << self._slices_per_table_bits))
-        slices = []
-        for key in keys:
-            found = await self.load(key)
-            found.pins += 1
-            slices.append(found)
-        self.add_table(l1_index, entry)
-        for found in slices:
-            self.mark_dirty(found, 0, len(found.words))
-            found.pins -= 1
+        slices: list[L2Slice] = []
+        try:
+            for key in keys:
+                found = await self.load(key)
+                found.pins += 1
+                slices.append(found)
+            self.add_table(l1_index, entry)
+            for found in slices:
+                self.mark_dirty(found, 0, len(found.words))
+        finally:
+            for found in slices:
+                found.pins -= 1
 
     @property
     def dirty_bytes(self) -> int:
         """Memory that can't be given back before a write-back."""
         return len(self.dirty) * self.slice_bytes
-
-    @property
-    def dirty_limit(self) -> int:
-        """The `dirty_bytes` at which a writer should start a write-back."""
-        return max(4, self._generation_limit // 2) * self.slice_bytes
 
     @property
     def is_dirty(self) -> bool:

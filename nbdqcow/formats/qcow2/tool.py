@@ -9,6 +9,7 @@ from nbdqcow.block.tools import (
     CheckResult,
     FormatTool,
     ImageInfo,
+    Measure,
     OptionSpec,
     OptionValue,
     Report,
@@ -16,6 +17,7 @@ from nbdqcow.block.tools import (
     no_secrets,
 )
 from nbdqcow.errors import ImageError
+from nbdqcow.formats.luks_specs import cipher_options, key_options
 from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2.bitmap_directory import (
     FLAG_AUTO,
@@ -31,6 +33,7 @@ from nbdqcow.formats.qcow2.create import (
 )
 from nbdqcow.formats.qcow2.encryption_header import luks_range, new_encryption
 from nbdqcow.formats.qcow2.header import Header, needed
+from nbdqcow.formats.qcow2.measure import measure
 from nbdqcow.formats.qcow2.snapshot_table import read_snapshots
 from nbdqcow.types import Buffer
 from nbdqcow.units import SECTOR_SIZE
@@ -60,12 +63,7 @@ _CREATE_OPTIONS: Final = (
         "str",
         "ID of secret providing qcow AES key or LUKS passphrase",
     ),
-    OptionSpec("encrypt.cipher-alg", "str", "Name of encryption cipher algorithm"),
-    OptionSpec("encrypt.cipher-mode", "str", "Name of encryption cipher mode"),
-    OptionSpec("encrypt.ivgen-alg", "str", "Name of IV generator algorithm"),
-    OptionSpec("encrypt.ivgen-hash-alg", "str", "Name of IV generator hash algorithm"),
-    OptionSpec("encrypt.hash-alg", "str", "Name of encryption hash algorithm"),
-    OptionSpec("encrypt.iter-time", "num", "Time to spend in PBKDF in milliseconds"),
+    *cipher_options("encrypt."),
     OptionSpec("cluster_size", "size", "qcow2 cluster size", "65536"),
     OptionSpec("extended_l2", "bool", "Extended L2 tables", "off"),
     OptionSpec(
@@ -101,6 +99,7 @@ class Qcow2Tool(FormatTool):
 
     name: ClassVar[str] = "qcow2"
     create_options: ClassVar[Sequence[OptionSpec]] = _CREATE_OPTIONS
+    key_options: ClassVar[Sequence[OptionSpec]] = key_options("encrypt.")
     supports_backing: ClassVar[bool] = True
     supports_check: ClassVar[bool] = True
 
@@ -135,6 +134,15 @@ class Qcow2Tool(FormatTool):
         encryption = new_encryption(values, secrets)
         return plan_create(replace(options, encryption=encryption))
 
+    def measure(
+        self,
+        values: Mapping[str, OptionValue],
+        data_length: int = 0,
+        bitmaps: Sequence[tuple[str, int]] | None = None,
+    ) -> Measure:
+        """See `FormatTool.measure`."""
+        return measure(_create_options(values), values, data_length, bitmaps)
+
     def create(self, file: BlockingFile, plan: Any) -> None:
         """Write the planned image, the file's old content gone."""
         assert isinstance(plan, CreatePlan)
@@ -147,6 +155,14 @@ class Qcow2Tool(FormatTool):
             _preallocate(file, plan.data_start, data_length, plan.preallocation)
         for offset, data in plan.writes():
             file.pwrite(offset, data)
+
+    def check_secret(self, file: BlockingFile, passphrase: bytes) -> None:
+        """Try the key slots of an image with LUKS."""
+        place = luks_range(run_blocking(read_header(for_check=True), file))
+        if place is not None:
+            from nbdqcow.formats.luks_file import unlock_blocking
+
+            run_blocking(unlock_blocking(*place, passphrase), file)
 
     def data_file_name(self, plan: Any) -> str | None:
         """Return the planned image's name for its external data file."""
@@ -162,14 +178,6 @@ class Qcow2Tool(FormatTool):
         if file.is_device:
             file.write_zeroes(0, size)
         _preallocate(file, 0, size, plan.preallocation)
-
-    def check_secret(self, file: BlockingFile, passphrase: bytes) -> None:
-        """Try the key slots of an image with LUKS."""
-        place = luks_range(run_blocking(read_header(for_check=True), file))
-        if place is not None:
-            from nbdqcow.formats.luks_file import unlock_blocking
-
-            run_blocking(unlock_blocking(*place, passphrase), file)
 
     def check(self, file: BlockingFile, repair: int, report: Report) -> CheckResult:
         """Check the image, and repair it."""

@@ -64,6 +64,31 @@ class Allocation:
         self.reused = reused
         self.epoch = epoch
 
+    def end(self, image: "Qcow2Driver") -> None:
+        """The data is in the file."""
+        self.link(image)
+        self._finish(image)
+
+    def abort(self, image: "Qcow2Driver") -> None:
+        """The data, or some of it, could not be written."""
+        if not self.reused and not image.header.has_data_file:
+            # Nothing on disk names these clusters, so no write-back is needed
+            # before they are free again; but they are dirty with our bytes now.
+            image.freed.add(self.cluster_index, self.nb_clusters, False)
+        self._finish(image)
+
+    def cancel(self, image: "Qcow2Driver") -> None:
+        """Nothing was written, nor is on the way."""
+        if not self.reused:
+            untake_clusters(image, self.cluster_index, self.nb_clusters)
+        self._finish(image)
+
+    def _finish(self, image: "Qcow2Driver") -> None:
+        self.l2.pins -= 1
+        image.epochs.leave(self.epoch)
+        image.in_flight.remove(self.in_flight)
+        image.start_writeback_if_due()
+
     def link(self, image: "Qcow2Driver") -> None:
         """Let the L2 entries name the clusters."""
         l2, first = self.l2, self.l2_index
@@ -244,7 +269,13 @@ async def slice_for_change(image: "Qcow2Driver", offset: int) -> L2Slice:
         image.note_used(new_offset + image.cluster_size)
         entry = new_offset | OFLAG_COPIED
         if table_offset:
-            await tables.copy_table(l1_index, entry)
+            try:
+                await tables.copy_table(l1_index, entry)
+            except BaseException:
+                # A read failed, or the request was cancelled.
+                image.metadata.discard(cluster_index)
+                image.freed.add(cluster_index, 1, False)
+                raise
             # The old table stays metadata: a snapshot still has it.
             image.freed.add(table_offset >> image.cluster_bits, 1, False)
         else:
@@ -259,8 +290,7 @@ def end_write(image: "Qcow2Driver", plan: WritePlan) -> None:
     if isinstance(allocation, int):
         image.leave_in_place(allocation)
         return
-    allocation.link(image)
-    _finish(image, allocation)
+    allocation.end(image)
 
 
 def abort_write(image: "Qcow2Driver", plan: WritePlan) -> None:
@@ -269,11 +299,7 @@ def abort_write(image: "Qcow2Driver", plan: WritePlan) -> None:
     if isinstance(allocation, int):
         image.leave_in_place(allocation)
         return
-    if not allocation.reused and not image.header.has_data_file:
-        # Nothing on disk names these clusters, so no write-back is needed
-        # before they are free again; but they are dirty with our bytes now.
-        image.freed.add(allocation.cluster_index, allocation.nb_clusters, False)
-    _finish(image, allocation)
+    allocation.abort(image)
 
 
 def cancel_write(image: "Qcow2Driver", plan: WritePlan) -> None:
@@ -282,16 +308,7 @@ def cancel_write(image: "Qcow2Driver", plan: WritePlan) -> None:
     if isinstance(allocation, int):
         image.leave_in_place(allocation)
         return
-    if not allocation.reused:
-        untake_clusters(image, allocation.cluster_index, allocation.nb_clusters)
-    _finish(image, allocation)
-
-
-def _finish(image: "Qcow2Driver", allocation: Allocation) -> None:
-    allocation.l2.pins -= 1
-    image.epochs.leave(allocation.epoch)
-    image.in_flight.remove(allocation.in_flight)
-    image.start_writeback_if_due()
+    allocation.cancel(image)
 
 
 def free_entry(image: "Qcow2Driver", entry: int, *, discard: bool = False) -> None:

@@ -35,18 +35,21 @@ _SECTOR_WORDS = 512 // 8
 class Freed:
     """Ranges of host clusters that lost one reference each.
 
-    ``discard``: the space under them should go back to the file system.
+    ``discard``: the space under them should go back to the file system;
+    ``always_discard``: under all of them.
     """
 
-    __slots__ = ("discard", "nb_clusters", "ranges")
+    __slots__ = ("_always_discard", "nb_clusters", "ranges")
 
-    def __init__(self) -> None:
+    def __init__(self, always_discard: bool = False) -> None:
+        self._always_discard = always_discard
         self.ranges: list[tuple[int, int, bool]] = []
         self.nb_clusters = 0
 
     def add(self, cluster_index: int, nb_clusters: int, discard: bool) -> None:
         """Note a range; neighbours are merged."""
         self.nb_clusters += nb_clusters
+        discard = discard or self._always_discard
         if self.ranges:
             start, count, last_discard = self.ranges[-1]
             if start + count == cluster_index and last_discard == discard:
@@ -63,13 +66,16 @@ class Freed:
 class _Picture:
     """What was dirty at one moment, in the form that goes to disk."""
 
-    def __init__(self, image: "Qcow2Driver") -> None:
+    def __init__(self, image: "Qcow2Driver", *, accurate: bool) -> None:
+        """``accurate``: with the refcounts; without them the image must be
+        marked as dirty first."""
         tables, refcounts = image.tables, image.refcounts
         cluster_size = image.cluster_size
-        self.fresh_blocks = set(refcounts.fresh)
+        self.accurate = accurate
+        self.fresh_blocks = set(refcounts.fresh) if accurate else set()
         self.blocks: list[tuple[int, int, bytes]] = []
-        self.block_objects = dict(refcounts.dirty)
-        for index, block in refcounts.dirty.items():
+        self.block_objects = dict(refcounts.dirty) if accurate else {}
+        for index, block in self.block_objects.items():
             data = pack_counts(block.counts, refcounts.order)
             first, end = 0, cluster_size
             if index not in self.fresh_blocks:
@@ -79,7 +85,8 @@ class _Picture:
             block.changed_first = block.changed_end = 0
             block.pins += 1
             self.blocks.append((index, refcounts.table[index] + first, data[first:end]))
-        refcounts.dirty.clear()
+        if accurate:
+            refcounts.dirty.clear()
         self.refcount_table = refcounts.table
         self.fresh_tables = dict(tables.fresh)
         self.slices = list(tables.dirty.values())
@@ -149,12 +156,15 @@ class Writeback:
         self._queued: asyncio.Task[None] | None = None
         self._dropping = asyncio.Lock()
         self.waiting: list[Freed] = []
+        self._accurate_wanted = False
 
-    async def flush(self) -> None:
+    async def flush(self, *, accurate: bool = False) -> None:
         """Make all that was answered before this call durable.
 
-        Callers that come while a commit runs share the next one.
+        Callers that come while a commit runs share the next one. ``accurate``:
+        also refcounts that need not be right yet (lazy refcounts).
         """
+        self._accurate_wanted |= accurate
         if self._queued is None:
             self._queued = asyncio.create_task(self._commit_when_free())
             self._queued.add_done_callback(_retrieve)
@@ -185,7 +195,8 @@ class Writeback:
             self._give_back(freed)
             return
         async with image.lock:
-            picture = _Picture(image)
+            picture = self._take_picture(accurate=self._accurate_wanted)
+            self._accurate_wanted = False
         await self._carry_out(picture)
 
     @contextlib.asynccontextmanager
@@ -199,7 +210,12 @@ class Writeback:
 
     async def commit_alone(self) -> None:
         """Commit what is dirty. Commits are paused and the lock is held."""
-        await self._carry_out(_Picture(self.image))
+        await self._carry_out(self._take_picture(accurate=True))
+
+    def _take_picture(self, *, accurate: bool) -> _Picture:
+        image = self.image
+        accurate |= not image.lazy_refcounts or image.refcounts.many_dirty
+        return _Picture(image, accurate=accurate)
 
     async def _carry_out(self, picture: _Picture) -> None:
         image, storage = self.image, self.image.storage
@@ -207,6 +223,8 @@ class Writeback:
             await self._write_refcounts(picture)
             for offset, data in picture.table_writes:
                 await storage.pwritev(offset, [data])
+            if not picture.accurate and (picture.slice_writes or picture.l1_writes):
+                await image.mark_dirty()
             await self.flush_files()
             # The tables are whole now. From here on a change to one of them
             # may go to disk only after what it names, like any other's.
@@ -320,7 +338,9 @@ class Writeback:
         await self.image.settle()
         await self.flush()
         await self.image.settle()
-        await self.flush()
+        await self.flush(accurate=True)
+        await self.image.settle()
+        await self.image.mark_clean()
 
 
 def _retrieve(task: "asyncio.Task[None]") -> None:

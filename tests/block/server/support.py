@@ -76,6 +76,15 @@ class FakeNode:
         self._note("try_pread", offset, length)
         return bytes(self.data[offset : offset + length])
 
+    # Nothing is deferred here, so these are never called.
+    defers_reads = False
+
+    def try_pread_later(self, offset: int, length: int) -> Buffer | None:
+        raise AssertionError
+
+    def finish_reads(self) -> None:
+        raise AssertionError
+
     def try_pread_views(self, offset: int, length: int) -> tuple[Buffers, int] | None:
         if not self.inline:
             return None

@@ -60,15 +60,15 @@ def test_image_opts(text, filename, options):
     [
         ("", "file.filename"),
         ("=x", "key=value"),
-        ("disk.qcow2", "file.filename"),
-        ("driver=qcow2,file=node0", "file.filename"),
-        ("filename=x,file.driver=nbd", "only file.driver"),
-        ("filename=x,backing.driver=raw", "'backing.driver' is not supported"),
+        ("disk.qcow2", "'disk.qcow2' is not supported"),
+        ("driver=qcow2,file=node0", "node-name='node0'"),
+        ("filename=x,file.driver=nbd", "'file.filename' is not supported"),
+        ("filename=x,backing.some=raw", "'some' is not supported"),
         ("filename=x,read-only=maybe", "'read-only' expects"),
         ("filename=x,discard=x", "'discard' does not accept value 'x'"),
         ("filename=x,detect-zeroes=x", "'detect-zeroes' does not accept"),
         ("filename=x,l2-cache-size=lots", "l2-cache-size"),
-        ("filename=x,cache.direct=on,cache.no-flush=on", "not supported"),
+        ("filename=x,cache.direct=on,cache.no-flush=on", "another cache mode"),
     ],
 )
 def test_image_opts_refused(text, message):

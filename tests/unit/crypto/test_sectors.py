@@ -8,6 +8,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from nbdqcow.crypto.cipher import LEGACY_AES, CipherSpec, legacy_key
+from nbdqcow.crypto.sectors import DecryptBatch
 from nbdqcow.errors import ImageError, UnsupportedFeature
 from nbdqcow.units import SECTOR_SIZE
 
@@ -170,3 +171,22 @@ def test_names_come_back() -> None:
         assert CipherSpec.parse("aes", spec.mode_text, spec.key_length) == spec
     assert CipherSpec().bits == 256
     assert LEGACY_AES.bits == 128
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.bits}-{s.mode_text}")
+def test_a_batch_of_reads(spec: CipherSpec, seed: int) -> None:
+    """Sectors from anywhere, more of them than fit at once."""
+    rng = random.Random(seed)
+    key = rng.randbytes(spec.key_length)
+    cipher = spec.make(key)
+    batch = DecryptBatch(cipher)
+    batch.finish()
+    for _ in range(3):
+        expected, found = [], []
+        for nb_sectors in (1, 8, 8, 3, 100, 1, 128, 8):
+            sector = rng.choice(FIRST_SECTORS) + rng.randrange(1000)
+            data = rng.randbytes(nb_sectors * SECTOR_SIZE)
+            expected.append(data)
+            found.append(batch.add(sector, cipher.encrypt_blocking(sector, data)))
+        batch.finish()
+        assert found == expected

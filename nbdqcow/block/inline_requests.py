@@ -1,9 +1,7 @@
-"""The part of a node that never waits: requests served in the turn of the
-loop in which they arrive.
-"""
+"""Requests that are answered at once, if what they need is in reach."""
 
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from nbdqcow.block.driver import FormatDriver
 from nbdqcow.buffers import ZERO_VIEW, zero_views
@@ -18,30 +16,25 @@ from nbdqcow.types import (
 )
 from nbdqcow.units import KiB, MiB
 
+if TYPE_CHECKING:
+    from nbdqcow.block.node import Node
+
 GUARD_LENGTH: Final = 2048
 MAX_INLINE: Final = 64 * KiB
 """Bytes of a write, copy-on-write included, up to which writing them at once
 is cheaper than a hop to a worker thread."""
 
 
-class InlineNode:
-    """The ``try_*`` methods of `nbdqcow.block.node.Node`, which see."""
+class InlineRequests:
+    """The part of a `Node` whose methods never wait: None or False means "take
+    the coroutine"."""
 
-    def __init__(
-        self,
-        driver: FormatDriver,
-        backing: "InlineNode | None",
-        *,
-        inline_writes: bool,
-        guard: Callable[[bytes], bool] | None,
-    ) -> None:
-        self.driver = driver
-        self.size = self._largest_size = driver.size
-        self._backing = backing
-        self._inline_writes = inline_writes
-        self._guard = guard
-        self._bind()
-        driver.when_rebound = self._bind
+    driver: FormatDriver
+    size: int
+    backing: "Node | None"
+    _guard: Callable[[bytes], bool] | None
+    _inline_writes: bool
+    _largest_size: int
 
     def _bind(self) -> None:
         # Bound once: the inline path pays for every attribute on the way.
@@ -82,12 +75,28 @@ class InlineNode:
         if kind == COMPRESSED:
             start = offset & (self.driver.cluster_size - 1)
             return self.driver.try_read_compressed(host_offset, start, length)
-        if kind == UNALLOCATED and self._backing is not None:
+        if kind == UNALLOCATED and self.backing is not None:
             return self._try_pread_backing(offset, length)
         return ZERO_VIEW[:length] if length <= MiB else bytes(length)
 
+    @property
+    def defers_reads(self) -> bool:
+        """Whether `try_pread_later` is worth its while."""
+        return self.driver.data.defers_reads
+
+    def try_pread_later(self, offset: int, length: int) -> Buffer | None:
+        """Do as `try_pread` does; the bytes are right after `finish_reads`."""
+        run = self._try_map(offset, length)
+        if run is not None and run[0] == DATA and run[2] == length:
+            return self.driver.data.try_pread_later(run[1], length)
+        return self.try_pread(offset, length)
+
+    def finish_reads(self) -> None:
+        """Make the bytes right that `try_pread_later` has returned."""
+        self.driver.data.finish_reads()
+
     def _try_pread_backing(self, offset: int, length: int) -> Buffer | None:
-        backing = self._backing
+        backing = self.backing
         assert backing is not None
         inside = backing.size - offset
         if inside >= length:
@@ -139,7 +148,7 @@ class InlineNode:
                 if piece is None:
                     return None
                 views.append(piece)
-            elif kind == UNALLOCATED and self._backing is not None:
+            elif kind == UNALLOCATED and self.backing is not None:
                 piece = self._try_pread_backing(offset, covered)
                 if piece is None:
                     return None
@@ -196,8 +205,8 @@ class InlineNode:
         head, tail = offset % size, -(offset + len(data)) % size
         if head + len(data) + tail > MAX_INLINE:
             return False
-        old_head = self._try_old_content(offset - head, head)
-        old_tail = self._try_old_content(offset + len(data), tail)
+        old_head = self._try_old_content(offset - head, head) if head else b""
+        old_tail = self._try_old_content(offset + len(data), tail) if tail else b""
         if old_head is None or old_tail is None:
             return False
         plan = driver.try_begin_write(offset, len(data))
@@ -242,7 +251,7 @@ class InlineNode:
             kind in (ZERO, ZERO_ALLOCATED)
             or (
                 kind == UNALLOCATED
-                and (self._backing is None or offset >= self._backing.size)
+                and (self.backing is None or offset >= self.backing.size)
             )
         ):
             return b""

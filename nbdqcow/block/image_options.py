@@ -1,0 +1,330 @@
+"""Images named by options: dotted keys, ``json:`` names, QEMU's option names.
+
+``{"driver": "qcow2", "file": {"driver": "file", "filename": "a"}}`` and
+``driver=qcow2,file.driver=file,file.filename=a`` say the same.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+from urllib.parse import quote
+
+from nbdqcow.errors import ImageError
+from nbdqcow.units import parse_size
+
+Pairs: TypeAlias = Mapping[str, str | None]
+"""Dotted keys and their values as text; None is JSON's null."""
+
+JSON_PREFIX: Final = "json:"
+_MAX_DEPTH: Final = 300
+_BOOLEANS: Final = {"on": True, "yes": True, "off": False, "no": False}
+_DISCARD_MODES: Final = {
+    "unmap": "unmap",
+    "on": "unmap",
+    "ignore": "ignore",
+    "off": "ignore",
+}
+_DETECT_ZEROES_MODES: Final = {mode: mode for mode in ("off", "on", "unmap")}
+_FILE_DRIVERS: Final = ("file", "host_device")
+
+_DRIVER_FLAGS: Final = (
+    *("lazy-refcounts", "discard-no-unref"),
+    *("pass-discard-request", "pass-discard-snapshot", "pass-discard-other"),
+)
+_DRIVER_SIZES: Final = ("cache-size", "refcount-cache-size", "l2-cache-entry-size")
+_OVERLAP: Final = "overlap-check"
+OVERLAP_TEMPLATES: Final = ("none", "constant", "cached", "all")
+OVERLAP_CLASSES: Final = (
+    *("main-header", "active-l1", "active-l2", "refcount-table", "refcount-block"),
+    *("snapshot-table", "inactive-l1", "inactive-l2", "bitmap-directory"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BackingOverride:
+    """What to open in the place of the backing file that an image names.
+
+    Attributes:
+        filename: None for the one that the image names.
+        none: open no backing image at all.
+        options: what `parse_pairs` returned for it.
+    """
+
+    filename: str | None = None
+    none: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_json_name(name: str) -> tuple[str, dict[str, Any]]:
+    """Return what `parse_pairs` does for a name that begins with ``json:``.
+
+    Raises `ImageError`.
+    """
+    try:
+        given = json.loads(name.removeprefix(JSON_PREFIX))
+        if not isinstance(given, dict):
+            raise ImageError("Invalid JSON object given")
+        return parse_pairs(flatten(given))
+    except (ValueError, RecursionError):
+        raise ImageError("Could not parse the JSON options") from None
+
+
+def flatten(given: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return a JSON object as dotted keys and texts. Raises `ImageError`."""
+    pairs: dict[str, str | None] = {}
+
+    def walk(prefix: str, value: Mapping[str, Any], depth: int) -> None:
+        if depth > _MAX_DEPTH:
+            raise ImageError("the JSON options are nested too deep")
+        for key, item in value.items():
+            name = prefix + key
+            if isinstance(item, dict):
+                walk(f"{name}.", item, depth + 1)
+            elif isinstance(item, bool):
+                pairs[name] = "on" if item else "off"
+            elif item is None or isinstance(item, str | int | float):
+                pairs[name] = None if item is None else str(item)
+            else:
+                raise ImageError(f"image option '{name}' has no such values")
+
+    walk("", given, 0)
+    return pairs
+
+
+def parse_pairs(pairs: Pairs) -> tuple[str, dict[str, Any]]:
+    """Return the file's name, and the options of `nbdqcow.open_image` given.
+
+    ``key_secret`` among them is the id of an object, for the caller to look up.
+    Raises `ImageError`, by name, for an option that we don't have.
+    """
+    filename, options = _parse(pairs)
+    if filename is None:
+        raise ImageError("there is no file.filename=NAME")
+    return filename, options
+
+
+def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
+    file, backing, data_file, own = _groups(pairs, ("file", "backing", "data-file"))
+    options: dict[str, Any] = {}
+    more: dict[str, Any] = {}
+    filename = own.pop("filename", None)
+    if own.get("driver") in ("nbd", "null-co", "null-aio"):
+        # A protocol without a format over it is served as it is.
+        file = {key: value for key, value in own.items() if "." in key or key in _NBD}
+        file["driver"] = own["driver"]
+        own = {key: value for key, value in own.items() if key not in file}
+        options["format"] = "raw"
+    if file:
+        if filename is not None:
+            file.setdefault("filename", filename)
+        filename = _file_name(file, options)
+    for key, value in own.items():
+        if value is None:
+            raise ImageError(f"Parameter '{key}' has no value")
+        if not (_take_own(key, value, options) or _take_driver_own(key, value, more)):
+            raise ImageError(f"image option '{key}' is not supported")
+    _take_overlap_checks(own, more)
+    if data_file:
+        more["data_file"] = _data_file_name(data_file)
+    if backing:
+        options["backing"] = _backing(backing)
+    if (cache := _cache_mode(own)) is not None:
+        options["cache"] = cache
+    if more:
+        options["driver_options"] = more
+    return filename, options
+
+
+def _groups(pairs: Pairs, names: tuple[str, ...]) -> list[dict[str, str | None]]:
+    """Return the keys below each of ``names`` without it, then all others.
+
+    A name itself as a key is the key ``""``.
+    """
+    groups: dict[str, dict[str, str | None]] = {name: {} for name in (*names, "")}
+    for key, value in pairs.items():
+        first, _, rest = key.partition(".")
+        if first in names:
+            groups[first][rest] = value
+        else:
+            groups[""][key] = value
+    return list(groups.values())
+
+
+def _take_own(key: str, value: str, options: dict[str, Any]) -> bool:
+    """Take an option that images of all formats have; whether it is one."""
+    match key:
+        case "driver":
+            if value in _FILE_DRIVERS:
+                value = "raw"
+            options.setdefault("format", value)
+        case "read-only":
+            options["read_only"] = _boolean(key, value)
+        case "force-share":
+            options["force_share"] = _boolean(key, value)
+        case "discard":
+            options["discard"] = _choice(key, value, _DISCARD_MODES)
+        case "detect-zeroes":
+            options["detect_zeroes"] = _choice(key, value, _DETECT_ZEROES_MODES)
+        case "l2-cache-size":
+            options["l2_cache_size"] = _size(key, value)
+        case "encrypt.key-secret" | "key-secret":
+            options["key_secret"] = value
+        case "encrypt.format":
+            # The image says the same; it is not asked for twice.
+            _choice(key, value, {"aes": "aes", "luks": "luks"})
+        case "cache.direct" | "cache.no-flush" | "cache.writeback" | "auto-read-only":
+            _boolean(key, value)
+        case "node-name":
+            # Nobody refers to it here.
+            pass
+        case _:
+            return False
+    return True
+
+
+def _take_driver_own(key: str, value: str, more: dict[str, Any]) -> bool:
+    """Take an option of one format; whether it is one."""
+    name = key.replace("-", "_")
+    if key in _DRIVER_FLAGS:
+        more[name] = _boolean(key, value)
+    elif key in _DRIVER_SIZES or key == "cache-clean-interval":
+        more[name] = _size(key, value)
+    elif key in ("offset", "size"):
+        more[key] = value
+    elif key.partition(".")[0] != _OVERLAP:
+        return False
+    return True
+
+
+def _take_overlap_checks(own: Pairs, more: dict[str, Any]) -> None:
+    """Take ``overlap-check``: a template, and classes that differ from it."""
+    template: str | None = None
+    switches: dict[str, bool] = {}
+    for key, value in own.items():
+        first, _, name = key.partition(".")
+        if first != _OVERLAP or value is None:
+            continue
+        if name in ("", "template"):
+            if template not in (None, value):
+                raise ImageError(
+                    f"Conflicting values for qcow2 options '{_OVERLAP}' ('{template}')"
+                    f" and '{_OVERLAP}.template' ('{value}')"
+                )
+            template = value
+        elif name in OVERLAP_CLASSES:
+            switches[name] = _boolean(key, value)
+        else:
+            raise ImageError(f"image option '{key}' is not supported")
+    if template is not None and template not in OVERLAP_TEMPLATES:
+        raise ImageError(
+            f"Unsupported value '{template}' for qcow2 option '{_OVERLAP}'. Allowed are"
+            " any of the following: none, constant, cached, all"
+        )
+    if template is not None or switches:
+        more["overlap_check"] = (template or "cached", switches)
+
+
+# -- files -----------------------------------------------------------------
+
+_NBD: Final = ("host", "port", "path", "export", "tls-creds", "size", "read-zeroes")
+
+
+def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
+    """Return the name of the file that ``file.*`` options describe."""
+    if "" in file:
+        raise ImageError(f"Cannot find device='' nor node-name='{file['']}'")
+    driver = file.pop("driver", None) or "file"
+    if driver == "nbd":
+        return _nbd_uri(file)
+    if driver not in _FILE_DRIVERS:
+        raise ImageError(f"file.driver '{driver}' is not supported")
+    filename = file.pop("filename", None)
+    if filename is None:
+        raise ImageError("The 'file' block driver requires a file name")
+    for key, value in file.items():
+        match key:
+            case "locking":
+                options["lock"] = value == "auto" or _boolean(f"file.{key}", value)
+            case "aio" | "cache.direct" | "cache.no-flush" | "discard" | "node-name":
+                # What they say to QEMU's driver, ours finds out by itself.
+                pass
+            case _:
+                raise ImageError(f"image option 'file.{key}' is not supported")
+    # A path all the same, whatever stands before a colon.
+    return f"./{filename}" if ":" in filename.partition("/")[0] else filename
+
+
+def _nbd_uri(file: dict[str, str | None]) -> str:
+    """Return the URI of the export that options of an NBD client describe."""
+    texts = {key: value or "" for key, value in file.items()}
+    kind = texts.pop("server.type", None)
+    path = texts.pop("server.path", None) or texts.pop("path", None)
+    host = texts.pop("server.host", None) or texts.pop("host", None)
+    port = texts.pop("server.port", None) or texts.pop("port", None) or "10809"
+    export = quote(texts.pop("export", ""), safe="/")
+    if texts:
+        raise ImageError(f"image option 'file.{next(iter(texts))}' is not supported")
+    if path is not None and host is None and kind in (None, "unix"):
+        return f"nbd+unix:///{export}?socket={quote(path, safe='/')}"
+    if host is None or path is not None or kind not in (None, "inet"):
+        raise ImageError("NBD server address missing")
+    if ":" in host:
+        host = f"[{host}]"
+    return f"nbd://{host}:{quote(port)}/{export}"
+
+
+def _data_file_name(pairs: dict[str, str | None]) -> str:
+    name, options = _parse(pairs)
+    if name is None or options.get("format", "raw") != "raw" or len(options) > 1:
+        raise ImageError("image option 'data-file' is a file's name, and no more")
+    return name
+
+
+def _backing(pairs: dict[str, str | None]) -> BackingOverride:
+    if "" in pairs:
+        if pairs[""]:
+            raise ImageError(f"Cannot find device='' nor node-name='{pairs['']}'")
+        return BackingOverride(none=True)
+    filename, options = _parse(pairs)
+    return BackingOverride(filename, options=options)
+
+
+# -- values ----------------------------------------------------------------
+
+
+def _cache_mode(pairs: Pairs) -> str | None:
+    modes = {
+        key: _boolean(f"cache.{key}", pairs[f"cache.{key}"])
+        for key in ("direct", "no-flush", "writeback")
+        if f"cache.{key}" in pairs
+    }
+    if not modes:
+        return None
+    direct, through = modes.get("direct", False), not modes.get("writeback", True)
+    if modes.get("no-flush", False):
+        if direct or through:
+            raise ImageError("cache.no-flush=on with another cache mode")
+        return "unsafe"
+    if direct:
+        return "directsync" if through else "none"
+    return "writethrough" if through else "writeback"
+
+
+def _boolean(key: str, value: str | None) -> bool:
+    if value not in _BOOLEANS:
+        raise ImageError(f"Parameter '{key}' expects 'on' or 'off'")
+    return _BOOLEANS[value]
+
+
+def _choice(key: str, value: str, choices: Mapping[str, str]) -> str:
+    if value not in choices:
+        raise ImageError(f"Parameter '{key}' does not accept value '{value}'")
+    return choices[value]
+
+
+def _size(key: str, value: str) -> int:
+    try:
+        return parse_size(value)
+    except ValueError as exc:
+        raise ImageError(f"Parameter '{key}': {exc}") from None

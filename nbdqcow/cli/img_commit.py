@@ -1,0 +1,121 @@
+"""``nbdqcow-img commit``: an image's data goes to its backing image."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from nbdqcow.block.node import Node
+from nbdqcow.cli.img import print_help
+from nbdqcow.cli.img_chain import overlay_of
+from nbdqcow.cli.img_nodes import ImageArguments, check_cache, open_node
+from nbdqcow.cli.img_options import parse_amount, parse_arguments
+from nbdqcow.cli.img_run import ProgressLine, run_command
+from nbdqcow.errors import ImageError, NotSupported, UsageError
+from nbdqcow.jobs.commit import commit
+from nbdqcow.jobs.control import JobControl
+
+_LONG: Final = {"help": "-h", "object=": "--object", "image-opts": "--image-opts"}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    options, operands = parse_arguments(arguments, ":f:ht:b:dpqr:", _LONG)
+    images = ImageArguments()
+    base: str | None = None
+    keep = shown = quiet = False
+    rate: int | None = None
+    for name, value in options:
+        match name:
+            case "-h":
+                print_help()
+                return 0
+            case "-t":
+                images.cache = value
+            case "-b":
+                base = value
+                # What is below the image would no longer fit an empty one.
+                keep = True
+            case "-d":
+                keep = True
+            case "-p":
+                shown = True
+            case "-q":
+                quiet = True
+            case "-r":
+                rate = parse_amount(value, "rate limit")
+            case _:
+                images.take(name, value)
+    if len(operands) != 1:
+        raise UsageError("Expecting one image file name")
+    images.check()
+    images.cache = check_cache(images.cache, "Invalid cache option: ")
+    progress = ProgressLine(shown, quiet=quiet)
+    control = JobControl(progress, rate=rate)
+    try:
+        status = run_command(
+            lambda: _commit(operands[0], images, base, control, progress, keep=keep),
+            progress,
+        )
+    finally:
+        progress.end()
+    if status == 0 and not quiet:
+        print("Image committed.")
+    return status
+
+
+async def _commit(
+    name: str,
+    images: ImageArguments,
+    base_name: str | None,
+    control: JobControl,
+    progress: ProgressLine,
+    *,
+    keep: bool,
+) -> int:
+    top = await open_node(name, images, writable=True)
+    try:
+        if top.backing is None and base_name is None:
+            raise ImageError("Image does not have a backing file")
+        above = top if base_name is None else overlay_of(top, base_name)
+        if above is None:
+            raise ImageError(
+                f"Did not find '{base_name}' in the backing chain of '{name}'"
+            )
+        base = await _open_for_writing(above, images)
+        progress.show(0)
+        await commit(top, base, control)
+        if not keep:
+            await _make_empty(top)
+        progress.show(100)
+    finally:
+        await top.close()
+    return 0
+
+
+async def _open_for_writing(above: Node, images: ImageArguments) -> Node:
+    """Open the backing image of ``above`` anew, so that it can be written to."""
+    found = above.backing
+    assert found is not None
+    above.backing = None
+    filename, format_, secret = (
+        found.filename,
+        found.format_name,
+        getattr(found.driver, "secret", None),
+    )
+    await found.close()
+    above.backing = await open_node(
+        filename,
+        ImageArguments(cache=images.cache, objects=images.objects),
+        writable=True,
+        format_=format_,
+        secret=secret,
+    )
+    return above.backing
+
+
+async def _make_empty(top: Node) -> None:
+    driver: Any = top.driver
+    try:
+        await driver.make_empty()
+    except NotSupported:
+        # It is no worse for having what its backing image has as well.
+        return

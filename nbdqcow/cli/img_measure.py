@@ -1,0 +1,143 @@
+"""``nbdqcow-img measure``: how much room would a new image need?"""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from nbdqcow.cli.img import print_help
+from nbdqcow.cli.img_create import find_tool
+from nbdqcow.cli.img_nodes import ImageArguments, open_node
+from nbdqcow.cli.img_options import (
+    format_json,
+    is_option_list,
+    parse_amount,
+    parse_arguments,
+    wants_json,
+)
+from nbdqcow.cli.img_resize import PREALLOCATIONS
+from nbdqcow.cli.img_snapshot import parse_snapshot
+from nbdqcow.cli.img_target import parse_create_options
+from nbdqcow.cli.messages import error
+from nbdqcow.errors import ImageError
+
+_LONG: Final = {
+    "help": "-h",
+    "image-opts": "--image-opts",
+    "object=": "--object",
+    "output=": "--output",
+    "size=": "--size",
+    "force-share": "-U",
+}
+_DEFAULT_CLUSTER: Final = 65536
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    options, operands = parse_arguments(arguments, ":hf:l:o:O:U", _LONG)
+    images, format_, output = ImageArguments(), "raw", "human"
+    option_lists: list[str] = []
+    size: int | None = None
+    snapshot: Any = None
+    for name, value in options:
+        match name:
+            case "-h":
+                print_help()
+                return 0
+            case "-l":
+                snapshot = parse_snapshot(value)
+            case "-o":
+                if not is_option_list(value):
+                    raise ImageError(f"Invalid option list: {value}")
+                option_lists.append(value)
+            case "-O":
+                format_ = value
+            case "--output":
+                output = value
+            case "--size":
+                size = parse_amount(value, "image size")
+            case _:
+                images.take(name, value)
+    json = wants_json(output)
+    images.check()
+    if len(operands) > 1:
+        raise ImageError("At most one filename argument is allowed.")
+    if not operands and (images.image_opts or images.format or snapshot is not None):
+        raise ImageError("--image-opts, -f, and -l require a filename argument.")
+    if not operands and size is None:
+        raise ImageError("Either --size N or one filename must be specified.")
+    if operands and size is not None:
+        raise ImageError("--size N cannot be used together with a filename.")
+    text = ",".join(option_lists)
+    if not operands:
+        _measure(format_, text, size or 0, json=json)
+        return 0
+    from nbdqcow.cli.img_run import run_command
+
+    return run_command(
+        lambda: _measure_image(operands[0], images, snapshot, format_, text, json=json)
+    )
+
+
+async def _measure_image(
+    name: str,
+    images: ImageArguments,
+    snapshot: Any,
+    format_: str,
+    text: str,
+    *,
+    json: bool,
+) -> int:
+    from nbdqcow.jobs.map import data_length
+    from nbdqcow.jobs.status import disk_size
+
+    node = await open_node(name, images, snapshot=snapshot)
+    try:
+        size, driver = disk_size(node), node.driver
+        bitmaps = None
+        if hasattr(driver, "bitmap_list"):
+            bitmaps = [(one.name, one.granularity) for one in driver.bitmap_list()]
+        values = _parse(format_, text)
+        cluster_size = int(values.get("cluster_size", _DEFAULT_CLUSTER))
+        length = size
+        if "backing_file" not in values and cluster_size > 0:
+            length = await data_length(node, cluster_size)
+        _measure(format_, text, size, length, bitmaps, json=json)
+    finally:
+        await node.close()
+    return 0
+
+
+def _parse(format_: str, text: str) -> dict[str, Any]:
+    tool = find_tool(format_)
+    try:
+        return dict(parse_create_options(tool, text))
+    except ImageError as exc:
+        error(str(exc))
+        raise ImageError(f"Invalid options for file format '{format_}'") from None
+
+
+def _measure(
+    format_: str,
+    text: str,
+    size: int,
+    length: int = 0,
+    bitmaps: Sequence[tuple[str, int]] | None = None,
+    *,
+    json: bool,
+) -> None:
+    tool: Any = find_tool(format_)
+    values = _parse(format_, text)
+    values["size"] = size
+    preallocation = str(values.get("preallocation", "off"))
+    if format_ != "raw" and preallocation not in PREALLOCATIONS:
+        raise ImageError(f"invalid parameter value: {preallocation}")
+    found = tool.measure(values, length, bitmaps)
+    if json:
+        shown = {} if found.bitmaps is None else {"bitmaps": found.bitmaps}
+        shown["required"] = found.required
+        shown["fully-allocated"] = found.fully_allocated
+        print(format_json(shown))
+        return
+    print(f"required size: {found.required}")
+    print(f"fully allocated size: {found.fully_allocated}")
+    if found.bitmaps is not None:
+        print(f"bitmaps size: {found.bitmaps}")

@@ -1,0 +1,167 @@
+"""``nbdqcow-img rebase``: another backing image below an image."""
+
+import errno
+import os
+from collections.abc import Sequence
+from typing import Any, Final, NoReturn
+
+from nbdqcow.block.node import Node
+from nbdqcow.block.open import backing_path
+from nbdqcow.block.registry import format_driver
+from nbdqcow.cli.img import print_help
+from nbdqcow.cli.img_chain import overlay_of
+from nbdqcow.cli.img_nodes import ImageArguments, check_cache, open_node
+from nbdqcow.cli.img_options import parse_arguments
+from nbdqcow.cli.img_run import ProgressLine, run_command
+from nbdqcow.errors import BlockError, ImageError, NotSupported, UsageError
+from nbdqcow.jobs.control import JobControl
+from nbdqcow.jobs.rebase import rebase
+
+_LONG: Final = {
+    "help": "-h",
+    "object=": "--object",
+    "image-opts": "--image-opts",
+    "force-share": "-U",
+}
+_MAX_NAME_BYTES: Final = 1023
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    options, operands = parse_arguments(arguments, ":hf:F:b:upt:T:qU", _LONG)
+    images = ImageArguments()
+    base: str | None = None
+    base_format: str | None = None
+    source_cache = "writeback"
+    unsafe = shown = quiet = force_share = False
+    for name, value in options:
+        match name:
+            case "-h":
+                print_help()
+                return 0
+            case "-F":
+                base_format = value
+            case "-b":
+                base = value
+            case "-u":
+                unsafe = True
+            case "-p":
+                shown = True
+            case "-t":
+                images.cache = value
+            case "-T":
+                source_cache = value
+            case "-q":
+                quiet = True
+            case "-U":
+                # Of the backing images: this one is written to.
+                force_share = True
+            case _:
+                images.take(name, value)
+    if len(operands) != 1:
+        raise UsageError("Expecting one image file name")
+    if not unsafe and base is None:
+        raise UsageError("Must specify backing file (-b) or use unsafe mode (-u)")
+    images.check()
+    images.cache = check_cache(images.cache, "Invalid cache option: ")
+    source_cache = check_cache(source_cache, "Invalid source cache option: ")
+    sources = ImageArguments(
+        force_share=force_share, cache=source_cache, objects=images.objects
+    )
+    sources.check()
+    progress = ProgressLine(shown, quiet=quiet)
+    change = _Change(base or None, base_format, unsafe)
+    try:
+        return run_command(
+            lambda: change.run(operands[0], images, sources, progress), progress
+        )
+    finally:
+        progress.end()
+
+
+class _Change:
+    """One run of the command: the image gets the backing file ``base``."""
+
+    def __init__(self, base: str | None, base_format: str | None, unsafe: bool) -> None:
+        self._base = base
+        self._base_format = base_format
+        self._unsafe = unsafe
+
+    async def run(
+        self,
+        name: str,
+        images: ImageArguments,
+        sources: ImageArguments,
+        progress: ProgressLine,
+    ) -> int:
+        """Change the image ``name``; return the exit status."""
+        node = await open_node(
+            name, images, writable=True, with_backing=not self._unsafe
+        )
+        try:
+            if self._base_format is not None:
+                self._check_format(self._base_format)
+            if self._base is not None and self._base_format is None:
+                self._fail("backing format must be specified")
+            if len(os.fsencode(self._base or "")) > _MAX_NAME_BYTES:
+                self._fail(os.strerror(errno.EINVAL))
+            progress.show(0)
+            if not self._unsafe:
+                await self._copy(node, sources, JobControl(progress))
+            await self._change_header(node)
+            progress.show(100)
+        finally:
+            await node.close()
+        return 0
+
+    def _check_format(self, name: str) -> None:
+        try:
+            format_driver(name)
+        except ImageError:
+            raise ImageError(f"Invalid format name: '{name}'") from None
+
+    async def _copy(
+        self, node: Node, sources: ImageArguments, control: JobControl
+    ) -> None:
+        """Copy what the new backing image has otherwise."""
+        if self._base is None:
+            await rebase(node, None, control)
+            return
+        path = backing_path(node.filename, self._base)
+        above = overlay_of(node, self._base)
+        if above is not None:
+            await rebase(node, above.backing, control, shared=above.backing)
+            return
+        try:
+            backing = await open_node(
+                path,
+                sources,
+                format_=self._base_format,
+                secret=getattr(node.driver, "secret", None),
+            )
+        except ImageError as exc:
+            text = str(exc).removeprefix(f"Could not open '{path}': ")
+            raise ImageError(
+                f"Could not open new backing file '{path}': {text}"
+            ) from None
+        try:
+            await rebase(node, backing, control)
+        finally:
+            await backing.close()
+
+    async def _change_header(self, node: Node) -> None:
+        driver: Any = node.driver
+        format_ = None if self._base is None else self._base_format
+        try:
+            await driver.change_backing_file(self._base, format_)
+        except NotSupported:
+            self._fail("Operation not supported")
+        except BlockError as exc:
+            if exc.errno == errno.ENOSPC:
+                self._fail("No space left in the file header")
+            self._fail(os.strerror(exc.errno or errno.EIO))
+
+    def _fail(self, reason: str) -> NoReturn:
+        raise ImageError(
+            f"Could not change the backing file to '{self._base or ''}': {reason}"
+        )

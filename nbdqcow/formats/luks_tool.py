@@ -1,0 +1,106 @@
+"""What commands do with LUKS containers: describe and create."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Final
+
+from nbdqcow.block.steps import BlockingFile, run_blocking
+from nbdqcow.block.tools import (
+    FormatTool,
+    ImageInfo,
+    OptionSpec,
+    OptionValue,
+    Secrets,
+    no_secrets,
+)
+from nbdqcow.errors import ImageError
+from nbdqcow.formats.luks_specs import cipher_options, key_options, probe
+from nbdqcow.units import SECTOR_SIZE, round_up
+
+_PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
+_FIRST: Final = 4096
+"""Bytes in front of the key slots."""
+
+
+@dataclass(frozen=True, slots=True)
+class LuksPlan:
+    """A new container of ``length`` bytes that begins with ``area``."""
+
+    area: bytes
+    length: int
+    preallocation: str
+
+
+class LuksTool(FormatTool):
+    """The luks format for commands."""
+
+    name: ClassVar[str] = "luks"
+    create_options: ClassVar[Sequence[OptionSpec]] = (
+        OptionSpec("size", "size", "Virtual disk size"),
+        OptionSpec(
+            "key-secret",
+            "str",
+            "ID of the secret that provides the keyslot passphrase",
+        ),
+        *cipher_options(""),
+    )
+    key_options: ClassVar[Sequence[OptionSpec]] = key_options("")
+
+    @classmethod
+    def probe(cls, head: bytes) -> int:
+        """Score 100 for the magic and version 1."""
+        return probe(head)
+
+    def describe(self, file: BlockingFile) -> ImageInfo:
+        """Describe a container."""
+        from nbdqcow.formats.luks_file import read_luks
+        from nbdqcow.formats.luks_options import describe
+
+        header, _ = run_blocking(read_luks(0, file.length), file)
+        length = max(0, file.length - header.payload_sector * SECTOR_SIZE)
+        return ImageInfo(
+            format="luks",
+            virtual_size=round_up(length, SECTOR_SIZE),
+            encrypted=True,
+            specific=describe(header, {}),
+        )
+
+    def prepare(
+        self, values: Mapping[str, OptionValue], *, secrets: Secrets = no_secrets
+    ) -> LuksPlan:
+        """Plan a new container."""
+        preallocation = str(values.get("preallocation", "off"))
+        if preallocation not in _PREALLOCATIONS:
+            raise ImageError(f"invalid parameter value: {preallocation}")
+        key_secret = values.get("key-secret")
+
+        def passphrase() -> bytes:
+            if key_secret is None:
+                raise ImageError("Parameter 'key-secret' is required for cipher")
+            return secrets(str(key_secret))
+
+        from nbdqcow.formats.luks_options import create_area_blocking
+
+        _, area = create_area_blocking(values, "", passphrase)
+        size = round_up(int(values.get("size", 0)), SECTOR_SIZE)
+        return LuksPlan(area, len(area) + size, preallocation)
+
+    def create(self, file: BlockingFile, plan: Any) -> None:
+        """Write the planned container, the header last."""
+        assert isinstance(plan, LuksPlan)
+        file.truncate(0)
+        file.truncate(plan.length)
+        if plan.preallocation == "falloc":
+            file.allocate(0, plan.length)
+        elif plan.preallocation == "full":
+            file.write_zeroes(0, plan.length)
+        # The slots that are not in use are zero, as is a file that is new.
+        area = plan.area if file.is_device else plan.area.rstrip(b"\0")
+        file.pwrite(_FIRST, area[_FIRST:])
+        file.pwrite(0, plan.area[:_FIRST])
+
+    def check_secret(self, file: BlockingFile, passphrase: bytes) -> None:
+        """Try the key slots."""
+        from nbdqcow.formats.luks_file import unlock_blocking
+
+        run_blocking(unlock_blocking(0, file.length, passphrase), file)

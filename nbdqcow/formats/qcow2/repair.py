@@ -1,0 +1,42 @@
+"""Repair of an image that was not closed while its refcounts were postponed.
+
+Source: qcow2.txt, "Dirty bit".
+"""
+
+import logging
+
+from nbdqcow.block.steps import run_steps
+from nbdqcow.block.storage import StorageDriver
+from nbdqcow.block.tools import REPAIR_ALL
+from nbdqcow.errors import ImageError
+from nbdqcow.formats.qcow2 import header as qcow2_header
+from nbdqcow.formats.qcow2.header import Header
+
+log = logging.getLogger(__name__)
+
+
+async def repair_dirty(storage: StorageDriver) -> Header:
+    """Make the refcounts right, clear the mark, and return the header.
+
+    Raises `ImageError` if more is wrong than that.
+    """
+    # It brings numpy, which other images need not pay.
+    from nbdqcow.formats.qcow2.check import check_image
+
+    log.warning("%s: it was not closed: repairing refcounts", storage.filename)
+    result = await run_steps(
+        check_image(storage.length, REPAIR_ALL, log.debug), storage
+    )
+    if result.corruptions or result.check_errors:
+        raise ImageError("Could not repair dirty image: Input/output error")
+    log.warning(
+        "%s: repaired %d refcounts that were too low and %d that were too high",
+        storage.filename,
+        result.corruptions_fixed,
+        result.leaks_fixed,
+    )
+    head = bytes(await storage.pread(0, qcow2_header.HEADER_READ_LENGTH))
+    wanted = qcow2_header.needed(head)
+    if wanted > len(head):
+        head = bytes(await storage.pread(0, wanted))
+    return Header.parse(head)

@@ -1,0 +1,149 @@
+"""Giving an image another backing image, its content staying what it is."""
+
+from collections.abc import Iterator
+from typing import Final
+
+from nbdqcow.block.node import Node
+from nbdqcow.jobs.control import Flight, JobControl
+from nbdqcow.jobs.convert import CopyError, reason_of
+from nbdqcow.jobs.status import stretch_of
+from nbdqcow.jobs.zeroes import is_zero
+from nbdqcow.types import UNALLOCATED, ZERO
+from nbdqcow.units import SECTOR_SIZE, MiB
+
+_PIECE: Final = 2 * MiB
+_STRETCH: Final = 1024 * MiB
+"""Bytes whose maps are looked at, at a time."""
+
+_NB_IN_FLIGHT: Final = 4
+
+
+async def rebase(
+    node: Node,
+    new_backing: Node | None,
+    control: JobControl,
+    *,
+    shared: Node | None = None,
+) -> None:
+    """Copy into an image what ``new_backing`` has otherwise than its backing
+    image, so that it may take that one's place.
+
+    ``node`` has its old backing image still. ``shared`` is an image of its
+    chain that the new one is the same as: what only it and those below have
+    need not be looked at. All is durable on return; the image's header is the
+    caller's. Raises `CopyError` and `nbdqcow.jobs.control.JobCancelled`: the
+    image is then as good as before.
+    """
+    control.expect(node.size)
+
+    async def compare(offset: int, length: int) -> None:
+        old = await _read(node, offset, length)
+        new = bytes(length)
+        if new_backing is not None:
+            inside = max(0, min(length, new_backing.size - offset))
+            new = (await _read(new_backing, offset, inside)).ljust(length, b"\0")
+        if old != new:
+            for start, stop in _differences(old, new, offset, _unit(node)):
+                await _write(node, offset + start, old[start:stop])
+        control.advance(length)
+
+    async with Flight(_NB_IN_FLIGHT) as flight:
+        offset = 0
+        while offset < node.size:
+            await control.checkpoint()
+            length = node.size - offset
+            wanted, length = await _is_wanted(node, shared, offset, length)
+            if wanted:
+                wanted, length = await _may_differ(node, new_backing, offset, length)
+            if wanted:
+                length = min(length, _PIECE)
+                await flight.add(compare(offset, length))
+            else:
+                control.advance(length)
+            offset += length
+        await flight.drain()
+    await node.flush()
+
+
+def _unit(node: Node) -> int:
+    """Return the bytes that are allocated together anyway."""
+    driver = node.driver
+    return max(SECTOR_SIZE, getattr(driver, "subcluster_size", driver.cluster_size))
+
+
+async def _is_wanted(
+    node: Node, shared: Node | None, offset: int, length: int
+) -> tuple[bool, int]:
+    """Return whether a stretch comes from images that will be gone, and how
+    long it is."""
+    kind, _, length = await node.driver.map(offset, length)
+    if kind != UNALLOCATED:
+        return False, length
+    if shared is None:
+        return True, length
+    above = node.backing
+    while above is not shared:
+        # Behind the end of an image there are zeroes, whatever is below it.
+        if above is None or offset >= above.size:
+            return True, length
+        kind, _, length = await above.driver.map(
+            offset, min(length, above.size - offset)
+        )
+        if kind != UNALLOCATED:
+            return True, length
+        above = above.backing
+    return False, length
+
+
+async def _may_differ(
+    node: Node, new_backing: Node | None, offset: int, length: int
+) -> tuple[bool, int]:
+    """Return whether a stretch must be read: not if both images' maps say that
+    it is zero."""
+    kind, length = await stretch_of(node, offset, min(length, _STRETCH))
+    if new_backing is None or offset >= new_backing.size:
+        return kind != ZERO, length
+    inside = min(length, new_backing.size - offset)
+    other, length = await stretch_of(new_backing, offset, inside)
+    return kind != ZERO or other != ZERO, length
+
+
+def _differences(
+    old: bytes, new: bytes, offset: int, unit: int
+) -> Iterator[tuple[int, int]]:
+    """Yield start and end of the runs of differing units, cut at ``unit``
+    bytes of the disk, where ``old`` is all zeroes or not at all."""
+    run_start, run_is_zero, position = 0, None, 0
+    while position < len(old):
+        end = min(len(old), position + unit - (offset + position) % unit)
+        is_zero_now: bool | None = None
+        if old[position:end] != new[position:end]:
+            is_zero_now = is_zero(old[position:end])
+        if is_zero_now is not run_is_zero:
+            if run_is_zero is not None:
+                yield run_start, position
+            run_start, run_is_zero = position, is_zero_now
+        position = end
+    if run_is_zero is not None:
+        yield run_start, position
+
+
+async def _read(node: Node, offset: int, length: int) -> bytes:
+    if not length:
+        return b""
+    try:
+        return bytes(await node.pread(offset, length))
+    except OSError as error:
+        raise CopyError("reading", offset, reason_of(error)) from error
+
+
+async def _write(node: Node, offset: int, data: bytes) -> None:
+    try:
+        # Without a backing file, a cluster that is made zero may be left
+        # unallocated: the new backing file would show there.
+        if node.driver.backing_filename is not None and is_zero(data):
+            await node.write_zeroes(offset, len(data))
+        else:
+            await node.pwrite(offset, data)
+    except OSError as error:
+        raise CopyError("writing", offset, reason_of(error)) from error

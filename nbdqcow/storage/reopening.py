@@ -1,0 +1,45 @@
+"""Opening a file that is open with other rights, under the same number."""
+
+import fcntl
+import os
+
+from nbdqcow.errors import ImageError
+from nbdqcow.storage import locks
+
+
+def reopen_blocking(
+    fd: int,
+    filename: str,
+    permissions: locks.Permissions | None,
+    read_only: bool,
+) -> locks.Permissions | None:
+    """Give ``fd`` or take from it the right to write.
+
+    ``permissions`` are those it has locks for, None for no locks; the new ones
+    are returned. At no moment is the file without locks. Raises `ImageError`
+    (`ImageInUse`), and all is as it was then.
+    """
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_DIRECT | os.O_NONBLOCK)
+    flags |= os.O_RDONLY if read_only else os.O_RDWR
+    wanted = None
+    if permissions is not None:
+        wanted = locks.READ_ONLY if read_only else locks.READ_WRITE
+    try:
+        # By its number: the file may have been renamed.
+        other = os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+    except OSError as error:
+        raise ImageError(f"Could not open '{filename}': {error.strerror}") from error
+    try:
+        if wanted is not None:
+            if not read_only:
+                # On the old descriptor, whose own locks are no conflict.
+                locks.lock_blocking(fd, filename, wanted)
+            locks.hold_blocking(other, filename, wanted)
+        os.dup2(other, fd, inheritable=False)
+    except BaseException:
+        if permissions is not None:
+            locks.release_blocking(fd, permissions)
+        raise
+    finally:
+        os.close(other)
+    return wanted

@@ -1,0 +1,302 @@
+"""Amending an image: what it becomes, as QEMU says, and what QEMU refuses."""
+
+import asyncio
+import json
+import random
+import subprocess
+
+import pytest
+
+from nbdqcow import open_image
+from nbdqcow.errors import BlockError
+
+KiB, MiB = 1 << 10, 1 << 20
+
+
+def qemu_img(*arguments, check=True):
+    return subprocess.run(
+        ["qemu-img", *map(str, arguments)], check=check, capture_output=True, text=True
+    )
+
+
+def qemu_io(path, *commands):
+    words = [word for command in commands for word in ("-c", command)]
+    subprocess.run(
+        ["qemu-io", "-f", "qcow2", *words, path], check=True, stdout=subprocess.DEVNULL
+    )
+
+
+def create(path, size=4 * MiB, *, backing=None, **options):
+    text = ",".join(f"{k}={v}" for k, v in options.items())
+    below = ["-b", backing, "-F", "raw"] if backing else []
+    qemu_img(
+        "create", "-qf", "qcow2", *(["-o", text] if text else []), *below, path, size
+    )
+    return path
+
+
+def check(path):
+    """No corruption and no leak, says QEMU."""
+    return json.loads(qemu_img("check", "--output=json", path).stdout)
+
+
+def specific(path):
+    info = json.loads(qemu_img("info", "--output=json", path).stdout)
+    return info["format-specific"]["data"] | {"size": info["virtual-size"]}
+
+
+def content(path, *options):
+    raw = path.with_suffix(".raw")
+    qemu_img("convert", *options, "-O", "raw", path, raw)
+    return raw.read_bytes()
+
+
+def amend(path, **options):
+    seen = []
+
+    async def run():
+        async with open_image(path) as node:
+            await node.amend(options, lambda done, total: seen.append((done, total)))
+
+    asyncio.run(run())
+    assert all(0 <= done <= total for done, total in seen)
+    return seen
+
+
+def text_of(options):
+    words = {True: "on", False: "off"}
+    return ",".join(
+        f"{name}={words.get(value, value) if isinstance(value, bool) else value}"
+        for name, value in options.items()
+    )
+
+
+GOOD = [
+    ({}, {"compat": "0.10"}),
+    ({"compat": "0.10"}, {"compat": "1.1"}),
+    ({"compat": "0.10"}, {"compat": "v3", "lazy_refcounts": True}),
+    ({"lazy_refcounts": "on"}, {"lazy_refcounts": False}),
+    ({"lazy_refcounts": "on"}, {"compat": "v2"}),
+    ({}, {"refcount_bits": 64}),
+    ({"refcount_bits": 64}, {"refcount_bits": 1}),
+    ({"refcount_bits": 8}, {"compat": "0.10", "refcount_bits": 16}),
+    ({}, {"size": 9 * MiB, "refcount_bits": 8}),
+    ({}, {"size": MiB + 512}),
+    ({"cluster_size": 512, "refcount_bits": 2}, {"refcount_bits": 32}),
+    ({}, {"data_file_raw": False}),
+    ({"compat": "0.10"}, {"refcount_bits": 16, "compat": "0.10"}),
+]
+
+
+@pytest.mark.parametrize(("made", "options"), GOOD)
+def test_what_it_becomes(tmp_path, made, options):
+    ours = create(tmp_path / "ours", **made)
+    qemu_io(ours, "write -P 1 1M 200k", "write -P 2 3M 1M")
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(ours.read_bytes())
+    before = content(ours)
+    amend(ours, **options)
+    qemu_img("amend", "-o", text_of(options), theirs)
+    assert specific(ours) == specific(theirs)
+    assert check(ours)["allocated-clusters"] == check(theirs)["allocated-clusters"]
+    size = options.get("size", 4 * MiB)
+    assert content(ours) == before[:size].ljust(size, b"\0")
+
+
+BAD = [
+    ({}, {"compat": "2"}),
+    ({}, {"refcount_bits": 3}),
+    ({}, {"refcount_bits": 128}),
+    ({}, {"refcount_bits": 0}),
+    ({}, {"data_file": "x"}),
+    ({}, {"data_file_raw": True}),
+    ({}, {"size": 1000}),
+    ({"compat": "0.10"}, {"refcount_bits": 8}),
+    ({"compat": "0.10"}, {"lazy_refcounts": True}),
+    ({}, {"lazy_refcounts": True, "compat": "0.10"}),
+    ({}, {"refcount_bits": 8, "compat": "0.10"}),
+    ({"refcount_bits": 8}, {"compat": "0.10"}),
+    ({"extended_l2": "on"}, {"compat": "0.10"}),
+    ({}, {"backing_file": "x"}),
+    ({}, {"nonsense": "x"}),
+]
+
+
+@pytest.mark.parametrize(("made", "options"), BAD)
+def test_what_is_refused(tmp_path, made, options):
+    path = create(tmp_path / "a", **made)
+    theirs = qemu_img("amend", "-o", text_of(options), path, check=False)
+    before = path.read_bytes()
+    with pytest.raises(BlockError) as caught:
+        amend(path, **options)
+    assert theirs.stderr.splitlines()[0] == f"qemu-img: {caught.value}"
+    assert path.read_bytes() == before
+
+
+def test_counts_that_do_not_fit(tmp_path):
+    path = create(tmp_path / "a")
+    qemu_io(path, "write 0 64k")
+    for name in "abcde":
+        qemu_img("snapshot", "-c", name, path)
+    with pytest.raises(BlockError) as caught:
+        amend(path, refcount_bits=2)
+    theirs = qemu_img("amend", "-o", "refcount_bits=2", path, check=False)
+    assert theirs.stderr == f"qemu-img: {caught.value}\n"
+    amend(path, refcount_bits=4)
+    check(path)
+    assert content(path, "-l", "c") == content(path)
+
+
+def test_snapshots_and_downgrade(tmp_path):
+    path = create(tmp_path / "a")
+    qemu_img("snapshot", "-c", "s", path)
+    qemu_img("resize", path, 8 * MiB)
+    with pytest.raises(BlockError) as caught:
+        amend(path, compat="0.10")
+    theirs = qemu_img("amend", "-o", "compat=0.10", path, check=False)
+    assert theirs.stderr == f"qemu-img: {caught.value}\n"
+
+
+def test_an_old_snapshot_table_is_completed(tmp_path):
+    path = create(tmp_path / "a", compat="0.10")
+    qemu_io(path, "write -P 3 0 1M")
+    qemu_img("snapshot", "-c", "s", path)
+    qemu_img("snapshot", "-c", "t", path)
+    cut_extra_data(path)
+    qemu_io(path, "write -P 4 0 1M")
+    amend(path, compat="1.1")
+    check(path)
+    assert specific(path)["compat"] == "1.1"
+    assert content(path, "-l", "t") == b"\3" * MiB + bytes(3 * MiB)
+    qemu_img("snapshot", "-a", "s", path)
+    assert content(path) == b"\3" * MiB + bytes(3 * MiB)
+    check(path)
+
+
+def cut_extra_data(path):
+    """Make the snapshot table one of before QEMU 1.1."""
+    data = bytearray(path.read_bytes())
+    offset = int.from_bytes(data[64:72], "big")
+    entries, end = [], offset
+    for _ in range(2):
+        extra = int.from_bytes(data[end + 36 : end + 40], "big")
+        names = sum(
+            int.from_bytes(data[end + n : end + n + 2], "big") for n in (12, 14)
+        )
+        fixed = bytes(data[end : end + 36]) + bytes(4)
+        start = end + 40 + extra
+        entries.append(fixed + data[start : start + names])
+        end = -(-(start + names) // 8) * 8
+    table = b"".join(entry.ljust(-(-len(entry) // 8) * 8, b"\0") for entry in entries)
+    data[offset:end] = table.ljust(end - offset, b"\0")
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("backed", [False, True])
+@pytest.mark.parametrize("cluster_size", [512, 65536])
+def test_zero_clusters_become_plain(tmp_path, cluster_size, backed, seed):
+    rnd = random.Random(seed)
+    base = tmp_path / "base"
+    base.write_bytes(rnd.randbytes(MiB))
+    path = create(
+        tmp_path / "a", MiB, backing=base if backed else None, cluster_size=cluster_size
+    )
+    contents = {}
+    for name in ("s", "t", None):
+        commands = []
+        for _ in range(12):
+            kind = rnd.choice(("write -P 7", "write -z", "write -zu", "discard"))
+            offset = rnd.randrange(15) * 65536
+            commands.append(f"{kind} {offset} {rnd.choice((512, 65536, 131072))}")
+        qemu_io(path, *[c for c in commands if not c.startswith("discard")])
+        if name:
+            qemu_img("snapshot", "-c", name, path)
+            contents[name] = content(path, "-l", name)
+    now = content(path)
+    seen = amend(path, compat="0.10")
+    assert seen[-1][0] == seen[-1][1] > 0
+    check(path)
+    assert specific(path)["compat"] == "0.10"
+    assert content(path) == now
+    for name, expected in contents.items():
+        assert content(path, "-l", name) == expected
+    amend(path, compat="1.1")
+    check(path)
+    assert content(path) == now
+
+
+def test_bitmaps_do_not_outlive_a_downgrade(tmp_path):
+    path = create(tmp_path / "a")
+    qemu_img("bitmap", "--add", path, "b")
+    amend(path, compat="0.10")
+    assert "bitmaps" not in specific(path)
+    check(path)
+
+
+def test_change_of_the_backing_file(tmp_path):
+    for name in ("base", "other"):
+        (tmp_path / name).write_bytes(name[:1].encode() * MiB)
+    path = create(tmp_path / "a", MiB, backing="base")
+
+    async def change(filename, format_name):
+        async with open_image(path) as node:
+            await node.driver.change_backing_file(filename, format_name)
+            await node.pwrite(0, b"x")
+
+    asyncio.run(change("other", "raw"))
+    info = json.loads(qemu_img("info", "--output=json", path).stdout)
+    assert info["backing-filename"] == "other"
+    assert info["backing-filename-format"] == "raw"
+    assert content(path)[65536:] == b"o" * (MiB - 65536)
+    asyncio.run(change(None, None))
+    info = json.loads(qemu_img("info", "--output=json", path).stdout)
+    assert "backing-filename" not in info
+    assert "backing-filename-format" not in info
+    assert content(path)[65536:] == bytes(MiB - 65536)
+    with pytest.raises(BlockError, match="name too long"):
+        asyncio.run(change("a", "b" * 16))
+    with pytest.raises(BlockError, match="name too long"):
+        asyncio.run(change("a" * 1024, None))
+
+
+@pytest.mark.asyncio
+async def test_amending_under_load(tmp_path, seed):
+    rnd = random.Random(seed)
+    base = tmp_path / "base"
+    base.write_bytes(rnd.randbytes(2 * MiB))
+    path = create(tmp_path / "a", 2 * MiB, backing=base)
+    expected = bytearray(base.read_bytes())
+    steps = [
+        {"refcount_bits": 64, "lazy_refcounts": True},
+        {"refcount_bits": 16, "compat": "0.10"},
+        {"compat": "1.1", "lazy_refcounts": True},
+        {"refcount_bits": 1, "lazy_refcounts": False},
+    ]
+    stop = False
+
+    async def client(number):
+        mine = random.Random(seed + number)
+        while not stop:
+            await asyncio.sleep(0)
+            offset = number * 512 * KiB + mine.randrange(400) * KiB
+            length = mine.choice((512, 5000, 65536))
+            data = mine.randbytes(length) if mine.random() < 0.7 else bytes(length)
+            if data.strip(b"\0") or mine.random() < 0.5:
+                if not node.try_pwrite(offset, data):
+                    await node.pwrite(offset, data)
+            else:
+                await node.write_zeroes(offset, length, may_unmap=mine.random() < 0.5)
+            expected[offset : offset + length] = data
+            if mine.random() < 0.1:
+                await node.flush()
+
+    async with open_image(path) as node:
+        clients = [asyncio.create_task(client(number)) for number in range(4)]
+        for options in steps * 2:
+            for _ in range(5):
+                await asyncio.sleep(0.001)
+            await node.amend(options, lambda done, total: None)
+        stop = True
+        await asyncio.gather(*clients)
+    check(path)
+    assert content(path) == expected

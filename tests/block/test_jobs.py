@@ -1,0 +1,284 @@
+"""Jobs on disks in memory: what they copy, find, report, and leave behind."""
+
+import asyncio
+import itertools
+import random
+
+import pytest
+
+from nbdqcow.block.node import Node
+from nbdqcow.errors import BlockError
+from nbdqcow.formats.qcow2.create import CreateOptions, create
+from nbdqcow.formats.qcow2.driver import Qcow2Driver
+from nbdqcow.formats.raw import RawDriver
+from nbdqcow.jobs.compare import CompareError, Comparison, compare
+from nbdqcow.jobs.control import Flight, JobCancelled, JobControl
+from nbdqcow.jobs.convert import ConvertOptions, CopyError, convert
+from nbdqcow.jobs.copy import copy
+from nbdqcow.jobs.map import HAS_DATA, HAS_OFFSET, IS_PRESENT, IS_ZERO, map_disk
+from nbdqcow.jobs.zeroes import data_runs, is_zero
+from nbdqcow.storage.memory import MemoryStorage
+from tests.conftest import SEED
+
+MiB = 1 << 20
+
+pytestmark = pytest.mark.asyncio
+
+
+class BadStorage(MemoryStorage):
+    """A file with a sector that can't be read, and one not written."""
+
+    bad_read = -1
+    bad_write = -1
+
+    def try_pread(self, offset, length):
+        if offset <= self.bad_read < offset + length:
+            return None
+        return super().try_pread(offset, length)
+
+    async def pread(self, offset, length):
+        if offset <= self.bad_read < offset + length:
+            raise BlockError(5, "bad sector")
+        return await super().pread(offset, length)
+
+    def try_pwrite(self, offset, data):
+        if offset <= self.bad_write < offset + len(data):
+            return False
+        return super().try_pwrite(offset, data)
+
+    async def pwritev(self, offset, buffers, *, fua=False):
+        if offset <= self.bad_write < offset + sum(map(len, buffers)):
+            raise BlockError(28, "no room")
+        await super().pwritev(offset, buffers, fua=fua)
+
+
+async def raw(data, **options):
+    storage = BadStorage(data)
+    for name, value in options.items():
+        setattr(storage, name, value)
+    return Node(
+        await RawDriver.open(storage, read_only=False, options={}), filename="raw"
+    )
+
+
+async def qcow2(size, backing=None, **options):
+    storage = MemoryStorage()
+    if backing is not None:
+        options |= {"backing_file": "below", "backing_format": "raw"}
+    await create(storage, CreateOptions(size=size, **options))
+    driver = await Qcow2Driver.open(storage, read_only=False, options={})
+    return Node(driver, filename="qcow2", backing=backing)
+
+
+def some_data(rng, nb_pieces=40, piece=32768):
+    kinds = [
+        bytes(piece),
+        rng.randbytes(piece),
+        rng.randbytes(700) + bytes(piece - 700),
+    ]
+    return b"".join(rng.choice(kinds) for _ in range(nb_pieces))
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("sparse", [0, 512, 4096, 65536])
+@pytest.mark.parametrize("compressed", [True, False])
+async def test_convert_to_qcow2(in_order, sparse, compressed):
+    rng = random.Random(SEED)
+    data = some_data(rng) + rng.randbytes(512 * 3)
+    source, target = await raw(data), await qcow2(len(data))
+    options = ConvertOptions(
+        sparse=sparse, compressed=compressed, target_is_zero=True, in_order=in_order
+    )
+    control = JobControl()
+    await convert([source], target, options, control)
+    assert bytes(await target.pread(0, len(data))) == data
+    assert control.done == control.total
+    found = await compare(source, target, JobControl())
+    assert found == Comparison()
+
+
+async def test_convert_several_disks_into_one():
+    rng = random.Random(SEED)
+    parts = [
+        rng.randbytes(700),
+        bytes(70_000),
+        rng.randbytes(3 * MiB),
+        rng.randbytes(1),
+    ]
+    expected = b"".join(part.ljust(-(-len(part) // 512) * 512, b"\0") for part in parts)
+    for compressed in (False, True):
+        target = await qcow2(len(expected))
+        await convert(
+            [await raw(part) for part in parts],
+            target,
+            ConvertOptions(compressed=compressed, target_is_zero=True),
+            JobControl(),
+        )
+        assert bytes(await target.pread(0, len(expected))) == expected
+
+
+async def test_convert_over_old_data_writes_zeroes():
+    rng = random.Random(SEED)
+    data = some_data(rng)
+    for target in (await raw(rng.randbytes(len(data))), await qcow2(len(data))):
+        await target.pwrite(0, rng.randbytes(len(data)))
+        await convert([await raw(data)], target, ConvertOptions(), JobControl())
+        assert bytes(await target.pread(0, len(data))) == data
+
+
+async def test_convert_leaves_the_backing_files_data_to_it():
+    below = await raw(random.Random(SEED).randbytes(4 * MiB))
+    source = await qcow2(5 * MiB, below)
+    await source.pwrite(MiB, b"x" * 65536)
+    await source.write_zeroes(2 * MiB, 65536)
+    target = await qcow2(5 * MiB, below)
+    options = ConvertOptions(target_has_backing=True, backing_size=below.size)
+    await convert([source], target, options, JobControl())
+    assert await compare(source, target, JobControl()) == Comparison()
+    present = [row[:3] async for rows in map_disk(target, 0, 5 * MiB)
+               for row in rows if row[4] == 0 and row[2] & IS_PRESENT]  # fmt: skip
+    assert present == [
+        (MiB, 65536, HAS_DATA | IS_PRESENT | HAS_OFFSET),
+        (2 * MiB, 65536, IS_ZERO | IS_PRESENT),
+    ]
+
+
+async def test_errors_say_where():
+    data = b"x" * (8 * MiB)
+    with pytest.raises(CopyError, match="error while reading at byte 4194304: bad"):
+        await convert(
+            [await raw(data, bad_read=5 * MiB)], await raw(bytes(8 * MiB)),
+            ConvertOptions(), JobControl(),
+        )  # fmt: skip
+    with pytest.raises(CopyError, match="error while writing at byte 2097152: no room"):
+        await convert(
+            [await raw(data)], await raw(bytes(8 * MiB), bad_write=3 * MiB),
+            ConvertOptions(), JobControl(),
+        )  # fmt: skip
+    with pytest.raises(CompareError, match="bad sector") as caught:
+        await compare(await raw(data), await raw(data, bad_read=5 * MiB), JobControl())
+    assert (caught.value.which, caught.value.offset) == (1, 4 * MiB)
+
+
+async def test_salvage_loses_one_sector():
+    data = b"x" * MiB
+    salvaged = []
+    target = await raw(bytes(MiB))
+    await convert(
+        [await raw(data, bad_read=70_000)],
+        target,
+        ConvertOptions(salvage=True),
+        JobControl(),
+        lambda offset, reason: salvaged.append((offset, reason)),
+    )
+    start = 70_000 // 512 * 512
+    assert salvaged == [(start, "bad sector")]
+    expected = data[:start] + bytes(512) + data[start + 512 :]
+    assert bytes(await target.pread(0, MiB)) == expected
+
+
+async def test_pause_resume_cancel():
+    control = JobControl()
+    control.pause()
+    task = asyncio.create_task(
+        convert([await raw(b"x" * (64 * MiB))], await raw(bytes(64 * MiB)),
+                ConvertOptions(), control)
+    )  # fmt: skip
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert control.paused
+    assert control.done == 0
+    control.resume()
+    while control.done == 0:
+        await asyncio.sleep(0)
+    control.cancel()
+    with pytest.raises(JobCancelled):
+        await task
+    assert 0 < control.done < control.total
+
+
+async def test_progress_is_told():
+    told = []
+    control = JobControl(lambda done, total: told.append((done, total)))
+    await copy(await raw(b"x" * 5000), await raw(bytes(5000)), 100, 4000, control)
+    assert told[0] == (0, 4000)
+    assert told[-1] == (4000, 4000)
+    assert control.fraction == 1
+
+
+async def test_the_first_of_several_failures_is_told():
+    ended = []
+
+    async def work(number):
+        try:
+            await asyncio.sleep(0 if number else 3600)
+            raise OSError(number, "failed")
+        finally:
+            ended.append(number)
+
+    with pytest.raises(OSError, match="failed"):
+        async with Flight(3) as flight:
+            for number in (0, 1, 2):
+                await flight.add(work(number))
+            await flight.drain()
+    assert sorted(ended) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("offset", [0, 511, 512, 3 * MiB + 5, 6 * MiB - 1])
+async def test_compare_finds_the_sector(offset):
+    data = bytearray(random.Random(SEED).randbytes(6 * MiB))
+    first = await raw(data)
+    data[offset] ^= 1
+    found = await compare(first, await raw(data), JobControl())
+    assert found == Comparison(content_offset=offset // 512 * 512)
+
+
+async def test_compare_of_different_sizes():
+    first, second = await raw(b"x" * 1024), await raw(b"x" * 1024 + bytes(4096))
+    told = []
+    found = await compare(first, second, JobControl(), on_longer=lambda: told.append(1))
+    assert (found, told) == (Comparison(sizes_differ=True), [1])
+    found = await compare(first, second, JobControl(), strict=True)
+    assert found == Comparison(sizes_differ=True)
+    longer = await raw(b"x" * 1024 + bytes(1024) + b"y")
+    found = await compare(longer, first, JobControl())
+    assert found == Comparison(content_offset=2048, sizes_differ=True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_data_runs(seed):
+    rng = random.Random(SEED + seed)
+    unit = rng.choice([8, 512, 4096])
+    data = b"".join(
+        rng.choice([bytes(unit), bytes(unit - 1) + b"x", rng.randbytes(unit)])
+        for _ in range(rng.randrange(20))
+    ) + rng.choice([b"", bytes(5), b"\0\0\1"])
+    expected = [
+        not is_zero(data[start : start + unit]) for start in range(0, len(data), unit)
+    ]
+    runs = data_runs(data, unit) if data else []
+    assert sum(length for _, length in runs) == len(data)
+    found = [has_data for has_data, length in runs for _ in range(0, length, unit)]
+    assert found == expected
+    assert all(a[0] != b[0] for a, b in itertools.pairwise(runs))
+
+
+@pytest.mark.parametrize("cluster_size", [512, 65536])
+async def test_many_clusters_are_mapped_as_one_by_one(cluster_size, monkeypatch):
+    rng = random.Random(SEED)
+    node = await qcow2(1500 * cluster_size, cluster_size=cluster_size)
+    for _ in range(400):
+        offset = rng.randrange(1500) * cluster_size
+        if rng.random() < 0.3:
+            await node.write_zeroes(offset, cluster_size)
+        else:
+            await node.pwrite(offset, b"x" * cluster_size)
+
+    async def rows(start):
+        return [row async for part in map_disk(node, start, node.size) for row in part]
+
+    for start in (0, 5 * cluster_size + 17):
+        slow = await rows(start)
+        with monkeypatch.context() as patch:
+            patch.setattr("nbdqcow.formats.qcow2.driver._MANY_CLUSTERS", 0)
+            assert await rows(start) == slow

@@ -1,0 +1,135 @@
+"""The jobs behind rebase and commit, on random chains of images."""
+
+import random
+import subprocess
+
+import pytest
+
+from nbdqcow import open_image
+from nbdqcow.jobs.commit import commit
+from nbdqcow.jobs.control import JobCancelled, JobControl
+from nbdqcow.jobs.rebase import rebase
+
+KiB = 1 << 10
+SIZES = (1024 * KiB, 1500 * KiB, 700 * KiB + 512)
+
+
+def create(path, size, options, backing=None):
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", options]
+    if backing is not None:
+        words += ["-b", backing, "-F", "qcow2"]
+    subprocess.run([*words, path, str(size)], check=True, capture_output=True)
+    return path
+
+
+async def scribble(node, rng, nb_writes=12):
+    for _ in range(nb_writes):
+        offset = rng.randrange(node.size)
+        length = min(rng.choice((512, 5000, 70_000)), node.size - offset)
+        if rng.random() < 0.3:
+            await node.write_zeroes(offset, length)
+        else:
+            await node.pwrite(offset, bytes([rng.randrange(1, 4)]) * length)
+
+
+def make_chain(tmp_path, rng, nb_images, options="cluster_size=4096"):
+    paths = []
+    for index in range(nb_images):
+        path = tmp_path / f"image{index}"
+        backing = paths[-1] if paths else None
+        paths.append(create(path, rng.choice(SIZES), options, backing))
+    return paths
+
+
+async def fill(paths, rng):
+    for path in paths:
+        async with open_image(path, format="qcow2") as node:
+            await scribble(node, rng)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    "options", ["cluster_size=4096", "compat=0.10", "extended_l2=on"]
+)
+async def test_rebase_keeps_the_disk(tmp_path, options, seed):
+    rng = random.Random(seed)
+    old = make_chain(tmp_path, rng, 2, options)
+    new = create(tmp_path / "new", rng.choice(SIZES), "cluster_size=65536")
+    await fill([*old, new], rng)
+    async with open_image(old[-1], format="qcow2") as node:
+        before = bytes(await node.pread(0, node.size))
+        done = []
+        control = JobControl(lambda n, total: done.append((n, total)))
+        async with open_image(new, format="qcow2", read_only=True) as backing:
+            await rebase(node, backing, control)
+        assert done[-1] == (node.size, node.size)
+        await node.driver.change_backing_file(str(new), "qcow2")
+    async with open_image(old[-1], format="qcow2") as node:
+        assert node.backing.filename == str(new)
+        assert await node.pread(0, node.size) == before
+        # To no backing image at all.
+        await rebase(node, None, JobControl())
+        await node.driver.change_backing_file(None, None)
+    async with open_image(old[-1], format="qcow2") as node:
+        assert node.backing is None
+        assert await node.pread(0, node.size) == before
+        # And back to the first one.
+        async with open_image(old[0], format="qcow2", read_only=True) as backing:
+            await rebase(node, backing, JobControl())
+        await node.driver.change_backing_file(str(old[0]), "qcow2")
+    async with open_image(old[-1], format="qcow2") as node:
+        assert await node.pread(0, node.size) == before
+
+
+@pytest.mark.asyncio
+async def test_rebase_to_an_image_of_the_chain(tmp_path, seed):
+    """What only the shared images have is not copied."""
+    rng = random.Random(seed)
+    paths = make_chain(tmp_path, rng, 3)
+    await fill(paths, rng)
+    async with open_image(paths[-1], format="qcow2") as node:
+        before = bytes(await node.pread(0, node.size))
+        shared = node.backing.backing
+        await rebase(node, shared, JobControl(), shared=shared)
+        await node.driver.change_backing_file(str(paths[0]), "qcow2")
+    async with open_image(paths[-1], format="qcow2") as node:
+        assert node.backing.filename == str(paths[0])
+        assert await node.pread(0, node.size) == before
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("nb_above", [1, 2])
+async def test_commit(tmp_path, nb_above, seed):
+    rng = random.Random(seed)
+    paths = make_chain(tmp_path, rng, nb_above + 2)
+    await fill(paths, rng)
+    base_path = paths[-1 - nb_above]
+    async with open_image(paths[-1], format="qcow2") as top:
+        before = bytes(await top.pread(0, top.size))
+        above = top
+        for _ in range(nb_above - 1):
+            above = above.backing
+        await above.backing.close()
+        above.backing = await open_image(base_path, format="qcow2")
+        await commit(top, above.backing, JobControl())
+        assert await top.pread(0, top.size) == before
+        if nb_above == 1:
+            await top.driver.make_empty()
+            assert await top.pread(0, top.size) == before
+    async with open_image(base_path, format="qcow2") as base:
+        assert base.size >= len(before)
+        assert await base.pread(0, len(before)) == before
+
+
+@pytest.mark.asyncio
+async def test_a_cancelled_job_leaves_the_disk_as_it_was(tmp_path, seed):
+    rng = random.Random(seed)
+    paths = make_chain(tmp_path, rng, 2)
+    await fill(paths, rng)
+    async with open_image(paths[-1], format="qcow2") as node:
+        before = bytes(await node.pread(0, node.size))
+        control = JobControl()
+        control.cancel()
+        with pytest.raises(JobCancelled):
+            await rebase(node, None, control)
+        assert await node.pread(0, node.size) == before

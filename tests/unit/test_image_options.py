@@ -1,0 +1,135 @@
+"""What options and ``json:`` names mean."""
+
+import json
+
+import pytest
+
+from nbdqcow.block.image_options import (
+    BackingOverride,
+    flatten,
+    parse_json_name,
+    parse_pairs,
+)
+from nbdqcow.errors import ImageError
+
+
+def test_json_is_flattened():
+    given = {"a": {"b": 1, "c": {"d": True}}, "e": None, "f.g": "x", "h": False}
+    assert flatten(given) == {
+        "a.b": "1", "a.c.d": "on", "e": None, "f.g": "x", "h": "off",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "filename", "options"),
+    [
+        ({"file": {"filename": "/a"}}, "/a", {}),
+        ({"file.filename": "a:b"}, "./a:b", {}),
+        (
+            {"driver": "qcow2", "file": {"driver": "file", "filename": "/a:b"}},
+            "/a:b",
+            {"format": "qcow2"},
+        ),
+        ({"driver": "raw", "file.filename": "a", "offset": 512},
+         "a", {"format": "raw", "driver_options": {"offset": "512"}}),
+        ({"driver": "file", "filename": "a"}, "a", {"format": "raw"}),
+        (
+            {"file.driver": "nbd", "file.host": "::1", "file.export": "a b"},
+            "nbd://[::1]:10809/a%20b",
+            {},
+        ),
+        (
+            {"file": {"driver": "nbd", "server": {"type": "unix", "path": "/s k"}}},
+            "nbd+unix:///?socket=/s%20k",
+            {},
+        ),
+        (
+            {"driver": "nbd", "server.type": "inet", "server.host": "h",
+             "server.port": "7"},
+            "nbd://h:7/",
+            {"format": "raw"},
+        ),
+        (
+            {"file.filename": "a", "backing": None},
+            "a",
+            {"backing": BackingOverride(none=True)},
+        ),
+        (
+            {"file.filename": "a", "backing": {"driver": "raw"}},
+            "a",
+            {"backing": BackingOverride(options={"format": "raw"})},
+        ),
+        (
+            {"file.filename": "a", "backing": {"file": {"filename": "b"},
+             "backing": {"driver": "qcow2", "file.filename": "c"}}},
+            "a",
+            {"backing": BackingOverride("b", options={
+                "backing": BackingOverride("c", options={"format": "qcow2"})})},
+        ),
+        (
+            {"file.filename": "a", "lazy-refcounts": True, "cache-size": "1M",
+             "refcount-cache-size": 4096, "pass-discard-other": True,
+             "discard-no-unref": False, "cache-clean-interval": 60,
+             "l2-cache-size": 65536},
+            "a",
+            {"l2_cache_size": 65536, "driver_options": {
+                "lazy_refcounts": True, "cache_size": 1 << 20,
+                "refcount_cache_size": 4096, "pass_discard_other": True,
+                "discard_no_unref": False, "cache_clean_interval": 60}},
+        ),
+        (
+            {"file.filename": "a", "overlap-check": "none"},
+            "a",
+            {"driver_options": {"overlap_check": ("none", {})}},
+        ),
+        (
+            {"file.filename": "a",
+             "overlap-check": {"template": "all", "inactive-l2": False}},
+            "a",
+            {"driver_options": {"overlap_check": ("all", {"inactive-l2": False})}},
+        ),
+        ({"file.filename": "a", "cache": {"direct": True, "writeback": False}},
+         "a", {"cache": "directsync"}),
+        ({"file.filename": "a", "data-file": {"driver": "file", "filename": "d"}},
+         "a", {"driver_options": {"data_file": "d"}}),
+    ],
+)  # fmt: skip
+def test_meaning(given, filename, options):
+    assert parse_json_name("json:" + json.dumps(given)) == (filename, options)
+    assert parse_pairs(flatten(given)) == (filename, options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "Could not parse"),
+        ("{", "Could not parse"),
+        ("[" * 100_000, "Could not parse"),
+        ('{"a":' * 5000 + "1" + "}" * 5000, "Could not parse|too deep"),
+        ("[]", "Invalid JSON object"),
+        ("{}", r"no file\.filename"),
+        ('{"file": "node"}', "node-name='node'"),
+        ('{"backing": "node", "file.filename": "a"}', "node-name='node'"),
+        ('{"file": {"driver": "ssh", "filename": "a"}}', "'ssh' is not supported"),
+        ('{"file": {"driver": "nbd"}}', "address missing"),
+        ('{"file": {"driver": "nbd", "host": "a", "path": "b"}}', "address missing"),
+        ('{"file": {"driver": "nbd", "host": "a", "x": "b"}}', "'file.x' is not"),
+        ('{"file.filename": "a", "file.x": 1}', "'file.x' is not supported"),
+        ('{"file.filename": "a", "x": 1}', "'x' is not supported"),
+        ('{"file.filename": "a", "x": [1]}', "'x' has no such"),
+        ('{"file.filename": "a", "discard": null}', "'discard' has no value"),
+        ('{"file.filename": "a", "lazy-refcounts": 3}', "expects 'on' or 'off'"),
+        ('{"file.filename": "a", "cache-size": "x"}', "invalid size"),
+        ('{"file.filename": "a", "overlap-check": "x"}', "Unsupported value 'x'"),
+        ('{"file.filename": "a", "overlap-check.x": "on"}', "check.x' is not"),
+        (
+            '{"file.filename": "a", "overlap-check": "all",'
+            ' "overlap-check.template": "none"}',
+            "Conflicting values",
+        ),
+        ('{"file.filename": "a", "data-file": {"driver": "qcow2"}}', "'data-file'"),
+    ],
+)
+def test_refusals(text, message):
+    with pytest.raises(ImageError, match=message):
+        parse_json_name("json:" + text)
