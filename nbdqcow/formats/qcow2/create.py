@@ -41,7 +41,7 @@ _FEATURE_NAMES: Final = (
     (2, 0, b"bitmaps"),
     (2, 1, b"raw external data"),
 )
-_FEATURE_NAMES_MIN_CLUSTER: Final = 4096
+_FEATURE_NAMES_MIN_CLUSTER: Final = 8192
 """Below this, QEMU spares the names: the backing name needs the room."""
 
 _ZEROES_CHUNK: Final = 1 << 20

@@ -103,6 +103,8 @@ async def note_snapshots(image: "Qcow2Driver") -> None:
             l1 = load_be64(await image.storage.pread(offset, length))
             tables = {entry & OFFSET_MASK for entry in l1} - {0}
             places += [(table, 1, "inactive-l2") for table in tables]
+            if len(places) > _MAX_SNAPSHOT_L1_CLUSTERS:
+                raise ImageError("The snapshots have too many L2 tables")
     for offset, length, kind in places:
         for cluster_index in range(offset >> bits, -(-(offset + length) >> bits)):
             image.snapshot_metadata.setdefault(cluster_index, kind)
