@@ -52,38 +52,36 @@ _ZEROES: Final = bytes(MiB)
 
 
 async def resize(image: "Qcow2Driver", size: int, preallocation: str) -> None:
-    """See `FormatDriver.resize`."""
+    """See `FormatDriver.resize`. No other operation runs."""
     if size % SECTOR_SIZE:
         raise BlockError(errno.EINVAL, "The new size must be a multiple of 512")
     if image.header.nb_snapshots and image.header.version < 3:
         raise NotSupported("Can't resize a v2 image which has snapshots")
-    async with image.resizing:
-        image.bitmaps.check_resize(size)
-        if size < image.size:
-            if preallocation != "off":
-                raise BlockError(
-                    errno.EINVAL, "Preallocation can only be used for growing images"
-                )
-            await _shrink(image, size)
-        elif size > image.size:
-            await _grow(image, size, preallocation)
+    image.bitmaps.check_resize(size)
+    if size < image.size:
+        if preallocation != "off":
+            raise BlockError(
+                errno.EINVAL, "Preallocation can only be used for growing images"
+            )
+        await _shrink(image, size)
+    elif size > image.size:
+        await _grow(image, size, preallocation)
 
 
 async def make_empty(image: "Qcow2Driver") -> None:
     """See `FormatDriver.make_empty`."""
     if image.data_file is not None and data_file.is_raw(image.header):
         raise NotSupported("a raw external data file can't be emptied")
-    async with image.resizing:
-        async with alone(image):
-            old, offset = image.tables.l1, image.tables.l1_offset
-            empty = array("Q", bytes(len(old) * 8))
-            # In place, or the file's end would stay: cut off in between, some
-            # tables are empty and some are not, as with any discard.
-            await _or_fail(image, image.storage.pwritev(offset, [empty.tobytes()]))
-            await _or_fail(image, image.storage.flush())
-            image.tables.replace(empty, offset)
-        await _free_tables(image, old)
-        image.trim_when_freed()
+    async with alone(image):
+        old, offset = image.tables.l1, image.tables.l1_offset
+        empty = array("Q", bytes(len(old) * 8))
+        # In place, or the file's end would stay: cut off in between, some
+        # tables are empty and some are not, as with any discard.
+        await _or_fail(image, image.storage.pwritev(offset, [empty.tobytes()]))
+        await _or_fail(image, image.storage.flush())
+        image.tables.replace(empty, offset)
+    await _free_tables(image, old)
+    image.trim_when_freed()
 
 
 # -- the L1 table ----------------------------------------------------------
