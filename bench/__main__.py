@@ -36,6 +36,7 @@ def prepare(cell: Cell, peer: Peer, directory: Path) -> Path:
         path = images.luks_qcow2(directory)
         images.warm_up(path)
         images.write_back(path)
+        return path
     if cell.disk in (Disk.ZLIB, Disk.ZSTD):
         path = images.compressed_qcow2(directory, cell.disk.name.lower())
         images.warm_up(path)

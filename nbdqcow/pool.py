@@ -148,11 +148,10 @@ class Pool:
         self._idle_waiters: list[asyncio.Future[None]] = []
         self._closed = False
 
-    @property
-    def saturated(self) -> bool:
-        """Whether the threads have enough to compute: each processor beside the
-        loop's has a call, and one more call waits."""
-        return self._workers.nb_unfinished > _NB_SPARE
+    def is_saturated(self, nb_more: int = 0) -> bool:
+        """Whether the threads have enough to compute, with ``nb_more`` calls to
+        come: each processor beside the loop's has one, and one more waits."""
+        return self._workers.nb_unfinished + nb_more > _NB_SPARE
 
     async def run(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
         """Call ``function`` in a worker thread; return or raise what it does.

@@ -7,7 +7,7 @@ writes them through ``data``, the storage driver that holds guest data.
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Final
@@ -136,6 +136,14 @@ class FormatDriver(ABC):
         For images that nobody writes to. Neighbours may be alike.
         """
         return [await self.map(offset, length)]
+
+    async def read_compressed_parts(
+        self, places: Sequence[tuple[int, int, int]]
+    ) -> AsyncIterator[Buffer]:
+        """Yield what `read_compressed_part` returns for each of some places:
+        descriptor, start and length."""
+        for place in places:
+            yield await self.read_compressed_part(*place)
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """Return at most ``limit`` extents of this image from ``offset`` on.

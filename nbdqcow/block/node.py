@@ -7,7 +7,6 @@ to be aligned, and falls back where a driver can't do something.
 
 import asyncio
 import errno
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Final, Self
 
@@ -118,8 +117,9 @@ class Node(InlineRequests):
                     start = offset & (driver.cluster_size - 1)
                     yield await driver.read_compressed_part(host_offset, start, covered)
                 elif kind == COMPRESSED:
+                    places = self._compressed_places(offset, length)
                     covered = 0
-                    async for piece in self._read_compressed(offset, length):
+                    async for piece in driver.read_compressed_parts(places):
                         covered += len(piece)
                         yield piece
                 else:
@@ -134,38 +134,21 @@ class Node(InlineRequests):
         finally:
             driver.epochs.leave(epoch)
 
-    async def _read_compressed(self, offset: int, length: int) -> AsyncIterator[Buffer]:
-        """Read the compressed clusters from ``offset`` on, up to one that is
-        not, or that needs a table: several at a time."""
-        driver, end = self.driver, offset + length
-        cluster_mask = driver.cluster_size - 1
-        reads: deque[asyncio.Task[Buffer] | Buffer] = deque()
-        try:
-            while True:
-                while offset < end and len(reads) < _MAX_DECOMPRESSING:
-                    run = self._try_map(offset, end - offset)
-                    if run is None or run[0] != COMPRESSED:
-                        end = offset
-                        break
-                    _, descriptor, covered = run
-                    place = descriptor, offset & cluster_mask, covered
-                    offset += covered
-                    reads.append(
-                        driver.try_read_compressed(*place)
-                        or asyncio.ensure_future(driver.read_compressed_part(*place))
-                    )
-                if not reads:
-                    return
-                read = reads[0]
-                piece = await read if isinstance(read, asyncio.Future) else read
-                reads.popleft()
-                yield piece
-        finally:
-            tasks = [read for read in reads if isinstance(read, asyncio.Future)]
-            for task in tasks:
-                task.cancel()
-            # They read what may be freed as soon as this request has ended.
-            await asyncio.gather(*tasks, return_exceptions=True)
+    def _compressed_places(
+        self, offset: int, length: int
+    ) -> list[tuple[int, int, int]]:
+        """Return where the compressed clusters from ``offset`` on are, up to
+        one that is not, or that needs a table: as many as are decompressed at
+        a time."""
+        places: list[tuple[int, int, int]] = []
+        end, cluster_mask = offset + length, self.driver.cluster_size - 1
+        while offset < end and len(places) < _MAX_DECOMPRESSING:
+            run = self._try_map(offset, end - offset)
+            if run is None or run[0] != COMPRESSED:
+                break
+            places.append((run[1], offset & cluster_mask, run[2]))
+            offset += run[2]
+        return places
 
     async def reads_zero(self, offset: int, length: int) -> bool:
         """Whether a range reads as zeroes by the look of the maps alone.

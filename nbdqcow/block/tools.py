@@ -24,12 +24,12 @@ Report: TypeAlias = Callable[[str], None]
 
 OptionValue: TypeAlias = str | int | bool
 
-Progress: TypeAlias = Callable[[int, int], None]
-"""Takes how much is done, and of how much, in one measure."""
-
 Secrets: TypeAlias = Callable[[str], bytes]
 """Returns the passphrase that an option names by its id; raises `ImageError`
 if there is none."""
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Takes how much is done, and of how much, in one measure."""
 
 
 def no_secrets(name: str) -> bytes:

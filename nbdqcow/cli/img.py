@@ -81,7 +81,10 @@ _COMMANDS: Final = {
         "[--object objectdef] [--image-opts] [-U] [-q] [-f fmt] [-t cache] "
         "[-T src_cache] [-p] [-u] -b backing_file [-F backing_fmt] filename",
     ),
-    "rename": ("nbdqcow.cli.img_rename", "[-f fmt] filename new_filename"),
+    "rename": (
+        "nbdqcow.cli.img_rename",
+        "[--object objectdef] [--image-opts] [-f fmt] filename new_filename",
+    ),
     "resize": (
         "nbdqcow.cli.img_resize",
         "[--object objectdef] [--image-opts] [-f fmt] [--preallocation=mode] [-q] "

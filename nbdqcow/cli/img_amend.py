@@ -110,7 +110,7 @@ async def _amend(
         if keys:
             await driver.amend_keys(keys, images.secret, force=force)
         if values:
-            await driver.amend(values, progress)
+            await node.amend(values, progress)
         progress.show(100)
     finally:
         await node.close()

@@ -333,6 +333,14 @@ def _secret_of(values: dict[str, OptionValue], images: ImageArguments) -> bytes 
     return None if key is None else images.secret(str(key))
 
 
+def _begins_zero(target: Node, values: dict[str, OptionValue]) -> bool:
+    """Whether a new image reads as zeroes: not where there is room for encrypted
+    data already, for that decrypts to noise."""
+    return target.driver.data.name != "encrypted" or (
+        target.driver.cluster_size > 1 and values.get("preallocation", "off") == "off"
+    )
+
+
 def _check_compression(format_: str) -> None:
     if format_ == "raw":
         raise ImageError("Compression not supported for this file format")
@@ -361,7 +369,8 @@ async def _copy(
         ConvertOptions(
             sparse=settings.sparse,
             compressed=settings.compressed,
-            target_is_zero=(settings.target_is_zero or is_new) and not has_backing,
+            target_is_zero=not has_backing
+            and (settings.target_is_zero or (is_new and _begins_zero(target, values))),
             target_has_backing=has_backing
             and (settings.backing_file is not None or "backing_file" in values),
             backing_size=target.backing.size if target.backing is not None else 0,

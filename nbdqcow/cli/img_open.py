@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from nbdqcow.block.image_options import JSON_PREFIX, parse_json_name
 from nbdqcow.block.registry import (
     PROBE_LENGTH,
     blocking_file,
@@ -39,6 +40,9 @@ def open_image_file(
     The messages start with what is wrong, not with "Could not open": the
     caller knows how to call the image.
     """
+    if filename.startswith(JSON_PREFIX):
+        filename, options = parse_json_name(filename)
+        format_ = options.get("format", format_)
     path = local_path(filename)
     tool = None if format_ is None else format_tool(format_)
     try:

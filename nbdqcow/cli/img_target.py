@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from nbdqcow.block.registry import blocking_file
 from nbdqcow.block.tools import FormatTool, OptionValue, Secrets, no_secrets
-from nbdqcow.cli.img_create import option_specs
+from nbdqcow.cli.img_create import create_data_file, option_specs
 from nbdqcow.cli.img_open import local_path
 from nbdqcow.cli.img_options import convert_option, split_options
 from nbdqcow.errors import ImageError
@@ -102,6 +102,7 @@ class NewImage:
     ) -> None:
         """Write an empty image. Raises `ImageError`."""
         plan = tool.prepare(values, secrets=secrets)
+        create_data_file(tool, plan, self._final or self.path)
         try:
             file = blocking_file().create(self.path)
         except OSError as exc:

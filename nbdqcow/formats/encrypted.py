@@ -215,8 +215,8 @@ class EncryptedStorage(StorageDriver):
             await self.pwritev(offset + start, [bytes(min(_PIECE, length - start))])
 
     async def discard(self, offset: int, length: int) -> None:
-        """See `StorageDriver.discard`."""
-        await self._storage.discard(_locate(offset)[0], length)
+        """See `StorageDriver.discard`: nothing is done. A hole decrypts to noise,
+        and after a power cut the image may still say that data is there."""
 
     async def flush(self) -> None:
         """See `StorageDriver.flush`."""

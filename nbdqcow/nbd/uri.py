@@ -57,7 +57,7 @@ class NbdUri:
     def __str__(self) -> str:
         scheme = "nbds" if self.tls else "nbd"
         query = dict(self.parameters)
-        authority = f"{_quote(self.username)}@" if self.username else ""
+        authority = f"{_quote(self.username, safe='')}@" if self.username else ""
         if self.transport == "unix":
             scheme += "+unix"
             query = {"socket": self.socket} | query
@@ -65,9 +65,9 @@ class NbdUri:
             scheme += "+vsock" if self.transport == "vsock" else ""
             if ":" in self.host:
                 # The % before a zone is written %25 (RFC 6874).
-                authority += "[" + self.host.replace("%", "%25") + "]"
+                authority += f"[{_quote(self.host, safe=':')}]"
             else:
-                authority += _quote(self.host)
+                authority += _quote(self.host, safe="")
             if self.port != nbd.DEFAULT_PORT:
                 authority += f":{self.port}"
         text = f"{scheme}://{authority}/{_quote(self.export)}"
@@ -169,8 +169,8 @@ def _parse_host_port(uri: str, text: str) -> tuple[str, int]:
     return _unquote(uri, host, "strict"), int(port)
 
 
-def _quote(text: str) -> str:
-    return quote(text.encode(errors="surrogateescape"), safe="/")
+def _quote(text: str, safe: str = "/") -> str:
+    return quote(text.encode(errors="surrogateescape"), safe=safe)
 
 
 def _unquote(uri: str, text: str, errors: str) -> str:

@@ -9,53 +9,33 @@ import asyncio
 import contextlib
 import errno
 import os
-import resource
 import stat
-import time
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Final, TypeVar, TypeVarTuple
+from typing import ClassVar, TypeVar, TypeVarTuple
 
 from nbdqcow.block.storage import StorageDriver
+from nbdqcow.buffers import zero_views
 from nbdqcow.errors import BlockError, ImageError, NotSupported, UsageError
 from nbdqcow.pool import Pool
 from nbdqcow.storage import locks
 from nbdqcow.storage.holes import Holes
+from nbdqcow.storage.inline_file import InlineFile
 from nbdqcow.storage.linux import (
-    OVERLAYFS_MAGIC,
-    TMPFS_MAGIC,
     copy_file_range,
-    filesystem_type,
+    pread_all,
     pwrite_all,
 )
-from nbdqcow.storage.mapped import MappedFile
 from nbdqcow.storage.open_file import open_file
 from nbdqcow.storage.opening import CacheMode
-from nbdqcow.storage.overwrite import Overwriter
-from nbdqcow.storage.overwrite import pays as overwrite_pays
 from nbdqcow.storage.reopening import reopen_blocking
 from nbdqcow.types import Buffer, Buffers
-from nbdqcow.units import KiB, MiB
-
-MAX_INLINE_READ: Final = 128 * KiB
-MAX_INLINE_WRITE: Final = 64 * KiB
-
-# An inline write that took this long (seconds) has waited for the device, or,
-# far more often on a busy machine, somebody else had the processor. So the next
-# ones are watched: one that is slow again and gave the processor up by itself
-# did wait. Then writes go to threads for a while, twice as long each time that
-# the first ones afterwards are no better.
-SLOW_WRITE: Final = 0.002
-NB_WATCHED: Final = 32
-MIN_PAUSE: Final = 0.05
-MAX_PAUSE: Final = 1.0
-
-_ZEROES: Final = bytes(MiB)
+from nbdqcow.units import MiB
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
-class FileStorage(StorageDriver):
+class FileStorage(InlineFile):
     """A regular file or a block device.
 
     If the kernel once fails to make written data durable, it may have dropped
@@ -98,25 +78,7 @@ class FileStorage(StorageDriver):
         self._cache = cache
         self._unmap = unmap
 
-        self._read_flags = 0
-        self._max_inline_read = 0
-        self._asks_residency = False
-        if not cache.direct:
-            self._probe_inline_reads()
-        self._scratch_memory = memoryview(bytearray())
-        self._scratch = (self._scratch_memory,)
-        self._scratch_length = -1
-
-        self._mapped: MappedFile | None = None
-        if not (cache.direct or self._is_device) and _tells_residency(fd, status):
-            # Without /proc there are no views; copies do as well.
-            with contextlib.suppress(OSError):
-                self._mapped = MappedFile(fd)
-
-        self._overwriter: Overwriter | None = None
-        self._pause = MIN_PAUSE
-        self._nb_watched = 0
-        self._set_inline_writes()
+        self._set_up_inline(status)
         self.permissions: locks.Permissions | None = None
 
         self._holes = Holes(fd, self._is_device, self._pwritev_blocking)
@@ -139,6 +101,7 @@ class FileStorage(StorageDriver):
         discard: str = "unmap",
         locking: bool = True,
         shared: bool = False,
+        is_data_file: bool = False,
     ) -> "FileStorage":
         """Open a file that exists.
 
@@ -151,14 +114,13 @@ class FileStorage(StorageDriver):
             locking: take QEMU's image locks (`nbdqcow.storage.locks`).
             shared: let others write to the file meanwhile (``-U``); only with
                 ``read_only``.
+            is_data_file: the lock of the image that names it keeps others off.
 
         Raises `ImageError` (`ImageInUse` for a lock) with one clear message.
         """
         permissions = None
         if locking:
-            permissions = locks.READ_ONLY if read_only else locks.READ_WRITE
-            if shared:
-                permissions = locks.FORCE_SHARE
+            permissions = locks.choose(read_only, shared, is_data_file)
         if shared and not read_only:
             raise UsageError("an image can be shared with writers only read-only")
         flags = os.O_RDONLY if read_only else os.O_RDWR
@@ -199,163 +161,6 @@ class FileStorage(StorageDriver):
             raise
         return storage
 
-    def _set_inline_writes(self) -> None:
-        cache = self._cache
-        inline = not (cache.direct or cache.write_through or self.read_only)
-        if self._overwriter is not None:
-            self._overwriter.close()
-            self._overwriter = None
-        if inline and self._mapped is not None and overwrite_pays(self._fd):
-            with contextlib.suppress(OSError):
-                self._overwriter = Overwriter(self._fd)
-        self._max_inline_write = MAX_INLINE_WRITE if inline else -1
-        self._inline_resume_at = 0.0 if inline else float("inf")
-
-    def _probe_inline_reads(self) -> None:
-        """Find out how to read without waiting, if at all.
-
-        tmpfs refuses RWF_NOWAIT, but a plain read of it is a copy in memory.
-        overlayfs, a container's root, refuses it too; there mincore(2) says
-        whether a read would wait. Others (network file systems, say, which
-        may ask their server even then) are read in threads only.
-        """
-        try:
-            os.preadv(self._fd, (bytearray(1),), 0, os.RWF_NOWAIT)
-        except BlockingIOError:
-            pass
-        except OSError:
-            kind = filesystem_type(self._fd)
-            self._asks_residency = kind == OVERLAYFS_MAGIC
-            if kind == TMPFS_MAGIC:
-                self._max_inline_read = MAX_INLINE_READ
-            return
-        self._read_flags = os.RWF_NOWAIT
-        self._max_inline_read = MAX_INLINE_READ
-
-    # -- inline ------------------------------------------------------------
-
-    def try_pread(self, offset: int, length: int) -> bytes | None:
-        """Return exactly ``length`` bytes if they are in page cache."""
-        if length != self._scratch_length and not self._fit_scratch(length):
-            return self._try_pread_resident(offset, length)
-        try:
-            nb_read = os.preadv(self._fd, self._scratch, offset, self._read_flags)
-        except BlockingIOError:
-            return None
-        if nb_read == length:
-            return self._scratch[0].tobytes()
-        if offset + nb_read < self.length:
-            # What follows is not in page cache.
-            return None
-        return self._scratch[0][:nb_read].tobytes().ljust(length, b"\0")
-
-    def _fit_scratch(self, length: int) -> bool:
-        """Make the scratch buffer ``length`` bytes; whether that is allowed.
-
-        preadv(2) needs memory to read into and the caller wants bytes. One
-        buffer for all reads is touched already; and requests are mostly as
-        long as the one before.
-        """
-        if length > self._max_inline_read:
-            return False
-        if len(self._scratch_memory) < length:
-            self._scratch_memory = memoryview(bytearray(max(length, 64 * KiB)))
-        self._scratch = (self._scratch_memory[:length],)
-        self._scratch_length = length
-        return True
-
-    def _try_pread_resident(self, offset: int, length: int) -> bytes | None:
-        """Read without RWF_NOWAIT, if mincore(2) says that it won't wait."""
-        if (
-            not self._asks_residency
-            or self._mapped is None
-            or not 0 < length <= MAX_INLINE_READ
-            or offset + length > self.length
-            or not self._mapped.is_resident(offset, length)
-        ):
-            return None
-        data = os.pread(self._fd, length, offset)
-        return data if len(data) == length else None
-
-    def try_view(self, offset: int, length: int) -> memoryview | None:
-        """Return page cache itself; see `nbdqcow.storage.mapped`."""
-        if self._mapped is None:
-            return None
-        return self._mapped.try_view(offset, length, self.length)
-
-    def is_resident(self, offset: int, length: int) -> bool:
-        """Whether all of a range is in page cache."""
-        return (
-            self._mapped is not None
-            and offset + length <= self.length
-            and self._mapped.is_resident(offset, length)
-        )
-
-    def sendfile(self, socket_fd: int, offset: int, length: int) -> int:
-        """Send resident bytes to a socket without copying them."""
-        try:
-            return os.sendfile(socket_fd, self._fd, offset, length)
-        except BlockingIOError:
-            return 0
-
-    def try_pwrite(self, offset: int, data: Buffer) -> bool:
-        """Write ``data`` to page cache, unless that has lately been slow."""
-        length = len(data)
-        if length > self._max_inline_write:
-            return self._try_pwrite_watched(offset, data)
-        started = time.perf_counter()
-        overwriter = self._overwriter
-        if (
-            overwriter is not None
-            and offset + length <= self.length
-            and overwriter.try_write(offset, data)
-        ):
-            nb_written = length
-        else:
-            nb_written = os.pwrite(self._fd, data, offset)
-        self._note_inline_write(started, offset + nb_written, nb_written)
-        return nb_written == length
-
-    def try_pwritev(self, offset: int, buffers: Buffers) -> bool:
-        """Write ``buffers`` to page cache, unless that has lately been slow."""
-        length = sum(map(len, buffers))
-        if length > self._max_inline_write:
-            return self._try_pwrite_watched(offset, b"".join(buffers))
-        started = time.perf_counter()
-        nb_written = os.pwritev(self._fd, buffers, offset)
-        self._note_inline_write(started, offset + nb_written, nb_written)
-        return nb_written == length
-
-    def _note_inline_write(self, started: float, end: int, nb_written: int) -> None:
-        if time.perf_counter() - started > SLOW_WRITE:
-            self._nb_watched = NB_WATCHED
-            self._max_inline_write = -1
-        self._write_sequence += 1
-        if end > self.length and nb_written:
-            self.length = end
-
-    def _try_pwrite_watched(self, offset: int, data: Buffer) -> bool:
-        """Write inline, if at all, and see whether that waits for the device."""
-        if len(data) > MAX_INLINE_WRITE or time.perf_counter() < self._inline_resume_at:
-            return False
-        nb_waits = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
-        self._max_inline_write = MAX_INLINE_WRITE
-        done = self.try_pwrite(offset, data)
-        if self._max_inline_write < 0:
-            # Slow again.
-            if resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw > nb_waits:
-                self._pause_inline()
-        elif self._nb_watched:
-            self._nb_watched -= 1
-            self._max_inline_write = -1
-        return done
-
-    def _pause_inline(self) -> None:
-        now = time.perf_counter()
-        relapsed = now - self._inline_resume_at < MAX_PAUSE
-        self._pause = min(self._pause * 2, MAX_PAUSE) if relapsed else MIN_PAUSE
-        self._inline_resume_at = now + self._pause
-
     # -- reading and writing -------------------------------------------------
 
     async def pread(self, offset: int, length: int) -> Buffer:
@@ -367,16 +172,7 @@ class FileStorage(StorageDriver):
         return bytes(self._pread_blocking(offset, length))
 
     def _pread_blocking(self, offset: int, length: int) -> Buffer:
-        data = os.pread(self._fd, length, offset)
-        if len(data) == length:
-            return data
-        pieces = [data]
-        nb_read = len(data)
-        while data and nb_read < length:
-            data = os.pread(self._fd, length - nb_read, offset + nb_read)
-            pieces.append(data)
-            nb_read += len(data)
-        return b"".join(pieces).ljust(length, b"\0")
+        return pread_all(self._fd, offset, length)
 
     async def pwritev(
         self, offset: int, buffers: Buffers, *, fua: bool = False
@@ -548,10 +344,7 @@ class FileStorage(StorageDriver):
             if no_fallback:
                 raise
         for start in range(offset, end, 8 * MiB):
-            count = min(8 * MiB, end - start)
-            zeroes = [_ZEROES] * (count // len(_ZEROES))
-            zeroes.append(_ZEROES[: count % len(_ZEROES)])
-            await self.pwritev(start, zeroes)
+            await self.pwritev(start, zero_views(min(8 * MiB, end - start)))
 
     def _zero_blocking(
         self, offset: int, length: int, unmap: bool, no_fallback: bool
@@ -665,11 +458,3 @@ class FileStorage(StorageDriver):
                 await self._pool.run(os.close, fd)
             finally:
                 await self._pool.close()
-
-
-def _tells_residency(fd: int, status: os.stat_result) -> bool:
-    """Whether mincore(2) tells us the truth about the file.
-
-    Of a file that we neither own nor may write it says that all is resident.
-    """
-    return status.st_uid == os.geteuid() or os.access(f"/proc/self/fd/{fd}", os.W_OK)

@@ -57,6 +57,20 @@ def filesystem_type(fd: int) -> int:
     return int(statfs[0])
 
 
+def pread_all(fd: int, offset: int, length: int) -> bytes:
+    """Return exactly ``length`` bytes, zeroes where the file has ended."""
+    data = os.pread(fd, length, offset)
+    if len(data) == length:
+        return data
+    pieces = [data]
+    nb_read = len(data)
+    while data and nb_read < length:
+        data = os.pread(fd, length - nb_read, offset + nb_read)
+        pieces.append(data)
+        nb_read += len(data)
+    return b"".join(pieces).ljust(length, b"\0")
+
+
 def pwrite_all(fd: int, offset: int, buffers: Buffers, flags: int = 0) -> None:
     """Write all of ``buffers``, however many they are, in as many calls as it
     takes."""

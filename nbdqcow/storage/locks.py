@@ -58,6 +58,15 @@ READ_WRITE: Final = Permissions(CONSISTENT_READ | WRITE | RESIZE, WRITE | RESIZE
 FORCE_SHARE: Final = Permissions(CONSISTENT_READ, 0)
 
 
+def choose(read_only: bool, shared: bool, is_data_file: bool) -> Permissions:
+    """Return what an image file is opened with, or an external data file: QEMU
+    leaves it to the lock of the image to keep other writers off that."""
+    if shared:
+        return FORCE_SHARE
+    held, unshared = READ_ONLY if read_only else READ_WRITE
+    return Permissions(held, unshared & ~WRITE if is_data_file else unshared)
+
+
 def lock_blocking(fd: int, filename: str, permissions: Permissions) -> None:
     """Take the locks on ``fd`` until it is closed.
 

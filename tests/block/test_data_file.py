@@ -265,23 +265,40 @@ def test_what_can_not_be_opened(tmp_path):
         opened(plain)
 
 
-def test_the_data_file_is_locked(tmp_path, monkeypatch):
+def locked_bytes(path):
+    """Return the bytes of a file that this process has locked."""
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            if not os.path.samestat(os.stat(f"/proc/self/fd/{fd}"), os.stat(path)):
+                continue
+            with open(f"/proc/self/fdinfo/{fd}") as info:
+                lines = [line.split() for line in info if line.startswith("lock:")]
+        except OSError:
+            continue
+        for words in lines:
+            found |= set(range(int(words[-2]), int(words[-1]) + 1))
+    return found
+
+
+def test_the_data_file_is_locked_as_qemu_does_it(tmp_path):
     path = create(tmp_path / "disk", MiB)
+    data = tmp_path / "data"
 
     async def use():
         async with open_image(path) as node:
             await node.pwrite(0, b"x")
-            with pytest.raises(ImageInUse):
-                opened_data = open_image(tmp_path / "data", format="raw")
-                await opened_data
-            text = run("qemu-io", "-f", "raw", "-c", "read 0 1", "data", fails=True)
+            assert locked_bytes(data) == {100, 101, 103, 203}
+            text = run("qemu-img", "resize", "-f", "raw", data, "2M", fails=True)
             assert "lock" in text
+            with pytest.raises(ImageInUse):
+                await open_image(data, format="raw")
+        assert not locked_bytes(data)
+        async with open_image(path, read_only=True):
+            assert locked_bytes(data) == {100, 203}
 
-    monkeypatch.chdir(tmp_path)
     asyncio.run(use())
-    # All are free again.
-    run("qemu-io", "-f", "raw", "-c", "write 0 512", "data")
-    run("qemu-io", "-c", "write 0 512", "disk")
+    run("qemu-img", "resize", "-f", "raw", data, "2M")
 
 
 def test_what_an_image_with_a_data_file_does_not_do(tmp_path):

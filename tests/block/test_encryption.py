@@ -161,6 +161,8 @@ async def test_zeroes_are_written_out(seed):
     assert await storage.pread(100, 3000) == bytes(3000)
     assert await memory.pread(512, 2048) != bytes(2048)
     assert not storage.zero_beyond_end
+    await storage.discard(0, 4096)
+    assert await storage.pread(100, 3000) == bytes(3000)
     await storage.close()
 
 

@@ -333,3 +333,22 @@ async def test_version_length_and_geometry(tmp_path):
 def test_geometries(size, physical, logical):
     assert physical_geometry(size) == Geometry(*physical)
     assert logical_geometry(size) == Geometry(*logical)
+
+
+@pytest.mark.asyncio
+async def test_a_qcow2_image_is_renamed_as_well(tmp_path):
+    (tmp_path / "other").mkdir()
+    below(tmp_path / "base")
+    path, moved = tmp_path / "a", tmp_path / "other" / "a"
+    link = ("-b", "base", "-F", "raw")
+    run("qemu-img", "create", "-qf", "qcow2", *link, path, "1M")
+    async with open_image(path, format="qcow2") as node:
+        await rename_image(node, str(moved))
+        assert node.driver.backing_filename == "../base"
+        # It can't be made read-only yet, and stays as it is.
+        with pytest.raises(NotSupported):
+            await node.reopen(read_only=True)
+        await node.pwrite(0, b"new")
+    run("qemu-img", "check", "-q", moved)
+    async with open_image(moved, format="qcow2", read_only=True) as node:
+        assert bytes(await node.pread(0, 6)) == b"newbbb"

@@ -1,6 +1,7 @@
 """Images with subclusters: what QEMU makes of ours, and we of QEMU's."""
 
 import asyncio
+import contextlib
 import os
 import random
 import shutil
@@ -11,7 +12,7 @@ import pytest
 from nbdqcow import open_image
 from nbdqcow.block.node import Node
 from nbdqcow.block.tools import REPAIR_ALL, REPAIR_NONE
-from nbdqcow.errors import CorruptImage, NotSupported
+from nbdqcow.errors import BlockError, CorruptImage, NotSupported
 from nbdqcow.formats.qcow2.create import CreateOptions, create
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.formats.qcow2.tool import Qcow2Tool
@@ -410,3 +411,62 @@ async def test_runs_extents_and_single_bytes_agree():
         offset += length
     assert of_runs == of_extents
     await node.close()
+
+
+@pytest.mark.parametrize("round_", range(8))
+@pytest.mark.asyncio
+async def test_damaged_entries_end_in_errors(round_):
+    """Whatever an L2 table holds, requests end with data or a `BlockError`,
+    and nothing is written over metadata."""
+    print(f"NBDQCOW_SEED={SEED}")
+    rnd = random.Random(SEED + round_)
+    node = await memory_node()
+    for offset in range(0, MiB, 65536):
+        await node.pwrite(offset + 2048 * rnd.randrange(31), b"x" * 4096)
+    await node.close()
+    image = bytes(node.driver.storage.data)
+    table = l2_table_offset(image)
+    for _ in range(12):
+        data = bytearray(image)
+        for _ in range(rnd.randrange(1, 5)):
+            index = table + 8 * rnd.randrange(32)
+            word = int.from_bytes(data[index : index + 8], "big")
+            word = rnd.choice(
+                (
+                    word ^ 1 << rnd.randrange(64),
+                    rnd.randrange(16) << 16 | 1 << 63,
+                    rnd.randrange(1 << 64),
+                )
+            )
+            data[index : index + 8] = word.to_bytes(8, "big")
+        storage = MemoryStorage(bytes(data))
+        driver = await Qcow2Driver.open(storage, read_only=False, options={})
+        node = Node(driver, filename="memory")
+        metadata = [
+            (i << 16, bytes(storage.data[i << 16 : (i + 1) << 16]))
+            for i in (1, 3)  # the refcount table, the L1 table
+        ]
+        for _ in range(40):
+            offset = rnd.randrange(0, MiB, 512)
+            length = min(rnd.choice((512, 4096, 70000)), MiB - offset)
+            with contextlib.suppress(BlockError):
+                kind = rnd.randrange(5)
+                if kind == 0:
+                    await node.pread(offset, length)
+                elif kind == 1:
+                    if not node.try_pwrite(offset, b"y" * length):
+                        await node.pwrite(offset, b"y" * length)
+                elif kind == 2:
+                    await node.write_zeroes(
+                        offset, length, may_unmap=rnd.random() < 0.5
+                    )
+                elif kind == 3:
+                    await node.discard(offset, length)
+                else:
+                    await node.block_status(offset, length)
+        for offset, old in metadata:
+            assert bytes(storage.data[offset : offset + len(old)]) == old
+        with contextlib.suppress(BlockError):
+            await node.close()
+        found = []
+        Qcow2Tool().check(BytesFile(bytes(storage.data)), REPAIR_ALL, found.append)

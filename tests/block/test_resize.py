@@ -10,6 +10,7 @@ import pytest
 
 from nbdqcow import open_image
 from nbdqcow.errors import BlockError
+from nbdqcow.server.server import Server
 
 KiB, MiB = 1 << 10, 1 << 20
 SEED = int(os.environ.get("NBDQCOW_SEED", random.randrange(1 << 32)))
@@ -370,3 +371,32 @@ def test_raw(tmp_path):
     data = path.read_bytes()
     assert data == b"r" * 10_000 + bytes(5000) + b"s" * 1000 + bytes(2 * MiB - 16_000)
     assert os.stat(path).st_blocks * 512 >= 2 * MiB - 16_000
+
+
+@pytest.mark.asyncio
+async def test_a_client_keeps_the_size_that_it_was_told(tmp_path):
+    path = create(tmp_path / "a", 4 * MiB)
+    async with open_image(path) as node:
+        server = Server()
+        server.add_export("", node)
+        await server.listen_unix(str(tmp_path / "s"))
+        running = asyncio.create_task(server.run_until_stopped())
+        uri = f"nbd+unix:///?socket={tmp_path / 's'}"
+        async with open_image(uri, format="raw") as client:
+            await client.pwrite(0, b"x" * 4 * MiB)
+            await node.resize(MiB)
+            assert client.size == 4 * MiB
+            assert bytes(await client.pread(0, MiB)) == b"x" * MiB
+            with pytest.raises(OSError):
+                await client.pread(2 * MiB, 512)
+            with pytest.raises(OSError):
+                await client.pwrite(MiB - 1, b"yy")
+            with pytest.raises(OSError):
+                await client.write_zeroes(3 * MiB, 65536)
+            await node.resize(8 * MiB)
+            assert bytes(await client.pread(2 * MiB, 512)) == bytes(512)
+            await client.pwrite(3 * MiB, b"again")
+        server.stop()
+        await running
+    check(path)
+    assert content(path)[3 * MiB : 3 * MiB + 5] == b"again"

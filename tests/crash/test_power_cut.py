@@ -21,6 +21,8 @@ import pytest
 from nbdqcow.block.node import Node
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
+from nbdqcow.formats.raw import RawDriver
+from nbdqcow.storage.memory import MemoryStorage
 from tests.crash.recording import SECTOR, RecordingStorage
 
 NB_HISTORIES = int(os.environ.get("NBDQCOW_CRASH_HISTORIES", "24"))
@@ -54,8 +56,14 @@ class Kept:
 class Workload:
     """Clients on one node, and what they know of each sector's history."""
 
-    def __init__(self, node: Node, storage: RecordingStorage, rnd: random.Random):
-        self.node, self.storage, self.rnd = node, storage, rnd
+    def __init__(
+        self,
+        node: Node,
+        storage: RecordingStorage,
+        rnd: random.Random,
+        base: bytes = b"",
+    ):
+        self.node, self.storage, self.rnd, self.base = node, storage, rnd, base
         self.sectors: dict[int, list[Change]] = {}
         self.flushes: list[tuple[int, int]] = []
         self.busy: set[int] = set()
@@ -155,7 +163,9 @@ class Workload:
         # All that was answered before it is durable with it.
         self.flushes.append((started, self.event))
         kept.made_event = self.event
-        kept.content = await snapshot_content(bytes(self.storage.bytes), kept.name)
+        kept.content = await snapshot_content(
+            bytes(self.storage.bytes), kept.name, self.base
+        )
         return kept
 
     async def apply_snapshot(self, kept: Kept) -> None:
@@ -176,7 +186,7 @@ class Workload:
     def allowed(self, sector: int, cut: int) -> set[bytes]:
         """Return what a sector may hold on a disk that was cut."""
         flushed = max((t for t, event in self.flushes if event <= cut), default=0)
-        durable = bytes(SECTOR)
+        durable = self.base[sector * SECTOR :][:SECTOR].ljust(SECTOR, b"\0")
         later = set()
         for change in self.sectors[sector]:
             if change.end_time and change.end_time < flushed:
@@ -187,7 +197,7 @@ class Workload:
         return later | {durable}
 
 
-async def snapshot_content(disk: bytes, name: str) -> bytes | None:
+async def snapshot_content(disk: bytes, name: str, base: bytes) -> bytes | None:
     """Return what a snapshot on a disk holds, None if it is not there."""
     storage = RecordingStorage(disk, random.Random(0))
     try:
@@ -196,18 +206,29 @@ async def snapshot_content(disk: bytes, name: str) -> bytes | None:
         )
     except ImageError:
         return None
-    node = Node(driver, filename="recording")
+    node = Node(driver, filename="recording", backing=await backing_node(base))
     return bytes(await node.pread(0, node.size))
 
 
-async def open_node(data: bytes, rnd: random.Random) -> tuple[Node, RecordingStorage]:
+async def backing_node(base: bytes) -> Node | None:
+    """Return a raw image with these bytes; None if there are none."""
+    if not base:
+        return None
+    driver = await RawDriver.open(MemoryStorage(base), read_only=True, options={})
+    return Node(driver, filename="base")
+
+
+async def open_node(
+    data: bytes, rnd: random.Random, base: bytes = b""
+) -> tuple[Node, RecordingStorage]:
     storage = RecordingStorage(data, rnd)
     driver = await Qcow2Driver.open(
         storage,
         read_only=False,
         options={"l2_cache_size": rnd.choice((None, 64 << 10))},
     )
-    return Node(driver, filename="recording"), storage
+    backing = await backing_node(base)
+    return Node(driver, filename="recording", backing=backing), storage
 
 
 async def explore(
@@ -219,11 +240,17 @@ async def explore(
 ) -> int:
     """Run one history and look at some of its cuts; return how many."""
     rnd = random.Random(seed)
+    base = b""
     if with_subclusters:
         # Few clusters, so that writers meet in them.
         cluster_size = rnd.choice((16384, 16384, 65536))
         size = cluster_size * rnd.randrange(2, 8)
         options = f"cluster_size={cluster_size},extended_l2=on"
+        if seed % 3:
+            base = rnd.randbytes(size - rnd.randrange(cluster_size) // SECTOR * SECTOR)
+            base_path = path.with_name("base.raw")
+            base_path.write_bytes(base)
+            options += f",backing_file={base_path},backing_fmt=raw"
     else:
         cluster_size = rnd.choice((512, 512, 4096, 65536))
         size = cluster_size * rnd.randrange(4, 60)
@@ -236,8 +263,8 @@ async def explore(
         ["qemu-img", "create", "-qf", "qcow2", "-o", options, path, str(size)],
         check=True,
     )
-    node, storage = await open_node(path.read_bytes(), rnd)
-    work = Workload(node, storage, rnd)
+    node, storage = await open_node(path.read_bytes(), rnd, base)
+    work = Workload(node, storage, rnd, base)
     clients = [work.client() for _ in range(NB_CLIENTS)]
     if with_snapshots:
         await asyncio.gather(*clients, work.snapshots_client())
@@ -256,12 +283,12 @@ async def explore(
             ["qemu-img", "check", path], capture_output=True, text=True, check=False
         )
         assert check.returncode in (0, 3), f"{where}:\n{check.stdout}{check.stderr}"
-        after, _ = await open_node(disk, rnd)
+        after, _ = await open_node(disk, rnd, base)
         for sector in work.sectors:
             got = bytes(await after.pread(sector * SECTOR, SECTOR))
             assert got in work.allowed(sector, cut), f"{where}: sector {sector}"
         for kept in work.snapshots:
-            found = await snapshot_content(disk, kept.name)
+            found = await snapshot_content(disk, kept.name, base)
             if kept.made_event is not None and kept.made_event <= cut:
                 removed = kept.removed_event is not None and kept.removed_event <= cut
                 assert found == kept.content or (removed and found is None), where

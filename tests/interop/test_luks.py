@@ -166,7 +166,9 @@ QCOW2_OPTIONS = [
     "encrypt.format=luks,encrypt.iter-time=10,cluster_size=512",
     "encrypt.format=luks,encrypt.iter-time=10,encrypt.cipher-mode=cbc,"
     "encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha256,cluster_size=4096",
+    "encrypt.format=luks,encrypt.iter-time=10,cluster_size=16384,extended_l2=on",
     "encrypt.format=aes",
+    "encrypt.format=aes,extended_l2=on",
     "encrypt.format=aes,compat=0.10",
 ]
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import random
 import subprocess
 import sys
@@ -90,23 +91,12 @@ def random_clusters(rnd: random.Random, bits: int, nb: int) -> dict[int, Any]:
 @pytest.mark.parametrize("size", ["512", "513", "3M", "5G"])
 def test_new_images_are_qemus_byte_for_byte(tmp_path, size, backing, encrypted):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    words = ["-u", "-b", backing, "-F", "raw"] if backing else []
     if encrypted:
-        # The key has no place in the image, but QEMU asks for it.
-        options = ["-o", "encryption=on,encrypt.key-secret=s"]
-        run("qemu-img", "create", "-qf", "qcow", *SECRET, *options, theirs, size)
-        from nbdqcow.formats.qcow1.tool import Qcow1Tool
-        from nbdqcow.storage.blocking import BlockingLocalFile
-        from nbdqcow.units import parse_size
-
-        tool, file = Qcow1Tool(), BlockingLocalFile.create(str(ours))
-        values = {"size": parse_size(size), "encrypt.format": "aes"}
-        values["encrypt.key-secret"] = "s"
-        tool.create(file, tool.prepare(values))
-        file.close()
-    else:
-        link = ["-u", "-b", backing, "-F", "raw"] if backing else []
-        run("qemu-img", "create", "-qf", "qcow", *link, theirs, size)
-        nbdqcow_img("create", "-qf", "qcow", *link, ours, size)
+        # The key has no place in the image, but it is asked for.
+        words += [*SECRET, "-o", "encryption=on,encrypt.key-secret=s"]
+    run("qemu-img", "create", "-qf", "qcow", *words, theirs, size)
+    nbdqcow_img("create", "-qf", "qcow", *words, ours, size)
     assert ours.read_bytes() == theirs.read_bytes()
 
 
@@ -410,7 +400,54 @@ def test_the_rename_command_keeps_the_link(tmp_path):
     check(moved)
     assert "backing file: ../base.raw" in run("qemu-img", "info", moved).stdout
     compare_images(base, moved, second_format="qcow")
+    # Nothing of the backing file is needed.
+    base.rename(tmp_path / "elsewhere")
+    nbdqcow_img("rename", moved, path)
+    assert "backing file: base.raw" in run("qemu-img", "info", path).stdout
+    path.rename(moved)
+    (tmp_path / "elsewhere").rename(base)
     done = describe("ours", "rename", moved, base)
     assert done[0] == 1
     assert done[2] == f"Could not rename '{moved}' to '{base}': File exists"
     assert base.read_bytes() == b"b" * MiB
+
+
+def test_images_are_converted_and_compared(tmp_path, seed):
+    rnd = random.Random(seed)
+    raw, flat = tmp_path / "a.raw", tmp_path / "flat"
+    kinds = (rnd.randbytes, lambda n: rnd.randbytes(64) * (n // 64), bytes)
+    raw.write_bytes(
+        b"".join(rnd.choice(kinds)(4096) for _ in range(300)) + b"end" * 171
+    )
+    size = -(-raw.stat().st_size // 512) * 512
+    for words in ((), ("-c",), ("-c", "-m", "8"), ("-W",)):
+        path = tmp_path / "a.qcow"
+        nbdqcow_img("convert", "-f", "raw", "-O", "qcow", *words, raw, path)
+        check(path)
+        compare_images(raw, path, second_format="qcow")
+        nbdqcow_img("compare", "-f", "raw", "-F", "qcow", raw, path)
+        nbdqcow_img("convert", "-f", "qcow", "-O", "raw", path, flat)
+        assert flat.read_bytes() == raw.read_bytes().ljust(size, b"\0")
+        ours = nbdqcow_img("map", "--output=json", "-f", "qcow", path).stdout
+        theirs = run("qemu-img", "map", "--output=json", "-f", "qcow", path).stdout
+        assert json.loads(ours) == json.loads(theirs)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("resize", "-f", "qcow", "NAME", "8M"),
+        ("amend", "-f", "qcow", "-o", "size=8M", "NAME"),
+        ("snapshot", "-c", "snap", "NAME"),
+    ],
+)
+def test_what_the_format_lacks_is_refused_as_by_qemu(tmp_path, words):
+    path = tmp_path / "a.qcow"
+    run("qemu-img", "create", "-qf", "qcow", path, "1M")
+    before = path.read_bytes()
+    answers = [
+        describe(program, *(path if word == "NAME" else word for word in words))
+        for program in ("qemu-img", "ours")
+    ]
+    assert answers[1] == answers[0]
+    assert path.read_bytes() == before

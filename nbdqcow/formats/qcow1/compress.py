@@ -3,49 +3,24 @@
 They are not encrypted, also in an encrypted image.
 """
 
-import errno
-import zlib
+import asyncio
 from typing import TYPE_CHECKING, Final
 
 from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow1.header import compressed_range
+from nbdqcow.formats.qcow2.codec import deflate_blocking, inflate_blocking
 from nbdqcow.pool import Pool
 from nbdqcow.types import Buffer
-from nbdqcow.units import MiB
+from nbdqcow.units import KiB, MiB
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow1.driver import Qcow1Driver
 
 _CACHE_BYTES: Final = 4 * MiB
-_WINDOW_BITS: Final = 12
-"""A reader such as QEMU keeps no more than 4 KiB of what it has decoded."""
-
-_MEMORY_LEVEL: Final = 9
-
-
-def deflate_blocking(cluster: Buffer) -> bytes | None:
-    """Return a cluster compressed, None if that does not make it shorter."""
-    packer = zlib.compressobj(
-        zlib.Z_DEFAULT_COMPRESSION, zlib.DEFLATED, -_WINDOW_BITS, _MEMORY_LEVEL
-    )
-    packed = packer.compress(cluster) + packer.flush()
-    return packed if len(packed) < len(cluster) else None
-
-
-def inflate_blocking(data: Buffer, length: int) -> bytes:
-    """Return the ``length`` bytes that a stream decodes to.
-
-    It may have a larger window than ours, and need not end there. Never takes
-    more than ``length`` bytes. Raises `BlockError` (EIO) for a damaged or a
-    short stream.
-    """
-    try:
-        plain = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, length)
-    except zlib.error as error:
-        raise BlockError(errno.EIO, f"damaged compressed cluster: {error}") from None
-    if len(plain) != length:
-        raise BlockError(errno.EIO, "damaged compressed cluster: it is too short")
-    return plain
+_MAX_INLINE_CLUSTER: Final = 4 * KiB
+"""A cluster of which decompressing costs less than a hop to a thread."""
+_INLINE_BYTES: Final = 64 * KiB
+"""Bytes that the loop decompresses by itself before others get a turn."""
 
 
 class CompressedClusters:
@@ -57,31 +32,67 @@ class CompressedClusters:
 
     def __init__(self, image: "Qcow1Driver") -> None:
         self._image = image
-        self._cache: dict[int, bytes] = {}
+        self._cache: dict[int, Buffer] = {}
         self._capacity = max(1, _CACHE_BYTES // image.cluster_size)
         self._generation = 0
+        self._loop = asyncio.get_running_loop()
+        self._inline_left = _INLINE_BYTES
         self._pool: Pool | None = None
 
-    async def read(self, descriptor: int) -> bytes:
+    def try_read(self, descriptor: int, start: int, length: int) -> Buffer | None:
+        """See `FormatDriver.try_read_compressed`."""
+        plain = self._cache.get(descriptor)
+        if plain is None:
+            plain = self._try_decompress(descriptor)
+            if plain is None:
+                return None
+            self._keep(descriptor, plain)
+        return memoryview(plain)[start : start + length]
+
+    def _try_decompress(self, descriptor: int) -> Buffer | None:
+        image = self._image
+        if image.cluster_size > _MAX_INLINE_CLUSTER or self._inline_left <= 0:
+            return None
+        offset, length = compressed_range(descriptor, image.cluster_bits)
+        data = image.storage.try_pread(offset, length)
+        if data is None:
+            return None
+        if self._inline_left == _INLINE_BYTES:
+            self._loop.call_soon(self._next_turn)
+        self._inline_left -= image.cluster_size
+        try:
+            return inflate_blocking(data, image.cluster_size)
+        except BlockError:
+            # The coroutine finds the same, and can say so.
+            return None
+
+    def _next_turn(self) -> None:
+        self._inline_left = _INLINE_BYTES
+
+    async def read(self, descriptor: int) -> Buffer:
         """Return the bytes of the whole cluster of a descriptor."""
-        found = self._cache.get(descriptor)
+        image, generation = self._image, self._generation
+        found = self.try_read(descriptor, 0, image.cluster_size)
         if found is not None:
             return found
-        image, generation = self._image, self._generation
         offset, length = compressed_range(descriptor, image.cluster_bits)
         data: Buffer | None = image.storage.try_pread(offset, length)
         if data is None:
             data = await image.storage.pread(offset, length)
         plain = await self._threads().run(inflate_blocking, data, image.cluster_size)
         if generation == self._generation:
-            while len(self._cache) >= self._capacity:
-                del self._cache[next(iter(self._cache))]
-            self._cache[descriptor] = plain
+            self._keep(descriptor, plain)
         return plain
 
+    def _keep(self, descriptor: int, plain: Buffer) -> None:
+        while len(self._cache) >= self._capacity:
+            del self._cache[next(iter(self._cache))]
+        self._cache[descriptor] = plain
+
     async def pack(self, cluster: Buffer) -> bytes | None:
-        """Do as `deflate_blocking` does, in a worker thread."""
-        return await self._threads().run(deflate_blocking, cluster)
+        """Return a cluster compressed, None if that does not make it shorter."""
+        packed = await self._threads().run(deflate_blocking, cluster)
+        return packed if len(packed) < len(cluster) else None
 
     def clear(self) -> None:
         """The places of all clusters may be used for something else now."""

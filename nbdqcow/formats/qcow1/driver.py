@@ -140,6 +140,12 @@ class Qcow1Driver(FormatDriver):
         """See `FormatDriver.read_compressed`."""
         return await self.compressed.read(descriptor)
 
+    def try_read_compressed(
+        self, descriptor: int, start: int, length: int
+    ) -> Buffer | None:
+        """See `FormatDriver.try_read_compressed`."""
+        return self.compressed.try_read(descriptor, start, length)
+
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """See `FormatDriver.extents`."""
         return await extents.extents(self, offset, length, limit)

@@ -4,8 +4,10 @@ Source: qcow2.txt, "Compressed Clusters Descriptor".
 """
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import TYPE_CHECKING, Final, TypeAlias
 
+from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow2.codec import codec
 from nbdqcow.formats.qcow2.entries import compressed_range
 from nbdqcow.pool import Pool
@@ -18,6 +20,17 @@ if TYPE_CHECKING:
 CACHE_BYTES: Final = 32 * MiB
 _INLINE_BYTES: Final = 512 * KiB
 """What is decompressed in one turn of the event loop: about a millisecond."""
+_MAX_INLINE: Final = 128 * KiB
+"""A larger cluster always goes to a thread."""
+_GROUP_BYTES: Final = 256 * KiB
+"""Clusters of one read, decompressed, that go to a thread together."""
+
+_MANY: Final = 4
+"""Clusters in a row from which on a reader is taken for one of all the image."""
+
+Place: TypeAlias = tuple[int, int, int]
+"""Descriptor, first byte in its cluster, and length in bytes."""
+_Load: TypeAlias = "asyncio.Task[list[Buffer | BlockError]]"
 
 
 class CompressedClusters:
@@ -34,6 +47,7 @@ class CompressedClusters:
     """
 
     def __init__(self, image: "Qcow2Driver", cache_bytes: int = CACHE_BYTES) -> None:
+        size = image.cluster_size
         self._image = image
         self._cache_bytes = cache_bytes
         # From the one that was used the longest time ago to the last one.
@@ -41,7 +55,13 @@ class CompressedClusters:
         self._nb_bytes = 0
         self._loading: dict[int, asyncio.Future[None]] = {}
         self._pool: Pool | None = None
-        self._inline_left = _INLINE_BYTES
+        # What there is of the loop's turn, if it has decompressed anything yet.
+        self._turn: asyncio.Handle | None = None
+        self._inline_bytes = _INLINE_BYTES if size <= _MAX_INLINE else 0
+        self._inline_left = self._inline_bytes
+        # What this turn has left to the threads, and has not reached them yet.
+        self._nb_for_threads = 0
+        self._group = max(1, _GROUP_BYTES // size)
         self.compress, self._decompress = codec(image.header.compression_type)
         self.placing = asyncio.Lock()
 
@@ -57,11 +77,11 @@ class CompressedClusters:
     def try_read(self, descriptor: int, start: int, length: int) -> Buffer | None:
         """Return ``length`` bytes from ``start`` on of a descriptor's cluster,
         if they were decompressed lately."""
-        plain = self._cache.get(descriptor)
-        if plain is None or len(plain) < start + length:
+        plain = self._cache.pop(descriptor, None)
+        if plain is not None:
+            self._cache[descriptor] = plain
+        elif (plain := self._try_load(descriptor)) is None:
             return None
-        del self._cache[descriptor]
-        self._cache[descriptor] = plain
         return memoryview(plain)[start : start + length]
 
     async def read(self, descriptor: int, start: int, length: int) -> Buffer:
@@ -72,53 +92,160 @@ class CompressedClusters:
         while (found := self.try_read(descriptor, start, length)) is None:
             running = self._loading.get(descriptor)
             if running is None:
-                plain = await self._load(descriptor)
+                (plain,) = await self._load((descriptor,), (descriptor,))
+                if isinstance(plain, BlockError):
+                    raise plain
                 return memoryview(plain)[start : start + length]
             # Others wait for it, too: it must outlive this task.
             await asyncio.shield(running)
         return found
 
-    async def _load(self, descriptor: int) -> Buffer:
-        """Return a cluster, and keep it."""
-        image = self._image
-        loop = asyncio.get_running_loop()
-        ticket = loop.create_future()
-        self._loading[descriptor] = ticket
+    async def read_all(self, places: Sequence[Place]) -> AsyncIterator[Buffer]:
+        """Do as `read` does for one place after the other, all of them at
+        once: in groups, so that they share the hop to a thread and back."""
+        cached: dict[int, Buffer] = {}
+        missing = []
+        for place in places:
+            descriptor = place[0]
+            plain = self._cache.get(descriptor)
+            if plain is not None:
+                cached[descriptor] = plain
+            elif descriptor not in self._loading:
+                missing.append(place)
+        groups = _batched(missing, self._group)
+        loads = [asyncio.create_task(self._load_group(group)) for group in groups[1:]]
         try:
-            offset, length = compressed_range(descriptor, image.cluster_bits)
-            data: Buffer | None = image.storage.try_pread(offset, length)
-            if data is None:
-                data = await image.storage.pread(offset, length)
-            if self._take_inline(loop):
-                plain = self._decompress(data, image.cluster_size)
-            else:
-                plain = await self.threads.run(
-                    self._decompress, data, image.cluster_size
-                )
-            # Otherwise the space has changed hands meanwhile.
-            if self._loading.get(descriptor) is ticket:
-                self._keep(descriptor, plain)
+            if loads:
+                # They are on their way to the threads, the first one is for us.
+                await asyncio.sleep(0)
+            if groups:
+                inline = self._take_inline(len(groups[0]))
+                first = self._load_group(groups[0], inline=inline)
+                loads.insert(0, asyncio.create_task(first))
+            sources = dict(_sources(loads, groups))
+            for descriptor, start, length in places:
+                plain = cached.get(descriptor)
+                if plain is None and descriptor in sources:
+                    load, index = sources[descriptor]
+                    loaded = (await load)[index]
+                    if isinstance(loaded, BlockError):
+                        raise loaded
+                    plain = loaded
+                if plain is None:
+                    yield await self.read(descriptor, start, length)
+                else:
+                    yield memoryview(plain)[start : start + length]
         finally:
-            if self._loading.get(descriptor) is ticket:
-                del self._loading[descriptor]
+            for load in loads:
+                load.cancel()
+            # They read what may be freed as soon as the request has ended.
+            await asyncio.gather(*loads, return_exceptions=True)
+
+    async def _load_group(
+        self, places: Sequence[Place], *, inline: bool = False
+    ) -> list[Buffer | BlockError]:
+        """Load the clusters of some places.
+
+        One that is wanted as a whole is not kept if there are many: who reads
+        on and on would drive out everything else, and his memory stays in the
+        processor's cache.
+        """
+        size = self._image.cluster_size
+        many = len(places) >= _MANY
+        kept = [one for one, _, length in places if not many or length < size]
+        return await self._load([one for one, _, _ in places], kept, inline=inline)
+
+    async def _load(
+        self, descriptors: Sequence[int], kept: Sequence[int], *, inline: bool = False
+    ) -> list[Buffer | BlockError]:
+        """Return clusters, or what is wrong with them, and keep some of them.
+
+        ``inline``: decompress them right here, and not in a thread.
+        """
+        loading = self._loading
+        ticket = asyncio.get_running_loop().create_future()
+        for descriptor in descriptors:
+            loading[descriptor] = ticket
+        try:
+            streams = [await self._read_stream(one) for one in descriptors]
+            self._nb_for_threads = max(0, self._nb_for_threads - 1)
+            if inline:
+                clusters = self._decompress_all_blocking(streams)
+            else:
+                work = self._decompress_all_blocking
+                clusters = await self.threads.run(work, streams)
+            for descriptor, plain in zip(descriptors, clusters, strict=True):
+                # Without the ticket, the space has changed hands meanwhile.
+                if (
+                    descriptor in kept
+                    and loading.get(descriptor) is ticket
+                    and not isinstance(plain, BlockError)
+                ):
+                    self._keep(descriptor, plain)
+        finally:
+            for descriptor in descriptors:
+                if loading.get(descriptor) is ticket:
+                    del loading[descriptor]
             ticket.set_result(None)
+        return clusters
+
+    async def _read_stream(self, descriptor: int) -> Buffer:
+        storage = self._image.storage
+        offset, length = compressed_range(descriptor, self._image.cluster_bits)
+        data = storage.try_pread(offset, length)
+        return await storage.pread(offset, length) if data is None else data
+
+    def _decompress_all_blocking(
+        self, streams: Sequence[Buffer]
+    ) -> list[Buffer | BlockError]:
+        clusters: list[Buffer | BlockError] = []
+        for stream in streams:
+            try:
+                clusters.append(self._decompress(stream, self._image.cluster_size))
+            except BlockError as error:
+                clusters.append(error)
+        return clusters
+
+    def _try_load(self, descriptor: int) -> Buffer | None:
+        """Return a cluster that was decompressed right here, and keep it; None
+        if a thread should do that."""
+        image = self._image
+        if descriptor in self._loading or not self._take_inline(1):
+            return None
+        offset, length = compressed_range(descriptor, image.cluster_bits)
+        data = image.storage.try_pread(offset, length)
+        if data is None:
+            return None
+        try:
+            plain = self._decompress(data, image.cluster_size)
+        except BlockError:
+            # The coroutine finds the same, and raises it.
+            return None
+        self._keep(descriptor, plain)
         return plain
 
-    def _take_inline(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Whether the loop should decompress a cluster by itself.
+    def _take_inline(self, nb_clusters: int) -> bool:
+        """Whether the loop should decompress so many clusters by itself.
 
-        It does while the threads have enough to do: a hop to a thread costs
-        half as much as a cluster. But others want a turn, too.
+        It does with the first ones of a turn, and while the threads have enough
+        to do: a hop to a thread costs as much as half a cluster. But others
+        want a turn, too.
         """
-        if not self.threads.saturated or self._inline_left <= 0:
+        if self._turn is None:
+            loop = asyncio.get_running_loop()
+            self._turn = loop.call_soon(self._next_turn)
+        elif not self.threads.is_saturated(self._nb_for_threads):
+            self._nb_for_threads += 1
             return False
-        if self._inline_left == _INLINE_BYTES:
-            loop.call_soon(self._next_turn)
-        self._inline_left -= self._image.cluster_size
+        if self._inline_left <= 0:
+            return False
+        self._inline_left -= nb_clusters * self._image.cluster_size
         return True
 
     def _next_turn(self) -> None:
-        self._inline_left = _INLINE_BYTES
+        self._turn = None
+        self._inline_left = self._inline_bytes
+        self._nb_for_threads = 0
 
     def _keep(self, descriptor: int, plain: Buffer) -> None:
         cache = self._cache
@@ -143,3 +270,16 @@ class CompressedClusters:
         if self._pool is not None:
             await self._pool.close()
             self._pool = None
+
+
+def _batched(places: Sequence[Place], length: int) -> list[Sequence[Place]]:
+    return [places[start : start + length] for start in range(0, len(places), length)]
+
+
+def _sources(
+    loads: Sequence[_Load], groups: Sequence[Sequence[Place]]
+) -> Iterator[tuple[int, tuple[_Load, int]]]:
+    """Yield each descriptor of the groups, which load has it, and where there."""
+    for load, group in zip(loads, groups, strict=True):
+        for index, (descriptor, _, _) in enumerate(group):
+            yield descriptor, (load, index)

@@ -41,7 +41,7 @@ _FEATURE_NAMES: Final = (
     (2, 0, b"bitmaps"),
     (2, 1, b"raw external data"),
 )
-_FEATURE_NAMES_MIN_CLUSTER: Final = 4096
+_FEATURE_NAMES_MIN_CLUSTER: Final = 8192
 """Below this, QEMU spares the names: the backing name needs the room."""
 
 _ZEROES_CHUNK: Final = 1 << 20
@@ -74,11 +74,7 @@ class CreateOptions:
     encryption: NewEncryption | None = None
 
     def check(self) -> None:
-        """Refuse what no image can be, or ours can't be yet.
-
-        Raises `ImageError` or `UnsupportedFeature`, in QEMU's words where it
-        refuses too.
-        """
+        """Refuse what no image can be, in QEMU's words. Raises `ImageError`."""
         newer = "compatibility level 1.1 and above (use version=v3 or greater)"
         cluster_size = self.cluster_size
         if cluster_size & (cluster_size - 1) or not 512 <= cluster_size <= 2 << 20:
@@ -152,7 +148,7 @@ class CreatePlan:
     preallocation: str
     luks_offset: int
     luks_area: bytes
-    data_file: str | None = None
+    data_file: str | None
 
     def writes(self) -> Iterator[tuple[int, bytes]]:
         """Yield ``(offset, bytes)`` for all that is not zero, header last."""

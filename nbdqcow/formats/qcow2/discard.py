@@ -37,6 +37,7 @@ async def write_zeroes(
     the zero flag, for later writes. Version 2 has no such flag: there, only a
     cluster without a backing file can be made zero, by freeing it.
     """
+    may_unmap = may_unmap and not image.settings.keep_discarded
     version2 = image.header.version < 3
     if version2 and (image.backing_filename or not may_unmap):
         raise NotSupported("version 2 images have no zero clusters")
@@ -100,6 +101,11 @@ async def discard(image: "Qcow2Driver", offset: int, length: int) -> None:
     if version2 and image.backing_filename:
         return
 
+    if image.settings.keep_discarded:
+        await write_zeroes(image, offset, length, may_unmap=False)
+        if image.discard_freed:
+            await _discard_kept(image, offset, length)
+        return
     covered = image.backing_filename is not None
 
     def change(entry: int) -> int:
@@ -111,6 +117,26 @@ async def discard(image: "Qcow2Driver", offset: int, length: int) -> None:
     if image.header.extended_l2:
         discard_piece = discard_extended.discarding(image, covered=covered)
     await _change_clusters(image, offset, length, discard_piece, covered)
+
+
+async def _discard_kept(image: "Qcow2Driver", offset: int, length: int) -> None:
+    """Give the space of zero clusters back that stay the guest's.
+
+    The lock is held, or a writer might use them meanwhile.
+    """
+    bits = image.cluster_bits
+    for start in range(offset, offset + length, image.cluster_size):
+        async with image.lock:
+            if image.in_flight.find(start, start + image.cluster_size) is not None:
+                continue
+            kind, host_offset, covered = await image.mapping.map(
+                start, image.cluster_size
+            )
+            if kind != ZERO_ALLOCATED or covered < image.cluster_size:
+                continue
+            # A snapshot may show data there.
+            if await image.refcounts.count(host_offset >> bits) == 1:
+                await image.data.discard(host_offset, image.cluster_size)
 
 
 async def _change_clusters(

@@ -4,8 +4,9 @@ import asyncio
 import errno
 import logging
 from array import array
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from collections.abc import Mapping as Options
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from nbdqcow.block.driver import WritePlan
@@ -19,6 +20,7 @@ from nbdqcow.formats.qcow2 import (
     discard,
     encryption,
     extents,
+    overlap,
     write,
     write_extended,
 )
@@ -34,6 +36,7 @@ from nbdqcow.formats.qcow2.mapping_extended import ExtendedMapping
 from nbdqcow.formats.qcow2.operations import Operations
 from nbdqcow.formats.qcow2.refcount import Refcounts
 from nbdqcow.formats.qcow2.repair import repair_dirty
+from nbdqcow.formats.qcow2.settings import Settings
 from nbdqcow.formats.qcow2.snapshot_table import read_snapshots, select_snapshot
 from nbdqcow.formats.qcow2.tables import Tables, load_be64
 from nbdqcow.formats.qcow2.writeback import Freed, Writeback
@@ -45,17 +48,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULT_L2_CACHE: Final = 32 * MiB
-"""Bytes of L2 slices kept by default, as QEMU has it: enough for 256 GiB with
-clusters of 64 KiB."""
-
 _MANY_CLUSTERS: Final = 1 << 14
 """From so many on it pays to load numpy, which takes 50 ms."""
 _MAX_FREED_BYTES: Final = 256 * MiB
 """Freed space that may wait for a write-back before one is started for it."""
-
-_MAX_SNAPSHOT_L1_CLUSTERS: Final = 1 << 21
-"""Each takes about 100 bytes of memory while the image is open for writing."""
 
 
 class Qcow2Driver(Operations):
@@ -69,9 +65,12 @@ class Qcow2Driver(Operations):
         metadata: indices of host clusters that hold metadata.
         reads_zero_from: nothing at or after this host offset was ever
             written, so it reads as zeroes.
+        settings: the options that it was opened with.
         discard_freed: a guest's discard gives space back to the file system.
         lazy_refcounts: refcounts reach the disk when the image is closed; until
             then it is marked as dirty.
+        snapshot_metadata: what clusters of snapshots' tables were when the image
+            was opened, in the words of the option ``overlap-check``.
         tasks: operations and background work that run; see `settle`.
         resizing: held by whoever changes the disk's size.
         trim_wanted: once no freed cluster waits, the file's end is cut off.
@@ -89,9 +88,7 @@ class Qcow2Driver(Operations):
         refcount_table: "array[int]",
         *,
         read_only: bool,
-        l2_cache_size: int,
-        discard_freed: bool,
-        lazy_refcounts: bool = False,
+        settings: Settings,
         data: StorageDriver | None = None,
         data_file: StorageDriver | None = None,
     ) -> None:
@@ -108,20 +105,28 @@ class Qcow2Driver(Operations):
         self.subcluster_size = header.subcluster_size
         self.backing_filename = header.backing_filename
         self.backing_format = header.backing_format
-        self.discard_freed = discard_freed
-        self.lazy_refcounts = lazy_refcounts
+        self.settings = settings
+        self.discard_freed = settings.discard_request
+        self.lazy_refcounts = settings.lazy_refcounts
         self.lock = asyncio.Lock()
         self.keys_lock = asyncio.Lock()
         self.secret: Secret | bytes | None = None
         self.epochs = Epochs()
         self.in_flight = InFlightRanges()
-        self.freed = Freed()
+        self.freed = Freed(settings.discard_other)
         self.metadata: set[int] = set()
+        self.snapshot_metadata: dict[int, str] = {}
         self.tables = Tables(
-            storage, l1, header.l1_table_offset, header.cluster_bits, l2_cache_size,
-            header.l2_entry_size // 8,
+            storage, l1, header.l1_table_offset, header.cluster_bits,
+            settings.l2_cache_bytes, header.l2_entry_size // 8,
         )  # fmt: skip
-        self.refcounts = Refcounts(storage, header, refcount_table, self.metadata)
+        self.refcounts = Refcounts(
+            storage,
+            header,
+            refcount_table,
+            self.metadata,
+            settings.refcount_cache_bytes,
+        )
         self.compressed = CompressedClusters(self)
         self.writeback = Writeback(self)
         end = round_up(storage.length, self.cluster_size)
@@ -132,6 +137,7 @@ class Qcow2Driver(Operations):
         self._tracked: Sequence[Bitmap] = ()
         self.rebind()
         self.tasks: set[asyncio.Task[Any]] = set()
+        self._until_close: list[asyncio.Task[None]] = []
         self.resizing = asyncio.Lock()
         self.trim_wanted = False
         self._nb_in_place = 0
@@ -141,15 +147,21 @@ class Qcow2Driver(Operations):
     def rebind(self) -> None:
         """Choose the methods that fit the image's version and features."""
         header = self.header
-        self.mapping = Mapping(self.tables, self.metadata, header.version >= 3)
+        self.mapping = Mapping(
+            self.tables, self.metadata, header.version >= 3, self.check_not_metadata
+        )
         self.try_plan = write.try_plan
         if header.extended_l2:
-            self.mapping = ExtendedMapping(self.tables, self.metadata)
+            self.mapping = ExtendedMapping(
+                self.tables, self.metadata, self.check_not_metadata
+            )
             self.try_plan = write_extended.try_plan
-            inline = write_extended.InlineWriter(self)
             if not (
                 header.has_data_file or header.crypt_method == qcow2_header.CRYPT_AES
             ):
+                # Not ``self``'s: that may be another one's already.
+                begin_any = partial(type(self).try_begin_write, self)
+                inline = write_extended.InlineWriter(self, begin_any)
                 self.try_begin_write = inline.try_begin_write  # type: ignore[method-assign]
         self.try_map = self.mapping.try_map  # type: ignore[method-assign]
         if not header.extended_l2:
@@ -176,12 +188,9 @@ class Qcow2Driver(Operations):
     ) -> Self:
         """Open the image in ``storage``.
 
-        Options: ``l2_cache_size`` in bytes; ``discard``, True if a guest's
-        discard goes down to the file; ``snapshot``, the ID or name of an
+        Options, besides those that `Settings` knows: ``snapshot``, the ID or name of an
         internal snapshot to show instead of the disk (``(id, name)``, either
-        of them None, for one that must match both), read-only;
-        ``lazy_refcounts``, whether refcounts may wait until the image is
-        closed, whatever the header says; ``secret``, the
+        of them None, for one that must match both), read-only; ``secret``, the
         passphrase of an encrypted image (`nbdqcow.crypto.secrets.Secret` or
         bytes); ``open_data_file``, a coroutine function that opens the external
         data file, given its name in the image, or None. Raises `ImageError`.
@@ -192,6 +201,7 @@ class Qcow2Driver(Operations):
             head = bytes(await storage.pread(0, wanted))
         header = Header.parse(head)
         header.check_supported(read_only=read_only)
+        settings = Settings.parse(options, header)
         if header.dirty and not read_only:
             header = await repair_dirty(storage)
         wanted_snapshot = options.get("snapshot")
@@ -218,17 +228,16 @@ class Qcow2Driver(Operations):
                 l1,
                 refcount_table,
                 read_only=read_only,
-                l2_cache_size=options.get("l2_cache_size") or DEFAULT_L2_CACHE,
-                discard_freed=bool(options.get("discard", True)),
-                lazy_refcounts=_wants_lazy_refcounts(header, options),
+                settings=settings,
                 data=await encryption.open_data(
                     storage, header, options.get("secret"), data_file
                 ),
                 data_file=data_file,
             )
-            image.secret = options.get("secret")
             if not read_only:
                 await image._prepare_for_writing()
+            if settings.clean_interval:
+                image.spawn_forever(image._drop_unused(settings.clean_interval))
             if wanted_snapshot is None and header.bitmaps_consistent:
                 await image.bitmaps.load()
         except BaseException:
@@ -245,14 +254,13 @@ class Qcow2Driver(Operations):
             (header.l1_table_offset, header.l1_size * 8),
             (header.refcount_table_offset, header.refcount_table_clusters * size),
         ]
-        if header.nb_snapshots:
-            ranges += await self._snapshot_ranges()
         if (luks := luks_range(header)) is not None:
             ranges.append(luks)
         for offset, length in ranges:
             metadata.update(range(offset >> bits, (offset + length + size - 1) >> bits))
         for table in (self.refcounts.table, self.tables.l1):
             metadata.update((entry & OFFSET_MASK) >> bits for entry in table if entry)
+        await overlap.note_snapshots(self)
         unknown = header.autoclear_features & ~qcow2_header.AUTOCLEAR_KNOWN_MASK
         if unknown:
             # "An implementation may only write to an image with unknown
@@ -262,31 +270,12 @@ class Qcow2Driver(Operations):
                 qcow2_header.AUTOCLEAR_FEATURES_OFFSET, header.autoclear_features
             )
 
-    async def _snapshot_ranges(self) -> list[tuple[int, int]]:
-        """Return where the snapshot table and the snapshots' L1 tables are.
-
-        Source: qcow2.txt, "Snapshots".
-        """
-        header = self.header
-        offset = header.snapshots_offset
-        ranges = []
-        nb_clusters = 0
-        for _ in range(header.nb_snapshots):
-            fixed = bytes(await self.storage.pread(offset, 40))
-            l1_offset, l1_size = int.from_bytes(fixed[:8]), int.from_bytes(fixed[8:12])
-            if l1_size * 8 > MAX_L1_BYTES or l1_offset % self.cluster_size:
-                raise ImageError("Snapshot L1 table is invalid")
-            ranges.append((l1_offset, l1_size * 8))
-            nb_clusters += -(-l1_size * 8 // self.cluster_size)
-            if nb_clusters > _MAX_SNAPSHOT_L1_CLUSTERS:
-                raise ImageError("The L1 tables of the snapshots are too large")
-            variable = int.from_bytes(fixed[12:14]) + int.from_bytes(fixed[14:16])
-            variable += int.from_bytes(fixed[36:40])
-            if offset + 40 + variable - header.snapshots_offset > 64 * MiB:
-                raise ImageError("Snapshot table is too large")
-            offset += round_up(40 + variable, 8)
-        ranges.append((header.snapshots_offset, offset - header.snapshots_offset))
-        return ranges
+    async def _drop_unused(self, interval: int) -> None:
+        """Give up cached tables that nobody used for ``interval`` seconds."""
+        while True:
+            await asyncio.sleep(interval)
+            self.tables.turn()
+            self.refcounts.turn()
 
     async def _write_header_field(self, offset: int, value: int) -> None:
         await self.storage.pwritev(offset, [value.to_bytes(8, "big")])
@@ -331,6 +320,12 @@ class Qcow2Driver(Operations):
 
         return await runs(self, offset, length)
 
+    def read_compressed_parts(
+        self, places: Sequence[tuple[int, int, int]]
+    ) -> AsyncIterator[Buffer]:
+        """See `FormatDriver.read_compressed_parts`."""
+        return self.compressed.read_all(places)
+
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """See `FormatDriver.extents`."""
         try:
@@ -344,10 +339,6 @@ class Qcow2Driver(Operations):
     def try_begin_write(self, offset: int, length: int) -> WritePlan | None:
         """See `FormatDriver.try_begin_write`; `InlineWriter.try_begin_write`
         takes its place if there are subclusters."""
-        return self.try_begin_any_write(offset, length)
-
-    def try_begin_any_write(self, offset: int, length: int) -> WritePlan | None:
-        """As `try_begin_write`, whatever clusters the write is to."""
         if self.read_only:
             return None
         try:
@@ -464,7 +455,12 @@ class Qcow2Driver(Operations):
         """
         if self.header.corrupt or self.read_only:
             return
-        log.error("%s: image is corrupt: %s", self.storage.filename, text)
+        log.error(
+            "%s: qcow2: Marking image as corrupt: %s; further corruption events will"
+            " be suppressed",
+            self.storage.filename,
+            text,
+        )
         self.read_only = True
         self.mapping.freeze()
         if self.header.version >= 3:
@@ -474,10 +470,7 @@ class Qcow2Driver(Operations):
     def check_not_metadata(self, cluster_index: int) -> None:
         """Refuse to write guest data to a cluster of metadata."""
         if cluster_index in self.metadata:
-            raise CorruptImage(
-                f"Preventing invalid write on metadata (overlaps with cluster at"
-                f" {cluster_index << self.cluster_bits:#x})"
-            )
+            overlap.check(self, cluster_index)
 
     # -- waiting for writers ---------------------------------------------
 
@@ -571,7 +564,7 @@ class Qcow2Driver(Operations):
 
     def take_freed(self) -> Freed:
         """Return what was freed so far; the image starts a new list."""
-        freed, self.freed = self.freed, Freed()
+        freed, self.freed = self.freed, Freed(self.settings.discard_other)
         return freed
 
     def start_writeback_if_due(self) -> None:
@@ -588,6 +581,12 @@ class Qcow2Driver(Operations):
         """Run background work of the image; `settle` waits for it."""
         task = asyncio.create_task(work)
         self.tasks.add(task)
+        task.add_done_callback(self._background_done)
+
+    def spawn_forever(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run work that ends with the image."""
+        task = asyncio.create_task(work)
+        self._until_close.append(task)
         task.add_done_callback(self._background_done)
 
     def _background_done(self, task: "asyncio.Task[None]") -> None:
@@ -610,6 +609,8 @@ class Qcow2Driver(Operations):
 
     async def close(self) -> None:
         """See `FormatDriver.close`."""
+        for task in self._until_close:
+            task.cancel()
         try:
             if not self.read_only:
                 await self.settle()
@@ -631,18 +632,6 @@ async def _read_table(
     if nb_entries and offset >= storage.length:
         raise ImageError(f"Could not read {what} table: it is past the file's end")
     return load_be64(await storage.pread(offset, nb_entries * 8))
-
-
-def _wants_lazy_refcounts(header: Header, options: Options[str, Any]) -> bool:
-    wanted = options.get("lazy_refcounts")
-    if wanted is None:
-        return header.lazy_refcounts
-    if wanted and header.version < 3:
-        raise ImageError(
-            "Lazy refcounts require a qcow2 image with at least qemu 1.1"
-            " compatibility level"
-        )
-    return bool(wanted)
 
 
 async def _show_snapshot(

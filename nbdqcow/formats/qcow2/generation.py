@@ -342,7 +342,7 @@ async def _drop(image: "Qcow2Driver", freed: "dict[int, bytes]") -> None:
         clusters = np.flatnonzero(flags).astype(np.uint64)
         clusters += np.uint64(block_index * refcounts.block_entries)
         ranges = runs(clusters)
-        if image.discard_freed:
+        if image.settings.discard_snapshot:
             for first, nb_clusters in ranges:
                 with contextlib.suppress(OSError):
                     await image.storage.discard(first << bits, nb_clusters << bits)

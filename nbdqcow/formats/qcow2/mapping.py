@@ -3,6 +3,7 @@
 Source: qcow2.txt, "Cluster mapping".
 """
 
+from collections.abc import Callable
 from typing import Final
 
 from nbdqcow.errors import CorruptImage
@@ -22,12 +23,20 @@ class Mapping:
 
     ``metadata`` holds the indices of host clusters that guest data must never
     be written to; it is the image's own set, which grows and shrinks.
+    ``check_overlap`` raises `CorruptImage` for one of them, or lets it pass.
     """
 
-    def __init__(self, tables: Tables, metadata: set[int], zero_flag: bool) -> None:
+    def __init__(
+        self,
+        tables: Tables,
+        metadata: set[int],
+        zero_flag: bool,
+        check_overlap: Callable[[int], None],
+    ) -> None:
         self._tables = tables
         self._young = tables.young
         self._metadata = metadata
+        self.check_overlap = check_overlap
         self._slice_shift = tables.slice_shift
         self._cluster_bits = tables.cluster_bits
         self._cluster_size = tables.cluster_size
@@ -114,10 +123,7 @@ class Mapping:
         """Raise `CorruptImage` if one of these host clusters is metadata."""
         for host_index in range(first, first + nb_clusters):
             if host_index in self._metadata:
-                raise CorruptImage(
-                    f"Preventing invalid write on metadata (guest data maps to"
-                    f" metadata cluster {host_index << self._cluster_bits:#x})"
-                )
+                self.check_overlap(host_index)
 
     def _reach(self, offset: int) -> bool:
         """Bring the slice of a guest offset into ``young`` without waiting.

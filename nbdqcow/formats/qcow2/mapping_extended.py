@@ -7,6 +7,7 @@ not in this image.
 Source: qcow2.txt, "Extended L2 Entries".
 """
 
+from collections.abc import Callable
 from typing import Final
 
 from nbdqcow.errors import CorruptImage
@@ -51,9 +52,14 @@ class ExtendedMapping(Mapping):
     `begin_write` raise `CorruptImage`, where the driver marks the image.
     """
 
-    def __init__(self, tables: Tables, metadata: set[int]) -> None:
+    def __init__(
+        self,
+        tables: Tables,
+        metadata: set[int],
+        check_overlap: Callable[[int], None],
+    ) -> None:
         # Bit 0 of an extended entry means nothing.
-        super().__init__(tables, metadata, zero_flag=False)
+        super().__init__(tables, metadata, False, check_overlap)
         self._subcluster_bits = self._cluster_bits - SUBCLUSTERS_BITS
 
     def try_map(self, offset: int, length: int) -> Run | None:

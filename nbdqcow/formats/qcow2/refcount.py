@@ -27,7 +27,6 @@ from nbdqcow.types import Buffer
 
 _TYPECODES: Final = {3: "B", 4: "H", 5: "I", 6: "Q"}
 _MAX_FREE_RUNS: Final = 1 << 16
-_CACHE_BYTES: Final = 4 << 20
 
 
 def unpack_counts(data: Buffer, refcount_order: int) -> "array[int]":
@@ -103,7 +102,9 @@ class Refcounts:
         header: Header,
         table: "array[int]",
         metadata: set[int],
+        cache_bytes: int = 4 << 20,
     ) -> None:
+        self._cache_bytes = cache_bytes
         self.storage = storage
         self.header = header
         self.table = table
@@ -125,7 +126,7 @@ class Refcounts:
         self.block_entries = self.cluster_size * 8 >> order
         # A count of 1, 2 or 4 bits takes a whole byte in memory.
         in_memory = self.cluster_size << max(0, 3 - order)
-        self._max_blocks = max(4, _CACHE_BYTES // in_memory)
+        self._max_blocks = max(4, self._cache_bytes // in_memory)
 
     @property
     def many_dirty(self) -> bool:
@@ -184,6 +185,12 @@ class Refcounts:
             del self.blocks[victim]
         self.blocks[block_index] = block
         return block
+
+    def turn(self) -> None:
+        """Give up the blocks that can be read again."""
+        for index in [i for i in self.blocks if i not in self.dirty]:
+            if not self.blocks[index].pins:
+                del self.blocks[index]
 
     # -- changing --------------------------------------------------------
 

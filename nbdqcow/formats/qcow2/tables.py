@@ -217,14 +217,18 @@ class Tables:
 
     def _insert(self, new: L2Slice) -> L2Slice:
         if len(self.young) >= self._generation_limit:
-            kept = {k: s for k, s in self.old.items() if s.pins or k in self.dirty}
-            kept.update(self.young)
-            self.old = kept
-            # In place: the mapping holds on to this very dictionary.
-            self.young.clear()
+            self.turn()
         self.young[new.key] = new
         self._loading.pop(new.key, None)
         return new
+
+    def turn(self) -> None:
+        """Drop what was not used since the last turn."""
+        kept = {k: s for k, s in self.old.items() if s.pins or k in self.dirty}
+        kept.update(self.young)
+        self.old = kept
+        # In place: the mapping holds on to this very dictionary.
+        self.young.clear()
 
     # -- changing --------------------------------------------------------
 

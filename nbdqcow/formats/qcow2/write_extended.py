@@ -11,6 +11,7 @@ Source: qcow2.txt, "Extended L2 Entries".
 """
 
 from array import array
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nbdqcow.block.driver import WritePlan
@@ -118,10 +119,16 @@ class InlineLink:
 
 class InlineWriter:
     """Plans what most inline writes are: to one cluster that is ours alone, or
-    not there yet."""
+    not there yet, in an image without a data file or numbered sectors."""
 
-    def __init__(self, image: "Qcow2Driver") -> None:
+    def __init__(
+        self,
+        image: "Qcow2Driver",
+        try_begin_any: Callable[[int, int], WritePlan | None],
+    ) -> None:
+        """``try_begin_any`` is for all other writes."""
         self._image = image
+        self._try_begin_any = try_begin_any
         self._tables = image.tables
         self._young = image.tables.young
         self._slice_shift = image.tables.slice_shift
@@ -147,7 +154,7 @@ class InlineWriter:
             or tables.l1[offset >> tables.l1_shift] < OFLAG_COPIED
             or tables.dirty_bytes > tables.dirty_limit
         ):
-            return image.try_begin_any_write(offset, length)
+            return self._try_begin_any(offset, length)
         index = ((offset >> self._cluster_bits) & self._index_mask) << 1
         entry, bitmap = found.words[index], found.words[index + 1]
         first, last = in_cluster // unit, (end - 1) // unit
@@ -172,7 +179,7 @@ class InlineWriter:
                 or entry & self._not_plain
                 or host_start >> self._cluster_bits in image.metadata
             ):
-                return image.try_begin_any_write(offset, length)
+                return self._try_begin_any(offset, length)
             reads_zero = False
             if bitmap >> first & 1:
                 head = 0

@@ -35,18 +35,21 @@ _SECTOR_WORDS = 512 // 8
 class Freed:
     """Ranges of host clusters that lost one reference each.
 
-    ``discard``: the space under them should go back to the file system.
+    ``discard``: the space under them should go back to the file system;
+    ``always_discard``: under all of them.
     """
 
-    __slots__ = ("discard", "nb_clusters", "ranges")
+    __slots__ = ("_always_discard", "nb_clusters", "ranges")
 
-    def __init__(self) -> None:
+    def __init__(self, always_discard: bool = False) -> None:
+        self._always_discard = always_discard
         self.ranges: list[tuple[int, int, bool]] = []
         self.nb_clusters = 0
 
     def add(self, cluster_index: int, nb_clusters: int, discard: bool) -> None:
         """Note a range; neighbours are merged."""
         self.nb_clusters += nb_clusters
+        discard = discard or self._always_discard
         if self.ranges:
             start, count, last_discard = self.ranges[-1]
             if start + count == cluster_index and last_discard == discard:

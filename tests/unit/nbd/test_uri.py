@@ -147,3 +147,9 @@ def test_only_usage_errors(text):
         except UsageError:
             continue
         assert parse_uri(str(uri)) == uri
+
+
+@pytest.mark.parametrize("host", ["/a/b", "a@b", "%41", "fe80::1%eth/0"])
+def test_any_host_survives_printing(host):
+    uri = NbdUri(host=host, username="a@b/c", export="e")
+    assert parse_uri(str(uri)) == uri

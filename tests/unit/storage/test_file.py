@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 
 from nbdqcow.errors import ImageError, NotSupported, UsageError
-from nbdqcow.storage import file as file_module
 from nbdqcow.storage import holes, mapped
+from nbdqcow.storage import inline_file as file_module
 from nbdqcow.storage.file import FileStorage
 from nbdqcow.storage.linux import BLKDISCARD, OVERLAYFS_MAGIC, PAGE_SIZE
 from nbdqcow.storage.mapped import MIN_LENGTH

@@ -1,0 +1,167 @@
+"""What happens to the space of freed clusters, by QEMU's options."""
+
+import asyncio
+import json
+import os
+import random
+import subprocess
+
+import pytest
+
+from nbdqcow import open_image
+from nbdqcow.errors import ImageError
+
+MiB = 1 << 20
+
+
+def qemu_img(*arguments):
+    return subprocess.run(
+        ["qemu-img", *map(str, arguments)], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def create(path, **options):
+    text = ",".join(f"{k}={v}" for k, v in options.items())
+    qemu_img("create", "-qf", "qcow2", *(["-o", text] if text else []), path, 8 * MiB)
+    return path
+
+
+def run(path, work, **options):
+    async def opened():
+        file = {"driver": "file", "filename": str(path)}
+        name = "json:" + json.dumps({"driver": "qcow2", "file": file} | options)
+        async with open_image(name, discard=options.get("discard", "unmap")) as node:
+            if not path.name.startswith("compressed"):
+                await node.pwrite(0, b"x" * 4 * MiB)
+                await node.flush()
+            await work(node)
+
+    asyncio.run(opened())
+    qemu_img("check", path)
+    return os.stat(path).st_blocks * 512
+
+
+async def discard(node):
+    await node.discard(0, 4 * MiB)
+
+
+async def replace_compressed_and_shared(node):
+    await node.driver.snapshot_create("s")
+    await node.pwrite(0, b"y" * 4 * MiB)
+    await node.driver.snapshot_delete("s")
+
+
+def test_discard_request(tmp_path):
+    assert run(create(tmp_path / "a"), discard) < MiB
+    kept = run(create(tmp_path / "b"), discard, **{"pass-discard-request": False})
+    assert kept > 4 * MiB
+    ignored = run(create(tmp_path / "c"), discard, discard="ignore")
+    assert ignored > 4 * MiB
+
+
+def test_discard_snapshot(tmp_path):
+    work = replace_compressed_and_shared
+    assert run(create(tmp_path / "a"), work) < 5 * MiB
+    kept = run(create(tmp_path / "b"), work, **{"pass-discard-snapshot": False})
+    assert kept > 8 * MiB
+
+
+def test_discard_other(tmp_path):
+    """A compressed cluster that is overwritten is freed by no guest's wish."""
+    source = tmp_path / "source"
+    rnd = random.Random(3)
+    source.write_bytes(
+        b"".join(rnd.randbytes(32768) + bytes(32768) for _ in range(64))
+        + bytes(4 * MiB)
+    )
+    lengths = []
+    for passed in (False, True):
+        path = tmp_path / f"compressed{passed}"
+        qemu_img("convert", "-cO", "qcow2", source, path)
+
+        async def overwrite(node):
+            await node.pwrite(0, b"y" * 4 * MiB)
+
+        lengths.append(run(path, overwrite, **{"pass-discard-other": passed}))
+    assert lengths[0] > 5.5 * MiB
+    assert lengths[1] < 5 * MiB
+
+
+@pytest.mark.parametrize("extended_l2", ["off", "on"])
+def test_discarded_clusters_that_stay(tmp_path, extended_l2):
+    async def work(node):
+        await node.discard(MiB, 2 * MiB)
+        assert bytes(await node.pread(MiB, 2 * MiB)) == bytes(2 * MiB)
+        await node.pwrite(MiB, b"z" * 100)
+
+    path = create(tmp_path / "a", extended_l2=extended_l2)
+    run(path, work, **{"discard-no-unref": True})
+    assert json.loads(qemu_img("check", "--output=json", path))[
+        "allocated-clusters"
+    ] == (4 * MiB // 65536)
+    if extended_l2 == "off":
+        assert os.stat(path).st_blocks * 512 < 3 * MiB
+    raw = tmp_path / "raw"
+    qemu_img("convert", "-O", "raw", path, raw)
+    assert raw.read_bytes() == (
+        b"x" * MiB + b"z" * 100 + bytes(2 * MiB - 100) + b"x" * MiB + bytes(4 * MiB)
+    )
+
+
+def test_what_snapshots_have_is_not_given_back(tmp_path):
+    async def work(node):
+        await node.driver.snapshot_create("s")
+        await node.discard(0, 4 * MiB)
+        await node.flush()
+        await node.driver.snapshot_apply("s")
+        assert bytes(await node.pread(0, 4 * MiB)) == b"x" * 4 * MiB
+
+    for number, options in enumerate(({}, {"discard-no-unref": True})):
+        run(create(tmp_path / f"a{number}"), work, **options)
+
+
+def test_version_2_has_no_clusters_to_keep(tmp_path):
+    path = create(tmp_path / "a", compat="0.10")
+    with pytest.raises(ImageError, match="only supported since qcow2 version 3"):
+        run(path, discard, **{"discard-no-unref": True})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"cache-size": 65536, "l2-cache-size": 131072},
+            "l2-cache-size may not",
+        ),
+        ({"cache-size": 1, "refcount-cache-size": 2}, "refcount-cache-size may not"),
+        (
+            {"cache-size": 9, "l2-cache-size": 1, "refcount-cache-size": 1},
+            "may not be set at the same time",
+        ),
+    ],
+)
+def test_cache_sizes_are_refused_as_by_qemu(tmp_path, options, message):
+    path = create(tmp_path / "a")
+    with pytest.raises(ImageError, match=message):
+        run(path, discard, **options)
+    file = {"driver": "file", "filename": str(path)}
+    name = "json:" + json.dumps({"driver": "qcow2", "file": file} | options)
+    done = subprocess.run(["qemu-io", "-c", "read 0 1", name], capture_output=True)
+    assert message in done.stderr.decode()
+
+
+def test_cached_tables_are_given_up(tmp_path):
+    path = create(tmp_path / "a")
+
+    async def work(node):
+        tables = node.driver.tables
+        assert tables.young
+        for _ in range(600):
+            await asyncio.sleep(0.05)
+            if not tables.young and not tables.old:
+                break
+        assert not tables.young
+        assert not tables.old
+        assert bytes(await node.pread(0, 3)) == b"xxx"
+
+    run(path, work, **{"cache-clean-interval": 1, "cache-size": MiB})

@@ -1,0 +1,141 @@
+"""Guest data is not written over metadata, as far as the options want that."""
+
+import asyncio
+import json
+import logging
+import subprocess
+
+import pytest
+
+from nbdqcow import open_image
+from nbdqcow.errors import BlockError
+from nbdqcow.formats.qcow2.header import Header
+
+MiB = 1 << 20
+CLUSTER = 65536
+COPIED = 1 << 63
+
+
+def qemu_img(*arguments):
+    subprocess.run(
+        ["qemu-img", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL
+    )
+
+
+def word(data, offset):
+    return int.from_bytes(data[offset : offset + 8], "big") & ((1 << 56) - 512)
+
+
+@pytest.fixture
+def image(tmp_path):
+    """An image with metadata of every kind, and where each is."""
+    path = tmp_path / "image"
+    qemu_img("create", "-qf", "qcow2", path, 2 * MiB)
+    write = ["qemu-io", "-f", "qcow2", "-c", "write -P 1 0 1M", path]
+    subprocess.run(write, check=True, stdout=subprocess.DEVNULL)
+    qemu_img("snapshot", "-c", "s", path)
+    subprocess.run(write, check=True, stdout=subprocess.DEVNULL)
+    qemu_img("bitmap", "--add", path, "b")
+    data = path.read_bytes()
+    header = Header.parse(data)
+    inactive_l1 = word(data, header.snapshots_offset)
+    places = {
+        "main-header": 0,
+        "active-l1": header.l1_table_offset,
+        "active-l2": word(data, header.l1_table_offset),
+        "refcount-table": header.refcount_table_offset,
+        "refcount-block": word(data, header.refcount_table_offset),
+        "snapshot-table": header.snapshots_offset,
+        "inactive-l1": inactive_l1,
+        "inactive-l2": word(data, inactive_l1),
+        "bitmap-directory": header.bitmaps.directory_offset,
+    }
+    assert len(set(places.values())) == len(places)
+    return path, places
+
+
+def aim(path, place):
+    """Let the guest's first cluster be where ``place`` is."""
+    data = bytearray(path.read_bytes())
+    l2 = word(data, Header.parse(bytes(data)).l1_table_offset)
+    data[l2 : l2 + 8] = (place | COPIED).to_bytes(8, "big")
+    path.write_bytes(data)
+
+
+def name_of(path, **options):
+    file = {"driver": "file", "filename": str(path)}
+    return "json:" + json.dumps({"driver": "qcow2", "file": file} | options)
+
+
+def write_ours(name):
+    async def run():
+        async with open_image(name) as node:
+            await node.pwrite(0, b"x" * 512)
+
+    asyncio.run(run())
+
+
+KINDS = [
+    *("active-l1", "active-l2", "refcount-table", "refcount-block", "snapshot-table"),
+    *("inactive-l1", "inactive-l2", "bitmap-directory"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_found_as_qemu_finds_it(image, tmp_path, kind, caplog):
+    path, places = image
+    aim(path, places[kind])
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(path.read_bytes())
+    with caplog.at_level(logging.ERROR), pytest.raises(BlockError):
+        write_ours(name_of(path, **{"overlap-check": "all"}))
+    done = subprocess.run(
+        ["qemu-io", "-c", "write 0 512", name_of(theirs, **{"overlap-check": "all"})],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert "Marking image as corrupt" in done.stderr
+    assert caplog.messages[0].endswith(done.stderr.splitlines()[0])
+    for one in (path, theirs):
+        assert Header.parse(one.read_bytes()).corrupt
+
+
+TEMPLATES = {
+    "none": set(),
+    "constant": {"active-l1", "refcount-table", "snapshot-table", "bitmap-directory"},
+    "cached": {*KINDS} - {"inactive-l2"},
+    "all": {*KINDS},
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", ["active-l2", "snapshot-table", "inactive-l2"])
+def test_templates(image, tmp_path, template, kind):
+    path, places = image
+    aim(path, places[kind])
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(path.read_bytes())
+    refused = False
+    try:
+        write_ours(name_of(path, **{"overlap-check": template}))
+    except BlockError as error:
+        refused = "Preventing invalid write" in str(error)
+    assert refused == (kind in TEMPLATES[template])
+    name = name_of(theirs, **{"overlap-check": template})
+    done = subprocess.run(
+        ["qemu-io", "-c", "write 0 512", name],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert refused == ("Preventing invalid write" in done.stderr)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_single_class(image, wanted):
+    path, places = image
+    aim(path, places["active-l2"])
+    template = "none" if wanted else "all"
+    checks = {"template": template, "active-l2": wanted}
+    if wanted:
+        with pytest.raises(BlockError, match="active L2 table"):
+            write_ours(name_of(path, **{"overlap-check": checks}))
+    else:
+        write_ours(name_of(path, **{"overlap-check": checks}))

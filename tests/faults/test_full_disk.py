@@ -1,0 +1,97 @@
+"""A file system that is full: ENOSPC, and all goes on once there is room.
+
+The real one is a small tmpfs. Where mounting is not allowed, the limit on a
+file's length takes its place (EFBIG, which clients are told as ENOSPC, too).
+"""
+
+import contextlib
+import resource
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.crash.histories import pattern
+from tests.nbd_client import CMD_WRITE, ENOSPC, NbdClient
+from tests.serving import Server, check_image, nbdqcow_img, serving
+
+MiB = 1 << 20
+SMALL, LARGE = 4 * MiB, 64 * MiB
+PIECE = 64 << 10
+
+
+@contextlib.contextmanager
+def full_disk(
+    directory: Path, kind: str
+) -> Iterator[tuple[Path, Callable[[Server], None], Callable[[Server], None]]]:
+    """Yield a directory, what makes its disk small for a server, and what makes
+    it large again."""
+    directory.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "tmpfs", str(directory)]
+    may_mount = kind == "tmpfs" and not subprocess.run(mount).returncode
+    if may_mount:
+        try:
+            yield directory, lambda server: None, lambda server: _remount(directory)
+        finally:
+            subprocess.run(["umount", str(directory)], check=True)
+        return
+
+    def limit(server: Server, length: int) -> None:
+        pid = server.process.pid
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (length, LARGE))
+
+    yield (
+        directory,
+        lambda server: limit(server, SMALL),
+        lambda server: limit(server, LARGE),
+    )
+
+
+def _remount(directory: Path) -> None:
+    options = f"remount,size={LARGE}"
+    subprocess.run(["mount", "-o", options, str(directory)], check=True)
+
+
+@pytest.mark.parametrize("cluster_size", [4096, 65536])
+@pytest.mark.parametrize("kind", ["tmpfs", "limited"])
+def test_a_full_disk(tmp_path, kind, cluster_size, figures):
+    with full_disk(tmp_path / "mounted", kind) as (directory, shrink, grow):
+        image = directory / "disk.qcow2"
+        nbdqcow_img(
+            "create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster_size}",
+            image, "32M",
+        )  # fmt: skip
+        written = {}
+        with serving(image) as server, NbdClient(server.socket) as client:
+            shrink(server)
+            nb_refused = 0
+            for offset in range(0, 8 * MiB, PIECE):
+                data = pattern(("full", offset), PIECE)
+                reply = client.request(CMD_WRITE, offset, PIECE, data)
+                if reply.error:
+                    assert reply.error == ENOSPC
+                    nb_refused += 1
+                else:
+                    written[offset] = data
+                if reply.error and nb_refused > 4:
+                    break
+            assert nb_refused > 4
+            # What is there can be read and overwritten, by others as well.
+            with NbdClient(server.socket) as other:
+                for offset, data in written.items():
+                    assert other.read(offset, PIECE) == data
+                other.write(0, b"again" * 1000)
+                written[0] = b"again" * 1000 + written[0][5000:]
+            grow(server)
+            client.flush()
+            for offset in range(8 * MiB, 9 * MiB, PIECE):
+                data = pattern(("room", offset), PIECE)
+                client.write(offset, data)
+                written[offset] = data
+            client.flush()
+        check_image(image, leaks_allowed=True)
+        with serving(image) as server, NbdClient(server.socket) as client:
+            for offset, data in written.items():
+                assert client.read(offset, PIECE) == data
+    figures(f"full disk, {kind}: {nb_refused} writes refused, {len(written)} kept")
