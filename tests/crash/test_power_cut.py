@@ -367,6 +367,8 @@ def bits_before_data(driver):
         plan = await begin(offset, length)
         if isinstance(plan.private, ExtendedAllocation):
             plan.private.link(driver)
+            # The second link, when it is written, changes nothing more.
+            plan.private.reused = True
         return plan
 
     driver.begin_write = begin_write
