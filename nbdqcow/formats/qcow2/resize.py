@@ -360,9 +360,8 @@ async def _zero_encrypted(image: "Qcow2Driver", plan: WritePlan, length: int) ->
     host_offset = plan.host_offset
     if image.data_file is not None:
         host_offset = plan.guest_offset
-    place = WritePlan(plan.guest_offset, length, host_offset)
-    place = encryption.tag_plan(image.header, place)
-    await image.data.write_zeroes(place.host_offset, length, may_unmap=False)
+    place = encryption.tagged(image.header, host_offset, plan.guest_offset)
+    await image.data.write_zeroes(place, length, may_unmap=False)
 
 
 async def _zero_file(
