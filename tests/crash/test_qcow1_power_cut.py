@@ -22,7 +22,7 @@ from tests.crash.recording import SECTOR, RecordingStorage
 from tests.crash.test_power_cut import Change
 from tests.qcow1_image import Image, Packed, Plain, check
 
-NB_HISTORIES = int(os.environ.get("NBDQCOW_CRASH_HISTORIES", "16"))
+NB_HISTORIES = int(os.environ.get("NBDQCOW_CRASH_HISTORIES", "12"))
 CUTS_PER_HISTORY = 20
 FIRST_SEED = int(os.environ.get("NBDQCOW_SEED", "1"))
 NB_CLIENTS = 4
