@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from nbdqcow.block.node import Node
-from nbdqcow.block.registry import is_remote
 from nbdqcow.block.tools import FormatTool, OptionValue
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_create import find_tool, print_option_help
@@ -251,7 +250,7 @@ async def _convert_to_target(
     target_arguments.check()
     try:
         path = settings.target
-        if tool is not None and not is_remote(settings.target):
+        if tool is not None:
             try:
                 new = NewImage(settings.target)
                 new.create(tool, values, settings.images.secret)
@@ -274,7 +273,16 @@ async def _convert_to_target(
             shown = str(exc) if new is None else new.rename_in(str(exc))
             raise ImageError(shown) from None
         try:
-            await _copy(settings, sources, target, values, progress, is_new=bool(new))
+            await _copy(
+                settings,
+                sources,
+                target,
+                values,
+                progress,
+                # A raw disk is what it is in; others do not show it.
+                is_new=new is not None
+                and not (new.holds_old_data and target.format_name == "raw"),
+            )
         except BaseException:
             await target.close()
             raise
