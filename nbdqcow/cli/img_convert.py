@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from nbdqcow.block.node import Node
+from nbdqcow.block.registry import is_remote
 from nbdqcow.block.tools import FormatTool, OptionValue
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_create import find_tool, print_option_help
@@ -240,6 +241,9 @@ async def _convert_to_target(
         values = _creation_values(settings, tool, text, size, sources)
     if settings.bitmaps and len(sources) > 1:
         raise ImageError("Copying bitmaps only possible with single source")
+    if tool is not None and settings.target:
+        # An unknown protocol is no failure of the creation.
+        is_remote(settings.target)
     target_cache = check_cache(settings.target_cache, "Invalid cache option: ")
     new: NewImage | None = None
     target_arguments = ImageArguments(
