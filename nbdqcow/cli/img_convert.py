@@ -241,6 +241,9 @@ async def _convert_to_target(
         values = _creation_values(settings, tool, text, size, sources)
     if settings.bitmaps and len(sources) > 1:
         raise ImageError("Copying bitmaps only possible with single source")
+    if tool is not None and settings.target:
+        # An unknown protocol is no failure of the creation.
+        is_remote(settings.target)
     target_cache = check_cache(settings.target_cache, "Invalid cache option: ")
     new: NewImage | None = None
     target_arguments = ImageArguments(
@@ -251,7 +254,7 @@ async def _convert_to_target(
     target_arguments.check()
     try:
         path = settings.target
-        if tool is not None and not is_remote(settings.target):
+        if tool is not None:
             try:
                 new = NewImage(settings.target)
                 new.create(tool, values, settings.images.secret)
@@ -274,7 +277,16 @@ async def _convert_to_target(
             shown = str(exc) if new is None else new.rename_in(str(exc))
             raise ImageError(shown) from None
         try:
-            await _copy(settings, sources, target, values, progress, is_new=bool(new))
+            await _copy(
+                settings,
+                sources,
+                target,
+                values,
+                progress,
+                # A raw disk is what it is in; others do not show it.
+                is_new=new is not None
+                and not (new.holds_old_data and target.format_name == "raw"),
+            )
         except BaseException:
             await target.close()
             raise

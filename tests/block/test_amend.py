@@ -1,6 +1,8 @@
 """Amending an image: what it becomes, as QEMU says, and what QEMU refuses."""
 
 import asyncio
+import contextlib
+import errno
 import json
 import random
 import subprocess
@@ -300,3 +302,51 @@ async def test_amending_under_load(tmp_path, seed):
         await asyncio.gather(*clients)
     check(path)
     assert content(path) == expected
+
+
+@pytest.mark.asyncio
+async def test_operations_at_the_same_time(tmp_path, seed):
+    """They wait for each other; what is not possible any more is refused."""
+    rnd = random.Random(seed)
+    path = create(tmp_path / "a", MiB, lazy_refcounts="on")
+    nb_done = 0
+
+    async def attempt(operation):
+        nonlocal nb_done
+        try:
+            await operation
+            nb_done += 1
+        except BlockError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTSUP, errno.EINVAL):
+                raise
+
+    async def client():
+        while nb_done + 1 < len(work):
+            await asyncio.sleep(0)
+            size = min(node.size, MiB // 2)
+            offset = rnd.randrange(0, size // 2, 512)
+            with contextlib.suppress(BlockError):
+                await node.pwrite(offset, rnd.randbytes(size // 4))
+
+    async with open_image(path) as node:
+        driver = node.driver
+        work = []
+        for _ in range(8):
+            work += [
+                node.resize(rnd.randrange(MiB // 512, 8 * MiB // 512) * 512),
+                driver.snapshot_create("s"),
+                driver.snapshot_apply("s"),
+                driver.snapshot_delete("s"),
+                node.amend({"refcount_bits": rnd.choice((16, 64))}, lambda *_: None),
+                node.amend({"lazy_refcounts": rnd.random() < 0.5}, lambda *_: None),
+            ]
+        rnd.shuffle(work)
+        writer = asyncio.create_task(client())
+        await asyncio.gather(*map(attempt, work))
+        writer.cancel()
+        await asyncio.gather(writer, return_exceptions=True)
+        await node.flush()
+        expected = bytes(await node.pread(0, node.size))
+    check(path)
+    assert content(path) == expected
+    assert nb_done > 10

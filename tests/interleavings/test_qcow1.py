@@ -24,7 +24,7 @@ from tests.interleavings.permuting import InlinePool, PermutedStorage, Permuting
 from tests.interleavings.test_interleavings import NB_CLIENTS, Clients, _all, _end
 from tests.qcow1_image import Image, Packed, Plain, check
 
-NB_RUNS = int(os.environ.get("NBDQCOW_INTERLEAVINGS", "160")) // 2
+NB_RUNS = int(os.environ.get("NBDQCOW_INTERLEAVINGS", "160")) // 4
 NB_LONG_RUNS = int(os.environ.get("NBDQCOW_LONG_INTERLEAVINGS", "12000"))
 
 

@@ -72,7 +72,7 @@ class Qcow2Driver(Operations):
         snapshot_metadata: what clusters of snapshots' tables were when the image
             was opened, in the words of the option ``overlap-check``.
         tasks: operations and background work that run; see `settle`.
-        resizing: held by whoever changes the disk's size.
+        operating: held by an operation while it runs.
         trim_wanted: once no freed cluster waits, the file's end is cut off.
     """
 
@@ -138,7 +138,7 @@ class Qcow2Driver(Operations):
         self.rebind()
         self.tasks: set[asyncio.Task[Any]] = set()
         self._until_close: list[asyncio.Task[None]] = []
-        self.resizing = asyncio.Lock()
+        self.operating = asyncio.Lock()
         self.trim_wanted = False
         self._nb_in_place = 0
         self._in_place_done: asyncio.Future[None] | None = None
@@ -234,6 +234,7 @@ class Qcow2Driver(Operations):
                 ),
                 data_file=data_file,
             )
+            image.secret = options.get("secret")
             if not read_only:
                 await image._prepare_for_writing()
             if settings.clean_interval:

@@ -34,7 +34,7 @@ class Operations(FormatDriver):
         except BlockError:
             operation.close()
             raise
-        task = asyncio.create_task(operation)
+        task = asyncio.create_task(self._after_others(operation))
         self._image.tasks.add(task)
         task.add_done_callback(self._image.tasks.discard)
         try:
@@ -42,6 +42,11 @@ class Operations(FormatDriver):
         except CorruptImage as error:
             await self._image.mark_corrupt(str(error))
             raise
+
+    async def _after_others(self, operation: Coroutine[Any, Any, T]) -> T:
+        """Run an operation once no other one is in the middle of its steps."""
+        async with self._image.operating:
+            return await operation
 
     # -- the disk --------------------------------------------------------
 

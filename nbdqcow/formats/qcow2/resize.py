@@ -21,7 +21,8 @@ import numpy as np
 from nbdqcow.block.driver import WritePlan
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import BlockError, NotSupported
-from nbdqcow.formats.qcow2 import data_file, discard
+from nbdqcow.formats.qcow2 import data_file, discard, encryption
+from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2.entries import (
     ALL_ALLOCATED,
     ALL_ZERO,
@@ -52,38 +53,36 @@ _ZEROES: Final = bytes(MiB)
 
 
 async def resize(image: "Qcow2Driver", size: int, preallocation: str) -> None:
-    """See `FormatDriver.resize`."""
+    """See `FormatDriver.resize`. No other operation runs."""
     if size % SECTOR_SIZE:
         raise BlockError(errno.EINVAL, "The new size must be a multiple of 512")
     if image.header.nb_snapshots and image.header.version < 3:
         raise NotSupported("Can't resize a v2 image which has snapshots")
-    async with image.resizing:
-        image.bitmaps.check_resize(size)
-        if size < image.size:
-            if preallocation != "off":
-                raise BlockError(
-                    errno.EINVAL, "Preallocation can only be used for growing images"
-                )
-            await _shrink(image, size)
-        elif size > image.size:
-            await _grow(image, size, preallocation)
+    image.bitmaps.check_resize(size)
+    if size < image.size:
+        if preallocation != "off":
+            raise BlockError(
+                errno.EINVAL, "Preallocation can only be used for growing images"
+            )
+        await _shrink(image, size)
+    elif size > image.size:
+        await _grow(image, size, preallocation)
 
 
 async def make_empty(image: "Qcow2Driver") -> None:
     """See `FormatDriver.make_empty`."""
     if image.data_file is not None and data_file.is_raw(image.header):
         raise NotSupported("a raw external data file can't be emptied")
-    async with image.resizing:
-        async with alone(image):
-            old, offset = image.tables.l1, image.tables.l1_offset
-            empty = array("Q", bytes(len(old) * 8))
-            # In place, or the file's end would stay: cut off in between, some
-            # tables are empty and some are not, as with any discard.
-            await _or_fail(image, image.storage.pwritev(offset, [empty.tobytes()]))
-            await _or_fail(image, image.storage.flush())
-            image.tables.replace(empty, offset)
-        await _free_tables(image, old)
-        image.trim_when_freed()
+    async with alone(image):
+        old, offset = image.tables.l1, image.tables.l1_offset
+        empty = array("Q", bytes(len(old) * 8))
+        # In place, or the file's end would stay: cut off in between, some
+        # tables are empty and some are not, as with any discard.
+        await _or_fail(image, image.storage.pwritev(offset, [empty.tobytes()]))
+        await _or_fail(image, image.storage.flush())
+        image.tables.replace(empty, offset)
+    await _free_tables(image, old)
+    image.trim_when_freed()
 
 
 # -- the L1 table ----------------------------------------------------------
@@ -328,9 +327,13 @@ async def _preallocate(
         l2.pins += 1
         plan = WritePlan(offset, length, first << bits, private=allocation)
         try:
+            inside = length
             if image.data_file is not None:
                 # It is as long as the new disk, which may end in a cluster.
                 inside = min(length, image.data_file.length - offset)
+            if image.header.crypt_method != h.CRYPT_NONE:
+                await _zero_encrypted(image, plan, inside)
+            elif image.data_file is not None:
                 await _zero_file(image.data_file, offset, inside, preallocation)
             else:
                 await _zero_file(image.storage, first << bits, length, preallocation)
@@ -350,6 +353,15 @@ async def _grow_data_file(image: "Qcow2Driver", size: int) -> None:
         await image.data.write_zeroes(image.size, stale, may_unmap=True)
     if image.data_file.length < size:
         await image.data_file.truncate(size)
+
+
+async def _zero_encrypted(image: "Qcow2Driver", plan: WritePlan, length: int) -> None:
+    """Write zeroes out, encrypted: what is new in a file decrypts to noise."""
+    host_offset = plan.host_offset
+    if image.data_file is not None:
+        host_offset = plan.guest_offset
+    place = encryption.tagged(image.header, host_offset, plan.guest_offset)
+    await image.data.write_zeroes(place, length, may_unmap=False)
 
 
 async def _zero_file(

@@ -1,0 +1,55 @@
+"""``json:`` names on command lines and in headers, beside qemu-img."""
+
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import REPOSITORY, find_tool
+
+OURS = (
+    f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); sys.argv[0] = 'qemu-img';"
+    "from nbdqcow.cli.img import main; sys.exit(main())"
+)
+INNER = '{"driver":"qcow2","file":{"driver":"file","filename":"base"}}'
+
+
+@pytest.fixture
+def directory(tmp_path):
+    img = find_tool("qemu-img")
+    for words in (
+        ["base", "1M"],
+        ["-b", f"json:{INNER}", "-F", "qcow2", "overlay"],
+    ):
+        subprocess.run(
+            [img, "create", "-qf", "qcow2", *words], cwd=tmp_path, check=True
+        )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "info overlay",
+        "info --backing-chain overlay",
+        "info --output=json overlay",
+        'info \'json:{"driver":"qcow2","file.filename":"overlay"}\'',
+        'check \'json:{"driver":"qcow2","file.filename":"overlay"}\'',
+        'map \'json:{"driver":"qcow2","file.filename":"overlay"}\'',
+        'compare overlay \'json:{"driver":"qcow2","file.filename":"base"}\'',
+        'resize \'json:{"driver":"qcow2","file.filename":"overlay"}\' 2M',
+        'convert -O raw \'json:{"driver":"qcow2","file.filename":"overlay"}\' out',
+    ],
+)
+def test_as_qemu_img(directory, line):
+    words = shlex.split(line)
+    outcomes = [
+        subprocess.run(command, cwd=directory, capture_output=True, text=True)
+        for command in (
+            [find_tool("qemu-img"), *words],
+            [sys.executable, "-c", OURS, *words],
+        )
+    ]
+    theirs, ours = ((o.returncode, o.stdout, o.stderr) for o in outcomes)
+    assert ours == theirs
