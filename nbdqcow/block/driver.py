@@ -7,7 +7,7 @@ writes them through ``data``, the storage driver that holds guest data.
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Final
@@ -70,6 +70,8 @@ class FormatDriver(ABC):
         dirty_bitmaps: those that can be read, by name; none in most formats.
         when_rebound: the node's; called when a ``try_*`` method was replaced
             or ``size`` has changed.
+        write_plain: the node's; writes guest data as any other, for a cluster
+            that gets no shorter when it is compressed.
         epochs: the requests in flight on guest data, so that a freed cluster
             is not handed out again under one of them.
     """
@@ -87,6 +89,7 @@ class FormatDriver(ABC):
     backing_size: int = 0
     dirty_bitmaps: Mapping[str, DirtyBitmap] = MappingProxyType({})
     when_rebound: Callable[[], None] = staticmethod(lambda: None)
+    write_plain: Callable[[int, memoryview], Awaitable[None]]
     lock: asyncio.Lock
     epochs: Epochs
 

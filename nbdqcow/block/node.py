@@ -76,6 +76,7 @@ class Node(InlineRequests):
         self._guard_lock = asyncio.Lock()
         self._bind()
         driver.when_rebound = self._bind
+        driver.write_plain = self._write_data
 
     @property
     def format_name(self) -> str:

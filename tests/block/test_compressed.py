@@ -365,6 +365,35 @@ def test_zeroes_hide_the_backing_file(tmp_path):
         check(path)
 
 
+@pytest.mark.parametrize("extended_l2", ["off", "on"])
+def test_noise_over_parts_of_clusters(tmp_path, seed, extended_l2):
+    """What gets no shorter goes where any write would: around what is there."""
+    path = create(tmp_path / "a", MiB, extended_l2=extended_l2)
+    rnd = random.Random(seed)
+    noise = rnd.randbytes(MiB)
+
+    async def run():
+        async with open_image(path) as node:
+            for cluster in range(0, MiB, 65536):
+                for _ in range(rnd.randrange(4)):
+                    start = cluster + rnd.randrange(31) * 2048
+                    await node.pwrite(start, rnd.randbytes(rnd.choice((512, 2048))))
+            # Others write to the same clusters meanwhile.
+            busy = [
+                asyncio.create_task(node.pwrite(o + 4096, noise[o + 4096 : o + 6144]))
+                for o in range(0, MiB, 65536)
+            ]
+            await asyncio.sleep(0)
+            await node.pwrite_compressed(0, noise)
+            await asyncio.gather(*busy)
+            assert bytes(await node.pread(0, MiB)) == noise
+
+    asyncio.run(run())
+    check(path)
+    (tmp_path / "raw").write_bytes(noise)
+    assert "identical" in qemu_img("compare", "-F", "raw", path, tmp_path / "raw")
+
+
 def test_only_whole_clusters_of_images_that_can(tmp_path):
     path = create(tmp_path / "a", MiB + 512)
     raw = tmp_path / "raw"

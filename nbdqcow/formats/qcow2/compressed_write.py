@@ -49,25 +49,11 @@ async def write_compressed(image: "Qcow2Driver", offset: int, data: Buffer) -> N
             if len(packed) < cluster_size:
                 await _place(image, offset, packed)
             else:
-                await _write_plain(image, offset, memoryview(data)[:length])
+                await image.write_plain(offset, memoryview(data)[:length])
     finally:
         if not job.done():
             job.cancel()
             await asyncio.wait((job,))
-
-
-async def _write_plain(image: "Qcow2Driver", offset: int, view: memoryview) -> None:
-    """Write a cluster as any other; the image may end in it."""
-    plan = await image.begin_write(offset, len(view))
-    try:
-        buffers: list[Buffer] = [view]
-        if plan.tail and not plan.reads_zero:
-            buffers.append(bytes(plan.tail))
-        await image.data.pwritev(plan.host_offset, buffers)
-    except BaseException:
-        image.abort_write(plan)
-        raise
-    image.end_write(plan)
 
 
 async def _place(image: "Qcow2Driver", offset: int, packed: bytes) -> None:
