@@ -234,6 +234,7 @@ class Qcow2Driver(Operations):
                 ),
                 data_file=data_file,
             )
+            image.secret = options.get("secret")
             if not read_only:
                 await image._prepare_for_writing()
             if settings.clean_interval:
