@@ -2,7 +2,7 @@
 # included (tools/setup-system.sh). PYTHON=... names the interpreter for .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types check bench differential-long clean setup-serve setup-test
+.PHONY: help serve test lint types check bench differential-long safety fuzz soak clean setup-serve setup-test
 
 BIN := .venv/bin
 IMAGE ?= var/disk.qcow2
@@ -54,6 +54,21 @@ conformance: setup-test  ## every command line of the image tool beside qemu-img
 
 differential-long: setup-test  ## the differential tests for hours rather than minutes
 	$(PYTEST) -m slow tests/differential
+
+SAFETY := tests/crash tests/faults tests/kills tests/adversity tests/fuzz \
+    tests/interleavings tests/hostile tests/differential
+FUZZ_SECONDS ?= 60
+SOAK_SECONDS ?= 7200
+
+safety: setup-test  ## every proof of safety at length (about an hour), see docs/safety.md
+	$(PYTEST) -q $(SAFETY)
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+fuzz: setup-test  ## each parser on changed input for FUZZ_SECONDS (60); atheris if installed
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+
+soak: setup-test  ## SOAK_SECONDS (7200) of mixed load with faults, cuts and kills
+	$(BIN)/python -m tests.soak --seconds $(SOAK_SECONDS)
 
 clean:  ## remove all that these targets made: .venv, var, caches
 	rm -rf .venv var build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

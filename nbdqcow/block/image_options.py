@@ -4,7 +4,6 @@
 ``driver=qcow2,file.driver=file,file.filename=a`` say the same.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
@@ -61,6 +60,9 @@ def parse_json_name(name: str) -> tuple[str, dict[str, Any]]:
 
     Raises `ImageError`.
     """
+    # Most names have none, and small commands feel what it takes to load.
+    import json
+
     try:
         given = json.loads(name.removeprefix(JSON_PREFIX))
         if not isinstance(given, dict):

@@ -343,6 +343,7 @@ class Node(InlineRequests):
         Raises `NotSupported` if the image can't have compressed clusters.
         """
         self._check_writable()
+        self._check_inside(offset, len(data))
         size, end = self.driver.cluster_size, offset + len(data)
         if offset % size or (end % size and end != self.size):
             raise BlockError(errno.EINVAL, "only whole clusters can be compressed")

@@ -26,6 +26,7 @@ from nbdqcow.block.registry import (
     storage_driver,
 )
 from nbdqcow.block.storage import StorageDriver
+from nbdqcow.block.tools import Secrets, no_secrets
 from nbdqcow.errors import ImageError
 
 MAX_CHAIN_DEPTH: Final = 256
@@ -54,6 +55,8 @@ class OpenOptions:
         driver_options: for the format driver of the image itself, as its
             class describes them; ``data_file``, the path of its external data
             file, comes before the one that the image names.
+        secrets: how a name of many options finds the passphrase whose id it
+            gives.
     """
 
     format: str | None = None
@@ -68,6 +71,7 @@ class OpenOptions:
     driver_options: Mapping[str, Any] = field(default_factory=dict)
     with_backing: bool = True
     backing: BackingOverride | None = None
+    secrets: Secrets = no_secrets
 
 
 class Opening:
@@ -110,6 +114,7 @@ def open_image(
     driver_options: Mapping[str, Any] | None = None,
     with_backing: bool = True,
     backing: BackingOverride | None = None,
+    secrets: Secrets = no_secrets,
 ) -> Opening:
     """Open an image with its backing chain; see `OpenOptions`.
 
@@ -125,7 +130,7 @@ def open_image(
         OpenOptions(
             format, read_only, cache, discard, detect_zeroes, l2_cache_size,
             allowed_paths, lock, force_share, driver_options or {}, with_backing,
-            backing,
+            backing, secrets,
         ),
     )  # fmt: skip
 
@@ -318,10 +323,11 @@ def _parse_json_name(name: str) -> tuple[str, dict[str, Any]]:
 
 def _with_given(options: OpenOptions, given: Mapping[str, Any]) -> OpenOptions:
     """Return ``options`` with those that a name gives in their place."""
-    if "key_secret" in given:
-        raise ImageError("'key-secret' names an object, which there is none of here")
     more = {**options.driver_options, **given.get("driver_options", {})}
-    return replace(options, **{**given, "driver_options": more})
+    changes = {**given, "driver_options": more}
+    if (key := changes.pop("key_secret", None)) is not None:
+        more["secret"] = options.secrets(key)
+    return replace(options, **changes)
 
 
 def _check_names_allowed(

@@ -77,7 +77,8 @@ class BlockingFile(Protocol):
         """Make all writes so far durable."""
 
     def allocated_length(self) -> int:
-        """Return the bytes that the file takes of its file system."""
+        """Return the bytes that the file takes of its file system, -1 if that
+        is not known."""
 
     def close(self) -> None:
         """Release the file and its locks."""

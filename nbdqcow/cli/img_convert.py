@@ -241,6 +241,9 @@ async def _convert_to_target(
         values = _creation_values(settings, tool, text, size, sources)
     if settings.bitmaps and len(sources) > 1:
         raise ImageError("Copying bitmaps only possible with single source")
+    if tool is not None and settings.target:
+        # An unknown protocol is no failure of the creation.
+        is_remote(settings.target)
     target_cache = check_cache(settings.target_cache, "Invalid cache option: ")
     new: NewImage | None = None
     target_arguments = ImageArguments(
@@ -251,7 +254,7 @@ async def _convert_to_target(
     target_arguments.check()
     try:
         path = settings.target
-        if tool is not None and not is_remote(settings.target):
+        if tool is not None:
             try:
                 new = NewImage(settings.target)
                 new.create(tool, values, settings.images.secret)
@@ -274,7 +277,16 @@ async def _convert_to_target(
             shown = str(exc) if new is None else new.rename_in(str(exc))
             raise ImageError(shown) from None
         try:
-            await _copy(settings, sources, target, values, progress, is_new=bool(new))
+            await _copy(
+                settings,
+                sources,
+                target,
+                values,
+                progress,
+                # A raw disk is what it is in; others do not show it.
+                is_new=new is not None
+                and not (new.holds_old_data and target.format_name == "raw"),
+            )
         except BaseException:
             await target.close()
             raise
@@ -333,6 +345,14 @@ def _secret_of(values: dict[str, OptionValue], images: ImageArguments) -> bytes 
     return None if key is None else images.secret(str(key))
 
 
+def _begins_zero(target: Node, values: dict[str, OptionValue]) -> bool:
+    """Whether a new image reads as zeroes: not where there is room for encrypted
+    data already, for that decrypts to noise."""
+    return target.driver.data.name != "encrypted" or (
+        target.driver.cluster_size > 1 and values.get("preallocation", "off") == "off"
+    )
+
+
 def _check_compression(format_: str) -> None:
     if format_ == "raw":
         raise ImageError("Compression not supported for this file format")
@@ -361,7 +381,8 @@ async def _copy(
         ConvertOptions(
             sparse=settings.sparse,
             compressed=settings.compressed,
-            target_is_zero=(settings.target_is_zero or is_new) and not has_backing,
+            target_is_zero=not has_backing
+            and (settings.target_is_zero or (is_new and _begins_zero(target, values))),
             target_has_backing=has_backing
             and (settings.backing_file is not None or "backing_file" in values),
             backing_size=target.backing.size if target.backing is not None else 0,

@@ -90,7 +90,8 @@ def _as_json(image: OpenImage, info: ImageInfo) -> dict[str, Any]:
     if info.cluster_size is not None:
         values["cluster-size"] = info.cluster_size
     values["format"] = info.format
-    values["actual-size"] = image.file.allocated_length()
+    if (allocated := image.file.allocated_length()) >= 0:
+        values["actual-size"] = allocated
     if info.specific is not None:
         values["format-specific"] = {"type": info.format, "data": info.specific}
     if info.backing_filename is not None:
@@ -125,7 +126,9 @@ def _print_human(info: ImageInfo, values: dict[str, Any]) -> None:
     print(f"image: {values['filename']}")
     print(f"file format: {info.format}")
     print(f"virtual size: {format_size(size)} ({size} bytes)")
-    print(f"disk size: {format_size(values['actual-size'])}")
+    allocated = values.get("actual-size")
+    text = "unavailable" if allocated is None else format_size(allocated)
+    print(f"disk size: {text}")
     if info.encrypted:
         print("encrypted: yes")
     if info.cluster_size is not None:

@@ -1,23 +1,25 @@
 """``nbdqcow-img measure``: how much room would a new image need?"""
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_create import find_tool
-from nbdqcow.cli.img_nodes import ImageArguments, open_node
 from nbdqcow.cli.img_options import (
+    PREALLOCATIONS,
     format_json,
     is_option_list,
     parse_amount,
     parse_arguments,
     wants_json,
 )
-from nbdqcow.cli.img_resize import PREALLOCATIONS
 from nbdqcow.cli.img_snapshot import parse_snapshot
 from nbdqcow.cli.img_target import parse_create_options
 from nbdqcow.cli.messages import error
 from nbdqcow.errors import ImageError
+
+if TYPE_CHECKING:
+    from nbdqcow.cli.img_nodes import ImageArguments
 
 _LONG: Final = {
     "help": "-h",
@@ -33,7 +35,8 @@ _DEFAULT_CLUSTER: Final = 65536
 def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     options, operands = parse_arguments(arguments, ":hf:l:o:O:U", _LONG)
-    images, format_, output = ImageArguments(), "raw", "human"
+    format_, output = "raw", "human"
+    common: list[tuple[str, str]] = []
     option_lists: list[str] = []
     size: int | None = None
     snapshot: Any = None
@@ -55,12 +58,14 @@ def run(arguments: Sequence[str]) -> int:
             case "--size":
                 size = parse_amount(value, "image size")
             case _:
-                images.take(name, value)
+                common.append((name, value))
     json = wants_json(output)
-    images.check()
+    needing = [name for name, _ in common if name in ("-f", "--image-opts")]
+    if len(set(needing)) == 2:
+        raise ImageError("--image-opts and --format are mutually exclusive")
     if len(operands) > 1:
         raise ImageError("At most one filename argument is allowed.")
-    if not operands and (images.image_opts or images.format or snapshot is not None):
+    if not operands and (needing or snapshot is not None):
         raise ImageError("--image-opts, -f, and -l require a filename argument.")
     if not operands and size is None:
         raise ImageError("Either --size N or one filename must be specified.")
@@ -70,8 +75,14 @@ def run(arguments: Sequence[str]) -> int:
     if not operands:
         _measure(format_, text, size or 0, json=json)
         return 0
+    # Not above: they bring the event loop.
+    from nbdqcow.cli.img_nodes import ImageArguments
     from nbdqcow.cli.img_run import run_command
 
+    images = ImageArguments()
+    for name, value in common:
+        images.take(name, value)
+    images.check()
     return run_command(
         lambda: _measure_image(operands[0], images, snapshot, format_, text, json=json)
     )
@@ -79,13 +90,14 @@ def run(arguments: Sequence[str]) -> int:
 
 async def _measure_image(
     name: str,
-    images: ImageArguments,
+    images: "ImageArguments",
     snapshot: Any,
     format_: str,
     text: str,
     *,
     json: bool,
 ) -> int:
+    from nbdqcow.cli.img_nodes import open_node
     from nbdqcow.jobs.map import data_length
     from nbdqcow.jobs.status import disk_size
 

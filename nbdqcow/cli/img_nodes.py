@@ -8,6 +8,7 @@ from nbdqcow.block.image_options import parse_json_name
 from nbdqcow.block.node import Node
 from nbdqcow.block.open import CACHE_MODES, open_image
 from nbdqcow.block.registry import is_remote
+from nbdqcow.block.tools import no_secrets
 from nbdqcow.cli.image_opts import parse_image_opts
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
 from nbdqcow.cli.objects import Objects
@@ -63,11 +64,12 @@ class ImageArguments:
 
     def secret(self, name: str) -> bytes:
         """Return the passphrase of that id. Raises `ImageError`."""
+        if self._made is None:
+            return no_secrets(name)
         try:
-            assert self._made is not None
             return self._made.secret(name).encode()
         except UsageError:
-            raise ImageError(f"No secret with id '{name}'") from None
+            return no_secrets(name)
 
 
 def check_cache(text: str, message: str) -> str:
@@ -109,6 +111,7 @@ async def open_node(
             f"{opening}force-share=on can only be used with read-only images"
         )
     driver_options: dict[str, Any] = {} if secret is None else {"secret": secret}
+    driver_options |= options.pop("driver_options", {})
     try:
         if (key := options.pop("key_secret", None)) is not None:
             driver_options["secret"] = arguments.secret(key)
@@ -120,6 +123,7 @@ async def open_node(
             force_share=arguments.force_share,
             driver_options=driver_options,
             with_backing=with_backing,
+            secrets=arguments.secret,
             **options,
         )
     except (ImageError, OSError) as exc:

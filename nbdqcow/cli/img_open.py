@@ -10,6 +10,7 @@ from nbdqcow.block.registry import (
     PROBE_LENGTH,
     blocking_file,
     format_tool,
+    is_remote,
     probe_tool,
 )
 from nbdqcow.block.steps import BlockingFile
@@ -43,12 +44,20 @@ def open_image_file(
     if filename.startswith(JSON_PREFIX):
         filename, options = parse_json_name(filename)
         format_ = options.get("format", format_)
-    path = local_path(filename)
+    remote = bool(filename) and is_remote(filename)
+    path = filename if remote else local_path(filename)
     tool = None if format_ is None else format_tool(format_)
+    file: BlockingFile
     try:
-        file: BlockingFile = blocking_file().open(
-            path, read_only=read_only, force_share=force_share
-        )
+        if remote:
+            # Not above: it brings the event loop.
+            from nbdqcow.cli.img_remote import RemoteFile
+
+            file = RemoteFile.open(path, read_only=read_only)
+        else:
+            file = blocking_file().open(
+                path, read_only=read_only, force_share=force_share
+            )
     except OSError as exc:
         raise ImageError(f"Could not open '{path}': {exc.strerror}") from None
     except ImageError as exc:

@@ -10,6 +10,7 @@ from nbdqcow.errors import ImageError, UsageError
 from nbdqcow.units import SizeTooLarge, parse_size
 
 MAX_AMOUNT: Final = (1 << 63) - 1
+PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
 
 _TRUE: Final = ("on", "yes", "true", "y")
 _FALSE: Final = ("off", "no", "false", "n")

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_nodes import ImageArguments, open_node
-from nbdqcow.cli.img_options import convert_option, parse_arguments
+from nbdqcow.cli.img_options import PREALLOCATIONS, convert_option, parse_arguments
 from nbdqcow.cli.img_run import run_command
 from nbdqcow.cli.messages import error
 from nbdqcow.errors import ImageError, UsageError
@@ -18,7 +18,6 @@ _LONG: Final = {
     "preallocation=": "--preallocation",
     "shrink": "--shrink",
 }
-PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
 _MAX_SIZE: Final = (1 << 63) - 1
 
 

@@ -7,7 +7,8 @@ import stat
 import tempfile
 from collections.abc import Mapping
 
-from nbdqcow.block.registry import blocking_file
+from nbdqcow.block.registry import blocking_file, is_remote
+from nbdqcow.block.steps import BlockingFile
 from nbdqcow.block.tools import FormatTool, OptionValue, Secrets, no_secrets
 from nbdqcow.cli.img_create import create_data_file, option_specs
 from nbdqcow.cli.img_open import local_path
@@ -32,15 +33,21 @@ class NewImage:
 
     Attributes:
         path: where it is being written.
+        holds_old_data: it is no new file: what is not written may be anything.
     """
 
     def __init__(self, filename: str) -> None:
         """Take the place of ``filename``. Raises `ImageError`."""
-        filename = local_path(filename) if filename else filename
+        self._remote = bool(filename) and is_remote(filename)
+        if filename and not self._remote:
+            filename = local_path(filename)
         self.filename = filename
         self.path = filename
+        self.holds_old_data = self._remote
         self._final: str | None = None
         self._old = None
+        if self._remote:
+            return
         try:
             if not filename:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -55,6 +62,7 @@ class NewImage:
             if stat.S_ISDIR(status.st_mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             self._old = blocking_file().open(filename, read_only=False)
+            self.holds_old_data = not stat.S_ISREG(status.st_mode)
             if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
                 with contextlib.suppress(OSError):
                     final = filename
@@ -104,7 +112,7 @@ class NewImage:
         plan = tool.prepare(values, secrets=secrets)
         create_data_file(tool, plan, self._final or self.path)
         try:
-            file = blocking_file().create(self.path)
+            file = self._open()
         except OSError as exc:
             raise ImageError(
                 f"Could not create '{self.filename}': {exc.strerror}"
@@ -117,6 +125,17 @@ class NewImage:
             ) from None
         finally:
             file.close()
+
+    def _open(self) -> BlockingFile:
+        file: BlockingFile
+        if self._remote:
+            # Not above: it brings the event loop.
+            from nbdqcow.cli.img_remote import RemoteFile
+
+            file = RemoteFile.open(self.path, read_only=False)
+        else:
+            file = blocking_file().create(self.path)
+        return file
 
     def rename_in(self, text: str) -> str:
         """Return a message with the name that people know."""

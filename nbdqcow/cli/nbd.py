@@ -514,6 +514,7 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
     filename = settings.filename
     options: dict[str, Any] = {"discard": "ignore"}
     options |= settings.open_options
+    options["secrets"] = lambda name: objects.secret(name).encode()
     if settings.image_opts:
         from nbdqcow.cli.image_opts import parse_image_opts
         from nbdqcow.crypto.secrets import Secret

@@ -133,6 +133,8 @@ class LuksDriver(FormatDriver):
         force: bool = False,
     ) -> None:
         """See `FormatDriver.amend_keys`."""
+        if self.read_only:
+            raise BlockError(errno.EROFS, "the image is read-only")
         from nbdqcow.formats.luks_keys import KeyChange, change_keys
 
         change = KeyChange.parse(values, "", secrets, force=force)

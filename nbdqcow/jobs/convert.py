@@ -177,11 +177,15 @@ class _Conversion:
         length, inside = disk.end - position, source.size - offset
         chain = not self._options.target_has_backing
         kind, covered = ZERO, length
+        boundary = round_down(position, self._piece) + self._piece - position
         if inside > 0:
             kind, covered = await stretch_of(
-                source, offset, min(inside, _EMPTY_PIECE), whole_chain=chain
+                source,
+                offset,
+                min(inside, _EMPTY_PIECE),
+                whole_chain=chain,
+                enough_data=boundary,
             )
-        boundary = round_down(position, self._piece) + self._piece - position
         if self._options.compressed:
             return self._whole_clusters(kind, position, covered, boundary)
         if kind == ZERO:

@@ -1,6 +1,7 @@
 """Compressed clusters, read and written: what we make is what QEMU finds right."""
 
 import asyncio
+import errno
 import json
 import random
 import subprocess
@@ -374,6 +375,9 @@ def test_only_whole_clusters_of_images_that_can(tmp_path):
             for offset, length in ((512, 65536), (0, 512), (MiB, 100)):
                 with pytest.raises(BlockError, match="only whole clusters"):
                     await node.pwrite_compressed(offset, b"x" * length)
+            with pytest.raises(BlockError) as error:
+                await node.pwrite_compressed(2 * MiB, b"x" * 65536)
+            assert error.value.errno == errno.ENOSPC
             await node.pwrite_compressed(MiB, b"y" * 512)
             assert bytes(await node.pread(MiB, 512)) == b"y" * 512
         async with open_image(raw, format="raw") as node:

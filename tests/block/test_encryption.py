@@ -311,3 +311,33 @@ async def test_hostile_pointers(tmp_path, pointer, text):
     path.write_bytes(data)
     with pytest.raises(ImageError, match=text):
         await attempt(path, secret=b"one")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("preallocation", ["off", "metadata", "full"])
+@pytest.mark.parametrize(
+    "options",
+    ["", ",cluster_size=512", ",data_file=@/data,data_file_raw=on", ",data_file=@/d"],
+)
+async def test_what_is_new_of_an_encrypted_disk_is_zero(
+    tmp_path, preallocation, options
+):
+    path = tmp_path / "disk"
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "--object",
+         "secret,id=s,data=one", "-o", "encrypt.format=aes,encrypt.key-secret=s"
+         + options.replace("@", str(tmp_path)), path, str(MiB + 512)],
+        check=True,
+    )  # fmt: skip
+    secret = {"secret": Secret(b"one")}
+    async with open_image(path, format="qcow2", driver_options=secret) as node:
+        await node.pwrite(0, b"x" * (MiB + 512))
+        await node.resize(2 * MiB, preallocation=preallocation)
+        assert await node.pread(0, 2 * MiB) == b"x" * (MiB + 512) + bytes(MiB - 512)
+        await node.resize(5120)
+        await node.resize(MiB, preallocation=preallocation)
+        assert await node.pread(0, MiB) == b"x" * 5120 + bytes(MiB - 5120)
+    async with open_image(path, format="qcow2", driver_options=secret) as node:
+        await node.pwrite(MiB - 700, b"y" * 3)
+        assert await node.pread(MiB - 704, 704) == bytes(4) + b"yyy" + bytes(697)
+        assert await node.pread(0, 8192) == b"x" * 5120 + bytes(3072)

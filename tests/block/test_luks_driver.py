@@ -79,7 +79,11 @@ async def test_passphrases(container):
     async with open_image(container, driver_options=SECRET) as node:
         await node.driver.amend_keys(add, {"t": b"two"}.__getitem__)
         await node.pwrite(7, b"content")
-    async with open_image(container, driver_options={"secret": b"two"}) as node:
+    async with open_image(
+        container, read_only=True, driver_options={"secret": b"two"}
+    ) as node:
+        with pytest.raises(BlockError, match="read-only"):
+            await node.driver.amend_keys(add, {"t": b"two"}.__getitem__)
         assert await node.pread(7, 7) == b"content"
 
 

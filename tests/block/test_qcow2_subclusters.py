@@ -413,11 +413,11 @@ async def test_runs_extents_and_single_bytes_agree():
     await node.close()
 
 
-@pytest.mark.parametrize("round_", range(8))
+@pytest.mark.parametrize("round_", range(4))
 @pytest.mark.asyncio
 async def test_damaged_entries_end_in_errors(round_):
-    """Whatever an L2 table holds, requests end with data or a `BlockError`,
-    and nothing is written over metadata."""
+    """Whatever an L2 table holds, requests end with data or a `BlockError`, and
+    nothing is written over metadata."""
     print(f"NBDQCOW_SEED={SEED}")
     rnd = random.Random(SEED + round_)
     node = await memory_node()
@@ -439,7 +439,8 @@ async def test_damaged_entries_end_in_errors(round_):
                 )
             )
             data[index : index + 8] = word.to_bytes(8, "big")
-        storage = MemoryStorage(bytes(data))
+        # Entries may name any offset: the device is soon full.
+        storage = MemoryStorage(bytes(data), max_length=64 * MiB)
         driver = await Qcow2Driver.open(storage, read_only=False, options={})
         node = Node(driver, filename="memory")
         metadata = [

@@ -95,6 +95,8 @@ class History:
         clean: it has no leaks from the start, nor may it have any at its end.
         options: of the driver.
         costly: a look at one disk takes long, so that few are looked at.
+        background: a commit runs after a step, whose failure nobody awaits:
+            the next one does its work.
     """
 
     name: str
@@ -104,6 +106,7 @@ class History:
     clean: bool = True
     options: Mapping[str, object] = field(default_factory=dict)
     costly: bool = False
+    background: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -208,6 +211,37 @@ def snapshot_apply(name: str) -> Step:
         f"snapshot apply {name}",
         lambda node: node.driver.snapshot_apply(name),
         changes,
+        flushes=True,
+    )
+
+
+def write_compressed(offset: int, nb_clusters: int, cluster_size: int) -> Step:
+    data = b"".join(
+        compressible(offset // cluster_size + i) for i in range(nb_clusters)
+    )
+    return Step(
+        f"write compressed {offset:#x}+{len(data):#x}",
+        lambda node: node.pwrite_compressed(offset, data),
+        lambda disk: split(offset, data),
+    )
+
+
+def resize(size: int, *, known: int) -> Step:
+    """Change the size; what is new, or was beyond a smaller one, is zero."""
+    sectors = range(min(size, known) // SECTOR, max(size, known) // SECTOR)
+    return Step(
+        f"resize {size:#x}",
+        lambda node: node.resize(size),
+        lambda disk: dict.fromkeys(sectors, ZERO),
+        optional=size < known,
+    )
+
+
+def make_empty() -> Step:
+    return Step(
+        "make empty",
+        lambda node: node.driver.make_empty(),
+        lambda disk: dict.fromkeys(range(disk.size // SECTOR), ZERO),
         flushes=True,
     )
 
@@ -448,6 +482,63 @@ HISTORIES = [
         costly=True,
     ),
     History(
+        "compressed-write",
+        functools.partial(created, cluster_size=4096),
+        [
+            write_compressed(0, 3, 4096),
+            write(0x1200, 0x200),
+            flush(),
+            write_compressed(0x8000, 2, 4096),
+            discard(0x2000, 0x1000),
+            flush(),
+            write(0x8000, 0x200),
+        ],
+    ),
+    History(
+        "subclusters",
+        functools.partial(created, cluster_size=16384, extended_l2=True),
+        [
+            write(0x200, 0x200),
+            write(0x3E00, 0x400),
+            flush(),
+            zero(0x200, 0x400),
+            write(0x600, 0x200),
+            discard(0x4000, 0x4000),
+            flush(),
+            write(0x4200, 0x200),
+        ],
+    ),
+    History(
+        "grow",
+        functools.partial(filled, 6),
+        [
+            write(0x1000, 0x200),
+            resize(256 * KiB, known=128 * KiB),
+            write(0x20000, 0x400),
+            flush(),
+            resize(3 << 20, known=256 * KiB),
+            write(0x2FFC00, 0x400),
+        ],
+    ),
+    History(
+        "shrink",
+        functools.partial(filled, 12),
+        [
+            write(0x4000, 0x400),
+            resize(0x1000, known=128 * KiB),
+            write(0x200, 0x200),
+            resize(0x8000, known=0x1000),
+            write(0x1000, 0x200),
+        ],
+        background=True,
+    ),
+    History(
+        "make-empty",
+        functools.partial(filled, 12),
+        [write(0x4000, 0x400), make_empty(), write(0x200, 0x200), flush()],
+        background=True,
+    ),
+    History(
         "bitmaps",
         functools.partial(filled, 6),
         [
@@ -477,6 +568,10 @@ def base_content(history: History) -> Callable[[int], bytes]:
     nb_filled = {
         "allocate": 0,
         "long-l1-table": 0,
+        "compressed-write": 0,
+        "subclusters": 0,
+        "shrink": 12,
+        "make-empty": 12,
         "overwrite": 8,
         "discard": 12,
         "zero": 12,

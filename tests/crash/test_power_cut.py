@@ -19,8 +19,9 @@ from pathlib import Path
 import pytest
 
 from nbdqcow.block.node import Node
-from nbdqcow.errors import ImageError
+from nbdqcow.errors import BlockError, ImageError
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
+from nbdqcow.formats.qcow2.write_extended import ExtendedAllocation
 from nbdqcow.formats.raw import RawDriver
 from nbdqcow.storage.memory import MemoryStorage
 from tests.crash.recording import SECTOR, RecordingStorage
@@ -358,8 +359,26 @@ def links_before_data(driver):
     driver.writeback.flush_files = no_flush
 
 
-@pytest.mark.parametrize("mutate", [early_free, links_before_data])
-def test_a_broken_driver_is_caught(mutate, tmp_path, monkeypatch):
+def bits_before_data(driver):
+    """A mutant: subclusters are linked while they are being written."""
+    begin = driver.begin_write
+
+    async def begin_write(offset, length):
+        plan = await begin(offset, length)
+        if isinstance(plan.private, ExtendedAllocation):
+            plan.private.link(driver)
+            # The second link, when it is written, changes nothing more.
+            plan.private.reused = True
+        return plan
+
+    driver.begin_write = begin_write
+
+
+@pytest.mark.parametrize(
+    ("mutate", "with_subclusters"),
+    [(early_free, False), (links_before_data, False), (bits_before_data, True)],
+)
+def test_a_broken_driver_is_caught(mutate, with_subclusters, tmp_path, monkeypatch):
     open_sound = Qcow2Driver.open.__func__
 
     async def open_broken(cls, *args, **options):
@@ -368,6 +387,11 @@ def test_a_broken_driver_is_caught(mutate, tmp_path, monkeypatch):
         return driver
 
     monkeypatch.setattr(Qcow2Driver, "open", classmethod(open_broken))
-    with pytest.raises(AssertionError):
+    # A compressed cluster whose place another has taken is an error to read.
+    with pytest.raises((AssertionError, BlockError)):
         for seed in range(FIRST_SEED, FIRST_SEED + 100):
-            asyncio.run(explore(seed, tmp_path / "disk.qcow2"))
+            asyncio.run(
+                explore(
+                    seed, tmp_path / "disk.qcow2", with_subclusters=with_subclusters
+                )
+            )

@@ -14,6 +14,7 @@ import random
 import pytest
 
 from nbdqcow.block.node import Node
+from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow1.driver import Qcow1Driver
 from nbdqcow.formats.raw import RawDriver
 from nbdqcow.storage.memory import MemoryStorage
@@ -21,7 +22,7 @@ from tests.crash.recording import SECTOR, RecordingStorage
 from tests.crash.test_power_cut import Change
 from tests.qcow1_image import Image, Packed, Plain, check
 
-NB_HISTORIES = int(os.environ.get("NBDQCOW_CRASH_HISTORIES", "16"))
+NB_HISTORIES = int(os.environ.get("NBDQCOW_CRASH_HISTORIES", "12"))
 CUTS_PER_HISTORY = 20
 FIRST_SEED = int(os.environ.get("NBDQCOW_SEED", "1"))
 NB_CLIENTS = 4
@@ -251,6 +252,7 @@ def test_a_broken_driver_is_caught(mutate, monkeypatch):
         return driver
 
     monkeypatch.setattr(Qcow1Driver, "open", classmethod(open_broken))
-    with pytest.raises(AssertionError):
+    # What was overwritten may be no stream any more.
+    with pytest.raises((AssertionError, BlockError)):
         for seed in range(FIRST_SEED, FIRST_SEED + 100):
             asyncio.run(explore(seed))

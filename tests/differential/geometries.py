@@ -29,7 +29,8 @@ class Geometry:
 
     ``filled`` is the share of an image without backing that has data when it
     is made; ``compressed`` stores that data in compressed clusters.
-    ``extended_l2`` gives it subclusters, ``preallocation`` is qemu-img's.
+    ``extended_l2`` gives it subclusters, ``preallocation`` is qemu-img's, and
+    ``more`` are further options of it; ``{here}`` is the image's directory.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Geometry:
     nb_connections: int = 2
     extended_l2: bool = False
     preallocation: str = "off"
+    more: str = ""
 
     def __str__(self) -> str:
         return self.name
@@ -134,6 +136,15 @@ GEOMETRIES = (
         preallocation="metadata",
         backing=(Layer(6 * MiB, "raw"),),
     ),
+    Geometry("data-file", 4 * MiB + 512, more="data_file={here}/data"),
+    Geometry(
+        "data-file-subclusters",
+        3 * MiB,
+        extended_l2=True,
+        backing=(Layer(2 * MiB + 512, cluster_size=4 * KiB),),
+        more="data_file={here}/data",
+        nb_connections=3,
+    ),
     Geometry(
         "qcow-4k",
         3 * MiB,
@@ -198,13 +209,14 @@ def _options(
     *,
     extended_l2: bool,
     preallocation: str = "off",
+    more: str = "",
 ) -> list[str]:
     if image_format != "qcow2":
         return []
     options = f"compat={'0.10' if version == 2 else '1.1'},cluster_size={cluster_size}"
     if extended_l2:
         options += ",extended_l2=on"
-    return ["-o", f"{options},preallocation={preallocation}"]
+    return ["-o", f"{options},preallocation={preallocation}{more and ',' + more}"]
 
 
 def _create(
@@ -217,6 +229,7 @@ def _create(
     *,
     extended_l2: bool = False,
     preallocation: str = "off",
+    more: str = "",
 ) -> None:
     command = ["qemu-img", "create", "-q", "-f", image_format]
     command += _options(
@@ -225,6 +238,7 @@ def _create(
         version,
         extended_l2=extended_l2,
         preallocation=preallocation,
+        more=more,
     )
     if backing is not None:
         command += ["-b", str(backing[0]), "-F", backing[1]]
@@ -241,6 +255,7 @@ def _convert(source: Path, target: Path, geometry: Geometry) -> None:
             geometry.cluster_size,
             geometry.version,
             extended_l2=geometry.extended_l2,
+            more=geometry.more.format(here=target.parent),
         ),
         *(source, target),
         # QEMU 7.2 ends with a write of no bytes, which its qcow driver takes
@@ -298,6 +313,7 @@ def build(geometry: Geometry, directory: Path, source: random.Random) -> Path:
             below,
             extended_l2=geometry.extended_l2,
             preallocation=geometry.preallocation,
+            more=geometry.more.format(here=directory),
         )
     return image
 

@@ -30,7 +30,7 @@ class NodeTarget:
     def submit(self, operation: Operation) -> int:
         self._next_token += 1
         token = self._next_token
-        data = self._try_inline(operation)
+        data = self._loop.run_until_complete(self._try_inline(operation))
         if data is not None:
             self._done.append(Outcome(token, 0, bytes(data)))
         else:
@@ -53,8 +53,9 @@ class NodeTarget:
         outcomes, self._done = self._done, []
         return outcomes
 
-    def _try_inline(self, operation: Operation) -> Buffer | None:
-        """Serve an operation at once; None if that can't be done."""
+    async def _try_inline(self, operation: Operation) -> Buffer | None:
+        """Serve an operation at once; None if that can't be done. What never
+        waits is for the loop all the same."""
         if self._source.random() < 0.2:
             return None
         if operation.kind is Kind.READ:

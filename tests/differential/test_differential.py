@@ -104,7 +104,20 @@ def run_rounds(
         check_and_compare(image, geometry, model)
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+# The others have their turn in `test_node` and in the long runs.
+QUICK_GEOMETRIES = tuple(
+    geometry
+    for geometry in GEOMETRIES
+    if geometry.name
+    not in (
+        "subclusters-2m-on-raw",
+        "subclusters-compressed",
+        "subclusters-preallocated",
+    )
+)
+
+
+@pytest.mark.parametrize("geometry", QUICK_GEOMETRIES, ids=str)
 def test_random_operations(geometry: Geometry, tmp_path: Path, seed: int) -> None:
     run_rounds(geometry, tmp_path, seed, NB_OPERATIONS)
 

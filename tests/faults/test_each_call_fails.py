@@ -157,7 +157,8 @@ async def fail_each_call(history: History, seed: int, stride: int) -> int:
         except Exception as error:
             raise AssertionError(f"{what}\n{error!r}") from error
         # A discard is a hint, and a read may be for work that can wait.
-        assert trial.nb_failures or log[number][0] in (READ, DISCARD), what
+        may_pass = log[number][0] in (READ, DISCARD) or history.background
+        assert trial.nb_failures or may_pass, what
         nb_trials += 1
     return nb_trials
 

@@ -7,6 +7,7 @@ corpus, where the tests find it, and the exit status is 1.
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import random
 import resource
@@ -90,15 +91,9 @@ def main() -> int:
         # A process for each: a limit on memory, and one's end is not all's.
         return max([subprocess.call([*command, name]) for name in names])
     (name,) = arguments.targets
+    if not arguments.blind and importlib.util.find_spec("atheris"):
+        fuzz_by_coverage(name, arguments.seconds, arguments.seed)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    if not arguments.blind:
-        try:
-            import atheris  # noqa: F401
-        except ImportError:
-            pass
-        else:
-            resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
-            fuzz_by_coverage(name, arguments.seconds, arguments.seed)
     return 1 if fuzz(name, arguments.seconds, arguments.seed) else 0
 
 

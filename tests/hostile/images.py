@@ -69,8 +69,8 @@ for _name, _fields in {
     "refcount_table_of_2_tib": [(56, "I", U32)],
     "refcount_table_of_8_mib": [(56, "I", 16384)],
     "snapshots_4_billion": [(60, "I", U32), (64, "Q", 512)],
-    "snapshots_on_the_header": [(60, "I", 4096), (64, "Q", 0)],
-    "snapshots_past_the_end": [(60, "I", 4096), (64, "Q", 1 << 40)],
+    "snapshots_on_the_header": [(60, "I", 512), (64, "Q", 0)],
+    "snapshots_past_the_end": [(60, "I", 512), (64, "Q", 1 << 40)],
     "header_of_4_gib": [(100, "I", U32 & ~7)],
     "refcounts_of_2_to_the_31_bits": [(96, "I", 31)],
     "extension_of_4_gib": [(112, "II", 0)],
@@ -212,7 +212,7 @@ def _entry(l1: int, nb_l1: int, id_: int, name: int, extra: int) -> bytes:
 
 @image
 def snapshots_without_anything(directory: Path) -> bytes:
-    return _snapshots(_entry(0, 0, 0, 0, 0), 4096)
+    return _snapshots(_entry(0, 0, 0, 0, 0), 512)
 
 
 @image
@@ -237,7 +237,7 @@ def snapshot_with_4_gib_of_extra_data(directory: Path) -> bytes:
 
 @image
 def snapshots_on_one_l1_table(directory: Path) -> bytes:
-    return _snapshots(_entry(512, 32, 0, 0, 0), 4096)
+    return _snapshots(_entry(512, 32, 0, 0, 0), 512)
 
 
 # -- bitmaps -----------------------------------------------------------------------
@@ -310,7 +310,8 @@ def bitmaps_of_a_large_disk(directory: Path) -> Path:
 def zip_bomb(directory: Path) -> bytes:
     """Streams of a gibibyte of zeroes where clusters of 2 MiB are expected."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -12)
-    stream = b"".join(packer.compress(bytes(MiB)) for _ in range(1024))
+    piece = packer.compress(bytes(8 * MiB)) + packer.flush(zlib.Z_FULL_FLUSH)
+    stream = piece * 128 + packer.flush()
     made = ImageBuilder(256 * MiB, cluster_bits=21)
     offset = made.allocate(2 * MiB, stream[: 2 * MiB])
     entry = made.compressed_entry(offset, 2 * MiB)

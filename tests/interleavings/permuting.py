@@ -157,6 +157,9 @@ class PermutedStorage(StorageDriver):
 class InlinePool:
     """Stands in for `nbdqcow.pool.Pool`: no threads, but turns of the loop."""
 
+    def is_saturated(self, nb_more: int = 0) -> bool:
+        return False
+
     async def run(self, function: Callable[..., object], *arguments: object) -> object:
         await asyncio.sleep(0)
         result = function(*arguments)

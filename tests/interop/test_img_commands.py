@@ -98,6 +98,7 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What no two runs have in common.
 VARYING = re.compile(
     rb"in [0-9.]+ seconds|#block[0-9]+|disk size: .*"
+    rb"|[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9]{2}:[0-9]{2}:[0-9]{2}"
     # Where exactly clusters are is each program's own affair.
     rb'|,\n    "fragmented-clusters": [0-9]+|    "image-end-offset": [0-9]+,\n'
 )

@@ -451,3 +451,27 @@ def test_what_the_format_lacks_is_refused_as_by_qemu(tmp_path, words):
     ]
     assert answers[1] == answers[0]
     assert path.read_bytes() == before
+
+
+def test_overlays_are_committed_and_rebased(tmp_path):
+    base, top, other, want = (tmp_path / n for n in ("base", "top", "other", "want"))
+    run("qemu-img", "create", "-qf", "qcow", base, "4M")
+    run("qemu-io", "-f", "qcow", "-c", "write -P 1 0 2M", base)
+    run("qemu-img", "create", "-qf", "qcow", "-b", base, "-F", "qcow", top)
+    run("qemu-io", "-f", "qcow", "-c", "write -P 2 1M 2M", top)
+    run("qemu-img", "convert", "-f", "qcow", "-O", "raw", top, want)
+    run("qemu-img", "create", "-qf", "qcow", other, "4M")
+    nbdqcow_img("rebase", "-f", "qcow", "-b", other, "-F", "qcow", top)
+    compare_images(want, top, second_format="qcow")
+    assert f"backing file: {other}" in run("qemu-img", "info", top).stdout
+    nbdqcow_img("commit", "-q", "-f", "qcow", top)
+    # All of it is below now, and the overlay as short as a new one.
+    assert check(top) == 0
+    assert top.stat().st_size < 4096
+    for image in (top, other):
+        compare_images(want, image, second_format="qcow")
+    check(other)
+    nbdqcow_img("rebase", "-f", "qcow", "-b", "", top)
+    compare_images(want, top, second_format="qcow")
+    assert "backing file" not in run("qemu-img", "info", top).stdout
+    check(top)

@@ -298,3 +298,20 @@ def test_a_loop_has_its_own_threads():
 
     assert len(asyncio.run(ident())) == 1
     assert len(asyncio.run(ident())) == 1
+
+
+@pytest.mark.asyncio
+async def test_knows_when_the_threads_have_enough_to_do():
+    pool = Pool()
+    gate = threading.Event()
+    nb_spare = pool_module._NB_SPARE
+    calls = []
+    for nb_calls in range(nb_spare + 2):
+        assert pool.is_saturated() == (nb_calls > nb_spare)
+        assert pool.is_saturated(nb_spare + 1)
+        calls.append(asyncio.create_task(pool.run(gate.wait)))
+        await asyncio.sleep(0)
+    gate.set()
+    await asyncio.gather(*calls)
+    assert not pool.is_saturated()
+    await pool.close()

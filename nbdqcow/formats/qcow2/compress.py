@@ -55,6 +55,7 @@ class CompressedClusters:
         self._nb_bytes = 0
         self._loading: dict[int, asyncio.Future[None]] = {}
         self._pool: Pool | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         # What there is of the loop's turn, if it has decompressed anything yet.
         self._turn: asyncio.Handle | None = None
         self._inline_bytes = _INLINE_BYTES if size <= _MAX_INLINE else 0
@@ -70,6 +71,7 @@ class CompressedClusters:
         """The worker threads; images without compressed clusters take none."""
         if self._pool is None:
             self._pool = Pool()
+            self._loop = asyncio.get_running_loop()
         return self._pool
 
     # -- reading -----------------------------------------------------------
@@ -231,9 +233,10 @@ class CompressedClusters:
         to do: a hop to a thread costs as much as half a cluster. But others
         want a turn, too.
         """
+        if self._loop is None:
+            return False
         if self._turn is None:
-            loop = asyncio.get_running_loop()
-            self._turn = loop.call_soon(self._next_turn)
+            self._turn = self._loop.call_soon(self._next_turn)
         elif not self.threads.is_saturated(self._nb_for_threads):
             self._nb_for_threads += 1
             return False

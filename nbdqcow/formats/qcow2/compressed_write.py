@@ -102,6 +102,8 @@ async def _begin(
         await image.writeback.flush()
     while True:
         async with image.lock:
+            if offset >= image.size:
+                raise BlockError(errno.ENOSPC, "the disk has become smaller")
             busy = image.in_flight.find(offset, end)
             if busy is None:
                 l2 = await slice_for_change(image, offset)

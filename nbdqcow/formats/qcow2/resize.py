@@ -21,7 +21,8 @@ import numpy as np
 from nbdqcow.block.driver import WritePlan
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import BlockError, NotSupported
-from nbdqcow.formats.qcow2 import data_file, discard
+from nbdqcow.formats.qcow2 import data_file, discard, encryption
+from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2.entries import (
     ALL_ALLOCATED,
     ALL_ZERO,
@@ -326,9 +327,13 @@ async def _preallocate(
         l2.pins += 1
         plan = WritePlan(offset, length, first << bits, private=allocation)
         try:
+            inside = length
             if image.data_file is not None:
                 # It is as long as the new disk, which may end in a cluster.
                 inside = min(length, image.data_file.length - offset)
+            if image.header.crypt_method != h.CRYPT_NONE:
+                await _zero_encrypted(image, plan, inside)
+            elif image.data_file is not None:
                 await _zero_file(image.data_file, offset, inside, preallocation)
             else:
                 await _zero_file(image.storage, first << bits, length, preallocation)
@@ -348,6 +353,15 @@ async def _grow_data_file(image: "Qcow2Driver", size: int) -> None:
         await image.data.write_zeroes(image.size, stale, may_unmap=True)
     if image.data_file.length < size:
         await image.data_file.truncate(size)
+
+
+async def _zero_encrypted(image: "Qcow2Driver", plan: WritePlan, length: int) -> None:
+    """Write zeroes out, encrypted: what is new in a file decrypts to noise."""
+    host_offset = plan.host_offset
+    if image.data_file is not None:
+        host_offset = plan.guest_offset
+    place = encryption.tagged(image.header, host_offset, plan.guest_offset)
+    await image.data.write_zeroes(place, length, may_unmap=False)
 
 
 async def _zero_file(

@@ -1,0 +1,97 @@
+"""Exports of NBD servers for commands without an event loop."""
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import Coroutine
+from typing import Any, Self, TypeVar
+
+from nbdqcow.block.registry import split_protocol, storage_driver
+from nbdqcow.block.storage import StorageDriver
+from nbdqcow.types import Buffer
+
+T = TypeVar("T")
+
+
+class RemoteFile:
+    """An export (`nbdqcow.block.steps.BlockingFile`).
+
+    A thread runs the loop that the connection needs, so that this works in a
+    coroutine of another loop, too: it blocks that one.
+    """
+
+    is_device = True
+
+    def __init__(self, filename: str) -> None:
+        """Start the thread; use `open`."""
+        self.filename = filename
+        self.length = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._storage: StorageDriver | None = None
+
+    @classmethod
+    def open(cls, filename: str, *, read_only: bool) -> Self:
+        """Connect to the export that a URI names. Raises `ImageError`."""
+        file = cls(filename)
+        driver, name = split_protocol(filename)
+        try:
+            file._storage = file._run(
+                storage_driver(driver).open(name, read_only=read_only)
+            )
+        except BaseException:
+            file.close()
+            raise
+        file.length = file._storage.length
+        return file
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    @property
+    def _open_storage(self) -> StorageDriver:
+        assert self._storage is not None
+        return self._storage
+
+    def pread(self, offset: int, length: int) -> Buffer:
+        """Return exactly ``length`` bytes, zeroes past the end."""
+        inside = max(0, min(length, self.length - offset))
+        data = self._run(self._open_storage.pread(offset, inside)) if inside else b""
+        return bytes(data).ljust(length, b"\0")
+
+    def pwrite(self, offset: int, data: Buffer) -> None:
+        """Write all of ``data``."""
+        self._run(self._open_storage.pwritev(offset, [data]))
+
+    def truncate(self, length: int) -> None:
+        """See that the export is long enough: it keeps its length."""
+        if length > self.length:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def allocate(self, offset: int, length: int) -> None:
+        """Leave that to the server."""
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """Let a range read as zeroes."""
+        if length:
+            self._run(self._open_storage.write_zeroes(offset, length, may_unmap=False))
+
+    def flush(self) -> None:
+        """Make all writes so far durable."""
+        self._run(self._open_storage.flush())
+
+    def allocated_length(self) -> int:
+        """Return -1: nobody says."""
+        return -1
+
+    def close(self) -> None:
+        """Leave the server."""
+        try:
+            if self._storage is not None:
+                self._run(self._storage.close())
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()

@@ -1,0 +1,129 @@
+"""The image tool on exports of qemu-nbd, beside qemu-img on the same."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.interop.test_img_conformance import run_ours, run_theirs
+
+MiB = 1 << 20
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("qemu-nbd") is None, reason="qemu-nbd is not installed"
+)
+
+
+@contextmanager
+def exported(image: Path, format_: str, *options: str) -> Iterator[str]:
+    """Serve ``image`` while the block runs; its URI."""
+    socket, pid_file = image.with_suffix(".sock"), image.with_suffix(".pid")
+    subprocess.run(
+        ["qemu-nbd", "-t", "-e", "4", "-f", format_, "--fork", "-k", socket,
+         f"--pid-file={pid_file}", *options, image],
+        check=True,
+        timeout=60,
+    )  # fmt: skip
+    process = int(pid_file.read_text())
+    try:
+        yield f"nbd+unix:///?socket={socket}"
+    finally:
+        os.kill(process, 15)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    def qemu(*arguments: object) -> None:
+        subprocess.run(
+            [str(one) for one in arguments], check=True, capture_output=True, timeout=60
+        )
+
+    base = tmp_path / "base.qcow2"
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", base, "4M")
+    qemu("qemu-io", "-c", "write -P 7 1M 256k", "-c", "write -P 9 3M 512", base)
+    (tmp_path / "noise").write_bytes(os.urandom(8 * MiB))
+    return tmp_path
+
+
+def test_an_export_is_read(directory):
+    with exported(directory / "base.qcow2", "qcow2", "-r") as uri:
+        for line in (
+            f"compare {uri} {uri}",
+            f"compare {uri} noise",
+            f"map --output=json {uri}",
+            f"measure -O qcow2 {uri}",
+            f"convert -O qcow2 {uri} out",
+            f"dd bs=64k count=20 if={uri} of=out",
+            f"check {uri}",
+            f"snapshot -c a {uri}",
+        ):
+            expected = run_theirs(line, directory)
+            status, out, err = run_ours(line, directory)
+            assert (status, out) == expected[:2], line
+            # A URI is shown as it was given.
+            assert bool(err) == bool(expected[2]), line
+        status, out, _ = run_ours(f"info {uri}", directory)
+        assert status == 0
+        assert b"file format: raw\nvirtual size: 4 MiB (4194304 bytes)" in out
+        assert b"disk size: unavailable" in out
+        assert run_ours(f"convert -O qcow2 {uri} new", directory) == (0, b"", b"")
+    subprocess.run(
+        ["qemu-img", "compare", directory / "base.qcow2", directory / "new"],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "format_"),
+    [
+        ("convert base.qcow2 {uri}", "raw"),
+        ("convert -n base.qcow2 {uri}", "raw"),
+        ("convert -O qcow2 base.qcow2 {uri}", "qcow2"),
+        ("convert -c -O qcow2 base.qcow2 {uri}", "qcow2"),
+        ("dd if=base.qcow2 of={uri}", "raw"),
+    ],
+)
+def test_an_export_is_written(directory, line, format_):
+    """And nothing of its old content shows."""
+    length = {"raw": 4 * MiB, "qcow2": 8 * MiB}[format_]
+    noise = directory / "noise"
+    os.truncate(noise, length)
+    with exported(noise, "raw") as uri:
+        assert run_ours(line.format(uri=uri), directory) == (0, b"", b"")
+        again = run_ours(f"compare base.qcow2 {uri}", directory)
+        assert again == (0, b"Images are identical.\n", b"")
+    subprocess.run(
+        ["qemu-img", "compare", "-F", format_, directory / "base.qcow2", noise],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+
+
+def test_an_export_that_is_too_small(directory):
+    os.truncate(directory / "noise", MiB)
+    with exported(directory / "noise", "raw") as uri:
+        for line in (f"convert base.qcow2 {uri}", f"dd if=base.qcow2 of={uri}"):
+            status, _, err = run_ours(line, directory)
+            assert status == 1
+            assert b"No space left on device" in err
+        status, _, err = run_ours(f"convert -n base.qcow2 {uri}", directory)
+        assert (status, err) == (
+            1,
+            b"qemu-img: output file is smaller than input file",
+        )
+
+
+def test_nobody_serves(directory):
+    uri = f"nbd+unix:///?socket={directory}/absent"
+    for line in (f"info {uri}", f"map {uri}", f"convert base.qcow2 {uri}"):
+        status, _, err = run_ours(line, directory)
+        assert status == 1
+        assert err.count(b"\n") == 0
+        assert b"Traceback" not in err

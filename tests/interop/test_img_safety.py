@@ -1,0 +1,164 @@
+"""What the image tool leaves behind when it fails, and whom it keeps out."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.interop.test_img_conformance import REPOSITORY, run_ours
+
+MiB = 1 << 20
+IN_A_PROCESS = [
+    sys.executable,
+    "-c",
+    "import sys; sys.argv[0] = 'qemu-img'; from nbdqcow.cli.img import main; "
+    "sys.exit(main())",
+]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+
+
+def start(directory: Path, *arguments: str, **options) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [*IN_A_PROCESS, *arguments], cwd=directory, env=ENVIRONMENT, **options
+    )
+
+
+def qemu_img(*arguments: object) -> None:
+    subprocess.run(
+        ["qemu-img", *map(str, arguments)], check=True, capture_output=True, timeout=60
+    )
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "source").write_bytes(os.urandom(4 * MiB))
+    (tmp_path / "old").write_text("what was there before")
+    return tmp_path
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("target", ["old", "new"])
+def test_an_interrupted_convert_leaves_what_was_there(directory, number, target):
+    before = sorted(os.listdir(directory))
+    # At this rate it would take an hour.
+    process = start(directory, "convert", "-O", "qcow2", "-r", "1k", "source", target)
+    deadline = time.monotonic() + 60
+    while sorted(os.listdir(directory)) == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert sorted(os.listdir(directory)) == before
+    assert (directory / "old").read_text() == "what was there before"
+
+
+@pytest.mark.parametrize("target", ["old", "new"])
+def test_a_failing_convert_leaves_what_was_there(directory, target):
+    before = sorted(os.listdir(directory))
+    limits = (MiB, MiB)
+    process = start(
+        directory, "convert", "-O", "qcow2", "source", target,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+    )  # fmt: skip
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert err.startswith(b"qemu-img: error while writing at byte ")
+    assert err.endswith(b": File too large\n")
+    line = f"convert -O qcow2 -o cluster_size=3 source {target}"
+    assert run_ours(line, directory)[0] == 1
+    assert sorted(os.listdir(directory)) == before
+    assert (directory / "old").read_text() == "what was there before"
+
+
+def test_the_new_image_is_like_the_old_file(directory):
+    old = directory / "old"
+    old.chmod(0o640)
+    (directory / "link").symlink_to("old")
+    assert run_ours("convert -O qcow2 source link", directory) == (0, b"", b"")
+    assert (directory / "link").is_symlink()
+    assert old.stat().st_mode & 0o777 == 0o640
+    qemu_img("compare", directory / "source", old)
+    assert run_ours("convert -O qcow2 source new", directory) == (0, b"", b"")
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (directory / "new").stat().st_mode & 0o777 == 0o644 & ~mask
+
+
+def test_all_names_of_a_file_see_the_new_image(directory):
+    (directory / "other").hardlink_to(directory / "old")
+    assert run_ours("convert -O qcow2 source old", directory) == (0, b"", b"")
+    qemu_img("compare", directory / "source", directory / "other")
+
+
+def test_an_image_in_use_is_not_overwritten(directory):
+    qemu_img("create", "-q", "-f", "qcow2", directory / "used", "4M")
+    before = (directory / "used").read_bytes()
+    holder = subprocess.Popen(
+        ["qemu-io", "-f", "qcow2", "used"],
+        cwd=directory,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        holder.stdin.write(b"length\n")
+        holder.stdin.flush()
+        assert holder.stdout.read(1)
+        for line in ("convert source used", "dd if=source of=used"):
+            status, _, err = run_ours(line, directory)
+            assert status == 1
+            assert b"lock" in err
+        assert (directory / "used").read_bytes() == before
+    finally:
+        holder.communicate()
+
+
+def test_progress_on_a_signal(directory):
+    process = start(
+        directory, "convert", "-r", "1k", "source", "new", stderr=subprocess.PIPE
+    )
+    try:
+        assert process.stderr is not None
+        deadline = time.monotonic() + 60
+        while len(os.listdir(directory)) < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        line = process.stderr.readline()
+        assert line.startswith(b"    (")
+        assert line.endswith(b"/100%)\n")
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def test_a_small_command_loads_no_event_loop(directory):
+    qemu_img("create", "-q", "-f", "qcow2", directory / "image", "4M")
+    program = (
+        "import sys; sys.argv = ['qemu-img', *sys.argv[1:]]; "
+        "from nbdqcow.cli.img import main; status = main(); "
+        "print(sorted({'asyncio', 'uvloop'} & set(sys.modules)), status)"
+    )
+    for line in (
+        "create -q -f qcow2 new 1G",
+        "info image",
+        "check image",
+        "snapshot -l image",
+        "measure --size 1G -O qcow2",
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *line.split()],
+            cwd=directory,
+            env=ENVIRONMENT,
+            capture_output=True,
+            check=True,
+            timeout=60,
+        )
+        assert done.stdout.splitlines()[-1] == b"[] 0", line
