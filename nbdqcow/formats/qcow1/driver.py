@@ -190,7 +190,10 @@ class Qcow1Driver(FormatDriver):
 
     def _roll_back(self, allocation: write.Allocation) -> None:
         if write.roll_back(self, allocation):
-            self._spawn(self._trim())
+            # A coroutine that is thrown away with its loop leaves it to `close`.
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop()
+                self._spawn(self._trim())
 
     async def _trim(self) -> None:
         """Cut off what a failed write has left behind the used part."""
@@ -452,6 +455,7 @@ class Qcow1Driver(FormatDriver):
         try:
             await self._settle()
             if not self.read_only:
+                await self._trim()
                 await self.writeback.flush()
         finally:
             await self.compressed.close()
