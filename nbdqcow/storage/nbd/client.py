@@ -127,8 +127,8 @@ class Client:
         if self._timer is not None:
             self._timer.cancel()
         if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+            connection, self._connection = self._connection, None
+            await connection.close()
         self._fail_all("the connection was closed")
 
     @property

@@ -24,6 +24,7 @@ from nbdqcow.units import KiB, MiB
 BASE_ALLOCATION: Final = "base:allocation"
 _HANDSHAKE_BUFFER: Final = 64 * KiB
 _SEND_BUFFER: Final = 1 * MiB
+_CLOSE_SECONDS: Final = 1.0
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -50,6 +51,7 @@ class Connection(asyncio.BufferedProtocol):
         self._on_lost: Callable[[Exception], None] | None = None
         self._writable = asyncio.Event()
         self._writable.set()
+        self._gone = asyncio.Event()
 
     # -- the transport's callbacks -----------------------------------------
 
@@ -91,6 +93,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Tell whoever waits for something."""
+        self._gone.set()
         self._lose(exc or ConnectionResetError("the server closed the connection"))
 
     # -- the handshake -----------------------------------------------------
@@ -229,7 +232,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._on_lost is not None:
             self._on_lost(exc)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Say DISC if that is what the phase wants, and close. Nobody is told."""
         self._on_complete = self._on_lost = None
         if self._transport is None:
@@ -237,6 +240,19 @@ class Connection(asyncio.BufferedProtocol):
         if self._lost is None and self._transmission is not None:
             self.submit(Call(nbd.CMD_DISC))
         self._transport.close()
+        await self.wait_closed()
+
+    async def wait_closed(self) -> None:
+        """Wait until the transport has gone; not for long. An event loop that is
+        closed before that may complain."""
+        if self._transport is None:
+            return
+        try:
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self._gone.wait()
+        except TimeoutError:
+            self._transport.abort()
+            await asyncio.sleep(0)
 
     def abort(self) -> None:
         """Break the connection."""
@@ -256,6 +272,7 @@ async def connect(uri: NbdUri, *, timeout: float) -> Connection:
             await connection.negotiate()
     except BaseException:
         connection.abort()
+        await connection.wait_closed()
         raise
     return connection
 
