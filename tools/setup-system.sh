@@ -58,6 +58,10 @@ need_test_tools() {
     need_command nbdcopy libnbd-bin
     need_command nbdsh python3-libnbd
     need_command nbd-client nbd-client
+    need_command nbd-server nbd-server
+    need_command systemd-socket-activate systemd
+    need_command ss iproute2
+    need_command flock util-linux
     need_command fio fio
     need_command mkfs.ext4 e2fsprogs
     need_command e2fsck e2fsprogs
@@ -110,8 +114,9 @@ install_missing() {
         esac
     done
     echo "setup: installing $packages"
+    # The run level keeps servers among them from being started.
     # shellcheck disable=SC2086
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get -qq -y \
+    as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get -qq -y \
         -o Dpkg::Use-Pty=0 install --no-install-recommends $packages >/dev/null ||
         fail "apt-get install failed (above); wanted: $packages"
 }

@@ -68,7 +68,9 @@ def compressed(tmp_path: Path, seed: int) -> Path:
             file.write(bytes([source.randrange(256)]) * source.randrange(1, MiB))
         file.truncate(20 * MiB)
     run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", raw, path)
-    qemu_io(path, "write -P 9 3M 100k", "write -z 5M 1M")
+    # Whole clusters: where the file is short of data, QEMU takes the image for
+    # preallocated, and the rest of a cluster for a hole of the file.
+    qemu_io(path, "write -P 9 3M 128k", "write -z 5M 1M")
     return path
 
 

@@ -220,6 +220,8 @@ class Qcow2Driver(Operations):
             )
         data_file = None
         if header.has_data_file:
+            if "open_data_file" not in options:
+                raise ImageError("the image's external data file is not to be opened")
             data_file = await options["open_data_file"](header.data_file_name)
         try:
             image = cls(

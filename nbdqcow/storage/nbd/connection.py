@@ -237,9 +237,10 @@ class Connection(asyncio.BufferedProtocol):
         self._on_complete = self._on_lost = None
         if self._transport is None:
             return
-        if self._lost is None and self._transmission is not None:
-            self.submit(Call(nbd.CMD_DISC))
-        self._transport.close()
+        if self._lost is None:
+            if self._transmission is not None:
+                self.submit(Call(nbd.CMD_DISC))
+            self._transport.close()
         await self.wait_closed()
 
     async def wait_closed(self) -> None:
