@@ -165,7 +165,10 @@ def run_child(action: Callable[[Path], str], path: Path, write_fd: int) -> int:
 
 def fork(action: Callable[[Path], str], path: Path) -> dict[str, object]:
     read_fd, write_fd = os.pipe()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # What it has now, which is where a child begins. Not its peak: that is
+    # also of whoever ran before in this process.
+    before = int(Path("/proc/self/statm").read_text().split()[1])
+    before *= resource.getpagesize()
     pid = os.fork()
     if not pid:
         os.close(read_fd)
@@ -178,7 +181,7 @@ def fork(action: Callable[[Path], str], path: Path) -> dict[str, object]:
         "status": os.waitstatus_to_exitcode(status),
         "text": text,
         "cpu": round(usage.ru_utime + usage.ru_stime, 2),
-        "memory": max(0, usage.ru_maxrss - before) * 1024,
+        "memory": max(0, usage.ru_maxrss * 1024 - before),
     }
 
 
