@@ -9,12 +9,12 @@ shrinks the file, sendmsg(2) on such a slice fails with EFAULT, while a look
 at it from Python kills the process with SIGBUS.
 """
 
-import ctypes
 import mmap
 import os
 from typing import Final
 
-from nbdqcow.storage.linux import PAGE_SIZE, address_of, mincore
+from nbdqcow.storage.linux import address_of
+from nbdqcow.storage.residency import Residency
 from nbdqcow.units import KiB, MiB
 
 # Below this a copy is as cheap as asking mincore(2) and filling page tables.
@@ -43,11 +43,7 @@ class MappedFile:
         self._address = 0
         self._budget = 0
         self._last_page = -1
-        # One byte a page, written by mincore(2).
-        self._residency = bytearray(MAX_LENGTH // PAGE_SIZE + 1)
-        self._residency_address = ctypes.addressof(
-            ctypes.c_char.from_buffer(self._residency)
-        )
+        self._residency = Residency(MAX_LENGTH)
 
     def try_view(self, offset: int, length: int, file_length: int) -> memoryview | None:
         """Return ``length`` bytes at ``offset`` if they are in page cache.
@@ -73,15 +69,7 @@ class MappedFile:
         end = offset + length
         if end > self._length and not (self._remap() and end <= self._length):
             return False
-        page_offset = offset % PAGE_SIZE
-        if mincore(
-            self._address + offset - page_offset,
-            length + page_offset,
-            self._residency_address,
-        ):
-            return False
-        nb_pages = (page_offset + length + PAGE_SIZE - 1) // PAGE_SIZE
-        return self._residency.find(0, 0, nb_pages) < 0
+        return self._residency.is_resident(self._address + offset, length)
 
     def _remap(self) -> bool:
         """Map the file as it is now; whether that worked."""

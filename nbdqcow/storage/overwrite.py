@@ -11,10 +11,8 @@ kernel makes it: the data goes through a small file in memory, from which
 preadv(2) reads into the mapping, and that fails with EFAULT.
 """
 
-import ctypes
 import mmap
 import os
-import platform
 import re
 from contextlib import ExitStack, suppress
 from typing import Final
@@ -24,8 +22,8 @@ from nbdqcow.storage.linux import (
     PAGE_SIZE,
     address_of,
     filesystem_type,
-    mincore,
 )
+from nbdqcow.storage.residency import Residency
 from nbdqcow.types import Buffer
 from nbdqcow.units import KiB, MiB
 
@@ -41,7 +39,7 @@ _FIRST_RELEASE: Final = (6, 16)
 
 def pays(fd: int) -> bool:
     """Whether the file is where write(2) costs more than a mapping."""
-    found = re.match(r"(\d+)\.(\d+)", platform.release())
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
     if found is None or (int(found[1]), int(found[2])) < _FIRST_RELEASE:
         return False
     with suppress(OSError):
@@ -62,10 +60,7 @@ class Overwriter:
             # As `MappedFile` does, and for the same reason.
             self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR)
             stack.pop_all()
-        self._residency = bytearray(MAX_LENGTH // PAGE_SIZE + 1)
-        self._residency_address = ctypes.addressof(
-            ctypes.c_char.from_buffer(self._residency)
-        )
+        self._residency = Residency(MAX_LENGTH)
         self._view = memoryview(b"")
         self._address = 0
         self._budget = 0
@@ -79,16 +74,9 @@ class Overwriter:
             return False
         if (self._budget <= 0 or end > len(self._view)) and not self._remap(end):
             return False
-        in_page = offset % PAGE_SIZE
-        if mincore(
-            self._address + offset - in_page,
-            in_page + length,
-            self._residency_address,
-        ):
+        if not self._residency.is_resident(self._address + offset, length):
             return False
-        nb_pages = (in_page + length + PAGE_SIZE - 1) // PAGE_SIZE
-        if self._residency.find(0, 0, nb_pages) >= 0:
-            return False
+        nb_pages = (end - 1) // PAGE_SIZE - offset // PAGE_SIZE + 1
         self._budget -= nb_pages * PAGE_SIZE
         self._source[:length] = data
         try:

@@ -2,11 +2,13 @@
 
 import os
 import random
+from types import SimpleNamespace
 
 import pytest
 
 from nbdqcow.storage import overwrite
 from nbdqcow.storage.overwrite import MAX_LENGTH, Overwriter
+from nbdqcow.storage.residency import Residency
 from nbdqcow.units import KiB, MiB
 
 PAGE = 4 * KiB
@@ -74,11 +76,7 @@ def test_a_hole_is_left_to_others(tmp_path):
 def test_a_file_cut_short_after_the_look_at_it(path, overwriter, monkeypatch):
     assert overwriter.try_write(0, b"x")
 
-    def all_resident(address, length, vector):
-        overwriter._residency[:] = b"\1" * len(overwriter._residency)
-        return 0
-
-    monkeypatch.setattr(overwrite, "mincore", all_resident)
+    monkeypatch.setattr(Residency, "is_resident", lambda *arguments: True)
     os.truncate(path, PAGE)
     # Partly there, then not at all: EFAULT, where a store would be SIGBUS.
     assert not overwriter.try_write(PAGE - 2, b"abcd")
@@ -96,6 +94,7 @@ def test_where_it_pays(path, monkeypatch):
             ("7.0.1", 0x58465342, False),
             ("unknown", overwrite.EXT4_MAGIC, False),
         ):
-            monkeypatch.setattr(overwrite.platform, "release", lambda r=release: r)
+            uname = SimpleNamespace(release=release)
+            monkeypatch.setattr(os, "uname", lambda u=uname: u)
             monkeypatch.setattr(overwrite, "filesystem_type", lambda fd, m=magic: m)
             assert overwrite.pays(file.fileno()) is wanted, release
