@@ -120,6 +120,47 @@ class InFlightRanges:
         r.waiters.clear()
 
 
+class Writers:
+    """The guest writes of an image: those in place, which are only counted, and
+    those that allocate, whose ranges others may have to wait for.
+
+    Attributes:
+        allocating: guest ranges of allocations that are not linked yet.
+    """
+
+    __slots__ = ("allocating", "_epochs", "_in_place_done", "_nb_in_place")
+
+    def __init__(self, epochs: Epochs) -> None:
+        """``epochs`` is the image's: a write in place enters it."""
+        self.allocating = InFlightRanges()
+        self._epochs = epochs
+        self._nb_in_place = 0
+        self._in_place_done: asyncio.Future[None] | None = None
+
+    def enter_in_place(self) -> int:
+        """Begin a write in place; give the number to `leave_in_place`."""
+        self._nb_in_place += 1
+        return self._epochs.enter()
+
+    def leave_in_place(self, epoch: int) -> None:
+        """End a write in place."""
+        self._epochs.leave(epoch)
+        self._nb_in_place -= 1
+        if not self._nb_in_place and self._in_place_done is not None:
+            if not self._in_place_done.done():
+                self._in_place_done.set_result(None)
+            self._in_place_done = None
+
+    async def quiet(self) -> None:
+        """Wait for all writes that have begun. The image's lock is held, so none
+        of those that wait can begin. Reads may take as long as they like."""
+        while (busy := self.allocating.first_overlap(0, 1 << 64)) is not None:
+            await busy.wait()
+        if self._nb_in_place:
+            self._in_place_done = asyncio.get_running_loop().create_future()
+            await self._in_place_done
+
+
 class InFlightRange:
     """One half-open range ``[start, end)`` and the requests waiting for it."""
 

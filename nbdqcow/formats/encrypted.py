@@ -8,12 +8,13 @@ them; metadata does not go through it.
 import time
 from typing import Final
 
+from nbdqcow.block.driver import FormatDriver
 from nbdqcow.block.inflight import InFlightRanges
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.crypto.sectors import DecryptBatch, SectorCipher
 from nbdqcow.errors import NotSupported
 from nbdqcow.pool import Pool
-from nbdqcow.types import Buffer, Buffers
+from nbdqcow.types import DATA, Buffer, Buffers, Run
 from nbdqcow.units import SECTOR_SIZE, KiB, MiB, round_up
 
 _MAX_INLINE: Final = 64 * KiB
@@ -40,6 +41,35 @@ def tag_offset(host_offset: int, guest_offset: int) -> int:
     """
     distance = (guest_offset - host_offset) & _OFFSET_MASK
     return host_offset | distance << _OFFSET_BITS
+
+
+def number_by_guest_offset(image: FormatDriver) -> None:
+    """Make an image's maps give what legacy encryption needs to know: the vector
+    of a sector is its number on the virtual disk. Plans of writes are the
+    driver's to tag."""
+    map_plain, try_map_plain = image.map, image.try_map
+    try_map_write_plain = image.try_map_write
+
+    def tag(offset: int, run: Run) -> Run:
+        kind, host_offset, length = run
+        if kind == DATA:
+            host_offset = tag_offset(host_offset, offset)
+        return kind, host_offset, length
+
+    def try_map(offset: int, length: int) -> Run | None:
+        run = try_map_plain(offset, length)
+        return run if run is None else tag(offset, run)
+
+    async def map_(offset: int, length: int) -> Run:
+        return tag(offset, await map_plain(offset, length))
+
+    def try_map_write(offset: int, length: int) -> int:
+        host_offset = try_map_write_plain(offset, length)
+        return host_offset if host_offset < 0 else tag_offset(host_offset, offset)
+
+    image.try_map = try_map  # type: ignore[method-assign]
+    image.map = map_  # type: ignore[method-assign]
+    image.try_map_write = try_map_write  # type: ignore[method-assign]
 
 
 class EncryptedStorage(StorageDriver):
@@ -81,14 +111,10 @@ class EncryptedStorage(StorageDriver):
         if length > _MAX_INLINE:
             return None
         head = offset % SECTOR_SIZE
-        whole = round_up(head + length, SECTOR_SIZE)
-        host_offset, sector = _locate(offset - head)
-        if self._writes and self._writes.find(host_offset, host_offset + whole):
+        found = self._try_sectors(offset - head, round_up(head + length, SECTOR_SIZE))
+        if found is None:
             return None
-        data = self._storage.try_pread(host_offset, whole)
-        if data is None:
-            return None
-        return self._cipher.decrypt_blocking(sector, data)[head : head + length]
+        return self._cipher.decrypt_blocking(*found)[head : head + length]
 
     def try_pread_later(self, offset: int, length: int) -> Buffer | None:
         """See `StorageDriver.try_pread_later`."""
@@ -96,14 +122,20 @@ class EncryptedStorage(StorageDriver):
         whole = round_up(head + length, SECTOR_SIZE)
         if whole > _MAX_INLINE:
             return None
-        host_offset, sector = _locate(offset - head)
-        if self._writes and self._writes.find(host_offset, host_offset + whole):
+        found = self._try_sectors(offset - head, whole)
+        if found is None:
             return None
-        data = self._storage.try_pread(host_offset, whole)
-        if data is None:
-            return None
-        plain = self._batch.add(sector, data)
+        plain = self._batch.add(*found)
         return plain if whole == length else plain[head : head + length]
+
+    def _try_sectors(self, offset: int, length: int) -> tuple[int, Buffer] | None:
+        """Return the number of the first of some whole sectors, and their bytes as
+        they are below, if neither a write nor the storage is in the way."""
+        host_offset, sector = _locate(offset)
+        if self._writes and self._writes.find(host_offset, host_offset + length):
+            return None
+        data = self._storage.try_pread(host_offset, length)
+        return None if data is None else (sector, data)
 
     def finish_reads(self) -> None:
         """See `StorageDriver.finish_reads`."""

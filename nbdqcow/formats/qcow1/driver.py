@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, Final, Self
 
 from nbdqcow.block.driver import FormatDriver, WritePlan
-from nbdqcow.block.inflight import Epochs, InFlightRanges
+from nbdqcow.block.inflight import Epochs, Writers
 from nbdqcow.block.status import Kinds
 from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import StorageDriver
@@ -21,8 +21,9 @@ from nbdqcow.formats.qcow1 import header as qcow1_header
 from nbdqcow.formats.qcow1.compress import CompressedClusters
 from nbdqcow.formats.qcow1.header import Header, compressed_entry, read_header
 from nbdqcow.formats.qcow1.mapping import Mapping
-from nbdqcow.formats.qcow1.tables import Tables, load_be64
+from nbdqcow.formats.qcow1.tables import Tables
 from nbdqcow.formats.qcow1.writeback import Writeback
+from nbdqcow.formats.words import load_be64
 from nbdqcow.types import UNALLOCATED, Buffer, Run
 from nbdqcow.units import SECTOR_SIZE, MiB, round_up
 
@@ -38,7 +39,8 @@ class Qcow1Driver(FormatDriver):
 
     Attributes:
         tables, mapping, writeback, compressed: the parts, see their modules.
-        in_flight: guest ranges of allocations that are not linked yet.
+        writers: the guest's writes; in_flight: its ranges of allocations that
+            are not linked yet.
         file_end: where the next cluster goes.
     """
 
@@ -67,7 +69,8 @@ class Qcow1Driver(FormatDriver):
         self.backing_filename = header.backing_filename
         self.lock = asyncio.Lock()
         self.epochs = Epochs()
-        self.in_flight = InFlightRanges()
+        self.writers = Writers(self.epochs)
+        self.in_flight = self.writers.allocating
         self.file_end = write.FileEnd(storage.length)
         self.tables = Tables(
             storage,
@@ -90,8 +93,6 @@ class Qcow1Driver(FormatDriver):
         # The end of the latest compressed write: clusters that are compressed
         # at the same time are stored in the order in which they came.
         self._last_stored: asyncio.Future[None] | None = None
-        self._nb_in_place = 0
-        self._in_place_done: asyncio.Future[None] | None = None
 
     # -- opening ---------------------------------------------------------
 
@@ -169,14 +170,14 @@ class Qcow1Driver(FormatDriver):
     def end_write(self, plan: WritePlan) -> None:
         """See `FormatDriver.end_write`."""
         if isinstance(plan.private, int):
-            self.leave_in_place(plan.private)
+            self.writers.leave_in_place(plan.private)
         else:
             write.link(self, plan.private)
 
     def cancel_write(self, plan: WritePlan) -> None:
         """See `FormatDriver.cancel_write`."""
         if isinstance(plan.private, int):
-            self.leave_in_place(plan.private)
+            self.writers.leave_in_place(plan.private)
         else:
             write.roll_back(self, plan.private)
 
@@ -184,7 +185,7 @@ class Qcow1Driver(FormatDriver):
         """See `FormatDriver.abort_write`: the file ends as it did before, if
         nothing else was allocated meanwhile."""
         if isinstance(plan.private, int):
-            self.leave_in_place(plan.private)
+            self.writers.leave_in_place(plan.private)
         else:
             self._roll_back(plan.private)
 
@@ -301,7 +302,7 @@ class Qcow1Driver(FormatDriver):
 
     async def _make_empty(self) -> None:
         async with self.writeback.running, self.lock:
-            await self.writers_quiet()
+            await self.writers.quiet()
             header = self.header
             old_end = round_up(self.file_end.offset, self.cluster_size)
             metadata_end = max(end for _, end in header.ranges)
@@ -384,7 +385,7 @@ class Qcow1Driver(FormatDriver):
         async with self.lock:
             self.read_only = True
             self.mapping.freeze(True)
-            await self.writers_quiet()
+            await self.writers.quiet()
         await self._settle()
         try:
             await self.writeback.flush()
@@ -397,31 +398,6 @@ class Qcow1Driver(FormatDriver):
         """Raise `BlockError` if the image is read-only."""
         if self.read_only:
             raise BlockError(errno.EROFS, "the image is read-only")
-
-    # -- waiting for writers ---------------------------------------------
-
-    def enter_in_place(self) -> int:
-        """Begin a write in place; give the number to `leave_in_place`."""
-        self._nb_in_place += 1
-        return self.epochs.enter()
-
-    def leave_in_place(self, epoch: int) -> None:
-        """End a write in place."""
-        self.epochs.leave(epoch)
-        self._nb_in_place -= 1
-        if not self._nb_in_place and self._in_place_done is not None:
-            if not self._in_place_done.done():
-                self._in_place_done.set_result(None)
-            self._in_place_done = None
-
-    async def writers_quiet(self) -> None:
-        """Wait for all writes that have begun. The lock is held, so none of
-        those that wait can begin. Reads may take as long as they like."""
-        while (busy := self.in_flight.first_overlap(0, 1 << 64)) is not None:
-            await busy.wait()
-        if self._nb_in_place:
-            self._in_place_done = asyncio.get_running_loop().create_future()
-            await self._in_place_done
 
     # -- durability ------------------------------------------------------
 

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import ImageError
-from nbdqcow.types import DATA, Run
 
 if TYPE_CHECKING:
     from nbdqcow.block.driver import WritePlan
@@ -23,42 +22,25 @@ def open_data(
     """
     # 50 ms of imports that other images need not pay.
     from nbdqcow.crypto.cipher import LEGACY_AES, legacy_key
+    from nbdqcow.crypto.secrets import reveal
     from nbdqcow.formats.encrypted import EncryptedStorage
 
     if secret is None:
         raise ImageError("the image is encrypted: a passphrase is required")
-    passphrase = secret if isinstance(secret, bytes) else secret.reveal()
-    return EncryptedStorage(storage, LEGACY_AES.make(legacy_key(passphrase)))
+    return EncryptedStorage(storage, LEGACY_AES.make(legacy_key(reveal(secret))))
 
 
 def number_by_guest_offset(image: "Qcow1Driver") -> None:
     """Make an image's maps and plans give what the cipher needs to know: the
     vector of a sector is its number on the virtual disk."""
     # Not imported for every image: it brings numpy.
-    from nbdqcow.formats.encrypted import tag_offset
+    from nbdqcow.formats import encrypted
 
-    mapping = image.mapping
+    encrypted.number_by_guest_offset(image)
     plain_begin, plain_try_begin = image.begin_write, image.try_begin_write
 
-    def tag(offset: int, run: Run) -> Run:
-        kind, host_offset, length = run
-        if kind == DATA:
-            host_offset = tag_offset(host_offset, offset)
-        return kind, host_offset, length
-
-    def try_map(offset: int, length: int) -> Run | None:
-        run = mapping.try_map(offset, length)
-        return run if run is None else tag(offset, run)
-
-    async def map_(offset: int, length: int) -> Run:
-        return tag(offset, await mapping.map(offset, length))
-
-    def try_map_write(offset: int, length: int) -> int:
-        host_offset = mapping.try_map_write(offset, length)
-        return host_offset if host_offset < 0 else tag_offset(host_offset, offset)
-
     def tag_plan(plan: "WritePlan") -> "WritePlan":
-        plan.host_offset = tag_offset(plan.host_offset, plan.guest_offset)
+        plan.host_offset = encrypted.tag_offset(plan.host_offset, plan.guest_offset)
         return plan
 
     async def begin_write(offset: int, length: int) -> "WritePlan":
@@ -68,8 +50,5 @@ def number_by_guest_offset(image: "Qcow1Driver") -> None:
         plan = plain_try_begin(offset, length)
         return plan if plan is None else tag_plan(plan)
 
-    image.try_map = try_map  # type: ignore[method-assign]
-    image.map = map_  # type: ignore[method-assign]
-    image.try_map_write = try_map_write  # type: ignore[method-assign]
     image.begin_write = begin_write  # type: ignore[method-assign]
     image.try_begin_write = try_begin_write  # type: ignore[method-assign]

@@ -12,12 +12,12 @@ read, and reading or writing through it fails.
 
 from array import array
 from bisect import bisect_left
-from sys import byteorder
 from typing import Final
 
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import CorruptImage
 from nbdqcow.formats.qcow1.header import COMPRESSED, Header, compressed_range
+from nbdqcow.formats.words import dump_be64, load_be64
 from nbdqcow.types import Buffer
 from nbdqcow.units import SECTOR_SIZE
 
@@ -25,25 +25,7 @@ SLICE_BYTES: Final = 4096
 DAMAGED: Final = 1
 """What stands in memory for an entry that can't be right: not aligned."""
 
-_SWAP: Final = byteorder == "little"
 _ALIGNMENT_MASK: Final = SECTOR_SIZE - 1
-
-
-def load_be64(data: Buffer) -> "array[int]":
-    """Return the big-endian 64-bit words of ``data`` as a native array."""
-    words = array("Q")
-    words.frombytes(data)
-    if _SWAP:
-        words.byteswap()
-    return words
-
-
-def dump_be64(words: "array[int]") -> bytes:
-    """Return ``words`` as big-endian bytes."""
-    if _SWAP:
-        words = words[:]
-        words.byteswap()
-    return words.tobytes()
 
 
 class L2Slice:

@@ -150,7 +150,7 @@ def _try_plan(
     if covered:
         if whole and covered < length:
             return None
-        epoch = image.enter_in_place()
+        epoch = image.writers.enter_in_place()
         return WritePlan(offset, covered, words[index] + in_cluster, private=epoch)
 
     needed = -(-(in_cluster + length) // cluster_size)

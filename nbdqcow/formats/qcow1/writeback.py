@@ -14,7 +14,7 @@ import asyncio
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from nbdqcow.formats.qcow1.tables import dump_be64
+from nbdqcow.formats.words import dump_be64
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow1.driver import Qcow1Driver

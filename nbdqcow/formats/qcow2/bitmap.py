@@ -27,7 +27,7 @@ from nbdqcow.formats.qcow2.bitmap_directory import (
 )
 from nbdqcow.formats.qcow2.entries import OFFSET_MASK
 from nbdqcow.formats.qcow2.header_update import update_header
-from nbdqcow.formats.qcow2.tables import dump_be64, load_be64
+from nbdqcow.formats.words import dump_be64, load_be64
 from nbdqcow.units import MiB, round_up
 
 if TYPE_CHECKING:

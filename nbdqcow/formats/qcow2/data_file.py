@@ -25,7 +25,7 @@ from nbdqcow.formats.qcow2.entries import (
     OFLAG_COPIED,
 )
 from nbdqcow.formats.qcow2.header import AUTOCLEAR_RAW_DATA_FILE, Header
-from nbdqcow.formats.qcow2.tables import dump_be64, load_be64
+from nbdqcow.formats.words import dump_be64, load_be64
 from nbdqcow.types import COMPRESSED, DATA, ZERO_ALLOCATED, Buffer, Run
 
 if TYPE_CHECKING:

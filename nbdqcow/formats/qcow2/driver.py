@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from nbdqcow.block.driver import WritePlan
-from nbdqcow.block.inflight import Epochs, InFlightRanges
+from nbdqcow.block.inflight import Epochs, Writers
 from nbdqcow.block.status import Kinds
 from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import StorageDriver
@@ -38,8 +38,9 @@ from nbdqcow.formats.qcow2.refcount import Refcounts
 from nbdqcow.formats.qcow2.repair import repair_dirty
 from nbdqcow.formats.qcow2.settings import Settings
 from nbdqcow.formats.qcow2.snapshot_table import read_snapshots, select_snapshot
-from nbdqcow.formats.qcow2.tables import Tables, load_be64
+from nbdqcow.formats.qcow2.tables import Tables
 from nbdqcow.formats.qcow2.writeback import Freed, Writeback
+from nbdqcow.formats.words import load_be64
 from nbdqcow.types import Buffer, Run
 from nbdqcow.units import MiB, round_up
 
@@ -60,7 +61,8 @@ class Qcow2Driver(Operations):
     Attributes:
         tables, refcounts, mapping, writeback: the parts, see their modules.
         secret: the passphrase that the image was opened with.
-        in_flight: guest ranges of allocations that are not linked yet.
+        writers: the guest's writes; in_flight: its ranges of allocations that
+            are not linked yet.
         freed: clusters that lost a reference since the last write-back.
         metadata: indices of host clusters that hold metadata.
         reads_zero_from: nothing at or after this host offset was ever
@@ -112,7 +114,8 @@ class Qcow2Driver(Operations):
         self.keys_lock = asyncio.Lock()
         self.secret: Secret | bytes | None = None
         self.epochs = Epochs()
-        self.in_flight = InFlightRanges()
+        self.writers = Writers(self.epochs)
+        self.in_flight = self.writers.allocating
         self.freed = Freed(settings.discard_other)
         self.metadata: set[int] = set()
         self.snapshot_metadata: dict[int, str] = {}
@@ -140,8 +143,6 @@ class Qcow2Driver(Operations):
         self._until_close: list[asyncio.Task[None]] = []
         self.operating = asyncio.Lock()
         self.trim_wanted = False
-        self._nb_in_place = 0
-        self._in_place_done: asyncio.Future[None] | None = None
         self.failed = False
 
     def rebind(self) -> None:
@@ -474,31 +475,6 @@ class Qcow2Driver(Operations):
         """Refuse to write guest data to a cluster of metadata."""
         if cluster_index in self.metadata:
             overlap.check(self, cluster_index)
-
-    # -- waiting for writers ---------------------------------------------
-
-    def enter_in_place(self) -> int:
-        """Begin a write in place; give the number to `leave_in_place`."""
-        self._nb_in_place += 1
-        return self.epochs.enter()
-
-    def leave_in_place(self, epoch: int) -> None:
-        """End a write in place."""
-        self.epochs.leave(epoch)
-        self._nb_in_place -= 1
-        if not self._nb_in_place and self._in_place_done is not None:
-            if not self._in_place_done.done():
-                self._in_place_done.set_result(None)
-            self._in_place_done = None
-
-    async def writers_quiet(self) -> None:
-        """Wait for all writes that have begun. The lock is held, so none of
-        those that wait can begin. Reads may take as long as they like."""
-        while (busy := self.in_flight.first_overlap(0, 1 << 64)) is not None:
-            await busy.wait()
-        if self._nb_in_place:
-            self._in_place_done = asyncio.get_running_loop().create_future()
-            await self._in_place_done
 
     async def mark_dirty(self) -> None:
         """Refcounts on disk may be wrong from now on. The caller flushes.

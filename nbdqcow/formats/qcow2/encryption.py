@@ -12,7 +12,6 @@ from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.formats.qcow2.encryption_header import luks_range
 from nbdqcow.formats.qcow2.header import Header
-from nbdqcow.types import DATA, Run
 
 if TYPE_CHECKING:
     from nbdqcow.block.driver import WritePlan
@@ -87,31 +86,9 @@ def number_by_guest_offset(image: "Qcow2Driver") -> None:
     on the virtual disk.
     """
     # Not imported for every image: it brings numpy.
-    from nbdqcow.formats.encrypted import tag_offset
+    from nbdqcow.formats import encrypted
 
-    map_plain, try_map_plain = image.map, image.try_map
-    try_map_write_plain = image.try_map_write
-
-    def tag(offset: int, run: Run) -> Run:
-        kind, host_offset, length = run
-        if kind == DATA:
-            host_offset = tag_offset(host_offset, offset)
-        return kind, host_offset, length
-
-    def try_map(offset: int, length: int) -> Run | None:
-        run = try_map_plain(offset, length)
-        return run if run is None else tag(offset, run)
-
-    async def map_(offset: int, length: int) -> Run:
-        return tag(offset, await map_plain(offset, length))
-
-    def try_map_write(offset: int, length: int) -> int:
-        host_offset = try_map_write_plain(offset, length)
-        return host_offset if host_offset < 0 else tag_offset(host_offset, offset)
-
-    image.try_map = try_map  # type: ignore[method-assign]
-    image.map = map_  # type: ignore[method-assign]
-    image.try_map_write = try_map_write  # type: ignore[method-assign]
+    encrypted.number_by_guest_offset(image)
 
 
 def tagged(header: Header, host_offset: int, guest_offset: int) -> int:

@@ -18,7 +18,7 @@ from nbdqcow.formats.qcow2.entries import (
     OFLAG_ZERO,
 )
 from nbdqcow.formats.qcow2.snapshot import read, read_l1
-from nbdqcow.formats.qcow2.tables import dump_be64, load_be64
+from nbdqcow.formats.words import dump_be64, load_be64
 
 if TYPE_CHECKING:
     from array import array

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from nbdqcow.errors import CorruptImage
 from nbdqcow.formats.qcow2.entries import OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_COPIED
 from nbdqcow.formats.qcow2.new_counts import NewCounts, runs
-from nbdqcow.formats.qcow2.tables import dump_be64
+from nbdqcow.formats.words import dump_be64
 from nbdqcow.units import MiB
 
 if TYPE_CHECKING:
@@ -362,6 +362,6 @@ async def alone(image: "Qcow2Driver") -> AsyncIterator[None]:
     # Most of what is dirty goes to disk while writers still run.
     await image.flush()
     async with image.writeback.paused(), image.lock:
-        await image.writers_quiet()
+        await image.writers.quiet()
         await image.writeback.commit_alone()
         yield

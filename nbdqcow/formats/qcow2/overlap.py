@@ -14,7 +14,7 @@ from nbdqcow.formats.qcow2.entries import (
     REFTABLE_OFFSET_MASK,
 )
 from nbdqcow.formats.qcow2.snapshot_table import read_snapshots
-from nbdqcow.formats.qcow2.tables import load_be64
+from nbdqcow.formats.words import load_be64
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver

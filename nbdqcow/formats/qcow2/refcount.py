@@ -22,7 +22,7 @@ from nbdqcow.formats.qcow2.entries import (
     REFTABLE_RESERVED_MASK,
 )
 from nbdqcow.formats.qcow2.header import Header
-from nbdqcow.formats.qcow2.tables import dump_be64
+from nbdqcow.formats.words import dump_be64
 from nbdqcow.types import Buffer
 
 _TYPECODES: Final = {3: "B", 4: "H", 5: "I", 6: "Q"}

@@ -17,7 +17,7 @@ from nbdqcow.errors import BlockError, ImageError
 from nbdqcow.formats.qcow2.entries import REFTABLE_OFFSET_MASK
 from nbdqcow.formats.qcow2.rebuild import rebuild_refcounts
 from nbdqcow.formats.qcow2.refcount_codec import unpack_refcounts
-from nbdqcow.formats.qcow2.tables import load_be64
+from nbdqcow.formats.words import load_be64
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -34,13 +34,13 @@ from nbdqcow.formats.qcow2.entries import (
 )
 from nbdqcow.formats.qcow2.generation import ROOTS_OFFSET, alone
 from nbdqcow.formats.qcow2.new_counts import runs
-from nbdqcow.formats.qcow2.tables import dump_be64
 from nbdqcow.formats.qcow2.write import (
     Allocation,
     end_write,
     free_entry,
     slice_for_change,
 )
+from nbdqcow.formats.words import dump_be64
 from nbdqcow.units import SECTOR_SIZE, MiB, round_up
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from nbdqcow.formats.qcow2.snapshot_table import (
     pack_snapshots,
     read_snapshots,
 )
-from nbdqcow.formats.qcow2.tables import load_be64
+from nbdqcow.formats.words import load_be64
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver

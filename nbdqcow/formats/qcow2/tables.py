@@ -9,33 +9,15 @@ Source: qcow2.txt, "Cluster mapping".
 
 from array import array
 from collections.abc import Callable, Iterator
-from sys import byteorder
 from typing import Final
 
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import CorruptImage
 from nbdqcow.formats.qcow2.entries import OFFSET_MASK
+from nbdqcow.formats.words import dump_be64, load_be64
 from nbdqcow.types import Buffer
 
 SLICE_BYTES: Final = 4096
-_SWAP: Final = byteorder == "little"
-
-
-def load_be64(data: Buffer) -> "array[int]":
-    """Return the big-endian 64-bit words of ``data`` as a native array."""
-    words = array("Q")
-    words.frombytes(data)
-    if _SWAP:
-        words.byteswap()
-    return words
-
-
-def dump_be64(words: "array[int]") -> bytes:
-    """Return ``words`` as big-endian bytes."""
-    if _SWAP:
-        words = words[:]
-        words.byteswap()
-    return words.tobytes()
 
 
 class L2Slice:

@@ -165,7 +165,7 @@ def try_plan(
         if whole and covered < length:
             return None
         host_offset = (l2.words[index] & OFFSET_MASK) + in_cluster
-        epoch = image.enter_in_place()
+        epoch = image.writers.enter_in_place()
         return WritePlan(offset, covered, host_offset, private=epoch)
 
     words = l2.words
@@ -288,7 +288,7 @@ def end_write(image: "Qcow2Driver", plan: WritePlan) -> None:
     all of the old mapping or all of the new."""
     allocation = plan.private
     if isinstance(allocation, int):
-        image.leave_in_place(allocation)
+        image.writers.leave_in_place(allocation)
         return
     allocation.end(image)
 
@@ -297,7 +297,7 @@ def abort_write(image: "Qcow2Driver", plan: WritePlan) -> None:
     """See `FormatDriver.abort_write`."""
     allocation = plan.private
     if isinstance(allocation, int):
-        image.leave_in_place(allocation)
+        image.writers.leave_in_place(allocation)
         return
     allocation.abort(image)
 
@@ -306,7 +306,7 @@ def cancel_write(image: "Qcow2Driver", plan: WritePlan) -> None:
     """See `FormatDriver.cancel_write`."""
     allocation = plan.private
     if isinstance(allocation, int):
-        image.leave_in_place(allocation)
+        image.writers.leave_in_place(allocation)
         return
     allocation.cancel(image)
 

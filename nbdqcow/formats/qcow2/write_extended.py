@@ -227,7 +227,7 @@ def _plan_own(
     last = (in_cluster + length - 1) // unit
     nb_clusters = last // NB_SUBCLUSTERS + 1
     if _all_stored(words[2 * index + 1 : 2 * (index + nb_clusters) : 2], first, last):
-        epoch = image.enter_in_place()
+        epoch = image.writers.enter_in_place()
         return WritePlan(offset, length, host_start + in_cluster, private=epoch)
     last_word = words[2 * (index + nb_clusters) - 1]
     head, tail = offset % unit, -(offset + length) % unit

@@ -24,7 +24,7 @@ from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
 from nbdqcow.formats.qcow2.refcount import pack_counts
-from nbdqcow.formats.qcow2.tables import dump_be64
+from nbdqcow.formats.words import dump_be64
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
