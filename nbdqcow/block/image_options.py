@@ -4,6 +4,7 @@
 ``driver=qcow2,file.driver=file,file.filename=a`` say the same.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
@@ -17,6 +18,7 @@ Pairs: TypeAlias = Mapping[str, str | None]
 
 JSON_PREFIX: Final = "json:"
 _MAX_DEPTH: Final = 300
+_STRING: Final = r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'"""
 _BOOLEANS: Final = {"on": True, "yes": True, "off": False, "no": False}
 _DISCARD_MODES: Final = {
     "unmap": "unmap",
@@ -64,12 +66,29 @@ def parse_json_name(name: str) -> tuple[str, dict[str, Any]]:
     import json
 
     try:
-        given = json.loads(name.removeprefix(JSON_PREFIX))
+        given = json.loads(_double_quoted(name.removeprefix(JSON_PREFIX)))
         if not isinstance(given, dict):
             raise ImageError("Invalid JSON object given")
         return parse_pairs(flatten(given))
     except (ValueError, RecursionError):
         raise ImageError("Could not parse the JSON options") from None
+
+
+def _double_quoted(text: str) -> str:
+    """Return JSON text with the strings in double quotes that have single ones,
+    which QEMU takes as well."""
+
+    def quote(found: re.Match[str]) -> str:
+        string = found[0]
+        if string.startswith('"'):
+            return string
+        return '"' + re.sub(r'\\.|"', _requote, string[1:-1]) + '"'
+
+    return re.sub(_STRING, quote, text)
+
+
+def _requote(found: re.Match[str]) -> str:
+    return {"\\'": "'", '"': '\\"'}.get(found[0], found[0])
 
 
 def flatten(given: Mapping[str, Any]) -> dict[str, str | None]:
@@ -111,9 +130,10 @@ def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
     options: dict[str, Any] = {}
     more: dict[str, Any] = {}
     filename = own.pop("filename", None)
-    if own.get("driver") in ("nbd", "null-co", "null-aio"):
+    if (driver := own.get("driver")) == "nbd" or driver in _NULL_DRIVERS:
         # A protocol without a format over it is served as it is.
-        file = {key: value for key, value in own.items() if "." in key or key in _NBD}
+        names = _NBD if driver == "nbd" else _NULL
+        file = {key: value for key, value in own.items() if "." in key or key in names}
         file["driver"] = own["driver"]
         own = {key: value for key, value in own.items() if key not in file}
         options["format"] = "raw"
@@ -229,7 +249,9 @@ def _take_overlap_checks(own: Pairs, more: dict[str, Any]) -> None:
 
 # -- files -----------------------------------------------------------------
 
-_NBD: Final = ("host", "port", "path", "export", "tls-creds", "size", "read-zeroes")
+_NBD: Final = ("host", "port", "path", "export", "tls-creds")
+_NULL: Final = ("size", "latency-ns", "read-zeroes")
+_NULL_DRIVERS: Final = ("null-co", "null-aio")
 
 
 def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
@@ -239,6 +261,8 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
     driver = file.pop("driver", None) or "file"
     if driver == "nbd":
         return _nbd_uri(file)
+    if driver in _NULL_DRIVERS:
+        return _null_name(driver, file)
     if driver not in _FILE_DRIVERS:
         raise ImageError(f"file.driver '{driver}' is not supported")
     filename = file.pop("filename", None)
@@ -274,6 +298,20 @@ def _nbd_uri(file: dict[str, str | None]) -> str:
     if ":" in host:
         host = f"[{host}]"
     return f"nbd://{host}:{quote(port)}/{export}"
+
+
+def _null_name(driver: str, file: dict[str, str | None]) -> str:
+    """Return the name that `nbdqcow.storage.null` has for a file of zeroes."""
+    texts = {key: value or "" for key, value in file.items()}
+    if "read-zeroes" in texts:
+        # It reads as zeroes in any case.
+        _boolean("read-zeroes", texts.pop("read-zeroes"))
+    for key in texts:
+        if key not in _NULL:
+            raise ImageError(f"image option 'file.{key}' is not supported")
+    sizes = {key: _size(key, value) for key, value in texts.items()}
+    query = "&".join(f"{key}={size}" for key, size in sizes.items())
+    return f"{driver}://{query and '?'}{query}"
 
 
 def _data_file_name(pairs: dict[str, str | None]) -> str:

@@ -41,6 +41,8 @@ _PROTOCOLS: Final = {
     "nbds+unix": "nbd",
     "nbd+vsock": "nbd",
     "nbds+vsock": "nbd",
+    "null-co": "null",
+    "null-aio": "null",
 }
 """What stands before the colon of a file name, and the storage driver that it
 means."""

@@ -49,6 +49,13 @@ def test_json_is_flattened():
             "nbd://h:7/",
             {"format": "raw"},
         ),
+        ({"driver": "null-co"}, "null-co://", {"format": "raw"}),
+        (
+            {"driver": "raw", "file": {"driver": "null-aio", "read-zeroes": True,
+                                       "size": "64k", "latency-ns": 5}},
+            "null-aio://?size=65536&latency-ns=5",
+            {"format": "raw"},
+        ),
         (
             {"file.filename": "a", "backing": None},
             "a",
@@ -133,3 +140,25 @@ def test_meaning(given, filename, options):
 def test_refusals(text, message):
     with pytest.raises(ImageError, match=message):
         parse_json_name("json:" + text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        """{'file.filename': 'a"b'}""",
+        """{"file.filename": 'a\\"b'}""",
+        """{'file': {'filename': "a\\"b"}}""",
+    ],
+)
+def test_json_strings_may_have_single_quotes(text):
+    assert parse_json_name(f"json:{text}") == ('a"b', {})
+
+
+def test_a_single_quote_in_single_quotes():
+    assert parse_json_name(r"json:{'file.filename': 'it\'s \\'}") == ("it's \\", {})
+
+
+@pytest.mark.parametrize("text", ["{'a: 1}", "{'a': 'b\"}", '{"a": \'}', "{'\\'}"])
+def test_quotes_that_do_not_match(text):
+    with pytest.raises(ImageError, match="Could not parse the JSON options"):
+        parse_json_name(f"json:{text}")

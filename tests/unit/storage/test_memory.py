@@ -2,6 +2,7 @@ import errno
 
 import pytest
 
+from nbdqcow.errors import ImageError
 from nbdqcow.storage.memory import MemoryStorage
 from nbdqcow.storage.null import NullStorage
 
@@ -100,3 +101,37 @@ async def test_null_keeps_its_length():
     assert storage.length == 10
     await storage.truncate(3)
     assert storage.length == 3
+
+
+@pytest.mark.asyncio
+async def test_null_has_a_name():
+    storage = await NullStorage.open("null-co://", read_only=True)
+    assert (storage.length, storage.read_only) == (1 << 30, True)
+    assert await storage.allocated_length() == 0
+    assert (await NullStorage.open("null-aio://?size=3k")).length == 3072
+
+
+@pytest.mark.asyncio
+async def test_null_that_takes_its_time():
+    storage = await NullStorage.open("null-co://?latency-ns=1000")
+    assert storage.try_pread(0, 1) is None
+    assert storage.try_view(0, 1) is None
+    assert storage.try_pwrite(0, b"x") is False
+    await storage.pwritev(0, [b"x"])
+    assert await storage.pread(0, 1) == b"\0"
+    await storage.flush()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("null-co:a", "The only allowed filename for this driver is 'null-co://'"),
+        ("null-co://?size=x", "Parameter 'size': invalid size 'x'"),
+        ("null-co://?size=8E", "too large"),
+        ("null-co://?a=1", "no option 'a'"),
+    ],
+)
+async def test_null_has_no_other_names(name, text):
+    with pytest.raises(ImageError, match=text):
+        await NullStorage.open(name)
