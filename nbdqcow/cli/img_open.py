@@ -73,6 +73,21 @@ def open_image_file(
         file.close()
 
 
+def _identity(filename: str) -> object:
+    """Return what is the same for all names of one image: links to a file, and
+    other paths to it, are names, too. A file that is not there is its name."""
+    try:
+        if filename.startswith(JSON_PREFIX):
+            filename, _ = parse_json_name(filename)
+        if filename and not is_remote(filename):
+            status = os.stat(local_path(filename))
+            return status.st_dev, status.st_ino
+    except (ImageError, OSError, ValueError):
+        # Whoever opens it says what is wrong.
+        pass
+    return filename
+
+
 def local_path(filename: str) -> str:
     """Return the path that ``filename`` names: ``file:`` may stand before it.
 
@@ -104,15 +119,14 @@ def describe_chain(
     Each is open only until the next one is asked for. Raises `ImageError`
     with the whole message.
     """
-    seen: set[str] = set()
+    seen: set[object] = set()
     name: str | None = image.filename
     text, format_ = image.text, image.format
     while name is not None:
-        # By any of its names: a link to itself would make ever longer ones.
-        real = os.path.realpath(name)
-        if real in seen:
+        identity = _identity(name)
+        if identity in seen:
             raise ImageError(f"Backing file '{name}' creates an infinite loop.")
-        seen.add(real)
+        seen.add(identity)
         try:
             with open_image_file(name, format_, force_share=force_share) as opened:
                 info = opened.tool.describe(opened.file)
@@ -129,17 +143,21 @@ def check_backing_chain(
     image: OpenImage, info: ImageInfo, *, force_share: bool = False
 ) -> None:
     """See that every backing file can be opened. Raises `ImageError`."""
-    chain: list[str] = [image.filename]
+    above = image.filename
+    seen = {_identity(above)}
+    prefix = ""
     while info.backing_filename is not None:
-        prefix = "Could not open backing file: " * len(chain)
-        name = backing_path(chain[-1], info.backing_filename)
-        if name in chain:
+        prefix += "Could not open backing file: "
+        name = backing_path(above, info.backing_filename)
+        identity = _identity(name)
+        if identity in seen:
             raise ImageError(f"{prefix}Backing file '{name}' creates an infinite loop.")
+        seen.add(identity)
         try:
             with open_image_file(
                 name, info.backing_format, force_share=force_share
             ) as below:
                 info = below.tool.describe(below.file)
-                chain.append(below.filename)
+                above = below.filename
         except ImageError as exc:
             raise type(exc)(f"{prefix}{exc}") from None

@@ -195,6 +195,26 @@ def sparse_file_of_a_tebibyte(directory: Path) -> Path:
     return path
 
 
+@image
+def sparse_file_of_2_29_clusters(directory: Path) -> Path:
+    path = directory / "image.qcow2"
+    path.write_bytes(builder().build())
+    os.truncate(path, 512 << 29)
+    return path
+
+
+@image
+def sparse_file_without_refcounts(directory: Path) -> Path:
+    """The refcounts of 2^27 clusters must be built anew."""
+    made = builder()
+    made.add_data(0)
+    made.refcounts = {}
+    path = directory / "image.qcow2"
+    path.write_bytes(made.build())
+    os.truncate(path, 512 << 27)
+    return path
+
+
 # -- snapshots ---------------------------------------------------------------------
 
 

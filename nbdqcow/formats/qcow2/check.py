@@ -11,7 +11,7 @@ parts of the file that anything refers to.
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -57,8 +57,14 @@ def check_image(file_length: int, repair: int, report: Report) -> Steps[CheckRes
         raise ImageError(
             f"The file has too many clusters to be checked: more than {MAX_CLUSTERS}"
         )
-    check = _Check(header, file_length, repair, _limited(report))
-    return (yield from check.run())
+    try:
+        check = _Check(header, file_length, repair, _limited(report))
+        return (yield from check.run())
+    except MemoryError:
+        raise ImageError(
+            "There is not enough memory to check a file of "
+            f"{file_length >> header.cluster_bits} clusters"
+        ) from None
 
 
 def _limited(report: Report) -> Report:
@@ -291,11 +297,12 @@ class _Check:
         counts = self.references.without_refcount_structures()
         if self.references.incomplete:
             # What seems to leak may be in use: it keeps its refcount.
-            counts = np.maximum(counts, self.refcounts).astype(np.uint32)
+            _raise_to(counts, self.refcounts)
         else:
             result.leaks_fixed += result.leaks
             result.leaks = 0
-        self.refcounts = yield from rebuild_refcounts(self.header, counts, first)
+        yield from rebuild_refcounts(self.header, counts, first)
+        self.refcounts = counts
         result.corruptions_fixed += result.corruptions - found_in_tables
         result.corruptions = found_in_tables
 
@@ -322,6 +329,19 @@ class _Check:
                 header.incompatible_features.to_bytes(8, "big"),
             )
         yield Flush()
+
+
+def _raise_to(counts: "npt.NDArray[np.uint32]", least: "npt.NDArray[Any]") -> None:
+    """Raise each count to the one of ``least``, if that is more.
+
+    In pieces, and only where there is anything: what was never written to
+    takes no memory.
+    """
+    for start in range(0, len(counts), _COMPARE_CHUNK):
+        theirs = least[start : start + _COMPARE_CHUNK]
+        if theirs.any():
+            ours = counts[start : start + _COMPARE_CHUNK]
+            ours[:] = np.maximum(ours, theirs)
 
 
 def _refcount_type(order: int) -> "npt.DTypeLike":

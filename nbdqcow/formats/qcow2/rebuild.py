@@ -1,6 +1,6 @@
 """New refcount structures, made from nothing but what the tables refer to."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -15,16 +15,21 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
+_CHUNK: Final = 1 << 20
+"""Counts looked at at a time: most of a sparse file's were never touched, and
+take no memory until they are copied."""
+
+
 def rebuild_refcounts(
     header: Header, counts: "npt.NDArray[np.uint32]", first: int
-) -> Steps["npt.NDArray[np.uint32]"]:
+) -> Steps[None]:
     """Write a refcount table and blocks for ``counts`` from cluster ``first`` on.
 
     ``counts`` has the references to each cluster, without those to refcount
     structures; ``first`` lies behind all that is in use, the old structures
     included. The old structures stay in place until the header names the new
-    ones, in one write; their clusters are free then. Changes ``header`` and
-    returns the counts with the new structures in them. Raises `ImageError`.
+    ones, in one write; their clusters are free then. Changes ``header``. Raises
+    `ImageError`.
     """
     limit = (1 << header.refcount_bits) - 1
     if int(counts.max()) > limit:
@@ -33,19 +38,17 @@ def rebuild_refcounts(
             f"{header.refcount_bits} bits"
         )
     per_block = header.cluster_size * 8 // header.refcount_bits
-    counts = counts[:first]
-    used = np.add.reduceat(counts != 0, np.arange(0, first, per_block), dtype=np.int64)
-    blocks = {int(index) for index in np.flatnonzero(used)}
+    blocks = _used_blocks(counts[:first], per_block)
     table_clusters, end = _lay_out(header, blocks, first, per_block)
-    whole = np.zeros(end, np.uint32)
-    whole[:first] = counts
-    whole[first:] = 1
     table = np.zeros(table_clusters * header.cluster_size // 8, ">u8")
     offset = (first + table_clusters) << header.cluster_bits
     for index in sorted(blocks):
+        start = index * per_block
         values = np.zeros(per_block, np.uint64)
-        part = whole[index * per_block : (index + 1) * per_block]
+        part = counts[start : min(start + per_block, first)]
         values[: len(part)] = part
+        # The new structures themselves.
+        values[max(0, first - start) : max(0, end - start)] = 1
         yield Write(offset, pack_refcounts(values, header.refcount_order))
         table[index] = offset
         offset += header.cluster_size
@@ -58,7 +61,16 @@ def rebuild_refcounts(
     end = start + 12 if header.version < 3 else h.REFCOUNT_ORDER_OFFSET + 4
     yield Write(start, header.pack_fields()[start:end])
     yield Flush()
-    return whole
+
+
+def _used_blocks(counts: "npt.NDArray[np.uint32]", per_block: int) -> set[int]:
+    """Return the indices of the blocks that have a count other than 0."""
+    blocks: set[int] = set()
+    step = max(_CHUNK // per_block, 1) * per_block
+    for start in range(0, len(counts), step):
+        used = np.flatnonzero(counts[start : start + step])
+        blocks.update(((used + start) // per_block).tolist())
+    return blocks
 
 
 def _lay_out(

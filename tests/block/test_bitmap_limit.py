@@ -1,0 +1,69 @@
+"""All bitmaps of an image together take at most 256 MiB of memory, though they
+may be a few KiB in the file."""
+
+import errno
+import struct
+
+import pytest
+
+from nbdqcow.errors import BlockError, ImageError
+from nbdqcow.formats.qcow2.driver import Qcow2Driver
+from nbdqcow.storage.memory import MemoryStorage
+from nbdqcow.units import MiB
+from tests.builder import ImageBuilder
+from tests.crash.histories import created
+
+TiB = 1 << 40
+LIMIT = 256 * MiB
+
+
+def image_with_bitmaps(nb: int, size: int) -> bytes:
+    """Return an image with ``nb`` bitmaps of a bit for 512 bytes, all ones, whose
+    tables are one and the same."""
+    made = ImageBuilder(size, cluster_bits=16)
+    nb_table = size // 512 // 8 // made.cluster_size
+    table = made.allocate(nb_table * 8, struct.pack(">Q", 1) * nb_table)
+    data = b"".join(
+        struct.pack(">QIIBBHI", table, nb_table, 2, 1, 9, 1, 0) + b"%d" % i + bytes(7)
+        for i in range(nb)
+    )
+    offset = made.allocate(len(data), data)
+    made.header.autoclear_features = 1
+    made.header.set_extension(
+        0x23852875, struct.pack(">IIQQ", nb, 0, len(data), offset)
+    )
+    return made.build()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("read_only", [True, False])
+async def test_an_image_with_more_is_refused(read_only):
+    storage = MemoryStorage(image_with_bitmaps(9, TiB // 8))
+    with pytest.raises(ImageError, match="take too much memory"):
+        await Qcow2Driver.open(storage, read_only=read_only, options={})
+
+
+@pytest.mark.asyncio
+async def test_an_image_with_less_is_not():
+    storage = MemoryStorage(image_with_bitmaps(3, TiB // 64))
+    driver = await Qcow2Driver.open(storage, read_only=True, options={})
+    assert sum(len(b.bits) for b in driver.dirty_bitmaps.values()) == 12 * MiB
+    await driver.close()
+
+
+@pytest.mark.asyncio(loop_factories=["asyncio"])
+async def test_bitmaps_that_are_added_or_grow():
+    size = TiB // 16
+    storage = MemoryStorage(created(size=size, cluster_size=65536))
+    driver = await Qcow2Driver.open(storage, read_only=False, options={})
+    for number in range(LIMIT // (size // 512 // 8)):
+        driver.bitmap_add(str(number), granularity=512)
+    with pytest.raises(BlockError, match="too much memory") as caught:
+        driver.bitmap_add("more", granularity=512)
+    assert caught.value.errno == errno.EFBIG
+    with pytest.raises(BlockError, match="too much memory"):
+        await driver.resize(2 * size)
+    assert driver.size == size
+    for bitmap in list(driver.dirty_bitmaps):
+        await driver.bitmap_remove(bitmap)
+    await driver.close()
