@@ -97,7 +97,9 @@ class LuksTool(FormatTool):
         # The slots that are not in use are zero, as is a file that is new.
         area = plan.area if file.is_device else plan.area.rstrip(b"\0")
         file.pwrite(_FIRST, area[_FIRST:])
+        file.flush()
         file.pwrite(0, plan.area[:_FIRST])
+        file.flush()
 
     def check_secret(self, file: BlockingFile, passphrase: bytes) -> None:
         """Try the key slots."""

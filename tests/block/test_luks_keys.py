@@ -173,7 +173,7 @@ async def create(tmp_path, **values):
     plan = plan_create(CreateOptions(size=1 << 20, encryption=encryption))
     path = tmp_path / "disk.qcow2"
     with path.open("wb") as file:
-        for offset, data in plan.writes():
+        for offset, data in (*plan.writes(), plan.magic_write):
             file.seek(offset)
             file.write(data)
         file.truncate(plan.file_length)

@@ -81,5 +81,8 @@ async def create(storage: StorageDriver, options: CreateOptions) -> None:
     await storage.truncate(plan.file_length)
     if not storage.zero_beyond_end:
         await storage.write_zeroes(0, plan.file_length, may_unmap=True)
-    await storage.pwritev(0, [plan.head])
+    await storage.pwritev(SECTOR_SIZE, [plan.head[SECTOR_SIZE:]])
+    # What makes it an image comes when all the rest is durable.
+    await storage.flush()
+    await storage.pwritev(0, [plan.head[:SECTOR_SIZE]])
     await storage.flush()

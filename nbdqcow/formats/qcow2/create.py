@@ -151,13 +151,20 @@ class CreatePlan:
     data_file: str | None
 
     def writes(self) -> Iterator[tuple[int, bytes]]:
-        """Yield ``(offset, bytes)`` for all that is not zero, header last."""
+        """Yield ``(offset, bytes)`` for all that is not zero, but the header's
+        first sector: `magic_write`."""
         yield from self._refcount_writes()
         yield from self._mapping_writes()
         if self.luks_area:
             # The slots that are not in use are zero.
             yield self.luks_offset, self.luks_area.rstrip(b"\0")
-        yield 0, self.packed_header
+        if len(self.packed_header) > SECTOR_SIZE:
+            yield SECTOR_SIZE, self.packed_header[SECTOR_SIZE:]
+
+    @property
+    def magic_write(self) -> tuple[int, bytes]:
+        """What makes it an image: it comes when all the rest is durable."""
+        return 0, self.packed_header[:SECTOR_SIZE]
 
     def _block_offset(self, index: int) -> int:
         """The first block precedes the L1 table, the others follow it."""
@@ -351,6 +358,8 @@ async def create(
     await storage.truncate(plan.file_length)
     if not storage.zero_beyond_end:
         await storage.write_zeroes(0, plan.file_length, may_unmap=True)
+        # The header of what was there must not outlive its tables.
+        await storage.flush()
     if plan.data_file is None:
         length = plan.file_length - plan.data_start
         await _preallocate(storage, plan.data_start, length, plan.preallocation)
@@ -362,6 +371,9 @@ async def create(
         await data_file.flush()
     for offset, data in plan.writes():
         await storage.pwritev(offset, [data])
+    await storage.flush()
+    offset, data = plan.magic_write
+    await storage.pwritev(offset, [data])
     await storage.flush()
 
 

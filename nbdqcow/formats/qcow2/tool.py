@@ -150,11 +150,16 @@ class Qcow2Tool(FormatTool):
         file.truncate(plan.file_length)
         if file.is_device:
             file.write_zeroes(0, plan.file_length)
+            # The header of what was there must not outlive its tables.
+            file.flush()
         if plan.data_file is None:
             data_length = plan.file_length - plan.data_start
             _preallocate(file, plan.data_start, data_length, plan.preallocation)
         for offset, data in plan.writes():
             file.pwrite(offset, data)
+        file.flush()
+        file.pwrite(*plan.magic_write)
+        file.flush()
 
     def check_secret(self, file: BlockingFile, passphrase: bytes) -> None:
         """Try the key slots of an image with LUKS."""
@@ -178,6 +183,7 @@ class Qcow2Tool(FormatTool):
         if file.is_device:
             file.write_zeroes(0, size)
         _preallocate(file, 0, size, plan.preallocation)
+        file.flush()
 
     def check(self, file: BlockingFile, repair: int, report: Report) -> CheckResult:
         """Check the image, and repair it."""
