@@ -100,7 +100,12 @@ def test_rebuild(order):
     with pytest.raises(ImageError, match="Check failed"):
         check(image, REPAIR_LEAKS)
     result, lines, fixed = check(image, REPAIR_ALL)
-    assert "Rebuilding refcount structure" in lines
+    first = Header.parse(image).refcount_table_offset >> 12
+    assert lines[-3:] == [
+        "Rebuilding refcount structure",
+        f"Repairing cluster {first} refcount=1 reference=0",
+        f"Repairing cluster {first + 1} refcount=1 reference=0",
+    ]
     assert (result.corruptions, result.corruptions_fixed) == (0, 1)
     assert_clean(fixed)
     # The new structures lie behind the old: till the header names them,
@@ -108,6 +113,34 @@ def test_rebuild(order):
     offset = Header.parse(fixed).refcount_table_offset
     assert offset >= len(image)
     assert fixed[64 : len(image)] == image[64:]
+
+
+@pytest.mark.parametrize("bits", [9, 12])
+@pytest.mark.parametrize("order", [0, 4, 6])
+def test_rebuild_on_a_device(order, bits):
+    builder = build(refcount_order=order, cluster_bits=bits)
+    builder.refcounts[5] = 0
+    image = builder.build() + b"x" * (300 << bits)
+    file = BytesFile(image)
+    file.is_device = True
+    result = Qcow2Tool().check(file, REPAIR_ALL, print)
+    assert (result.corruptions, result.corruptions_fixed) == (0, 1)
+    assert len(file.data) == len(image)
+    assert_clean(bytes(file.data))
+    # What was in use is as it was.
+    end = builder.end
+    assert file.data[1 << bits : end] == image[1 << bits : end]
+
+
+def test_rebuild_on_a_full_device():
+    builder = build()
+    builder.refcounts[5] = 0
+    file = BytesFile(builder.build())
+    file.is_device = True
+    before = bytes(file.data)
+    with pytest.raises(ImageError, match="no room"):
+        Qcow2Tool().check(file, REPAIR_ALL, print)
+    assert file.data == before
 
 
 def test_rebuild_without_a_refcount_table():
