@@ -62,6 +62,8 @@ def prepare(directory: Path) -> None:
     img("bitmap", "--add", "bitmaps.qcow2", "b0")
     img("bitmap", "--add", "-g", "4k", "--disable", "bitmaps.qcow2", "b1")
     qemu_io(directory, "bitmaps.qcow2", "write -P 2 300k 200k")
+    shutil.copy(directory / "bitmaps.qcow2", directory / "broken.qcow2")
+    subprocess.run(["qemu-io", "-c", "abort", "broken.qcow2"], cwd=directory)
     create("-o", "cluster_size=4k,compat=0.10", "v2.qcow2", "1M")
     qemu_io(directory, "v2.qcow2", "write -P 4 100k 30k")
     create("-o", "preallocation=metadata", "full.qcow2", "1M")
@@ -343,6 +345,8 @@ CONVERT = [
     "convert --bitmaps -O qcow2 base.qcow2 out",
     "convert --bitmaps -O qcow2 bitmaps.qcow2 out",
     "convert --bitmaps --skip-broken-bitmaps -O qcow2 bitmaps.qcow2 out",
+    "convert --bitmaps -O qcow2 broken.qcow2 out",
+    "convert --bitmaps --skip-broken-bitmaps -O qcow2 broken.qcow2 out",
     "convert --skip-broken-bitmaps base.qcow2 out",
     "convert --bitmaps -O qcow2 bitmaps.qcow2 base.qcow2 out",
     "convert -x",
