@@ -249,7 +249,7 @@ def _take_overlap_checks(own: Pairs, more: dict[str, Any]) -> None:
 
 # -- files -----------------------------------------------------------------
 
-_NBD: Final = ("host", "port", "path", "export", "tls-creds")
+_NBD: Final = ("host", "port", "path", "export", "tls-creds", "x-dirty-bitmap")
 _NULL: Final = ("size", "latency-ns", "read-zeroes")
 _NULL_DRIVERS: Final = ("null-co", "null-aio")
 
@@ -289,15 +289,21 @@ def _nbd_uri(file: dict[str, str | None]) -> str:
     host = texts.pop("server.host", None) or texts.pop("host", None)
     port = texts.pop("server.port", None) or texts.pop("port", None) or "10809"
     export = quote(texts.pop("export", ""), safe="/")
+    context = texts.pop("x-dirty-bitmap", None)
     if texts:
         raise ImageError(f"image option 'file.{next(iter(texts))}' is not supported")
+    parameters = {"socket": path, "x-dirty-bitmap": context}
+    query = "&".join(
+        f"{key}={quote(text, safe='/:')}" for key, text in parameters.items() if text
+    )
+    behind = f"{export and '/'}{export}{query and '?'}{query}"
     if path is not None and host is None and kind in (None, "unix"):
-        return f"nbd+unix:///{export}?socket={quote(path, safe='/')}"
+        return f"nbd+unix://{behind}"
     if host is None or path is not None or kind not in (None, "inet"):
         raise ImageError("NBD server address missing")
     if ":" in host:
         host = f"[{host}]"
-    return f"nbd://{host}:{quote(port)}/{export}"
+    return f"nbd://{host}:{quote(port)}{behind}"
 
 
 def _null_name(driver: str, file: dict[str, str | None]) -> str:

@@ -181,6 +181,17 @@ class Node(InlineRequests):
         """The image's dirty bitmaps that can be read, by name."""
         return self.driver.dirty_bitmaps
 
+    def find_bitmap(self, name: str) -> DirtyBitmap | None:
+        """Return the dirty bitmap of that name: the image's, or else that of the
+        uppermost image below that has one, and a disk of the same size."""
+        node: Node | None = self
+        while node is not None:
+            bitmap = node.dirty_bitmaps.get(name)
+            if bitmap is not None and node.size == self.size:
+                return bitmap
+            node = node.backing
+        return None
+
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring a range into the page cache and its map into memory."""
         end = offset + length

@@ -29,6 +29,8 @@ class StorageDriver(ABC):
             date by our own writes, no system call to read it.
         zero_beyond_end: True if bytes past the end are certain to read as
             zeroes once the file grows over them (a regular file; not a disk).
+        shows_context: True if a map of the file is to show a metadata context
+            of the server's, `context_extents`, in the place of what is where.
     """
 
     name: ClassVar[str]
@@ -38,6 +40,7 @@ class StorageDriver(ABC):
     length: int
     zero_beyond_end: bool
     defers_reads: ClassVar[bool] = False
+    shows_context: bool = False
 
     @abstractmethod
     def try_pread(self, offset: int, length: int) -> Buffer | None:
@@ -140,6 +143,13 @@ class StorageDriver(ABC):
         """Return `block_status` of at most ``limit`` stretches in a row, which
         may cover less than ``length``."""
         return [await self.block_status(offset, length)]
+
+    async def context_extents(
+        self, offset: int, length: int
+    ) -> Sequence[tuple[int, int]]:
+        """Return lengths and flags of the context that `shows_context` is
+        about, for at least the first byte of a range and at most all of it."""
+        raise AssertionError("this driver has no contexts")
 
     async def allocated_length(self) -> int | None:
         """Return the bytes that the file takes of its file system, None if

@@ -26,7 +26,11 @@ from nbdqcow.cli.img_snapshot import parse_snapshot
 from nbdqcow.cli.img_target import NewImage, parse_create_options
 from nbdqcow.cli.messages import error
 from nbdqcow.errors import ImageError
-from nbdqcow.jobs.bitmaps import check_bitmaps, copy_bitmaps
+from nbdqcow.jobs.bitmaps import (
+    check_bitmaps,
+    copy_bitmaps,
+    inconsistent_bitmaps,
+)
 from nbdqcow.jobs.control import JobControl
 from nbdqcow.jobs.convert import ConvertOptions, convert
 from nbdqcow.jobs.status import disk_size
@@ -241,6 +245,12 @@ async def _convert_to_target(
         values = _creation_values(settings, tool, text, size, sources)
     if settings.bitmaps and len(sources) > 1:
         raise ImageError("Copying bitmaps only possible with single source")
+    if settings.bitmaps and not settings.skip_broken_bitmaps:
+        for name in inconsistent_bitmaps(sources[0]):
+            raise ImageError(
+                f"Cannot copy inconsistent bitmap '{name}'\nTry --skip-broken-bitmaps, "
+                "or use 'qemu-img bitmap --remove' to delete it"
+            )
     if tool is not None and settings.target:
         # An unknown protocol is no failure of the creation.
         is_remote(settings.target)
@@ -398,5 +408,7 @@ async def _copy(
         ),
     )
     if settings.bitmaps:
-        copy_bitmaps(sources[0], target, skip_broken=settings.skip_broken_bitmaps)
+        for name in inconsistent_bitmaps(sources[0]):
+            error(f"warning: Skipping inconsistent bitmap '{name}'")
+        copy_bitmaps(sources[0], target)
     progress.show(100)

@@ -106,7 +106,8 @@ The server:
 The image:
   -o, --offset=BYTES         where in a raw image the disk begins
   -A, --allocation-depth     offer the metadata context qemu:allocation-depth
-  -B, --bitmap=NAME          offer the dirty bitmap NAME of the image
+  -B, --bitmap=NAME          offer the dirty bitmap NAME of the image or of its
+                             backing file; may be given several times
   -l, --load-snapshot=NAME   serve an internal snapshot, by ID or name or as
                              snapshot.id=ID,snapshot.name=NAME; read-only
   -f, --format=FORMAT        raw or qcow2 (default: guessed)
@@ -151,7 +152,7 @@ class Settings:
         tls_hostname: what a client finds in the server's certificate.
         open_options: of `nbdqcow.block.open.open_image`, where given.
         allocation_depth: offer the metadata context of that name.
-        bitmap: the dirty bitmap to offer, or None.
+        bitmaps: the dirty bitmaps to offer.
         snapshot: the internal snapshot to serve: its ID or name, or its ID
             and its name; None serves the disk.
         given: options that were given, by the name getopt_long returns.
@@ -172,7 +173,7 @@ class Settings:
     pid_file: str | None = None
     image_opts: bool = False
     allocation_depth: bool = False
-    bitmap: str | None = None
+    bitmaps: tuple[str, ...] = ()
     snapshot: str | tuple[str | None, str | None] | None = None
     filename: str = ""
     objects: tuple[str, ...] = ()
@@ -265,7 +266,7 @@ def _apply(settings: Settings, name: str, value: str) -> None:
         case "A":
             settings.allocation_depth = True
         case "B":
-            settings.bitmap = value
+            settings.bitmaps += (value,)
         case "l":
             settings.snapshot = _parse_snapshot(value)
         case "L":
@@ -596,10 +597,10 @@ def _meta_contexts(settings: Settings, node: "Node") -> list[str]:
     contexts = [ALLOCATION]
     if settings.allocation_depth:
         contexts.append(ALLOCATION_DEPTH)
-    if settings.bitmap is not None:
-        if settings.bitmap not in node.dirty_bitmaps:
-            raise ImageError(f"Bitmap '{settings.bitmap}' is not found")
-        contexts.append(DIRTY_BITMAP + settings.bitmap)
+    for bitmap in settings.bitmaps:
+        if node.find_bitmap(bitmap) is None:
+            raise ImageError(f"Bitmap '{bitmap}' is not found")
+        contexts.append(DIRTY_BITMAP + bitmap)
     return contexts
 
 

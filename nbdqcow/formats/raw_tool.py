@@ -17,6 +17,7 @@ from nbdqcow.block.tools import (
 from nbdqcow.errors import ImageError
 from nbdqcow.units import SECTOR_SIZE, round_up
 
+_FIRST_BLOCK: Final = 4096
 PREALLOCATIONS: Final = ("off", "falloc", "full")
 
 
@@ -77,4 +78,8 @@ class RawTool(FormatTool):
             file.allocate(0, plan.length)
         elif plan.preallocation == "full":
             file.write_zeroes(0, plan.length)
+        elif plan.length and not file.is_device:
+            # Who opens the file past the page cache finds out with its first
+            # block what a block is. QEMU does, and writes one, too.
+            file.write_zeroes(0, min(plan.length, _FIRST_BLOCK))
         file.truncate(plan.length)

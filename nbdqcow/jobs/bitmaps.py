@@ -21,19 +21,25 @@ def check_bitmaps(node: Node) -> None:
     bitmap_driver(node)
 
 
-def copy_bitmaps(source: Node, target: Node, *, skip_broken: bool) -> None:
-    """Give ``target`` the bitmaps of ``source``, which has the same size.
+def inconsistent_bitmaps(node: Node) -> list[str]:
+    """Return the bitmaps of an image that can't be copied, the last one of the
+    image first."""
+    if not hasattr(node.driver, "bitmap_list"):
+        return []
+    infos = bitmap_driver(node).bitmap_list()
+    return [info.name for info in reversed(infos) if info.inconsistent]
 
-    Raises `ImageError`; an inconsistent one is left out with ``skip_broken``.
+
+def copy_bitmaps(source: Node, target: Node) -> None:
+    """Give ``target`` the bitmaps of ``source``, which has the same size, but for
+    those that are inconsistent. Raises `ImageError`.
     """
     if not hasattr(source.driver, "bitmap_list"):
         return
     there = bitmap_driver(target)
     for info in bitmap_driver(source).bitmap_list():
         if info.inconsistent:
-            if skip_broken:
-                continue
-            raise ImageError(f"Cannot copy inconsistent bitmap '{info.name}'")
+            continue
         try:
             there.bitmap_add(info.name, granularity=info.granularity, enabled=False)
             there.bitmaps.merge_from(info.name, source.driver.dirty_bitmaps[info.name])

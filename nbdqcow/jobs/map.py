@@ -93,6 +93,10 @@ async def _rows(
 ) -> AsyncIterator[tuple[list[Row], bool]]:
     """Yield rows, and whether some of them may continue others."""
     driver, backing = node.driver, node.backing
+    if driver.data.shows_context:
+        async for rows in _context_rows(node, start, end, depth):
+            yield rows, True
+        return
     flags_of = [0] * 5
     flags_of[DATA] = HAS_DATA | IS_PRESENT | HAS_OFFSET
     flags_of[COMPRESSED] = HAS_DATA | IS_PRESENT
@@ -122,6 +126,24 @@ async def _rows(
             async for below in _see_through(rows, backing, depth):
                 yield below, True
         start = starts[-1]
+
+
+async def _context_rows(
+    node: Node, start: int, end: int, depth: int
+) -> AsyncIterator[list[Row]]:
+    """Yield what a metadata context says, with its flags as if they were those
+    of base:allocation: what a dirty bitmap marks is a hole that is no zero."""
+    storage = node.driver.data
+    plain = IS_PRESENT | HAS_OFFSET
+    flags_of = (plain | HAS_DATA, 0, plain | HAS_DATA | IS_ZERO, plain | IS_ZERO)
+    while start < end:
+        (_, host_offset, length), *_ = await node.driver.runs(start, end - start)
+        extents = await storage.context_extents(host_offset, length)
+        rows: list[Row] = []
+        for length, flags in extents:
+            rows.append((start, length, flags_of[flags & 3], host_offset, depth, node))
+            start, host_offset = start + length, host_offset + length
+        yield rows
 
 
 async def _see_through(

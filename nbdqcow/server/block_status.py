@@ -34,7 +34,7 @@ async def block_status(
     rows: list[StatusRow] = []
     for context_id, name in contexts:
         if name.startswith(DIRTY_BITMAP):
-            bitmap = node.dirty_bitmaps.get(name.removeprefix(DIRTY_BITMAP))
+            bitmap = node.find_bitmap(name.removeprefix(DIRTY_BITMAP))
             if bitmap is None:
                 raise BlockError(errno.EIO, f"there is no {name} any more")
             lengths, dirty = await bitmap.extents(offset, length, 1 if one else limit)

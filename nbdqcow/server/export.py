@@ -92,6 +92,9 @@ class ExportedNode(Protocol):
     def dirty_bitmaps(self) -> Mapping[str, DirtyBitmap]:
         """Dirty bitmaps by name."""
 
+    def find_bitmap(self, name: str) -> DirtyBitmap | None:
+        """The dirty bitmap of that name, which may be a backing image's."""
+
 
 _READ_FLAGS: Final = (
     nbd.FLAG_HAS_FLAGS | nbd.FLAG_SEND_FLUSH | nbd.FLAG_SEND_FUA | nbd.FLAG_SEND_CACHE

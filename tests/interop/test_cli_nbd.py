@@ -379,6 +379,21 @@ def test_load_snapshot(image, start, path):
         assert process.wait(20) == 0
 
 
+def test_bitmaps_of_the_chain(image, start, path, tmp_path):
+    """Each -B adds one; that of a backing file has its name, too."""
+    qemu_img, top = find_tool("qemu-img"), tmp_path / "top"
+    run(qemu_img, "bitmap", "--add", "--disable", image, "low")
+    run(qemu_img, "create", "-f", "qcow2", "-b", image, "-F", "qcow2", top)
+    for name in ("a", "b", "c"):
+        run(qemu_img, "bitmap", "--add", "--disable", top, name)
+    start("-t", "-r", "-B", "a", "-B", "low", "-B", "b", "-f", "qcow2", top)
+    uri = f"nbd+unix:///?socket={path}"
+    contexts = info(uri)["contexts"]
+    assert sorted(contexts[1:]) == [f"qemu:dirty-bitmap:{n}" for n in ("a", "b", "low")]
+    text, _ = run(find_tool("nbdinfo"), "--map=qemu:dirty-bitmap:low", uri)
+    assert text.split()[:3] == ["0", str(10 << 20), "0"]
+
+
 def test_bitmap(image, start, path):
     run(find_tool("qemu-img"), "bitmap", "--add", image, "b0")
     qemu_io = (find_tool("qemu-io"), "-c")

@@ -62,6 +62,8 @@ def prepare(directory: Path) -> None:
     img("bitmap", "--add", "bitmaps.qcow2", "b0")
     img("bitmap", "--add", "-g", "4k", "--disable", "bitmaps.qcow2", "b1")
     qemu_io(directory, "bitmaps.qcow2", "write -P 2 300k 200k")
+    shutil.copy(directory / "bitmaps.qcow2", directory / "broken.qcow2")
+    subprocess.run(["qemu-io", "-c", "abort", "broken.qcow2"], cwd=directory)
     create("-o", "cluster_size=4k,compat=0.10", "v2.qcow2", "1M")
     qemu_io(directory, "v2.qcow2", "write -P 4 100k 30k")
     create("-o", "preallocation=metadata", "full.qcow2", "1M")
@@ -344,6 +346,8 @@ CONVERT = [
     "convert --bitmaps -O qcow2 base.qcow2 out",
     "convert --bitmaps -O qcow2 bitmaps.qcow2 out",
     "convert --bitmaps --skip-broken-bitmaps -O qcow2 bitmaps.qcow2 out",
+    "convert --bitmaps -O qcow2 broken.qcow2 out",
+    "convert --bitmaps --skip-broken-bitmaps -O qcow2 broken.qcow2 out",
     "convert --skip-broken-bitmaps base.qcow2 out",
     "convert --bitmaps -O qcow2 bitmaps.qcow2 base.qcow2 out",
     "convert -x",
@@ -756,6 +760,10 @@ MEASURE = [
     "measure -O foo base.qcow2",
     "measure -O foo absent",
     "measure -U -O qcow2 base.qcow2",
+    "measure -O qcow2 --size 2251799813685248",
+    "measure -O qcow2 --size 2251799813685249",
+    "measure -O qcow2 -o cluster_size=512 --size 1T",
+    "measure -O qcow2 --size 9223372036854774784",
     "measure --image-opts -O qcow2 driver=qcow2,file.filename=base.qcow2",
     "measure orphan.qcow2",
 ]  # fmt: skip
@@ -779,3 +787,19 @@ def test_compare(line: str, disks: Path, tmp_path: Path) -> None:
 @lines(*CONVERT)
 def test_convert(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
+
+
+@pytest.mark.parametrize("size", ["0", "512", "5k", "1M"])
+def test_the_first_block_of_a_raw_image(size, tmp_path):
+    """Who opens it with O_DIRECT looks there for how long a block is."""
+    (tmp_path / "old").write_bytes(b"x" * 10000)
+    for name in ("new", "old"):
+        for run in (run_ours, run_theirs):
+            line = f"create -f raw {name} {size}"
+            assert run(line, tmp_path)[0] == 0
+            status = (tmp_path / name).stat()
+            blocks = status.st_size, status.st_blocks
+            if run is run_ours:
+                ours = blocks
+        assert ours == blocks
+        assert not any((tmp_path / name).read_bytes())

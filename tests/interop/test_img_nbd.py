@@ -106,6 +106,29 @@ def test_an_export_is_written(directory, line, format_):
     )
 
 
+def test_an_image_is_created_in_an_export(directory):
+    for line in (
+        "create -f qcow2 {uri} 1M",
+        "create -f qcow2 -b base.qcow2 -F qcow2 -u {uri} 4M",
+        "create -f raw {uri} 1M",
+        "create -f qcow2 -o help {uri}",
+    ):
+        with exported(directory / "noise", "raw") as uri:
+            expected = run_theirs(line.format(uri=uri), directory)
+            os.pwrite((file := os.open(directory / "noise", os.O_RDWR)), b"x" * 9999, 0)
+            os.close(file)
+            assert run_ours(line.format(uri=uri), directory)[::2] == expected[::2]
+        if "qcow2 {uri}" in line:
+            subprocess.run(
+                ["qemu-img", "check", "-f", "qcow2", directory / "noise"],
+                check=True,
+                capture_output=True,
+                timeout=60,
+            )
+    line = "create -f raw null-co:// 1M"
+    assert run_ours(line, directory) == run_theirs(line, directory)
+
+
 def test_an_export_that_is_too_small(directory):
     os.truncate(directory / "noise", MiB)
     with exported(directory / "noise", "raw") as uri:
@@ -118,6 +141,37 @@ def test_an_export_that_is_too_small(directory):
             1,
             b"qemu-img: output file is smaller than input file",
         )
+
+
+@pytest.mark.parametrize(
+    "context", ["qemu:allocation-depth", "qemu:dirty-bitmap:b,,0", "base:allocation"]
+)
+def test_a_map_of_a_context(directory, context):
+    """What a bitmap marks is shown as a hole, as qemu-img shows it."""
+    for line in (
+        ["qemu-img", "create", "-q", "-fqcow2", "-bbase.qcow2", "-Fqcow2", "top.qcow2"],
+        ["qemu-img", "bitmap", "--add", "top.qcow2", "b,0"],
+        ["qemu-io", "-c", "write 1M 128k", "-c", "write -z 2M 64k", "top.qcow2"],
+    ):
+        subprocess.run(line, cwd=directory, check=True, capture_output=True, timeout=60)
+    options = ("-r", "-A", "-B", "b,0")
+    with exported(directory / "top.qcow2", "qcow2", *options) as uri:
+        path = uri.partition("=")[2]
+        place = f"server.type=unix,server.path={path}"
+        below = f"file.server.type=unix,file.server.path={path}"
+        for named in (
+            f"driver=raw,file.driver=nbd,{below},file.x-dirty-bitmap={context}",
+            f"driver=nbd,{place},x-dirty-bitmap={context}",
+        ):
+            line = f"map --output=json --image-opts {named}"
+            assert run_ours(line, directory) == run_theirs(line, directory)
+        line = f"map --image-opts driver=nbd,{place},x-dirty-bitmap=other"
+        status, _, err = run_ours(line, directory)
+        assert status == 1
+        assert b"requested x-dirty-bitmap other not found" in err
+        # It changes the map only.
+        line = f"compare {uri} {uri}&x-dirty-bitmap=qemu:allocation-depth"
+        assert run_ours(line, directory) == (0, b"Images are identical.\n", b"")
 
 
 def test_nobody_serves(directory):

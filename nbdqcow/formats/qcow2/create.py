@@ -267,6 +267,7 @@ def plan_create(options: CreateOptions) -> CreatePlan:
         cluster_size,
         options.refcount_bits,
     )
+    check_refcount_table(table_clusters, cluster_size)
     header.refcount_table_offset = cluster_size
     header.refcount_table_clusters = table_clusters
     l1_offset = (2 + table_clusters) * cluster_size
@@ -319,7 +320,8 @@ def refcount_structures(
     nb_clusters: int, cluster_size: int, refcount_bits: int
 ) -> tuple[int, int]:
     """Return clusters of the refcount table and number of blocks that cover
-    ``nb_clusters`` other clusters and themselves."""
+    ``nb_clusters`` other clusters and themselves; the table may be too large for
+    an image, see `check_refcount_table`."""
     per_block = cluster_size * 8 // refcount_bits
     table_clusters = nb_blocks = 1
     while True:
@@ -329,12 +331,16 @@ def refcount_structures(
         if (tables, blocks) == (table_clusters, nb_blocks):
             break
         table_clusters, nb_blocks = tables, blocks
+    return table_clusters, nb_blocks
+
+
+def check_refcount_table(table_clusters: int, cluster_size: int) -> None:
+    """Raise `ImageError` for a refcount table that would be too large."""
     if table_clusters * cluster_size > MAX_REFTABLE_BYTES:
         raise ImageError(
             "The preallocated image is too large for its refcount table (try using a "
             "larger cluster size)"
         )
-    return table_clusters, nb_blocks
 
 
 def _big_endian(entries: "array[int]") -> bytes:

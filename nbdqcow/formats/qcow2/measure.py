@@ -6,6 +6,7 @@ from typing import Final
 from nbdqcow.block.tools import Measure, OptionValue
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2.create import CreateOptions, refcount_structures
+from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES
 from nbdqcow.units import round_up
 
 _DIRECTORY_ENTRY: Final = 24
@@ -68,6 +69,10 @@ def _whole_length(options: CreateOptions, size: int) -> int:
     data_clusters = -(-size // cluster_size)
     l2_length = round_up(data_clusters * entry_length, cluster_size)
     l1_length = round_up(l2_length // cluster_size * 8, cluster_size)
+    if l2_length // cluster_size * 8 > MAX_L1_BYTES:
+        raise ImageError(
+            "The image size is too large (try using a larger cluster size)"
+        )
     other = cluster_size + l2_length + l1_length
     nb_clusters = data_clusters + other // cluster_size
     nb_tables, nb_blocks = refcount_structures(

@@ -12,7 +12,12 @@ from nbdqcow.nbd import constants as nbd
 from nbdqcow.nbd.client import RemoteExport
 from nbdqcow.nbd.client_transmission import Call
 from nbdqcow.nbd.uri import NbdUri
-from nbdqcow.storage.nbd.connection import Connection, connect
+from nbdqcow.storage.nbd.connection import (
+    BASE_ALLOCATION,
+    CONTEXT_PARAMETER,
+    Connection,
+    connect,
+)
 from nbdqcow.units import KiB, MiB
 
 logger = logging.getLogger(__name__)
@@ -140,6 +145,11 @@ class Client:
     def has_status(self) -> bool:
         """Whether block status can be asked for just now."""
         return self._connection is not None and self._connection.has_status
+
+    @property
+    def context(self) -> str:
+        """The metadata context that block status is of."""
+        return self._uri.parameters.get(CONTEXT_PARAMETER, BASE_ALLOCATION)
 
     # -- requests ----------------------------------------------------------
 

@@ -22,6 +22,8 @@ from nbdqcow.types import Buffer
 from nbdqcow.units import KiB, MiB
 
 BASE_ALLOCATION: Final = "base:allocation"
+CONTEXT_PARAMETER: Final = "x-dirty-bitmap"
+"""The parameter of a URI that names another context in its place."""
 _HANDSHAKE_BUFFER: Final = 64 * KiB
 _SEND_BUFFER: Final = 1 * MiB
 _CLOSE_SECONDS: Final = 1.0
@@ -33,12 +35,14 @@ class Connection(asyncio.BufferedProtocol):
     Attributes:
         export: what the server says of the export.
         extended: whether lengths may have more than 32 bits.
-        has_status: whether BLOCK_STATUS has `BASE_ALLOCATION`.
+        context: the metadata context that BLOCK_STATUS tells.
+        has_status: whether the server has it.
     """
 
     def __init__(self, uri: NbdUri) -> None:
         self.export = RemoteExport()
         self.extended = False
+        self.context = uri.parameters.get(CONTEXT_PARAMETER, BASE_ALLOCATION)
         self.has_status = False
         self._uri = uri
         self._handshake = ClientHandshake()
@@ -98,7 +102,7 @@ class Connection(asyncio.BufferedProtocol):
 
     # -- the handshake -----------------------------------------------------
 
-    async def negotiate(self, *, has_status: bool = True) -> None:
+    async def negotiate(self) -> None:
         """Choose the export. Raises `ImageError` if the server refuses, and
         `ProtocolError` or `OSError`."""
         handshake, name = self._handshake, self._uri.export
@@ -116,8 +120,8 @@ class Connection(asyncio.BufferedProtocol):
             handshake.structured_reply()
             structured = not (await self._answer()).error
         contexts: dict[int, str] = {}
-        if structured and has_status:
-            handshake.set_meta_contexts(name, (BASE_ALLOCATION,))
+        if structured:
+            handshake.set_meta_contexts(name, (self.context,))
             contexts = (await self._answer()).context_ids
         handshake.go(name, (nbd.INFO_BLOCK_SIZE,))
         answer = await self._answer()
@@ -159,7 +163,9 @@ class Connection(asyncio.BufferedProtocol):
     ) -> None:
         assert answer.export is not None
         self.export = answer.export
-        self.has_status = BASE_ALLOCATION in contexts.values()
+        self.has_status = self.context in contexts.values()
+        if not self.has_status and self.context != BASE_ALLOCATION:
+            raise ImageError(f"requested {CONTEXT_PARAMETER} {self.context} not found")
         self._transmission = ClientTransmission(
             structured=structured, extended=self.extended, contexts=contexts
         )

@@ -29,6 +29,7 @@ from nbdqcow.units import GiB, MiB, round_down, round_up
 _MAX_LENGTH: Final = 1 * GiB
 """Bytes of a request without data: any server takes so many, and is back soon."""
 _ZEROES: Final = bytes(1 * MiB)
+_ALLOCATION_DEPTH: Final = "qemu:allocation-depth"
 
 
 class NbdStorage(StorageDriver):
@@ -58,6 +59,7 @@ class NbdStorage(StorageDriver):
         self.read_only = read_only
         self.zero_beyond_end = False
         self.length = round_down(export.size, minimum)
+        self.shows_context = client.context != BASE_ALLOCATION
         self._client = client
         self._flags = export.flags
         self._block = minimum
@@ -142,25 +144,39 @@ class NbdStorage(StorageDriver):
         """Say what the server does; all is data where it does not tell."""
         if offset >= self.length:
             return False, length
-        if not self._client.has_status:
+        if not self._client.has_status or self.shows_context:
             return True, length
+        extents = await self.context_extents(offset, length)
+        zero = extents[0][1] & nbd.STATE_ZERO
+        run = 0
+        for extent_length, flags in extents:
+            if flags & nbd.STATE_ZERO != zero:
+                break
+            run += extent_length
+        return not zero, run
+
+    async def context_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """Return lengths and flags from ``offset`` on, which is in the file."""
         length = min(length, self.length - offset)
         first = round_down(offset, self._block)
         size = round_up(offset + length, self._block) - first
         call = await self._call(
             nbd.CMD_BLOCK_STATUS, first, min(size, self._max_effect)
         )
-        (_, flags), *_ = extents = call.extents[BASE_ALLOCATION]
-        zero = flags & nbd.STATE_ZERO
-        run = 0
-        for extent_length, extent_flags in extents:
-            if extent_flags & nbd.STATE_ZERO != zero:
-                break
-            run += extent_length
-        run -= offset - first
-        if run <= 0:
+        found = []
+        position = first
+        for extent_length, flags in call.extents[self._client.context]:
+            start = max(position, offset)
+            position += extent_length
+            run = min(position, offset + length) - start
+            if self._client.context == _ALLOCATION_DEPTH:
+                # No bits but a number: 2 is any image below the top one.
+                flags = min(flags, 2)
+            if run > 0:
+                found.append((run, flags))
+        if not found:
             raise BlockError(errno.EIO, "block status of less than a block")
-        return not zero, min(run, length)
+        return found
 
     async def prefetch(self, offset: int, length: int) -> None:
         """Ask the server to bring a range near."""

@@ -49,6 +49,7 @@ class FakeNode:
         self.nb_waiting = 0
         self.max_waiting = 0
         self.dirty_bitmaps: dict[str, DirtyBitmap] = {}
+        self.find_bitmap = self.dirty_bitmaps.get
         self.status: list[tuple[int, int, int]] = []
         self.broken_from: int | None = None
 
