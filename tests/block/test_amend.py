@@ -350,3 +350,25 @@ async def test_operations_at_the_same_time(tmp_path, seed):
     check(path)
     assert content(path) == expected
     assert nb_done > 10
+
+
+@pytest.mark.parametrize("what", ["table", "zero cluster", "metadata"])
+def test_a_downgrade_writes_to_no_place_that_can_not_be(tmp_path, what):
+    path = create(tmp_path / "a")
+    qemu_io(path, "write -P 5 0 64k", "write -P 6 64k 64k")
+    image = bytearray(path.read_bytes())
+    l1_offset = int.from_bytes(image[40:48], "big")
+    l2_offset = int.from_bytes(image[l1_offset : l1_offset + 8], "big") & ~(1 << 63)
+    second = int.from_bytes(image[l2_offset + 8 :][:8], "big") & ~(1 << 63)
+    place, entry = {
+        "table": (l1_offset, l2_offset + 0x2A00),
+        "zero cluster": (l2_offset, second | 0x2A01),
+        "metadata": (l2_offset, l1_offset | 1),
+    }[what]
+    image[place : place + 8] = (entry | 1 << 63).to_bytes(8, "big")
+    path.write_bytes(image)
+    with pytest.raises(BlockError) as caught:
+        amend(path, compat="0.10")
+    assert caught.value.errno == errno.EIO
+    assert specific(path)["corrupt"]
+    assert path.read_bytes()[512 : len(image)] == image[512:]

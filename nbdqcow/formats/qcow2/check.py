@@ -294,15 +294,19 @@ class _Check:
         first = self.references.nb_clusters
         if self.references.counts[first]:
             first += 1
-        counts = self.references.without_refcount_structures()
+        counts, places = self.references.without_refcount_structures()
         if self.references.incomplete:
             # What seems to leak may be in use: it keeps its refcount.
             _raise_to(counts, self.refcounts)
         else:
             result.leaks_fixed += result.leaks
             result.leaks = 0
+        freed = [(cluster, int(counts[cluster])) for cluster in places]
         yield from rebuild_refcounts(self.header, counts, first)
         self.refcounts = counts
+        for cluster, nb in () if self.references.incomplete else freed:
+            # Told one by one, as QEMU does; not findings, and not counted.
+            self.report(f"Repairing cluster {cluster} refcount={nb + 1} reference={nb}")
         result.corruptions_fixed += result.corruptions - found_in_tables
         result.corruptions = found_in_tables
 

@@ -10,6 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from nbdqcow.block.tools import Progress
+from nbdqcow.errors import CorruptImage
 from nbdqcow.formats.qcow2 import encryption
 from nbdqcow.formats.qcow2.entries import (
     OFFSET_MASK,
@@ -36,8 +37,13 @@ async def expand_zero_clusters(image: "Qcow2Driver", progress: Progress) -> None
     l1_tables = [await read_l1(image, one) for one in snapshots]
     for l1 in (*l1_tables, tables.l1):
         for index, entry in enumerate(l1):
-            if entry & OFFSET_MASK:
-                places[entry & OFFSET_MASK] = index, l1 is tables.l1
+            offset = entry & OFFSET_MASK
+            if offset % image.cluster_size:
+                raise CorruptImage(
+                    f"L2 table offset {offset:#x} unaligned (L1 index: {index:#x})"
+                )
+            if offset:
+                places[offset] = index, l1 is tables.l1
     try:
         for nb_done, (offset, (index, active)) in enumerate(places.items()):
             progress(nb_done, len(places))
@@ -87,6 +93,11 @@ async def _expand(
     ``nb_users``: how many L1 tables name the table that it is in.
     """
     bits, refcounts = image.cluster_bits, image.refcounts
+    if entry & OFFSET_MASK & (image.cluster_size - 1):
+        raise CorruptImage(
+            f"Cluster allocation offset {entry & OFFSET_MASK:#x} unaligned (guest"
+            f" offset {guest_offset:#x})"
+        )
     cluster_index = (entry & OFFSET_MASK) >> bits
     if cluster_index:
         if await refcounts.count(cluster_index) == nb_users:
@@ -108,6 +119,7 @@ async def _expand(
 async def _write_zeroes(
     image: "Qcow2Driver", cluster_index: int, guest_offset: int
 ) -> None:
+    image.check_not_metadata(cluster_index)
     host_offset = encryption.tagged(
         image.header, cluster_index << image.cluster_bits, guest_offset
     )

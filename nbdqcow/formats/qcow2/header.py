@@ -243,31 +243,30 @@ class Header:
         incompatible, 1 compatible, 2 autoclear."""
         data = self.extension(EXT_FEATURE_NAMES) or b""
         names = {}
-        for start in range(
-            0, len(data) - _FEATURE_NAME_LENGTH + 1, _FEATURE_NAME_LENGTH
-        ):
+        for start in range(0, len(data) - 1, _FEATURE_NAME_LENGTH):
+            # The last one may be cut short.
             entry = data[start : start + _FEATURE_NAME_LENGTH]
             names[entry[0], entry[1]] = _decode(entry[2:])
         return names
 
     def extension(self, type_: int) -> bytes | None:
-        """Return the data of the first extension of a type, or None."""
-        for extension in self.extensions:
+        """Return the data of the extension of a type, or None; of several the
+        last one counts, as in QEMU."""
+        for extension in reversed(self.extensions):
             if extension.type == type_:
                 return extension.data
         return None
 
     def set_extension(self, type_: int, data: bytes | None) -> None:
         """Replace the extension of a type where it stands, add it at the end,
-        or with None remove it."""
-        for index, extension in enumerate(self.extensions):
+        or with None remove it. Only one of that type stays."""
+        index = len(self.extensions)
+        for place, extension in reversed(list(enumerate(self.extensions))):
             if extension.type == type_:
-                self.extensions[index : index + 1] = (
-                    [] if data is None else [Extension(type_, data)]
-                )
-                return
+                del self.extensions[place]
+                index = place
         if data is not None:
-            self.extensions.append(Extension(type_, data))
+            self.extensions.insert(index, Extension(type_, data))
 
     def _string_extension(self, type_: int) -> str | None:
         data = self.extension(type_)

@@ -131,12 +131,15 @@ class References:
         """What is counted from now on is the refcount table and its blocks."""
         self._structures = []
 
-    def without_refcount_structures(self) -> "Counts":
-        """Return the counts without the refcount table and its blocks."""
+    def without_refcount_structures(self) -> tuple["Counts", list[int]]:
+        """Return the counts without the refcount table and its blocks, and in
+        which clusters these are, ascending."""
+        clusters: set[int] = set()
         for first, last in self._structures or ():
             self.counts[first : last + 1] -= np.uint32(1)
+            clusters.update(range(first, last + 1))
         self._structures = []
-        return self.counts
+        return self.counts, sorted(clusters)
 
 
 def count_references(header: Header, references: References) -> Steps["Entries"]:

@@ -92,6 +92,31 @@ def test_set_extension_replaces_and_removes():
     assert header.backing_format is None
 
 
+def test_of_extensions_of_one_type_the_last_counts():
+    header = Header.parse(IMAGE)
+    header.extensions += [
+        Extension(h.EXT_BACKING_FORMAT, b"qcow2"),
+        Extension(0x12345678, b"other"),
+        Extension(h.EXT_BACKING_FORMAT, b"raw"),
+    ]
+    header = Header.parse(header.pack())
+    assert header.backing_format == "raw"
+    header.set_extension(h.EXT_BACKING_FORMAT, b"qcow")
+    assert header.extensions[1:] == [
+        Extension(h.EXT_BACKING_FORMAT, b"qcow"),
+        Extension(0x12345678, b"other"),
+    ]
+
+
+def test_the_last_feature_name_may_be_cut_short():
+    header = Header.parse(IMAGE)
+    names = feature_names((0, 5, "five")) + b"\x00\x3ftest"
+    header.set_extension(h.EXT_FEATURE_NAMES, names)
+    assert header.feature_names == {(0, 5): "five", (0, 63): "test"}
+    header.set_extension(h.EXT_FEATURE_NAMES, feature_names((0, 5, "five")) + b"x")
+    assert header.feature_names == {(0, 5): "five"}
+
+
 def test_pack_refuses_what_does_not_fit():
     header = Header.parse(IMAGE)
     header.backing_filename = "x" * 1024
