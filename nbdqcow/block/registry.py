@@ -29,6 +29,9 @@ _STORAGE: Final = {
     "null": "nbdqcow.storage.null:NullStorage",
 }
 
+_ALIASES: Final = {"file": "raw", "host_device": "raw"}
+"""QEMU's names for no format at all: images name their backing file's so."""
+
 _BLOCKING_FILE: Final = "nbdqcow.storage.blocking:BlockingLocalFile"
 
 _PROTOCOLS: Final = {
@@ -63,6 +66,7 @@ def format_names() -> list[str]:
 
 def format_driver(name: str) -> Any:
     """Return the class of a format driver. Raises `ImageError`."""
+    name = _ALIASES.get(name, name)
     if name not in _FORMATS:
         raise ImageError(f"Unknown driver '{name}'")
     return _load(_FORMATS[name])
@@ -82,6 +86,7 @@ def tool_names() -> list[str]:
 
 def format_tool(name: str) -> "FormatTool":
     """Return the tool of a format. Raises `ImageError`."""
+    name = _ALIASES.get(name, name)
     if name not in _TOOLS:
         raise ImageError(f"Unknown driver '{name}'")
     tool: FormatTool = _load(_TOOLS[name])()
@@ -112,7 +117,12 @@ def split_protocol(filename: str) -> tuple[str, str]:
     driver = _PROTOCOLS.get(protocol.lower())
     if driver is None:
         raise ImageError(f"Unknown protocol '{protocol}'")
-    return driver, rest if driver == "file" else filename
+    return driver, unmistakable_path(rest) if driver == "file" else filename
+
+
+def unmistakable_path(path: str) -> str:
+    """Return ``path`` so that nothing before a colon looks like a protocol."""
+    return f"./{path}" if ":" in path.partition("/")[0] else path
 
 
 def is_remote(filename: str) -> bool:

@@ -12,6 +12,7 @@ from nbdqcow.block.registry import (
     format_tool,
     is_remote,
     probe_tool,
+    unmistakable_path,
 )
 from nbdqcow.block.steps import BlockingFile
 from nbdqcow.block.tools import FormatTool, ImageInfo
@@ -100,7 +101,7 @@ def local_path(filename: str) -> str:
         return filename
     if protocol != "file":
         raise ImageError(f"Unknown protocol '{protocol}'")
-    return rest
+    return unmistakable_path(rest)
 
 
 def backing_path(filename: str, backing_filename: str) -> str:

@@ -270,6 +270,7 @@ CONVERT = [
     "convert orphan.qcow2 out",
     "convert wrong.qcow2 out",
     "convert -O qcow2 base.qcow2 file:out",
+    "convert -O qcow2 base.qcow2 file:out:put",
     "convert -f qcow2 file:base.qcow2 out",
     "convert -f raw base.qcow2 out",
     # Compressed

@@ -334,6 +334,7 @@ CREATE = [
     "create -f qcow2 -o '' new.img 1G",
     "create -f qcow2 'new,a\"b.img' 1G",
     "create -f qcow2 file:new.img 1G",
+    "create -f qcow2 file:new:x.img 1G",
     "create -f qcow2 ./new:a.img 1G",
     "create -f qcow2 new:a.img 1G",
     "create -f qcow2 '' 1G",

@@ -112,6 +112,8 @@ REBASE = [
     "-q -p -t none -T none -b other.qcow2 -F qcow2 small.qcow2",
     "-u -b other.qcow2 -F qcow2 top.qcow2",
     "-u -b absent -F qcow2 top.qcow2",
+    "-u -b absent -F host_device top.qcow2",
+    "-b disk.raw -F file top.qcow2",
     "-u -b '' top.qcow2",
     "-u top.qcow2",
     "-u -F qcow2 top.qcow2",
