@@ -36,13 +36,18 @@ MAX_REPORTED: Final = 1_000_000
 """Lines about one image; the rest is counted but not told."""
 
 _COMPARE_CHUNK: Final = 1 << 20
+_ENOUGH_FREE: Final = 1 << 20
+"""Clusters among which there is room for new refcount structures."""
 _INCOMPAT_MARKS: Final = h.INCOMPAT_DIRTY | h.INCOMPAT_CORRUPT
 
 
-def check_image(file_length: int, repair: int, report: Report) -> Steps[CheckResult]:
+def check_image(
+    file_length: int, repair: int, report: Report, *, can_grow: bool = True
+) -> Steps[CheckResult]:
     """Check an image in a file of ``file_length`` bytes.
 
-    ``repair`` is one of the ``REPAIR_`` constants of `nbdqcow.block.tools`.
+    ``repair`` is one of the ``REPAIR_`` constants of `nbdqcow.block.tools`; a
+    file that is a device can't ``grow``.
     Raises `ImageError` for what can't be checked, `OSError` from the file.
     """
     head = bytes((yield Read(0, h.HEADER_READ_LENGTH)))
@@ -58,7 +63,7 @@ def check_image(file_length: int, repair: int, report: Report) -> Steps[CheckRes
             f"The file has too many clusters to be checked: more than {MAX_CLUSTERS}"
         )
     try:
-        check = _Check(header, file_length, repair, _limited(report))
+        check = _Check(header, file_length, repair, _limited(report), can_grow)
         return (yield from check.run())
     except MemoryError:
         raise ImageError(
@@ -91,9 +96,15 @@ class _Check:
     """
 
     def __init__(
-        self, header: Header, file_length: int, repair: int, report: Report
+        self,
+        header: Header,
+        file_length: int,
+        repair: int,
+        report: Report,
+        can_grow: bool,
     ) -> None:
         self.header = header
+        self._can_grow = can_grow
         self.file_length = file_length
         self.repair = repair
         self.report = report
@@ -294,6 +305,7 @@ class _Check:
         first = self.references.nb_clusters
         if self.references.counts[first]:
             first += 1
+        free = None if self._can_grow else self._free_clusters()
         counts, places = self.references.without_refcount_structures()
         if self.references.incomplete:
             # What seems to leak may be in use: it keeps its refcount.
@@ -302,13 +314,31 @@ class _Check:
             result.leaks_fixed += result.leaks
             result.leaks = 0
         freed = [(cluster, int(counts[cluster])) for cluster in places]
-        yield from rebuild_refcounts(self.header, counts, first)
+        yield from rebuild_refcounts(self.header, counts, first, free)
         self.refcounts = counts
         for cluster, nb in () if self.references.incomplete else freed:
             # Told one by one, as QEMU does; not findings, and not counted.
             self.report(f"Repairing cluster {cluster} refcount={nb + 1} reference={nb}")
         result.corruptions_fixed += result.corruptions - found_in_tables
         result.corruptions = found_in_tables
+
+    def _free_clusters(self) -> "npt.NDArray[np.int64]":
+        """Return whole clusters of the file that nothing refers to, as many as
+        new refcount structures might need.
+
+        While a damaged table may refer to more, one with a refcount is none.
+        """
+        found: list[npt.NDArray[np.int64]] = []
+        nb_whole = self.file_length >> self.header.cluster_bits
+        for start in range(0, nb_whole, _COMPARE_CHUNK):
+            end = min(start + _COMPARE_CHUNK, nb_whole)
+            used = self.references.counts[start:end] != 0
+            if self.references.incomplete:
+                used |= self.refcounts[start:end] != 0
+            found.append(np.flatnonzero(~used) + start)
+            if sum(map(len, found)) > _ENOUGH_FREE:
+                break
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def _clear_marks(self) -> Steps[None]:
         """The image is sound again: say so in the header."""

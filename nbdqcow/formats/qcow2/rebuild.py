@@ -1,5 +1,6 @@
 """New refcount structures, made from nothing but what the tables refer to."""
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -21,15 +22,19 @@ take no memory until they are copied."""
 
 
 def rebuild_refcounts(
-    header: Header, counts: "npt.NDArray[np.uint32]", first: int
+    header: Header,
+    counts: "npt.NDArray[np.uint32]",
+    first: int,
+    free: "npt.NDArray[np.int64] | None" = None,
 ) -> Steps[None]:
-    """Write a refcount table and blocks for ``counts`` from cluster ``first`` on.
+    """Write a refcount table and blocks for ``counts``.
 
     ``counts`` has the references to each cluster, without those to refcount
-    structures; ``first`` lies behind all that is in use, the old structures
-    included. The old structures stay in place until the header names the new
-    ones, in one write; their clusters are free then. Changes ``header``. Raises
-    `ImageError`.
+    structures. The new structures go behind all that is in use, the old ones
+    included, that is from cluster ``first`` on; into a file that can't grow,
+    to some of the clusters ``free``, ascending, which nothing uses. The old
+    structures stay in place until the header names the new ones, in one write;
+    their clusters are free then. Changes ``header``. Raises `ImageError`.
     """
     limit = (1 << header.refcount_bits) - 1
     if int(counts.max()) > limit:
@@ -39,21 +44,21 @@ def rebuild_refcounts(
         )
     per_block = header.cluster_size * 8 // header.refcount_bits
     blocks = _used_blocks(counts[:first], per_block)
-    table_clusters, end = _lay_out(header, blocks, first, per_block)
-    table = np.zeros(table_clusters * header.cluster_size // 8, ">u8")
-    offset = (first + table_clusters) << header.cluster_bits
-    for index in sorted(blocks):
+    layout = _lay_out(header, blocks, first, per_block, free)
+    new = layout.clusters()
+    table = np.zeros(layout.table_clusters * header.cluster_size // 8, ">u8")
+    for index, cluster in sorted(layout.blocks.items()):
         start = index * per_block
         values = np.zeros(per_block, np.uint64)
         part = counts[start : min(start + per_block, first)]
         values[: len(part)] = part
-        # The new structures themselves.
-        values[max(0, first - start) : max(0, end - start)] = 1
+        low, high = np.searchsorted(new, (start, start + per_block))
+        values[new[low:high] - start] = 1
+        offset = cluster << header.cluster_bits
         yield Write(offset, pack_refcounts(values, header.refcount_order))
         table[index] = offset
-        offset += header.cluster_size
-    header.refcount_table_offset = first << header.cluster_bits
-    header.refcount_table_clusters = table_clusters
+    header.refcount_table_offset = layout.table << header.cluster_bits
+    header.refcount_table_clusters = layout.table_clusters
     yield Write(header.refcount_table_offset, table.tobytes())
     yield Flush()
     # The width of a refcount is in the same sector.
@@ -73,23 +78,68 @@ def _used_blocks(counts: "npt.NDArray[np.uint32]", per_block: int) -> set[int]:
     return blocks
 
 
-def _lay_out(
-    header: Header, blocks: set[int], first: int, per_block: int
-) -> tuple[int, int]:
-    """Add the blocks that the new structures need for themselves.
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where new structures go, by cluster.
 
-    They begin at cluster ``first``. Returns the clusters of the table and the
-    first cluster behind all.
+    Attributes:
+        table: the refcount table's first cluster.
+        blocks: of each refcount block, by its index in the table.
     """
+
+    table: int
+    table_clusters: int
+    blocks: dict[int, int]
+
+    def clusters(self) -> "npt.NDArray[np.int64]":
+        """Return all of these, ascending."""
+        table = range(self.table, self.table + self.table_clusters)
+        return np.sort(np.array([*table, *self.blocks.values()], np.int64))
+
+
+def _lay_out(
+    header: Header,
+    blocks: set[int],
+    first: int,
+    per_block: int,
+    free: "npt.NDArray[np.int64] | None",
+) -> _Layout:
+    """Find places for ``blocks``, and for those that the new structures need
+    for themselves."""
     table_clusters = 1
     while True:
-        end = first + table_clusters + len(blocks)
-        for cluster in range(first // per_block, (end - 1) // per_block + 1):
-            blocks.add(cluster)
-        wanted = -(-(max(blocks) + 1) * 8 // header.cluster_size)
-        if wanted == table_clusters and end == first + table_clusters + len(blocks):
-            break
+        if table_clusters * header.cluster_size > MAX_REFTABLE_BYTES:
+            raise ImageError("The file is too long for a refcount table")
+        if free is None:
+            table = first
+            places = list(
+                range(first + table_clusters, first + table_clusters + len(blocks))
+            )
+        else:
+            table, places = _choose(free, table_clusters, len(blocks))
+        clusters = (*range(table, table + table_clusters), *places)
+        needed = blocks | {cluster // per_block for cluster in clusters}
+        wanted = -(-(max(needed) + 1) * 8 // header.cluster_size)
+        if needed == blocks and wanted <= table_clusters:
+            return _Layout(
+                table,
+                table_clusters,
+                dict(zip(sorted(blocks), places, strict=True)),
+            )
+        blocks = needed
         table_clusters = max(wanted, table_clusters)
-    if table_clusters * header.cluster_size > MAX_REFTABLE_BYTES:
-        raise ImageError("The file is too long for a refcount table")
-    return table_clusters, end
+
+
+def _choose(
+    free: "npt.NDArray[np.int64]", table_clusters: int, nb_blocks: int
+) -> tuple[int, list[int]]:
+    """Choose adjacent clusters for the table, and others for the blocks."""
+    runs: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+    if len(free) >= table_clusters + nb_blocks:
+        spans = free[table_clusters - 1 :] - free[: len(free) - table_clusters + 1]
+        runs = np.flatnonzero(spans == table_clusters - 1)
+    if not len(runs):
+        raise ImageError("There is no room for new refcount structures")
+    start = int(runs[0])
+    others = np.concatenate((free[:start], free[start + table_clusters :]))
+    return int(free[start]), others[:nb_blocks].tolist()

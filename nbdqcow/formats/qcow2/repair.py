@@ -24,9 +24,10 @@ async def repair_dirty(storage: StorageDriver) -> Header:
     from nbdqcow.formats.qcow2.check import check_image
 
     log.warning("%s: it was not closed: repairing refcounts", storage.filename)
-    result = await run_steps(
-        check_image(storage.length, REPAIR_ALL, log.debug), storage
+    steps = check_image(
+        storage.length, REPAIR_ALL, log.debug, can_grow=storage.zero_beyond_end
     )
+    result = await run_steps(steps, storage)
     if result.corruptions or result.check_errors:
         raise ImageError("Could not repair dirty image: Input/output error")
     log.warning(

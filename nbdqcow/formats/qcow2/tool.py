@@ -190,7 +190,8 @@ class Qcow2Tool(FormatTool):
         # It needs numpy, which takes longer to load than all the rest.
         from nbdqcow.formats.qcow2.check import check_image
 
-        return run_blocking(check_image(file.length, repair, report), file)
+        steps = check_image(file.length, repair, report, can_grow=not file.is_device)
+        return run_blocking(steps, file)
 
 
 def _preallocate(

@@ -115,6 +115,34 @@ def test_rebuild(order):
     assert fixed[64 : len(image)] == image[64:]
 
 
+@pytest.mark.parametrize("bits", [9, 12])
+@pytest.mark.parametrize("order", [0, 4, 6])
+def test_rebuild_on_a_device(order, bits):
+    builder = build(refcount_order=order, cluster_bits=bits)
+    builder.refcounts[5] = 0
+    image = builder.build() + b"x" * (300 << bits)
+    file = BytesFile(image)
+    file.is_device = True
+    result = Qcow2Tool().check(file, REPAIR_ALL, print)
+    assert (result.corruptions, result.corruptions_fixed) == (0, 1)
+    assert len(file.data) == len(image)
+    assert_clean(bytes(file.data))
+    # What was in use is as it was.
+    end = builder.end
+    assert file.data[1 << bits : end] == image[1 << bits : end]
+
+
+def test_rebuild_on_a_full_device():
+    builder = build()
+    builder.refcounts[5] = 0
+    file = BytesFile(builder.build())
+    file.is_device = True
+    before = bytes(file.data)
+    with pytest.raises(ImageError, match="no room"):
+        Qcow2Tool().check(file, REPAIR_ALL, print)
+    assert file.data == before
+
+
 def test_rebuild_without_a_refcount_table():
     image = patched(build().build(), (56, "I", 0))
     _, _, fixed = check(image, REPAIR_ALL)
