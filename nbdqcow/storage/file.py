@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeVar, TypeVarTuple
 
+from nbdqcow.block.inflight import Epochs
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.buffers import zero_views
 from nbdqcow.errors import BlockError, ImageError, NotSupported, UsageError
@@ -88,6 +89,7 @@ class FileStorage(InlineFile):
         self._durable_sequence = 0
         self._sync_waiters: list[asyncio.Future[None]] | None = None
         self._sync_error: OSError | None = None
+        self._durable_changes = Epochs()
 
     # -- opening -----------------------------------------------------------
 
@@ -223,6 +225,7 @@ class FileStorage(InlineFile):
         """
         if self.read_only:
             raise BlockError(errno.EBADF, f"'{self.filename}' is open read-only")
+        epoch = self._durable_changes.enter() if durable else -1
         try:
             result = await self._pool.run(function, *arguments)
         except OSError:
@@ -235,8 +238,13 @@ class FileStorage(InlineFile):
             self._note_growth(end)
             raise
         finally:
-            if not durable:
+            if durable:
+                self._durable_changes.leave(epoch)
+            else:
                 self._write_sequence += 1
+        if durable:
+            # Another one may have been told of the loss that is ours.
+            self._raise_sync_error()
         self._note_growth(end)
         return result
 
@@ -287,6 +295,10 @@ class FileStorage(InlineFile):
         self._sync_waiters = waiters
         try:
             await self._pool.run(self._sync_blocking)
+            # The kernel tells an error once. A durable change that is on its
+            # way may have it, and not have come to saying so.
+            await self._durable_changes.quiet()
+            self._raise_sync_error()
             self._durable_sequence = sequence
         finally:
             self._sync_waiters = None

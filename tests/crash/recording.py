@@ -48,6 +48,16 @@ class History:
                 _apply(disk, event.offset, event.data)
             elif event.kind == "write":
                 loose.append(event)
+            elif event.kind == "truncate":
+                # A file system keeps the order of changes to a file's length:
+                # what is cut off is zero from then on.
+                del disk[event.length :]
+                disk.extend(bytes(event.length - len(disk)))
+                loose = [
+                    Event("write", e.offset, e.data[: event.length - e.offset])
+                    for e in loose
+                    if e.offset < event.length
+                ]
         pieces = []
         style = rnd.random()
         for event in loose:

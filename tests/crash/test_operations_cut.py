@@ -16,34 +16,15 @@ import pytest
 from nbdqcow.block.node import Node
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.formats.qcow2.header import Header
-from tests.crash.recording import SECTOR, Event, RecordingStorage
+from tests.crash.recording import SECTOR, RecordingStorage
 
 NB_HISTORIES = int(os.environ.get("NBDQCOW_CRASH_HISTORIES", "24")) // 2
 CUTS_PER_HISTORY = 12
 FIRST_SEED = int(os.environ.get("NBDQCOW_SEED", "1"))
 
 
-class ResizableStorage(RecordingStorage):
-    """A recording storage whose end can be cut off.
-
-    A file system keeps the order of changes to a file's length, so what is cut
-    off is zero from then on.
-    """
-
-    async def truncate(self, length):
-        lost = self.length - length
-        if lost <= 0:
-            self._record(self.length, bytes(-lost))
-        else:
-            index = len(self.history.events)
-            self.history.events.append(Event("write", length, bytes(lost)))
-            self.history.events.append(Event("flush", durable=frozenset({index})))
-            del self.bytes[length:]
-        self.length = length
-
-
 async def open_node(data, rnd):
-    storage = ResizableStorage(data, rnd)
+    storage = RecordingStorage(data, rnd)
     driver = await Qcow2Driver.open(storage, read_only=False, options={})
     return Node(driver, filename="recording"), storage
 

@@ -16,6 +16,11 @@ from nbdqcow.buffers import BufferPool
 from nbdqcow.cli.image_opts import parse_image_opts
 from nbdqcow.crypto.luks import LuksHeader
 from nbdqcow.errors import ImageError, ProtocolError, UsageError
+from nbdqcow.formats.qcow1.create import CreateOptions
+from nbdqcow.formats.qcow1.create import create as create_qcow1
+from nbdqcow.formats.qcow1.driver import Qcow1Driver
+from nbdqcow.formats.qcow1.header import Header as Qcow1Header
+from nbdqcow.formats.qcow1.tool import Qcow1Tool
 from nbdqcow.formats.qcow2.codec import inflate_blocking, unzstd_blocking
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.formats.qcow2.header import Header, needed
@@ -219,12 +224,68 @@ async def _use_node(node: Node, driver: Qcow2Driver) -> None:
             await request()
 
 
+def qcow1_header(data: bytes) -> None:
+    """A header of version 1, and packing what was parsed."""
+    try:
+        header = Qcow1Header.parse(data)
+    except ImageError:
+        return
+    assert header.l1_bytes <= 64 * MiB
+    assert Qcow1Header.parse(header.pack()) == header
+
+
+def qcow1_image(data: bytes) -> None:
+    """All that is done to an image of version 1: describe, read, write."""
+    file = BytesFile(data)
+    with contextlib.suppress(ImageError, OSError):
+        Qcow1Tool().describe(file)
+    assert file.nb_read <= MAX_READ, file.nb_read
+    asyncio.run(_use_qcow1(data))
+
+
+async def _use_qcow1(data: bytes) -> None:
+    for read_only in (True, False):
+        storage = MemoryStorage(data, max_length=64 * MiB)
+        with contextlib.suppress(ImageError, OSError):
+            options = {"secret": b"secret"}
+            driver = await Qcow1Driver.open(
+                storage, read_only=read_only, options=options
+            )
+            node = Node(driver, filename="fuzz")
+            if node.size:
+                await _use_qcow1_node(node, driver)
+            await node.close()
+
+
+async def _use_qcow1_node(node: Node, driver: Qcow1Driver) -> None:
+    length = min(node.size, 64 << 10)
+    requests = [
+        lambda: node.pread(0, length),
+        lambda: node.pread(node.size - length, length),
+        lambda: node.block_status(0, node.size, 1000),
+    ]
+    if not node.read_only:
+        clusters = node.size - node.size % driver.cluster_size
+        requests += [
+            lambda: node.pwrite(0, b"w" * min(700, length)),
+            lambda: node.pwrite(node.size - length, b"w" * min(700, length)),
+            lambda: node.write_zeroes(0, length),
+            lambda: node.pwrite_compressed(0, bytes(min(clusters, 1 << 16))),
+            lambda: node.flush(),
+            lambda: driver.make_empty(),
+        ]
+    for request in requests:
+        with contextlib.suppress(OSError):
+            await request()
+
+
 def luks_header(data: bytes) -> None:
-    """A LUKS header, and packing what was parsed."""
+    """A LUKS header, and packing what was parsed. Version 2 is refused."""
     try:
         header = LuksHeader.parse(data)
     except ImageError:
         return
+    assert data[6:8] == b"\0\1"
     assert header.area_length <= 64 * MiB
     assert LuksHeader.parse(header.pack()) == header
 
@@ -266,12 +327,49 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
     for target in (
         server_handshake, request_reader, client_handshake, client_transmission,
-        qcow2_header, qcow2_image, luks_header, uris, image_options, streams,
+        qcow2_header, qcow2_image, qcow1_header, qcow1_image, luks_header,
+        uris, image_options, streams,
     )
 }  # fmt: skip
 
 
 # -- where a corpus begins -----------------------------------------------------------
+
+
+def luks2_header() -> bytes:
+    """Return a binary header of LUKS 2, as cryptsetup writes it.
+
+    Source: LUKS2 On-Disk Format Specification, 2.1, "Binary Header".
+    """
+    head = struct.pack(
+        ">6sHQQ48s32s64s40s48sQ184s64s",
+        b"LUKS\xba\xbe", 2, 16384, 3, b"label", b"sha256", b"s" * 64,
+        b"12345678-1234-1234-1234-123456789abc", b"subsystem", 0, b"", b"c" * 64,
+    )  # fmt: skip
+    return head + b'{"keyslots":{},"tokens":{},"segments":{},"digests":{}}'
+
+
+async def make_qcow1_images() -> dict[str, bytes]:
+    """Return images of version 1 with data, compressed and not, and a hole."""
+    images = {}
+    for name, options in (
+        ("plain", CreateOptions(size=128 << 10)),
+        ("backing", CreateOptions(size=128 << 10, backing_file="base")),
+        ("encrypted", CreateOptions(size=64 << 10, encrypted=True)),
+    ):
+        storage = MemoryStorage(b"")
+        await create_qcow1(storage, options)
+        driver = await Qcow1Driver.open(
+            storage, read_only=False, options={"secret": b"secret"}
+        )
+        node = Node(driver, filename=name)
+        await node.pwrite(0, b"some data" * 1000)
+        await node.pwrite(60_000, b"more data")
+        if name == "plain":
+            await node.pwrite_compressed(65536, b"compressed".ljust(16384, b"."))
+        await node.close()
+        images[name] = bytes(storage.data)
+    return images
 
 
 def seeds() -> dict[str, dict[str, bytes]]:
@@ -345,6 +443,7 @@ def seeds() -> dict[str, dict[str, bytes]]:
             ">II32sII", luks, 208 + 48 * slot, 0x00AC71F3 if slot < 2 else 0xDEAD,
             1000, b"salt", 8 + slot * 504, 4000,
         )  # fmt: skip
+    qcow1_images = asyncio.run(make_qcow1_images())
     with_all = ImageBuilder(128 << 10)
     for index in range(4):
         with_all.add_data(index, b"%d" % index)
@@ -374,7 +473,11 @@ def seeds() -> dict[str, dict[str, bytes]]:
             "all": image, "version-2": filled(3, version=2),
             "wide-counts": filled(3, refcount_order=6), "compressed": compressed(),
         },
-        "luks_header": {"aes": bytes(luks)},
+        "qcow1_header": {"plain": qcow1_images["plain"][:64],
+                         "backing": qcow1_images["backing"][:64]},
+        "qcow1_image": qcow1_images,
+        "luks_header": {"aes": bytes(luks), "version-2": luks2_header(),
+                        "claims-version-2": bytes(luks[:7]) + b"\2" + bytes(luks[8:])},
         "uris": {
             "tcp": b"nbd://host:10809/export", "tls": b"nbds://user@[::1]/a%20b",
             "unix": b"nbd+unix:///name?socket=/tmp/sock",

@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import seed as hypothesis_seed
 from hypothesis import strategies as st
 
+from nbdqcow.crypto import luks
+from nbdqcow.formats.qcow1 import header as qcow1_header
 from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.nbd import client_transmission, requests
 from tests.conftest import SEED
@@ -19,7 +21,7 @@ from tests.fuzz.mutate import CORPUS, load, mutate
 from tests.fuzz.targets import TARGETS
 
 NB_INPUTS = int(os.environ.get("NBDQCOW_FUZZ_INPUTS", "1500"))
-SLOW = {"qcow2_image": 10}
+SLOW = {"qcow2_image": 10, "qcow1_image": 5}
 
 
 def test_every_target_has_a_corpus():
@@ -89,9 +91,28 @@ def takes_any_payload(monkeypatch):
     )
 
 
+def believes_table_sizes(monkeypatch):
+    """An L1 table of version 1 may take any memory."""
+    monkeypatch.setattr(qcow1_header, "MAX_L1_BYTES", 1 << 40)
+
+
+def takes_luks2(monkeypatch):
+    """A header of LUKS 2 is read as if it were one of LUKS 1."""
+    sound = luks.LuksHeader.parse.__func__
+
+    def parse(cls, data):
+        changed = bytearray(data)
+        changed[6:8] = b"\0\1" if changed[6:8] == b"\0\2" else changed[6:8]
+        return sound(cls, bytes(changed))
+
+    monkeypatch.setattr(luks.LuksHeader, "parse", classmethod(parse))
+
+
 @pytest.mark.parametrize(
     ("mutant", "name"),
     [
+        (believes_table_sizes, "qcow1_header"),
+        (takes_luks2, "luks_header"),
         (believes_lengths, "qcow2_header"),
         (believes_cookies, "client_transmission"),
         (takes_any_payload, "request_reader"),

@@ -229,3 +229,69 @@ async def test_fua_that_fails_to_sync_is_never_forgotten(
     with pytest.raises(OSError, match="may be lost"):
         await storage.flush()
     await storage.close()
+
+
+@pytest.mark.asyncio
+async def test_a_durable_write_that_has_the_error_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The kernel tells of lost data once: here to a durable write, whose thread
+    has not come to saying so when fdatasync(2) succeeds in another."""
+    syncs, told, told_us = Syncs(monkeypatch), threading.Event(), threading.Event()
+    real = os.pwritev
+
+    def pwritev(fd: int, buffers: list, offset: int, flags: int = 0) -> int:
+        if not flags & os.RWF_DSYNC:
+            return real(fd, buffers, offset, flags)
+        told.set()
+        assert told_us.wait(10)
+        raise OSError(errno.EIO, "lost")
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    storage = await FileStorage.open(make_file(tmp_path))
+    await storage.pwritev(0, [b"answered"])
+    durable = asyncio.ensure_future(storage.pwritev(100, [b"x"], fua=True))
+    while not told.is_set():
+        await asyncio.sleep(0.001)
+    flush = asyncio.ensure_future(storage.flush())
+    while not syncs.count:
+        await asyncio.sleep(0.001)
+    # The thread that synced has ended when one that came after it has.
+    for _ in range(8):
+        await storage.pread(0, 1)
+    done, _ = await asyncio.wait([flush], timeout=0.05)
+    assert not done, "a flush succeeds over a loss that is known already"
+    told_us.set()
+    with pytest.raises(OSError, match="may be lost"):
+        await flush
+    with pytest.raises(OSError, match="may be lost"):
+        await durable
+    await storage.close()
+
+
+@pytest.mark.asyncio
+async def test_a_durable_write_beside_one_that_lost_data_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The other one was told of the loss, and it may be ours."""
+    started, other_failed, real = threading.Event(), threading.Event(), os.pwritev
+
+    def pwritev(fd: int, buffers: list, offset: int, flags: int = 0) -> int:
+        if flags & os.RWF_DSYNC and offset:
+            raise OSError(errno.EIO, "lost")
+        if flags & os.RWF_DSYNC:
+            started.set()
+            assert other_failed.wait(10)
+        return real(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    storage = await FileStorage.open(make_file(tmp_path))
+    ours = asyncio.ensure_future(storage.pwritev(0, [b"ours"], fua=True))
+    while not started.is_set():
+        await asyncio.sleep(0.001)
+    with pytest.raises(OSError, match="may be lost"):
+        await storage.pwritev(4096, [b"other"], fua=True)
+    other_failed.set()
+    with pytest.raises(OSError, match="may be lost"):
+        await ours
+    await storage.close()
