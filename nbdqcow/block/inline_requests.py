@@ -265,15 +265,12 @@ class InlineRequests:
         if run is None:
             return None
         kind, _, covered = run
-        if covered == end - offset and (
-            kind in (ZERO, ZERO_ALLOCATED)
-            or (
-                kind == UNALLOCATED
-                and (self.backing is None or offset >= self.backing.size)
-            )
-        ):
+        if covered < end - offset or kind not in (UNALLOCATED, ZERO, ZERO_ALLOCATED):
+            old = self.try_pread(offset, end - offset)
+        elif kind == UNALLOCATED and self.backing and offset < self.backing.size:
+            old = self._try_pread_backing(offset, covered)
+        else:
             return b""
-        old = self.try_pread(offset, end - offset)
         if old is None or end == offset + length:
             return old
         return bytes(old) + bytes(offset + length - end)
