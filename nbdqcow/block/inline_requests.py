@@ -205,10 +205,10 @@ class InlineRequests:
         head, tail = offset % size, -(offset + len(data)) % size
         if head + len(data) + tail > MAX_INLINE:
             return False
-        old_head = self._try_old_content(offset - head, head) if head else b""
-        old_tail = self._try_old_content(offset + len(data), tail) if tail else b""
-        if old_head is None or old_tail is None:
+        old = self._try_old_parts(offset, len(data), head, tail)
+        if old is None:
             return False
+        old_head, old_tail = old
         plan = driver.try_begin_write(offset, len(data))
         if plan is None:
             return False
@@ -237,6 +237,24 @@ class InlineRequests:
             driver.cancel_write(plan)
         return done
 
+    def _try_old_parts(
+        self, offset: int, length: int, head: int, tail: int
+    ) -> tuple[Buffer, Buffer] | None:
+        """Return the old content of ``head`` bytes before a write and ``tail``
+        bytes behind it; see `_try_old_content`."""
+        if head and tail and head + length + tail == self.driver.subcluster_size:
+            # One look and one read are cheaper, although some of it is not needed.
+            old = self._try_old_content(offset - head, head + length + tail)
+            if not old:
+                return None if old is None else (b"", b"")
+            view = memoryview(old)
+            return view[:head], view[head + length :]
+        old_head = self._try_old_content(offset - head, head) if head else b""
+        old_tail = self._try_old_content(offset + length, tail) if tail else b""
+        if old_head is None or old_tail is None:
+            return None
+        return old_head, old_tail
+
     def _try_old_content(self, offset: int, length: int) -> Buffer | None:
         """Return the old content of part of a cluster: empty if it is all
         zeroes by the map, None if it is not in reach."""
@@ -247,15 +265,12 @@ class InlineRequests:
         if run is None:
             return None
         kind, _, covered = run
-        if covered == end - offset and (
-            kind in (ZERO, ZERO_ALLOCATED)
-            or (
-                kind == UNALLOCATED
-                and (self.backing is None or offset >= self.backing.size)
-            )
-        ):
+        if covered < end - offset or kind not in (UNALLOCATED, ZERO, ZERO_ALLOCATED):
+            old = self.try_pread(offset, end - offset)
+        elif kind == UNALLOCATED and self.backing and offset < self.backing.size:
+            old = self._try_pread_backing(offset, covered)
+        else:
             return b""
-        old = self.try_pread(offset, end - offset)
         if old is None or end == offset + length:
             return old
         return bytes(old) + bytes(offset + length - end)

@@ -39,6 +39,7 @@ from nbdqcow.formats.qcow2.repair import repair_dirty
 from nbdqcow.formats.qcow2.settings import Settings
 from nbdqcow.formats.qcow2.snapshot_table import read_snapshots, select_snapshot
 from nbdqcow.formats.qcow2.tables import Tables
+from nbdqcow.formats.qcow2.write_inline import ExtendedInlineWriter, InlineWriter
 from nbdqcow.formats.qcow2.writeback import Freed, Writeback
 from nbdqcow.formats.words import load_be64
 from nbdqcow.types import Buffer, Run
@@ -152,18 +153,17 @@ class Qcow2Driver(Operations):
             self.tables, self.metadata, header.version >= 3, self.check_not_metadata
         )
         self.try_plan = write.try_plan
+        inline_writer = InlineWriter
         if header.extended_l2:
             self.mapping = ExtendedMapping(
                 self.tables, self.metadata, self.check_not_metadata
             )
             self.try_plan = write_extended.try_plan
-            if not (
-                header.has_data_file or header.crypt_method == qcow2_header.CRYPT_AES
-            ):
-                # Not ``self``'s: that may be another one's already.
-                begin_any = partial(type(self).try_begin_write, self)
-                inline = write_extended.InlineWriter(self, begin_any)
-                self.try_begin_write = inline.try_begin_write  # type: ignore[method-assign]
+            inline_writer = ExtendedInlineWriter
+        if not (header.has_data_file or header.crypt_method == qcow2_header.CRYPT_AES):
+            # Not ``self``'s: that may be another one's already.
+            begin_any = partial(type(self).try_begin_write, self)
+            self.try_begin_write = inline_writer(self, begin_any).try_begin_write  # type: ignore[method-assign]
         self.try_map = self.mapping.try_map  # type: ignore[method-assign]
         if not header.extended_l2:
             self.map = self.mapping.map  # type: ignore[method-assign]
@@ -342,7 +342,7 @@ class Qcow2Driver(Operations):
 
     def try_begin_write(self, offset: int, length: int) -> WritePlan | None:
         """See `FormatDriver.try_begin_write`; `InlineWriter.try_begin_write`
-        takes its place if there are subclusters."""
+        takes its place in most images."""
         if self.read_only:
             return None
         try:

@@ -55,11 +55,13 @@ class Mapping:
         found = self._young.get(offset >> self._slice_shift)
         if found is not None:
             entry = found.words[(offset >> self._cluster_bits) & self._index_mask]
-            host_offset = entry & OFFSET_MASK
-            if host_offset and not entry & self._not_plain:
-                in_cluster = offset & self._cluster_mask
-                if in_cluster + length <= self._cluster_size:
+            in_cluster = offset & self._cluster_mask
+            if in_cluster + length <= self._cluster_size:
+                host_offset = entry & OFFSET_MASK
+                if host_offset and not entry & self._not_plain:
                     return DATA, host_offset + in_cluster, length
+                if not entry:
+                    return UNALLOCATED, 0, length
         elif not self._reach(offset):
             return None
         return self._run(offset, length)

@@ -351,7 +351,6 @@ class Refcounts:
         self, block_index: int, block: RefcountBlock, first: int, nb_clusters: int
     ) -> int:
         """Set up to ``nb_clusters`` zero counts from ``first`` on to 1."""
-        self._check_free(block_index * self.block_entries + first, 1)
         counts = block.counts
         end = first
         limit = min(first + nb_clusters, self.block_entries)
@@ -359,6 +358,8 @@ class Refcounts:
         while end < limit and counts[end] == 0 and base + end not in self.metadata:
             counts[end] = 1
             end += 1
+        if end == first:
+            self._check_free(base + first, 1)
         self._mark(block_index, block, first, end)
         return end - first
 

@@ -11,7 +11,6 @@ Source: qcow2.txt, "Extended L2 Entries".
 """
 
 from array import array
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nbdqcow.block.driver import WritePlan
@@ -85,112 +84,6 @@ class ExtendedAllocation(Allocation):
             entry += image.cluster_size
             first, last = 0, last - NB_SUBCLUSTERS
         image.tables.mark_dirty(self.l2, word_index, word_index + 2 * self.nb_clusters)
-
-
-class InlineLink:
-    """A write to one cluster that is planned, carried out and ended in one turn
-    of the loop: nobody can meet it, so nothing is registered.
-
-    ``cluster_index``: the cluster that was taken for it; 0: none was.
-    """
-
-    __slots__ = ("bitmap", "cluster_index", "entry", "l2", "word_index")
-
-    def __init__(
-        self, l2: L2Slice, word_index: int, entry: int, bitmap: int, cluster_index: int
-    ) -> None:
-        self.l2 = l2
-        self.word_index = word_index
-        self.entry = entry
-        self.bitmap = bitmap
-        self.cluster_index = cluster_index
-
-    def end(self, image: "Qcow2Driver") -> None:
-        """The data is in the file."""
-        l2, index = self.l2, self.word_index
-        l2.words[index], l2.words[index + 1] = self.entry, self.bitmap
-        image.tables.mark_dirty(l2, index, index + 2)
-
-    def cancel(self, image: "Qcow2Driver") -> None:
-        """The data was not written."""
-        if self.cluster_index:
-            image.refcounts.untake(self.cluster_index, 1)
-
-
-class InlineWriter:
-    """Plans what most inline writes are: to one cluster that is ours alone, or
-    not there yet, in an image without a data file or numbered sectors."""
-
-    def __init__(
-        self,
-        image: "Qcow2Driver",
-        try_begin_any: Callable[[int, int], WritePlan | None],
-    ) -> None:
-        """``try_begin_any`` is for all other writes."""
-        self._image = image
-        self._try_begin_any = try_begin_any
-        self._tables = image.tables
-        self._young = image.tables.young
-        self._slice_shift = image.tables.slice_shift
-        self._index_mask = image.tables.slice_entries - 1
-        self._cluster_bits = image.cluster_bits
-        self._cluster_size = image.cluster_size
-        self._unit = image.subcluster_size
-        # Any of these bits: not a plain cluster, or not well aligned.
-        self._not_plain = OFLAG_COMPRESSED | (OFFSET_MASK & (image.cluster_size - 1))
-
-    def try_begin_write(self, offset: int, length: int) -> WritePlan | None:
-        """See `FormatDriver.try_begin_write`."""
-        image, tables, unit = self._image, self._tables, self._unit
-        found = self._young.get(offset >> self._slice_shift)
-        in_cluster = offset & (self._cluster_size - 1)
-        end = in_cluster + length
-        if (
-            found is None
-            or end > self._cluster_size
-            or image.in_flight
-            or image.lock.locked()
-            or image.read_only
-            or tables.l1[offset >> tables.l1_shift] < OFLAG_COPIED
-            or tables.dirty_bytes > tables.dirty_limit
-        ):
-            return self._try_begin_any(offset, length)
-        index = ((offset >> self._cluster_bits) & self._index_mask) << 1
-        entry, bitmap = found.words[index], found.words[index + 1]
-        first, last = in_cluster // unit, (end - 1) // unit
-        if bitmap & bitmap >> NB_SUBCLUSTERS & ALL_ALLOCATED:
-            return None
-        head, tail = in_cluster % unit, -end % unit
-        cluster_index = 0
-        if not entry and not bitmap & ALL_ALLOCATED:
-            taken = image.refcounts.try_allocate(1)
-            if taken is None:
-                return None
-            cluster_index = taken[0]
-            host_start = cluster_index << self._cluster_bits
-            reads_zero = image.reads_zero_from <= host_start
-            image.note_used(host_start + self._cluster_size)
-            entry = host_start | OFLAG_COPIED
-        else:
-            host_start = entry & OFFSET_MASK
-            if (
-                not host_start
-                or entry < OFLAG_COPIED
-                or entry & self._not_plain
-                or host_start >> self._cluster_bits in image.metadata
-            ):
-                return self._try_begin_any(offset, length)
-            reads_zero = False
-            if bitmap >> first & 1:
-                head = 0
-            if bitmap >> last & 1:
-                tail = 0
-        written = (2 << last) - (1 << first)
-        bitmap = (bitmap | written) & ~(written << NB_SUBCLUSTERS)
-        return WritePlan(
-            offset, length, host_start + in_cluster, head, tail, reads_zero,
-            InlineLink(found, index, entry, bitmap, cluster_index),
-        )  # fmt: skip
 
 
 def try_plan(
