@@ -5,7 +5,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
-from nbdqcow.block.registry import blocking_file, format_tool
+from nbdqcow.block.registry import (
+    blocking_file,
+    format_tool,
+    is_remote,
+    split_protocol,
+)
+from nbdqcow.block.steps import BlockingFile
 from nbdqcow.block.tools import FormatTool, OptionSpec, OptionValue, Secrets
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_names import take_secrets
@@ -116,7 +122,7 @@ def print_option_help(format_: str, filename: str | None) -> None:
         specs = list(tool.create_options)
         print(f"Supported {format_} options:")
     else:
-        local_path(filename)
+        is_remote(filename)
         specs = option_specs(tool)
         print("Supported options:")
     print_specs(specs)
@@ -151,7 +157,8 @@ def _create(
     unsafe: bool,
 ) -> None:
     tool = find_tool(format_)
-    path = filename if not filename else local_path(filename)
+    remote = bool(filename) and is_place_of_images(filename)
+    path = filename if remote or not filename else local_path(filename)
     specs = option_specs(tool)
     texts: dict[str, str] = {}
     values: dict[str, OptionValue] = {}
@@ -181,7 +188,7 @@ def _create(
     plan = tool.prepare(values, secrets=secrets)
     create_data_file(tool, plan, path)
     try:
-        file = blocking_file().create(path)
+        file = open_new(path)
     except OSError as exc:
         raise ImageError(f"Could not create '{path}': {exc.strerror}") from None
     try:
@@ -190,6 +197,34 @@ def _create(
         raise ImageError(f"Could not write '{path}': {exc.strerror}") from None
     finally:
         file.close()
+
+
+def is_place_of_images(filename: str) -> bool:
+    """Tell whether ``filename`` is no path. Raises `ImageError` if what it names
+    can't hold a new image."""
+    driver, name = split_protocol(filename)
+    if driver == "null":
+        raise ImageError(
+            f"Protocol driver '{name.partition(':')[0]}' does not support image "
+            "creation"
+        )
+    return driver != "file"
+
+
+def open_new(path: str) -> BlockingFile:
+    """Open a file for a new image: a path, or the export that is to hold it.
+
+    Raises `ImageError` and `OSError`.
+    """
+    file: BlockingFile
+    if path and is_place_of_images(path):
+        # Not above: it brings the event loop.
+        from nbdqcow.cli.img_remote import RemoteFile
+
+        file = RemoteFile.open(path, read_only=False)
+    else:
+        file = blocking_file().create(path)
+    return file
 
 
 def create_data_file(tool: FormatTool, plan: Any, image_path: str) -> None:

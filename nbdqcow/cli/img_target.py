@@ -8,9 +8,8 @@ import tempfile
 from collections.abc import Mapping
 
 from nbdqcow.block.registry import blocking_file, is_remote
-from nbdqcow.block.steps import BlockingFile
 from nbdqcow.block.tools import FormatTool, OptionValue, Secrets, no_secrets
-from nbdqcow.cli.img_create import create_data_file, option_specs
+from nbdqcow.cli.img_create import create_data_file, open_new, option_specs
 from nbdqcow.cli.img_open import local_path
 from nbdqcow.cli.img_options import convert_option, split_options
 from nbdqcow.errors import ImageError
@@ -112,7 +111,7 @@ class NewImage:
         plan = tool.prepare(values, secrets=secrets)
         create_data_file(tool, plan, self._final or self.path)
         try:
-            file = self._open()
+            file = open_new(self.path)
         except OSError as exc:
             raise ImageError(
                 f"Could not create '{self.filename}': {exc.strerror}"
@@ -125,17 +124,6 @@ class NewImage:
             ) from None
         finally:
             file.close()
-
-    def _open(self) -> BlockingFile:
-        file: BlockingFile
-        if self._remote:
-            # Not above: it brings the event loop.
-            from nbdqcow.cli.img_remote import RemoteFile
-
-            file = RemoteFile.open(self.path, read_only=False)
-        else:
-            file = blocking_file().create(self.path)
-        return file
 
     def rename_in(self, text: str) -> str:
         """Return a message with the name that people know."""

@@ -106,6 +106,29 @@ def test_an_export_is_written(directory, line, format_):
     )
 
 
+def test_an_image_is_created_in_an_export(directory):
+    for line in (
+        "create -f qcow2 {uri} 1M",
+        "create -f qcow2 -b base.qcow2 -F qcow2 -u {uri} 4M",
+        "create -f raw {uri} 1M",
+        "create -f qcow2 -o help {uri}",
+    ):
+        with exported(directory / "noise", "raw") as uri:
+            expected = run_theirs(line.format(uri=uri), directory)
+            os.pwrite((file := os.open(directory / "noise", os.O_RDWR)), b"x" * 9999, 0)
+            os.close(file)
+            assert run_ours(line.format(uri=uri), directory)[::2] == expected[::2]
+        if "qcow2 {uri}" in line:
+            subprocess.run(
+                ["qemu-img", "check", "-U", "-f", "qcow2", directory / "noise"],
+                check=True,
+                capture_output=True,
+                timeout=60,
+            )
+    line = "create -f raw null-co:// 1M"
+    assert run_ours(line, directory) == run_theirs(line, directory)
+
+
 def test_an_export_that_is_too_small(directory):
     os.truncate(directory / "noise", MiB)
     with exported(directory / "noise", "raw") as uri:
