@@ -157,7 +157,7 @@ def _create(
     unsafe: bool,
 ) -> None:
     tool = find_tool(format_)
-    remote = bool(filename) and is_remote(filename)
+    remote = bool(filename) and is_place_of_images(filename)
     path = filename if remote or not filename else local_path(filename)
     specs = option_specs(tool)
     texts: dict[str, str] = {}
@@ -199,19 +199,25 @@ def _create(
         file.close()
 
 
+def is_place_of_images(filename: str) -> bool:
+    """Tell whether ``filename`` is no path. Raises `ImageError` if what it names
+    can't hold a new image."""
+    driver, name = split_protocol(filename)
+    if driver == "null":
+        raise ImageError(
+            f"Protocol driver '{name.partition(':')[0]}' does not support image "
+            "creation"
+        )
+    return driver != "file"
+
+
 def open_new(path: str) -> BlockingFile:
     """Open a file for a new image: a path, or the export that is to hold it.
 
     Raises `ImageError` and `OSError`.
     """
     file: BlockingFile
-    if path and is_remote(path):
-        driver, name = split_protocol(path)
-        if driver == "null":
-            raise ImageError(
-                f"Protocol driver '{name.partition(':')[0]}' does not support image "
-                "creation"
-            )
+    if path and is_place_of_images(path):
         # Not above: it brings the event loop.
         from nbdqcow.cli.img_remote import RemoteFile
 

@@ -359,19 +359,36 @@ def test_entries_that_can_not_be(tmp_path, entry, text):
     asyncio.run(write())
 
 
+@pytest.mark.parametrize("preallocation", ["off", "metadata", "falloc", "full"])
+def test_what_was_appended_to_a_raw_data_file(tmp_path, seed, preallocation):
+    path = create(tmp_path / "disk", MiB, "data_file_raw=on")
+    data = random.Random(seed).randbytes(2 * MiB + 5000)
+    (tmp_path / "data").write_bytes(data)
+
+    async def use():
+        async with open_image(path) as node:
+            await node.resize(3 * MiB, preallocation=preallocation)
+
+    asyncio.run(use())
+    expected = data.ljust(3 * MiB, b"\0")
+    assert qemu_content(path, tmp_path) == expected
+    assert (tmp_path / "data").read_bytes() == expected
+
+
 @pytest.mark.parametrize("raw", ["off", "on"])
 def test_resize(tmp_path, seed, raw):
     path = create(tmp_path / "disk", MiB, f"data_file_raw={raw}")
     rnd = random.Random(seed)
     data = rnd.randbytes(MiB)
-    # The data file may be longer than the disk.
+    # The data file may be longer than the disk. Of a raw one that is the disk's.
     patch(tmp_path / "data", MiB, b"stale" * 100)
+    behind = (b"stale" * 100 if raw == "on" else b"").ljust(MiB + 512, b"\0")
 
     async def use():
         async with open_image(path) as node:
             await node.pwrite(0, data)
             await node.resize(2 * MiB + 512)
-            assert bytes(await node.pread(0, node.size)) == data + bytes(MiB + 512)
+            assert bytes(await node.pread(0, node.size)) == data + behind
             assert (tmp_path / "data").stat().st_size == 2 * MiB + 512
             await node.pwrite(2 * MiB, b"end" * 100)
             await node.resize(512 * 1024)

@@ -120,7 +120,7 @@ def test_an_image_is_created_in_an_export(directory):
             assert run_ours(line.format(uri=uri), directory)[::2] == expected[::2]
         if "qcow2 {uri}" in line:
             subprocess.run(
-                ["qemu-img", "check", "-f", "qcow2", directory / "noise"],
+                ["qemu-img", "check", "-U", "-f", "qcow2", directory / "noise"],
                 check=True,
                 capture_output=True,
                 timeout=60,

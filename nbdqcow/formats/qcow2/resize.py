@@ -250,8 +250,11 @@ async def _grow(image: "Qcow2Driver", size: int, preallocation: str) -> None:
         raise NotSupported("Failed to zero out new clusters: Operation not supported")
     start, end = round_up(old_size, cluster_size), round_up(size, cluster_size)
     is_raw = image.data_file is not None and data_file.is_raw(image.header)
+    # What a raw data file has behind the disk becomes the disk's, as in a raw
+    # image: people append to the file first and then tell the image.
+    kept_end = image.data_file.length if is_raw and image.data_file else 0
     if image.data_file is not None:
-        await _grow_data_file(image, size)
+        await _grow_data_file(image, size, max(kept_end, old_size))
     if is_raw and preallocation == "off":
         preallocation = "metadata"
     async with alone(image):
@@ -265,7 +268,7 @@ async def _grow(image: "Qcow2Driver", size: int, preallocation: str) -> None:
             bitmap = ALL_ZERO if backing_size > start else 0
             if is_raw:
                 bitmap = ALL_ALLOCATED
-            await _preallocate(image, start, end, preallocation, bitmap)
+            await _preallocate(image, start, end, preallocation, bitmap, kept_end)
         elif backing_size > start:
             end = min(end, round_up(backing_size, cluster_size))
             await discard.write_zeroes(image, start, end - start, may_unmap=True)
@@ -297,10 +300,15 @@ async def _grow_l1(image: "Qcow2Driver", size: int) -> "array[int]":
 
 
 async def _preallocate(
-    image: "Qcow2Driver", offset: int, end: int, preallocation: str, bitmap: int
+    image: "Qcow2Driver",
+    offset: int,
+    end: int,
+    preallocation: str,
+    bitmap: int,
+    kept_end: int,
 ) -> None:
     """Map guest clusters to new ones at the end of the file, which read as
-    zeroes."""
+    zeroes; in a data file, to what it has up to ``kept_end``."""
     tables, bits = image.tables, image.cluster_bits
     # Freed clusters further down may hold old data.
     place = -(-image.storage.length >> bits)
@@ -334,7 +342,9 @@ async def _preallocate(
             if image.header.crypt_method != h.CRYPT_NONE:
                 await _zero_encrypted(image, plan, inside)
             elif image.data_file is not None:
-                await _zero_file(image.data_file, offset, inside, preallocation)
+                new = max(offset, kept_end)
+                if (rest := offset + inside - new) > 0:
+                    await _zero_file(image.data_file, new, rest, preallocation)
             else:
                 await _zero_file(image.storage, first << bits, length, preallocation)
         except BaseException:
@@ -344,13 +354,13 @@ async def _preallocate(
         offset += length
 
 
-async def _grow_data_file(image: "Qcow2Driver", size: int) -> None:
-    """Make room for a larger disk, which reads as zeroes; the data file may
-    be longer than the disk is."""
+async def _grow_data_file(image: "Qcow2Driver", size: int, zero_from: int) -> None:
+    """Make room for a larger disk, which reads as zeroes from an offset on; the
+    data file may be longer than the disk is."""
     assert image.data_file is not None
-    stale = min(image.data_file.length, size) - image.size
+    stale = min(image.data_file.length, size) - zero_from
     if stale > 0:
-        await image.data.write_zeroes(image.size, stale, may_unmap=True)
+        await image.data.write_zeroes(zero_from, stale, may_unmap=True)
     if image.data_file.length < size:
         await image.data_file.truncate(size)
 
