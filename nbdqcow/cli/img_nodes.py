@@ -129,6 +129,8 @@ async def open_node(
     except (ImageError, OSError) as exc:
         if snapshot is not None and "Can't find" in str(exc):
             raise ImageError("Failed to load snapshot: Can't find snapshot") from None
+        if snapshot is not None and (at := str(exc).find("Snapshot L1 table")) >= 0:
+            raise ImageError(f"Failed to load snapshot: {str(exc)[at:]}") from None
         if not is_remote(filename):
             _explain(filename, options, arguments, opening, writable=writable)
         text = str(exc) if isinstance(exc, ImageError) else exc.strerror or str(exc)

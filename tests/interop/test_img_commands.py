@@ -84,6 +84,12 @@ def prepare(directory: Path) -> None:
     (directory / "text").write_text("no image\n")
     create("-u", "-b", "absent", "-F", "qcow2", "orphan.qcow2", "4M")
     create("-u", "-b", "text", "-F", "qcow2", "wrong.qcow2", "4M")
+    for name, field, value in (("l1-offset", 0, 0x200), ("l1-size", 8, 1 << 28)):
+        image = bytearray((directory / "snap.qcow2").read_bytes())
+        entry = int.from_bytes(image[64:72], "big")
+        length = 4 if field else 8
+        image[entry + field : entry + field + length] = value.to_bytes(length, "big")
+        (directory / f"bad-{name}.qcow2").write_bytes(image)
     (directory / "sub").mkdir()
     create("-u", "-b", "../base.qcow2", "-F", "qcow2", "sub/overlay.qcow2", "4M")
 
@@ -237,6 +243,8 @@ CONVERT = [
       ("one", "two", "2", "foo", "snapshot.name=one", "snapshot.id=2",
        "snapshot.id=1,snapshot.name=one", "snapshot.id=1,snapshot.name=two",
        "snapshot.foo=1")),
+    "convert -l one bad-l1-offset.qcow2 out",
+    "convert -l one bad-l1-size.qcow2 out",
     "convert -l one base.qcow2 snap.qcow2 out",
     "convert -l one base.qcow2 out",
     "convert -p -O qcow2 base.qcow2 out",

@@ -29,7 +29,7 @@ from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.formats.qcow2.bitmap import Bitmap, Bitmaps
 from nbdqcow.formats.qcow2.compress import CompressedClusters
 from nbdqcow.formats.qcow2.encryption_header import luks_range
-from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES, OFFSET_MASK
+from nbdqcow.formats.qcow2.entries import OFFSET_MASK
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.mapping import Mapping
 from nbdqcow.formats.qcow2.mapping_extended import ExtendedMapping
@@ -625,9 +625,6 @@ async def _show_snapshot(
     if chosen.disk_size is not None:
         header.size = chosen.disk_size
     header.l1_size, header.l1_table_offset = chosen.l1_size, chosen.l1_table_offset
-    if (
-        header.l1_size * 8 > MAX_L1_BYTES
-        or header.l1_table_offset % header.cluster_size
-        or header.l1_size < header.l1_entries_needed
-    ):
-        raise ImageError("Snapshot L1 table is invalid")
+    chosen.check_l1_table(header.cluster_size)
+    if header.l1_size < header.l1_entries_needed:
+        raise ImageError("Snapshot L1 table is too small")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Final
 from nbdqcow.block.steps import run_steps
 from nbdqcow.errors import CorruptImage, ImageError
 from nbdqcow.formats.qcow2.entries import (
-    MAX_L1_BYTES,
     OFFSET_MASK,
     REFTABLE_OFFSET_MASK,
 )
@@ -96,8 +95,7 @@ async def note_snapshots(image: "Qcow2Driver") -> None:
     places = [(header.snapshots_offset, length, "snapshot-table")]
     for one in snapshots:
         offset, length = one.l1_table_offset, one.l1_size * 8
-        if length > MAX_L1_BYTES or offset % image.cluster_size:
-            raise ImageError("Snapshot L1 table is invalid")
+        one.check_l1_table(image.cluster_size)
         places.append((offset, length, "inactive-l1"))
         if "inactive-l2" in image.settings.overlap_checks and length:
             l1 = load_be64(await image.storage.pread(offset, length))

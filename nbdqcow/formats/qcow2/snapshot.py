@@ -171,8 +171,10 @@ async def delete(image: "Qcow2Driver", id_or_name: str) -> None:
 async def read_l1(image: "Qcow2Driver", snapshot: Snapshot) -> "array[int]":
     """Return a snapshot's L1 table. Raises `BlockError` if it can't be one."""
     offset, length = snapshot.l1_table_offset, snapshot.l1_size * 8
-    if length > MAX_L1_BYTES or offset % image.cluster_size:
-        raise BlockError(errno.EINVAL, "Snapshot L1 table is invalid")
+    try:
+        snapshot.check_l1_table(image.cluster_size)
+    except ImageError as error:
+        raise BlockError(errno.EINVAL, str(error)) from None
     if not length:
         return array("Q")
     if offset >= image.storage.length:

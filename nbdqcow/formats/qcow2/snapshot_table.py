@@ -12,6 +12,7 @@ from typing import Final
 from nbdqcow.block.steps import Read, Steps
 from nbdqcow.block.tools import SnapshotInfo
 from nbdqcow.errors import BlockError, ImageError
+from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES
 from nbdqcow.formats.qcow2.header import MAX_SNAPSHOTS, Header
 from nbdqcow.units import round_up
 
@@ -45,6 +46,13 @@ class Snapshot:
     def complete(self) -> bool:
         """Whether a version 3 image may have this entry."""
         return len(self.extra) >= _V3_EXTRA_LENGTH
+
+    def check_l1_table(self, cluster_size: int) -> None:
+        """Refuse an L1 table that none can be. Raises `ImageError`."""
+        if self.l1_size * 8 > MAX_L1_BYTES:
+            raise ImageError("Snapshot L1 table too large")
+        if self.l1_table_offset % cluster_size:
+            raise ImageError("Snapshot L1 table offset invalid")
 
 
 def read_snapshots(header: Header) -> Steps[tuple[list[Snapshot], int]]:
