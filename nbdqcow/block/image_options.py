@@ -92,7 +92,8 @@ def _requote(found: re.Match[str]) -> str:
 
 
 def flatten(given: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return a JSON object as dotted keys and texts. Raises `ImageError`."""
+    """Return a JSON object as dotted keys and texts; what is in a list has its
+    number for a key. Raises `ImageError`."""
     pairs: dict[str, str | None] = {}
 
     def walk(prefix: str, value: Mapping[str, Any], depth: int) -> None:
@@ -100,14 +101,14 @@ def flatten(given: Mapping[str, Any]) -> dict[str, str | None]:
             raise ImageError("the JSON options are nested too deep")
         for key, item in value.items():
             name = prefix + key
+            if isinstance(item, list):
+                item = {str(index): each for index, each in enumerate(item)}
             if isinstance(item, dict):
                 walk(f"{name}.", item, depth + 1)
             elif isinstance(item, bool):
                 pairs[name] = "on" if item else "off"
-            elif item is None or isinstance(item, str | int | float):
-                pairs[name] = None if item is None else str(item)
             else:
-                raise ImageError(f"image option '{name}' has no such values")
+                pairs[name] = None if item is None else str(item)
 
     walk("", given, 0)
     return pairs

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Final
 
+from nbdqcow.block.node import Node
 from nbdqcow.block.tools import FormatTool, OptionSpec, OptionValue
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_create import find_tool, print_specs
@@ -15,7 +16,7 @@ from nbdqcow.cli.img_options import (
     wants_help,
 )
 from nbdqcow.cli.img_run import ProgressLine, run_command
-from nbdqcow.errors import ImageError, UsageError
+from nbdqcow.errors import BlockError, ImageError, UsageError
 
 _LONG: Final = {
     "help": "-h",
@@ -110,11 +111,22 @@ async def _amend(
         if keys:
             await driver.amend_keys(keys, images.secret, force=force)
         if values:
-            await node.amend(values, progress)
+            await _amend_format(node, values, progress)
         progress.show(100)
     finally:
         await node.close()
     return 0
+
+
+async def _amend_format(
+    node: Node, values: dict[str, OptionValue], progress: ProgressLine
+) -> None:
+    try:
+        await node.amend(values, progress)
+    except BlockError as exc:
+        if str(exc) != "Cannot amend the backing file":
+            raise
+        raise ImageError(f"{exc}\nYou can use 'qemu-img rebase' instead.") from None
 
 
 def _parse(tool: FormatTool, text: str) -> dict[str, OptionValue]:
@@ -128,8 +140,4 @@ def _parse(tool: FormatTool, text: str) -> dict[str, OptionValue]:
                 "This option is only supported for image creation"
             )
         values[name] = convert_option(name, kinds[name], value)
-    if "backing_file" in values or "backing_fmt" in values:
-        raise ImageError(
-            "Cannot amend the backing file\nYou can use 'qemu-img rebase' instead."
-        )
     return values

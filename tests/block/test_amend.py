@@ -159,6 +159,18 @@ def test_snapshots_and_downgrade(tmp_path):
     assert theirs.stderr == f"qemu-img: {caught.value}\n"
 
 
+def test_a_downgrade_to_the_size_of_the_snapshots(tmp_path):
+    path = create(tmp_path / "a")
+    qemu_io(path, "write -P 3 0 1M")
+    qemu_img("snapshot", "-c", "s", path)
+    qemu_img("resize", path, 8 * MiB)
+    amend(path, compat="0.10", size=4 * MiB)
+    check(path)
+    assert specific(path)["compat"] == "0.10"
+    assert specific(path)["size"] == 4 * MiB
+    assert content(path) == b"\3" * MiB + bytes(3 * MiB)
+
+
 def test_an_old_snapshot_table_is_completed(tmp_path):
     path = create(tmp_path / "a", compat="0.10")
     qemu_io(path, "write -P 3 0 1M")

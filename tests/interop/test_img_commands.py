@@ -686,6 +686,9 @@ AMEND = [
     "amend -f raw -o help",
     "amend -f foo -o help",
     "amend -o help base.qcow2",
+    "amend -o backing_file=base.qcow2,backing_fmt=qcow2 overlay.qcow2",
+    "amend -o backing_file=base.qcow2 overlay.qcow2",
+    "amend -o backing_file=base.qcow2,backing_fmt=qcow2 base.qcow2",
     "amend -o help x.raw",
     "amend -o help absent",
     *(

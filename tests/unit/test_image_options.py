@@ -18,6 +18,7 @@ def test_json_is_flattened():
     assert flatten(given) == {
         "a.b": "1", "a.c.d": "on", "e": None, "f.g": "x", "h": "off",
     }  # fmt: skip
+    assert flatten({"a": ["x", {"b": 2}], "c": []}) == {"a.0": "x", "a.1.b": "2"}
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_meaning(given, filename, options):
         ('{"file": {"driver": "nbd", "host": "a", "x": "b"}}', "'file.x' is not"),
         ('{"file.filename": "a", "file.x": 1}', "'file.x' is not supported"),
         ('{"file.filename": "a", "x": 1}', "'x' is not supported"),
-        ('{"file.filename": "a", "x": [1]}', "'x' has no such"),
+        ('{"file.filename": "a", "x": [1]}', "'x.0' is not supported"),
         ('{"file.filename": "a", "discard": null}', "'discard' has no value"),
         ('{"file.filename": "a", "lazy-refcounts": 3}', "expects 'on' or 'off'"),
         ('{"file.filename": "a", "cache-size": "x"}', "invalid size"),

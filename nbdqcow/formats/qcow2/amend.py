@@ -144,7 +144,8 @@ async def amend(
     wishes = _Wishes.parse(options, header)
     wishes.check(header)
     if wishes.version < header.version:
-        await _check_snapshots(image)
+        size = image.size if wishes.size is None else wishes.size
+        await _check_snapshots(image, size)
     # Some of what is wanted may need the newer version.
     if wishes.version > header.version:
         await _upgrade(image)
@@ -264,21 +265,19 @@ async def _complete_snapshots(image: "Qcow2Driver") -> None:
     await generation.switch()
 
 
-async def _check_snapshots(image: "Qcow2Driver") -> None:
-    """Refuse a downgrade that version 2 can't tell snapshots for."""
+async def _check_snapshots(image: "Qcow2Driver", size: int) -> None:
+    """Refuse a downgrade that version 2 can't tell snapshots for: all have the
+    ``size`` that the image will have."""
     snapshots, _ = await read(image)
     for one in snapshots:
-        if (
-            one.disk_size not in (None, image.size)
-            or one.info.vm_state_length >= 1 << 32
-        ):
+        if one.disk_size not in (None, size) or one.info.vm_state_length >= 1 << 32:
             raise NotSupported("Internal snapshots prevent downgrade of image")
 
 
 async def _downgrade(image: "Qcow2Driver", progress: Progress) -> None:
     await image.bitmaps.remove_all()
     async with alone(image):
-        await _check_snapshots(image)
+        await _check_snapshots(image, image.size)
         image.lazy_refcounts = False
         await image.mark_clean()
         await expand_zero_clusters(image, progress)

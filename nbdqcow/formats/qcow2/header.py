@@ -52,6 +52,14 @@ EXT_FEATURE_NAMES: Final = 0x6803F857
 EXT_BITMAPS: Final = 0x23852875
 EXT_CRYPTO: Final = 0x0537BE77
 EXT_DATA_FILE: Final = 0x44415441
+_EXTENSION_RANKS: Final = {
+    EXT_BACKING_FORMAT: 0,
+    EXT_DATA_FILE: 1,
+    EXT_CRYPTO: 2,
+    EXT_FEATURE_NAMES: 3,
+    EXT_BITMAPS: 4,
+}
+"""The order in which QEMU writes them; those unknown to us come last."""
 
 # Where fields lie that change while an image is open, so that each can be
 # rewritten alone in one write.
@@ -258,9 +266,14 @@ class Header:
         return None
 
     def set_extension(self, type_: int, data: bytes | None) -> None:
-        """Replace the extension of a type where it stands, add it at the end,
-        or with None remove it. Only one of that type stays."""
-        index = len(self.extensions)
+        """Replace the extension of a type where it stands, add it where QEMU
+        would write it, or with None remove it. Only one of that type stays."""
+        rank = _EXTENSION_RANKS.get(type_, len(_EXTENSION_RANKS))
+        index = 0
+        while index < len(self.extensions) and rank >= _EXTENSION_RANKS.get(
+            self.extensions[index].type, len(_EXTENSION_RANKS)
+        ):
+            index += 1
         for place, extension in reversed(list(enumerate(self.extensions))):
             if extension.type == type_:
                 del self.extensions[place]

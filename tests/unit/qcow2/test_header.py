@@ -83,9 +83,13 @@ def test_set_extension_replaces_and_removes():
     header = Header.parse(IMAGE)
     header.set_extension(h.EXT_BACKING_FORMAT, b"raw")
     header.set_extension(h.EXT_FEATURE_NAMES, b"")
+    header.set_extension(0x12345678, b"other")
+    header.set_extension(h.EXT_DATA_FILE, b"data")
     assert [e.type for e in header.extensions] == [
-        h.EXT_FEATURE_NAMES,
         h.EXT_BACKING_FORMAT,
+        h.EXT_DATA_FILE,
+        h.EXT_FEATURE_NAMES,
+        0x12345678,
     ]
     header.set_extension(h.EXT_BACKING_FORMAT, None)
     header.set_extension(h.EXT_BACKING_FORMAT, None)
