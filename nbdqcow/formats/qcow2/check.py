@@ -36,6 +36,8 @@ MAX_REPORTED: Final = 1_000_000
 """Lines about one image; the rest is counted but not told."""
 
 _COMPARE_CHUNK: Final = 1 << 20
+_ENOUGH_FREE: Final = 1 << 20
+"""Clusters among which there is room for new refcount structures."""
 _INCOMPAT_MARKS: Final = h.INCOMPAT_DIRTY | h.INCOMPAT_CORRUPT
 
 
@@ -321,15 +323,22 @@ class _Check:
         result.corruptions = found_in_tables
 
     def _free_clusters(self) -> "npt.NDArray[np.int64]":
-        """Return the whole clusters of the file that nothing refers to.
+        """Return whole clusters of the file that nothing refers to, as many as
+        new refcount structures might need.
 
         While a damaged table may refer to more, one with a refcount is none.
         """
+        found: list[npt.NDArray[np.int64]] = []
         nb_whole = self.file_length >> self.header.cluster_bits
-        used = self.references.counts[:nb_whole] != 0
-        if self.references.incomplete:
-            used |= self.refcounts[:nb_whole] != 0
-        return np.flatnonzero(~used)
+        for start in range(0, nb_whole, _COMPARE_CHUNK):
+            end = min(start + _COMPARE_CHUNK, nb_whole)
+            used = self.references.counts[start:end] != 0
+            if self.references.incomplete:
+                used |= self.refcounts[start:end] != 0
+            found.append(np.flatnonzero(~used) + start)
+            if sum(map(len, found)) > _ENOUGH_FREE:
+                break
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def _clear_marks(self) -> Steps[None]:
         """The image is sound again: say so in the header."""

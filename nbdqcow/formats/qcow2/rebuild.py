@@ -32,9 +32,9 @@ def rebuild_refcounts(
     ``counts`` has the references to each cluster, without those to refcount
     structures. The new structures go behind all that is in use, the old ones
     included, that is from cluster ``first`` on; into a file that can't grow,
-    to the clusters ``free``, ascending, which nothing uses. The old structures
-    stay in place until the header names the new ones, in one write; their
-    clusters are free then. Changes ``header``. Raises `ImageError`.
+    to some of the clusters ``free``, ascending, which nothing uses. The old
+    structures stay in place until the header names the new ones, in one write;
+    their clusters are free then. Changes ``header``. Raises `ImageError`.
     """
     limit = (1 << header.refcount_bits) - 1
     if int(counts.max()) > limit:
@@ -45,17 +45,18 @@ def rebuild_refcounts(
     per_block = header.cluster_size * 8 // header.refcount_bits
     blocks = _used_blocks(counts[:first], per_block)
     layout = _lay_out(header, blocks, first, per_block, free)
-    own = layout.clusters()
+    new = layout.clusters()
     table = np.zeros(layout.table_clusters * header.cluster_size // 8, ">u8")
     for index, cluster in sorted(layout.blocks.items()):
         start = index * per_block
         values = np.zeros(per_block, np.uint64)
         part = counts[start : min(start + per_block, first)]
         values[: len(part)] = part
-        low, high = np.searchsorted(own, (start, start + per_block))
-        values[own[low:high] - start] = 1
-        table[index] = cluster << header.cluster_bits
-        yield Write(int(table[index]), pack_refcounts(values, header.refcount_order))
+        low, high = np.searchsorted(new, (start, start + per_block))
+        values[new[low:high] - start] = 1
+        offset = cluster << header.cluster_bits
+        yield Write(offset, pack_refcounts(values, header.refcount_order))
+        table[index] = offset
     header.refcount_table_offset = layout.table << header.cluster_bits
     header.refcount_table_clusters = layout.table_clusters
     yield Write(header.refcount_table_offset, table.tobytes())
@@ -91,9 +92,9 @@ class _Layout:
     blocks: dict[int, int]
 
     def clusters(self) -> "npt.NDArray[np.int64]":
-        """Return the clusters of the table and of the blocks, ascending."""
+        """Return all of these, ascending."""
         table = range(self.table, self.table + self.table_clusters)
-        return np.array(sorted((*table, *self.blocks.values())), np.int64)
+        return np.sort(np.array([*table, *self.blocks.values()], np.int64))
 
 
 def _lay_out(
@@ -133,9 +134,11 @@ def _choose(
     free: "npt.NDArray[np.int64]", table_clusters: int, nb_blocks: int
 ) -> tuple[int, list[int]]:
     """Choose adjacent clusters for the table, and others for the blocks."""
-    spans = free[table_clusters - 1 :] - free[: len(free) - table_clusters + 1]
-    runs = np.flatnonzero(spans == table_clusters - 1)
-    if not len(runs) or len(free) < table_clusters + nb_blocks:
+    runs: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+    if len(free) >= table_clusters + nb_blocks:
+        spans = free[table_clusters - 1 :] - free[: len(free) - table_clusters + 1]
+        runs = np.flatnonzero(spans == table_clusters - 1)
+    if not len(runs):
         raise ImageError("There is no room for new refcount structures")
     start = int(runs[0])
     others = np.concatenate((free[:start], free[start + table_clusters :]))
