@@ -58,11 +58,12 @@ differential-long: setup-test  ## the differential tests for hours rather than m
 SAFETY := tests/crash tests/faults tests/kills tests/adversity tests/fuzz \
     tests/interleavings tests/hostile tests/differential
 FUZZ_SECONDS ?= 60
+SAFETY_FUZZ_SECONDS ?= 20
 SOAK_SECONDS ?= 7200
 
 safety: setup-test  ## every proof of safety at length (about an hour), see docs/safety.md
-	$(PYTEST) -q $(SAFETY)
-	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)
+	$(PYTEST) $(PARALLEL) -q $(SAFETY)
+	$(BIN)/python -m tests.fuzz --seconds $(SAFETY_FUZZ_SECONDS)
 
 fuzz: setup-test  ## each parser on changed input for FUZZ_SECONDS (60); atheris if installed
 	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS)

@@ -7,12 +7,14 @@ test something must not look like one that did.
 import asyncio
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,12 @@ def figures(request: pytest.FixtureRequest) -> Callable[[str], None]:
     return add
 
 
+_COUNT = re.compile(
+    r"(\d+) (disks|cuts|calls failed|inputs|runs|requests|cancelled|awaits|kills|"
+    r"processes|MiB verified|flushed)"
+)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     lines = [
         value
@@ -105,10 +113,18 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         for name, value in report.user_properties
         if name == _FIGURE
     ]
-    if lines:
-        terminalreporter.section("what was explored")
-        for line in lines:
-            terminalreporter.write_line(line)
+    if not lines:
+        return
+    terminalreporter.section("what was explored")
+    totals: Counter[tuple[str, str]] = Counter()
+    for line in sorted(lines):
+        terminalreporter.write_line(line)
+        kind = re.split("[,:]", line)[0].removesuffix(" at length")
+        for number, what in _COUNT.findall(line):
+            totals[kind, what] += int(number)
+    terminalreporter.section("in all")
+    for (kind, what), number in totals.items():
+        terminalreporter.write_line(f"{kind:<24} {number:>12,} {what}")
 
 
 # -- fixtures ------------------------------------------------------------------

@@ -119,6 +119,8 @@ class Refcounts:
         self.packed_end = 0
         self._scan_index = 0
         self._free_runs: list[tuple[int, int]] = []
+        # The header on disk may name a larger table that is as this one is now.
+        self._may_have_moved = False
 
     def _set_width(self, order: int) -> None:
         self.order = order
@@ -281,6 +283,7 @@ class Refcounts:
         self.table = table
         self.blocks.clear()
         self.packed_end = 0
+        self._may_have_moved = False
 
     # -- allocating ------------------------------------------------------
 
@@ -432,7 +435,7 @@ class Refcounts:
             nb_new = 1
             while nb_new * self.block_entries < nb_new + nb_clusters:
                 nb_new += 1
-            if nb_blocks + nb_new <= len(self.table):
+            if nb_blocks + nb_new <= len(self.table) and not self._may_have_moved:
                 break
             async with self.table_lock:
                 await self._grow_table(nb_blocks + nb_new - 1)
@@ -452,7 +455,7 @@ class Refcounts:
         block = await self._block(block_index)
         if block is not None:
             return block
-        if block_index >= len(self.table):
+        if block_index >= len(self.table) or self._may_have_moved:
             async with self.table_lock:
                 await self._grow_table(block_index)
             block = await self._block(block_index)
@@ -522,8 +525,12 @@ class Refcounts:
         await self.storage.pwritev(new_offset, [dump_be64(table)])
         await self.storage.flush()
         pointer = new_offset.to_bytes(8, "big") + table_clusters.to_bytes(4, "big")
+        # Should this fail, nobody knows which table is valid: no block is added
+        # to the old one before this has been done again, at the same place.
+        self._may_have_moved = True
         await self.storage.pwritev(48, [pointer])
         await self.storage.flush()
+        self._may_have_moved = False
         self.fresh.clear()
         self.table = table
         self.header.refcount_table_offset = new_offset

@@ -1,0 +1,62 @@
+"""A refcount table that moves while its pointer in the header can't be written.
+
+Which of two tables is valid on disk nobody knows then, so that nothing may be
+told to one of them alone.
+"""
+
+import asyncio
+import errno
+
+import pytest
+
+from nbdqcow.block.node import Node
+from nbdqcow.formats.qcow2.driver import Qcow2Driver
+from nbdqcow.storage.memory import MemoryStorage
+from tests.builder import ImageBuilder
+from tests.crash.test_histories import check_by_us, is_sound
+
+POINTER_OFFSET = 48
+
+
+class DoubtfulStorage(MemoryStorage):
+    """Fails to write the pointer a few times, or says so: it may be there."""
+
+    nb_failures = 0
+    cancels = False
+
+    async def pwritev(self, offset, buffers, *, fua=False):
+        await super().pwritev(offset, buffers, fua=fua)
+        if offset == POINTER_OFFSET and self.nb_failures:
+            self.nb_failures -= 1
+            if self.cancels:
+                raise asyncio.CancelledError
+            raise OSError(errno.EIO, "perhaps")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("cancels", [False, True])
+async def test_no_block_is_told_to_one_of_two_tables(cancels):
+    made = ImageBuilder(4 << 20, refcount_order=6)
+    for index in range(40):
+        made.add_data(index, b"%d" % index)
+    storage = DoubtfulStorage(made.build())
+    driver = await Qcow2Driver.open(storage, read_only=False, options={})
+    node = Node(driver, filename="disk")
+    await node.flush()
+    storage.nb_failures, storage.cancels = 2, cancels
+    with pytest.raises((OSError, asyncio.CancelledError)):
+        # A row that needs more blocks than the table has room for.
+        async with driver.lock:
+            await driver.refcounts.allocate_contiguous(4200)
+    for number in range(200):
+        # The first of them fails, too.
+        try:
+            await node.pwrite(number * 512 + (1 << 20), b"%d" % number)
+        except (OSError, asyncio.CancelledError):
+            await node.pwrite(number * 512 + (1 << 20), b"%d" % number)
+    await node.flush()
+    result, text = check_by_us(bytes(storage.data))
+    assert is_sound(result), text
+    await node.close()
+    result, text = check_by_us(bytes(storage.data))
+    assert is_sound(result), text
