@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from nbdqcow.block.driver import FormatDriver
-from nbdqcow.buffers import ZERO_VIEW, zero_views
+from nbdqcow.buffers import ZERO_VIEW, is_zeroes, zero_views
 from nbdqcow.types import (
     COMPRESSED,
     DATA,
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from nbdqcow.block.node import Node
 
 GUARD_LENGTH: Final = 2048
+_COPIED_HOLE: Final = 4 * KiB
+"""Clusters from which on a small read copies zeroes between data: the coroutine
+keeps them apart, for a client to see a hole, but costs more."""
 MAX_INLINE: Final = 64 * KiB
 """Bytes of a write, copy-on-write included, up to which writing them at once
 is cheaper than a hop to a worker thread."""
@@ -109,12 +112,13 @@ class InlineRequests:
     def _try_pread_pieces(self, offset: int, length: int) -> bytes | None:
         pieces = []
         end = offset + length
+        has_holes = 1 < self.driver.cluster_size < _COPIED_HOLE
         while offset < end:
             run = self._try_map(offset, end - offset)
             if run is None:
                 return None
             piece = self.try_pread(offset, run[2])
-            if piece is None:
+            if piece is None or (has_holes and is_zeroes(piece)):
                 return None
             pieces.append(piece)
             offset += run[2]

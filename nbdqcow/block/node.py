@@ -83,6 +83,12 @@ class Node(InlineRequests):
         """The name of the format driver."""
         return self.driver.name
 
+    @property
+    def guessed_raw(self) -> bool:
+        """Whether this is raw for want of the signs of another format, which
+        can't be written to it."""
+        return self._guard is not None
+
     async def __aenter__(self) -> Self:
         return self
 

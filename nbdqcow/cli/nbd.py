@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _MAX_STRING_LENGTH: Final = 4096
 _NO_LIMIT: Final = 1 << 31
+_SECTOR: Final = 512
 
 _SHORT: Final = "hVb:o:p:rsnc:dvk:e:f:tl:x:T:D:AB:L"
 # Long options: what has a short form returns that.
@@ -554,6 +555,7 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
                 description=settings.description,
                 multi_conn=settings.shared != 1,
                 meta_contexts=_meta_contexts(settings, node),
+                minimum_block_size=_minimum_block_size(node),
                 may_use=may_use,
             )
         except ValueError as exc:
@@ -588,6 +590,12 @@ def _check_offset(settings: Settings, node: "Node") -> None:
         raise UsageError(
             f"--offset is for raw images; '{settings.filename}' is {node.format_name}"
         )
+
+
+def _minimum_block_size(node: "Node") -> int:
+    """Return what qemu-nbd tells clients that ask: whole sectors for an image
+    whose format is guessed, if it has whole sectors."""
+    return _SECTOR if node.guessed_raw and node.size % _SECTOR == 0 else 1
 
 
 def _meta_contexts(settings: Settings, node: "Node") -> list[str]:

@@ -394,8 +394,14 @@ class ServerHandshake:
             nbd.REP_INFO,
             codec.info_export(export.size, self._transmission_flags(export)),
         )
+        told = export
+        if nbd.INFO_BLOCK_SIZE not in infos and option == nbd.OPT_GO:
+            # Who does not ask will not keep to blocks, and is served all the same.
+            told = replace(export, minimum_block_size=1)
+        if told.minimum_block_size == 1:
+            infos.add(nbd.INFO_BLOCK_SIZE)
         for info in sorted(infos & _INFO_BUILDERS.keys()):
-            built = _INFO_BUILDERS[info](export)
+            built = _INFO_BUILDERS[info](told)
             if built is not None:
                 self._reply(option, nbd.REP_INFO, built)
         self._reply(option, nbd.REP_ACK)

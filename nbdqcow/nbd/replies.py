@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Final
 from nbdqcow.buffers import is_zeroes
 from nbdqcow.nbd import constants as nbd
 from nbdqcow.types import Buffer
-from nbdqcow.units import KiB
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,8 +55,9 @@ _EXTENDED_NONE_WORD: Final = (
     nbd.EXTENDED_REPLY_MAGIC << 32 | nbd.REPLY_FLAG_DONE << 16 | nbd.REPLY_TYPE_NONE
 )
 
-_MIN_HOLE: Final = 4 * KiB
-"""A shorter hole beside data is sent as data: a chunk costs the client more."""
+_MIN_HOLE: Final = 512
+"""A shorter hole beside data is sent as data. Clusters have at least so much, and
+clients look for the holes that the image's map has."""
 
 
 class ReplyStyle(enum.Enum):

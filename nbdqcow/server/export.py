@@ -161,13 +161,15 @@ class Export:
         description: str = "",
         multi_conn: bool = True,
         meta_contexts: Sequence[str] | None = None,
+        minimum_block_size: int = nbd.DEFAULT_MINIMUM_BLOCK_SIZE,
         tls_only: bool = False,
         may_use: Callable[[bytes | None], bool] = lambda certificate: True,
     ) -> None:
         """``multi_conn`` promises that a flush on one connection covers the
         writes of all: the node is shared, so it holds unless one is told
-        otherwise. ``meta_contexts`` are those offered: None for all. Raises
-        `ValueError` for a name that can't be sent."""
+        otherwise. ``meta_contexts`` are those offered: None for all.
+        ``minimum_block_size`` is what clients are told; smaller requests are
+        served all the same. Raises `ValueError` for a name that can't be sent."""
         self.name = name
         self.node = node
         self.nb_clients = 0
@@ -184,6 +186,7 @@ class Export:
             self.size,
             flags,
             description,
+            minimum_block_size=minimum_block_size,
             meta_contexts=tuple(meta_contexts),
             tls_only=tls_only,
         )

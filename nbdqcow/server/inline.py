@@ -30,7 +30,7 @@ from nbdqcow.nbd.requests import STAGED_PAYLOAD, Request, RequestReader, expand_
 from nbdqcow.server.dispatch import Dispatcher, Shared, error_text, request_error
 from nbdqcow.server.export import Export, Refusal
 from nbdqcow.server.options import ServerOptions
-from nbdqcow.server.sendfile import FileSender
+from nbdqcow.server.sendfile import BrokenReplyError, FileSender
 from nbdqcow.server.tls import TlsTransport
 from nbdqcow.server.watch import Watch
 from nbdqcow.types import Buffer, Buffers
@@ -436,6 +436,9 @@ class Transmission(asyncio.BufferedProtocol):
                     return False
                 self._out.append(self._replies.success(cookie, offset))
                 return True
+        except BrokenReplyError as exc:
+            self._break_off(exc)
+            return True
         except Exception as exc:
             self._fail(cookie, offset, exc)
             return True
@@ -479,11 +482,29 @@ class Transmission(asyncio.BufferedProtocol):
         nb_sent -= len(header)
         if nb_sent < length:
             # The socket is full. What is left was in page cache just now.
-            found = self._node.try_pread_views(offset + nb_sent, length - nb_sent)
-            assert found is not None
-            self._out += found[0]
-            self._tokens.append(found[1])
+            self._queue_rest(offset + nb_sent, length - nb_sent)
         return True
+
+    def _queue_rest(self, offset: int, length: int) -> None:
+        """Go on with a reply whose data has begun to leave.
+
+        Raises `BrokenReplyError`: an error reply would be taken for data.
+        """
+        try:
+            found = self._node.try_pread_views(offset, length)
+        except OSError as exc:
+            raise BrokenReplyError(exc.strerror) from exc
+        if found is None:
+            raise BrokenReplyError("the data is no longer in page cache")
+        self._out += found[0]
+        self._tokens.append(found[1])
+
+    def _break_off(self, reason: BrokenReplyError) -> None:
+        """Close now: a reply stands half sent."""
+        logger.warning("%s closed amid a read: %s", peer_name(self._transport), reason)
+        self._stop_reading()
+        self._out.clear()
+        self._transport.abort()
 
     def _fail(self, cookie: bytes, offset: int, exc: Exception) -> None:
         """A request that was served at once has failed."""

@@ -21,6 +21,10 @@ _LOOK_AGAIN: Final = 0.02
 """Seconds until tokens are looked after when the client asks nothing more."""
 
 
+class BrokenReplyError(Exception):
+    """A reply has begun and can't go on: nothing else may follow it."""
+
+
 class FileSender:
     """Sends guest data of one node to one unix socket.
 
@@ -43,6 +47,7 @@ class FileSender:
 
         Returns how many bytes of both have left, less than all if the socket
         is full now; -1 if nothing has and the data can't leave like this.
+        Raises `BrokenReplyError`.
         """
         host_offset = self._node.try_locate(offset, length)
         if host_offset < 0:
@@ -52,9 +57,12 @@ class FileSender:
         except BlockingIOError:
             return 0
         if nb_sent == len(header):
-            nb_data, token = self._node.sendfile(
-                self._sock.fileno(), host_offset, length
-            )
+            try:
+                nb_data, token = self._node.sendfile(
+                    self._sock.fileno(), host_offset, length
+                )
+            except OSError as exc:
+                raise BrokenReplyError(exc.strerror) from exc
             nb_sent += nb_data
             self._nb_sent += nb_sent
             self._tokens.append((self._nb_sent, token))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from nbdqcow.buffers import BufferPool, keep_freed_memory
+from nbdqcow.nbd import constants as nbd
 from nbdqcow.nbd.handshake import ExportInfo
 from nbdqcow.server.connection import Connection
 from nbdqcow.server.dispatch import Shared
@@ -84,12 +85,14 @@ class Server:
         description: str = "",
         multi_conn: bool = True,
         meta_contexts: Sequence[str] | None = None,
+        minimum_block_size: int = nbd.DEFAULT_MINIMUM_BLOCK_SIZE,
         tls_only: bool = False,
         may_use: Callable[[bytes | None], bool] = lambda certificate: True,
     ) -> None:
         """Offer ``node`` under ``name``; "" is the default export; without one a
         sole export is it (`ServerOptions.sole_is_default`). ``meta_contexts`` are
-        those offered: None for all that the node has.
+        those offered: None for all that the node has. ``minimum_block_size`` is
+        what clients that ask are told, in bytes.
 
         One that is ``tls_only`` can't be had without TLS, and ``may_use`` says
         which clients have it, by their certificates (DER, or None).
@@ -105,6 +108,7 @@ class Server:
             description=description,
             multi_conn=multi_conn,
             meta_contexts=meta_contexts,
+            minimum_block_size=minimum_block_size,
             tls_only=tls_only,
             may_use=may_use,
         )

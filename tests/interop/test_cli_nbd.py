@@ -1,5 +1,6 @@
 """``nbdqcow-nbd`` beside qemu-nbd: the same command, the same outcome."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,17 @@ from tests.conftest import REPOSITORY, find_tool
 from tests.interop.test_cli_serve import info, run
 
 MAIN = "import sys; from nbdqcow.cli.nbd import main; sys.exit(main())"
+
+
+def nbdsh(script, path):
+    """Return ``result`` of a script with a libnbd handle ``h`` for a socket."""
+    python = "/usr/bin/python3"
+    probe = [python, "-c", "import nbd"]
+    if subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip(f"{python} has no module nbd (python3-libnbd)")
+    program = "import json, sys, nbd\nh = nbd.NBD()\n" + script
+    text, _ = run(python, "-c", program + "print(json.dumps(result))", path)
+    return json.loads(text)
 
 
 @pytest.fixture
@@ -407,3 +419,70 @@ def test_bitmap(image, start, path):
         ["1048576", "65536", "1"],
         ["1114112", "9371648", "0"],
     ]
+    # What QEMU's client takes as a map is the bitmap: dirty is no data.
+    options = f"driver=nbd,server.type=unix,server.path={path}"
+    options += ",x-dirty-bitmap=qemu:dirty-bitmap:b0"
+    text, _ = run(
+        find_tool("qemu-img"), "map", "--output=json", "--image-opts", options
+    )
+    extents = [(e["start"], e["length"], e["data"]) for e in json.loads(text)]
+    assert extents == [
+        (0, 1 << 20, True),
+        (1 << 20, 64 << 10, False),
+        ((1 << 20) + (64 << 10), 9371648, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "asks", "told"),
+    [
+        # A guessed raw image: whole sectors for who asks, anything for others.
+        ((), True, [512, 512]),
+        ((), False, [0, 1]),
+        (("-f", "raw"), True, [1, 1]),
+        (("-f", "raw"), False, [1, 1]),
+    ],
+    ids=str,
+)
+def test_block_sizes(start, path, tmp_path, options, asks, told):
+    raw = tmp_path / "disk.raw"
+    with raw.open("wb") as file:
+        file.truncate(1 << 20)
+    start(*options, raw)
+    found = nbdsh(
+        "h.set_opt_mode(True)\n"
+        f"h.set_request_block_size({asks})\n"
+        "h.connect_unix(sys.argv[1])\n"
+        "def ask(call):\n"
+        "    try:\n"
+        "        call()\n"
+        "        return h.get_block_size(nbd.SIZE_MINIMUM)\n"
+        "    except nbd.Error:\n"
+        "        return 0\n"
+        "result = [ask(h.opt_info), ask(h.opt_go)]\n"
+        "h.shutdown()\n",
+        path,
+    )
+    assert found == told
+
+
+def test_a_sector_of_zeroes_is_a_hole_of_a_read(start, path, tmp_path):
+    image = tmp_path / "small.qcow2"
+    create = ("create", "-q", "-f", "qcow2", "-o", "cluster_size=512", image, "3k")
+    run(find_tool("qemu-img"), *create)
+    commands = ("-c", "write -P 1 0 3k", "-c", "write -zu 2k 512")
+    run(find_tool("qemu-io"), "-d", "unmap", "-f", "qcow2", *commands, image)
+    start("-f", "qcow2", image)
+    found = nbdsh(
+        "h.connect_unix(sys.argv[1])\n"
+        "result = []\n"
+        "def chunk(data, offset, status, error):\n"
+        "    result.append([offset, len(data), status])\n"
+        "data = h.pread_structured(1024, 2048, chunk)\n"
+        "assert data == bytes(512) + b'\\1' * 512\n"
+        "h.pread_structured(1024, 2048, chunk, nbd.CMD_FLAG_DF)\n"
+        "h.shutdown()\n",
+        path,
+    )
+    data, hole = 1, 2
+    assert found == [[2048, 512, hole], [2560, 512, data], [2048, 1024, data]]

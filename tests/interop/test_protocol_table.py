@@ -106,7 +106,9 @@ def table(
     run("qemu-img", "create", "-q", "-f", "qcow2", base, "16M")
     run("qemu-io", "-f", "qcow2", "-c", "write -P 1 0 4M", base)
     run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top)
+    run("qemu-img", "bitmap", "--add", top, "b0")
     run("qemu-io", "-f", "qcow2", "-c", "write -P 2 1M 1M", "-c", "write -z 3M 1M", top)
+    run("qemu-img", "bitmap", "--disable", top, "b0")
     with serving(
         Path(f"disk={disk}"), options=(f"chain={top}",), image_format="qcow2"
     ) as server:
@@ -612,6 +614,35 @@ def allocation_depth(table: Table, client: str) -> None:
     output = run(*(table.newer(*words) if client == NEW else words)).stdout
     depths = [(e["offset"] // MiB, e["type"]) for e in json.loads(output)]
     assert depths == [(0, 2), (1, 1), (2, 2), (3, 1), (4, 0)]
+
+
+DIRTY = [(0, 1, False), (1, 1, True), (2, 1, False), (3, 1, True), (4, 12, False)]
+"""Offset and length in MiB of what b0 of the chain's top says."""
+
+
+@row("1c", "qemu:dirty-bitmap:NAME", "nbdinfo", NEW)
+def dirty_bitmap(table: Table, client: str) -> None:
+    words = ("nbdinfo", "--map=qemu:dirty-bitmap:b0", "--json", table.uri("chain"))
+    output = run(*(table.newer(*words) if client == NEW else words)).stdout
+    found = [
+        (e["offset"] // MiB, e["length"] // MiB, bool(e["type"]))
+        for e in json.loads(output)
+    ]
+    assert found == DIRTY
+
+
+@row("1c", "qemu:dirty-bitmap:NAME as QEMU's client maps it", "qemu-img 7.2")
+def dirty_bitmap_mapped(table: Table, client: str) -> None:
+    place = f"server.type=unix,server.path={table.server.socket}"
+    options = f"driver=nbd,export=chain,{place}"
+    options += ",x-dirty-bitmap=qemu:dirty-bitmap:b0"
+    output = run("qemu-img", "map", "--output=json", "--image-opts", options).stdout
+    # Dirty is what it takes for a hole.
+    found = [
+        (e["start"] // MiB, e["length"] // MiB, not e["data"])
+        for e in json.loads(output)
+    ]
+    assert found == DIRTY
 
 
 @row("1c", "an unknown bitmap", "nbdinfo")

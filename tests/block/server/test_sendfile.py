@@ -1,6 +1,8 @@
 """Replies that refer to live pages, and when their clusters are free again."""
 
 import asyncio
+import errno
+import os
 import struct
 import subprocess
 
@@ -96,3 +98,39 @@ async def test_a_client_that_goes_leaves_nothing(tmp_path, image):
             client.close()
             while node.driver.epochs.busy:
                 await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("nb_sent", [None, 0, 4096])
+async def test_a_read_that_fails_half_sent_ends_the_connection(
+    tmp_path, image, monkeypatch, caplog, nb_sent
+):
+    """Its header has left: an error reply would be taken for the data."""
+
+    def sendfile(socket_fd, host_offset, length):
+        if nb_sent is None:
+            raise OSError(errno.EIO, "Input/output error")
+        os.write(socket_fd, b"\x01" * nb_sent)
+        return nb_sent, node.driver.epochs.enter()
+
+    async with open_image(image) as node:
+        await fill(node, 2)
+        async with serving(tmp_path, node) as served:
+            client, other = await served.connect(), await served.connect()
+            monkeypatch.setattr(node, "sendfile", sendfile)
+            if nb_sent is not None:
+                # Evicted meanwhile.
+                monkeypatch.setattr(node, "try_pread_views", lambda *_: None)
+            client.writer.write(read_request(1, 0, 64 * KiB))
+            client.writer.write(read_request(2, 64 * KiB, 512))
+            received = await client.reader.read()
+            head = struct.pack(">IIQ", nbd.SIMPLE_REPLY_MAGIC, 0, 1)
+            assert received == head + b"\x01" * (nb_sent or 0)
+            client.close()
+            monkeypatch.undo()
+            other.writer.write(read_request(3, 64 * KiB, 64 * KiB))
+            assert (await read_replies(other.reader, 1, 64 * KiB))[
+                3
+            ] == b"\x02" * 64 * KiB
+            await other.disconnect()
+        assert "closed amid a read" in caplog.text
+        assert not node.driver.epochs.busy

@@ -82,7 +82,8 @@ def test_list_info_and_go(step):
     assert client.state is ClientState.TRANSMISSION
     assert server.state is HandshakeState.TRANSMISSION
     assert client.result.export.size == 1 << 20
-    assert client.result.export.block_sizes is None
+    # Told unasked.
+    assert client.result.export.block_sizes == (1, 4096, 32 << 20)
 
 
 @pytest.mark.parametrize("fixed_newstyle", [False, True])

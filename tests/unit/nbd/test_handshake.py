@@ -287,10 +287,16 @@ def test_info_and_go(option, export, infos):
     wanted = {nbd.INFO_EXPORT} | (set(infos) & {1, 2, 3})
     if not export.description:
         wanted -= {nbd.INFO_DESCRIPTION}
+    texts = dict(TEXT[export.name])
+    if 3 not in infos:
+        if option == nbd.OPT_GO:
+            texts[nbd.INFO_BLOCK_SIZE] = codec.INFO_BLOCK_SIZE.pack(
+                3, 1, export.preferred_block_size, export.maximum_payload
+            )
+        if option == nbd.OPT_GO or export.minimum_block_size == 1:
+            wanted |= {nbd.INFO_BLOCK_SIZE}
     assert all(r.option == option and r.reply == nbd.REP_INFO for r in replies)
-    assert sorted(r.data for r in replies) == sorted(
-        TEXT[export.name][i] for i in wanted
-    )
+    assert sorted(r.data for r in replies) == sorted(texts[i] for i in wanted)
     if option == nbd.OPT_GO:
         assert outcome.state is HandshakeState.TRANSMISSION
         assert outcome.export == export

@@ -107,10 +107,10 @@ def test_simple_read():
 def test_holes(replies):
     whole_hole = reply_of(replies, replies.read(COOKIE, OFFSET, [ZERO_VIEW[:512]]))
     assert whole_hole.pieces == [(OFFSET, 512)]
-    pieces = [b"a" * 512, ZERO_VIEW[:4095], b"b", ZERO_VIEW[:4096], ZERO_VIEW[:10]]
+    pieces = [b"a" * 512, ZERO_VIEW[:511], b"b", ZERO_VIEW[:4096], ZERO_VIEW[:10]]
     reply = reply_of(replies, replies.read(COOKIE, OFFSET, pieces))
     # The short one would cost more than its bytes.
-    data = b"a" * 512 + bytes(4095) + b"b"
+    data = b"a" * 512 + bytes(511) + b"b"
     assert reply.pieces == [(OFFSET, data), (OFFSET + len(data), 4106)]
     # Real zeroes are data, whatever they look like.
     reply = reply_of(replies, replies.read(COOKIE, OFFSET, [bytes(4096)]))
