@@ -3,6 +3,7 @@
 Each command is a module of its own, loaded when it is asked for.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -100,10 +101,14 @@ _COMMANDS: Final = {
 status, and its arguments for ``--help``."""
 
 _INTERRUPTED: Final = 130
+_GC_THRESHOLD: Final = 100_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the command line names; return its exit status."""
+    # Modules make tens of thousands of objects that stay, and a job tuples that
+    # live for a moment: neither has cycles to look for so often.
+    gc.set_threshold(_GC_THRESHOLD)
     arguments = list(sys.argv[1:] if argv is None else argv)
     # File names are any bytes, and they leave as they came.
     for stream in (sys.stdout, sys.stderr):

@@ -1,5 +1,6 @@
 """``nbdqcow-img convert``: disks copied into a new image."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -23,6 +24,12 @@ from nbdqcow.cli.img_options import (
 )
 from nbdqcow.cli.img_run import ProgressLine, run_command
 from nbdqcow.cli.img_snapshot import parse_snapshot
+from nbdqcow.cli.img_streams import (
+    StandardOutput,
+    is_stream,
+    room_beside,
+    standard_input,
+)
 from nbdqcow.cli.img_target import NewImage, parse_create_options
 from nbdqcow.cli.messages import error
 from nbdqcow.errors import ImageError
@@ -34,6 +41,7 @@ from nbdqcow.jobs.bitmaps import (
 from nbdqcow.jobs.control import JobControl
 from nbdqcow.jobs.convert import ConvertOptions, convert
 from nbdqcow.jobs.status import disk_size
+from nbdqcow.jobs.stream import stream
 from nbdqcow.units import SECTOR_SIZE, KiB, MiB
 
 _LONG: Final = {
@@ -106,6 +114,7 @@ def run(arguments: Sequence[str]) -> int:
     if len(operands) < 2:
         raise ImageError("Must specify image file name")
     settings.sources, settings.target = operands[:-1], operands[-1]
+    _check_streams(settings)
     progress = ProgressLine(settings.progress, quiet=settings.quiet)
     progress.show(0)
     try:
@@ -206,30 +215,73 @@ def _check_combinations(settings: _Settings) -> None:
         raise ImageError("--target-is-zero requires use of -n flag")
 
 
+def _check_streams(settings: _Settings) -> None:
+    """See that standard input and output can do what is asked of them."""
+    if sum(map(is_stream, settings.sources)) > 1:
+        raise ImageError("Standard input can be only one of the images")
+    if not is_stream(settings.target):
+        return
+    if settings.target_format != "raw":
+        raise ImageError("Only a raw image can be written to standard output")
+    refused = {
+        "-n": settings.no_create,
+        "-o": settings.option_lists,
+        "-B": settings.backing_file is not None,
+        "-c": settings.compressed,
+        "-p": settings.progress and not settings.quiet,
+        "--bitmaps": settings.bitmaps,
+        "--salvage": settings.salvage,
+    }
+    for option, is_given in refused.items():
+        if is_given:
+            raise ImageError(f"{option} can't be used with standard output")
+
+
 async def _convert(settings: _Settings, text: str, progress: ProgressLine) -> int:
     cache = check_cache(settings.images.cache, "Invalid source cache option: ")
     sources: list[Node] = []
-    try:
-        for name in settings.sources:
-            source = await open_node(name, settings.images, cache=cache)
+    async with contextlib.AsyncExitStack() as stack:
+        names = list(settings.sources)
+        for index in [i for i, name in enumerate(names) if is_stream(name)]:
+            file = standard_input(room_beside(settings.target))
+            names[index] = await stack.enter_async_context(file)
+        # They are closed before the file that standard input is in.
+        stack.push_async_callback(close_nodes, sources)
+        for name, shown in zip(names, settings.sources, strict=True):
+            source = await open_node(name, settings.images, cache=cache, shown=shown)
             sources.append(source)
         if settings.snapshot is not None:
-            await _show_snapshot(settings, sources, cache)
-        await _convert_to_target(settings, text, sources, progress)
-    finally:
-        await close_nodes(sources)
+            await _show_snapshot(settings, names[0], sources, cache)
+        if is_stream(settings.target):
+            await _write_stream(settings, sources, progress)
+        else:
+            await _convert_to_target(settings, text, sources, progress)
     return 0
 
 
-async def _show_snapshot(settings: _Settings, sources: list[Node], cache: str) -> None:
+async def _write_stream(
+    settings: _Settings, sources: Sequence[Node], progress: ProgressLine
+) -> None:
+    """Write the disks to standard output."""
+    control = JobControl(progress, rate=settings.rate)
+    output = StandardOutput()
+    try:
+        await stream(sources, output.write, control)
+    finally:
+        await output.close()
+
+
+async def _show_snapshot(
+    settings: _Settings, name: str, sources: list[Node], cache: str
+) -> None:
     """Let the one source be what it was in a snapshot."""
     if len(sources) > 1:
         raise ImageError("No support for concatenating multiple snapshot")
     await sources.pop().close()
     sources.append(
         await open_node(
-            settings.sources[0], settings.images, cache=cache,
-            snapshot=settings.snapshot,
+            name, settings.images, cache=cache, snapshot=settings.snapshot,
+            shown=settings.sources[0],
         )
     )  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import signal
 import sys
 import time
@@ -14,7 +13,6 @@ from nbdqcow.cli.messages import program_name
 _PATIENCE: Final = 1.0
 """Seconds that a command may take before a terminal hears how far it is."""
 
-_GC_THRESHOLD: Final = 100_000
 _SWITCH_INTERVAL: Final = 0.0005
 
 TERMINATED: Final = 128 + signal.SIGTERM
@@ -91,8 +89,6 @@ def run_command(
     from nbdqcow.buffers import keep_much_freed_memory
 
     keep_much_freed_memory()
-    # Millions of tuples live for a moment, and none of them is a cycle.
-    gc.set_threshold(_GC_THRESHOLD)
     # The loop has little to do, and must not wait long to do it.
     sys.setswitchinterval(_SWITCH_INTERVAL)
     terminated = False

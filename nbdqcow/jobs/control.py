@@ -112,6 +112,8 @@ class Flight:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._running: set[asyncio.Task[None]] = set()
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: BaseException | None = None
 
     def __len__(self) -> int:
         return len(self._running)
@@ -121,24 +123,37 @@ class Flight:
         try:
             while len(self._running) >= self._limit:
                 await self._wait()
+            self._raise_error()
         except BaseException:
             work.close()
             raise
-        self._running.add(asyncio.create_task(work))
+        task = asyncio.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._end)
 
     async def drain(self) -> None:
         """Wait until nothing runs. Raises what the work did."""
         while self._running:
             await self._wait()
+        self._raise_error()
 
     async def _wait(self) -> None:
-        done, self._running = await asyncio.wait(
-            self._running, return_when=asyncio.FIRST_COMPLETED
-        )
+        """Wait until something has ended."""
+        self._raise_error()
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    def _end(self, task: "asyncio.Task[None]") -> None:
+        self._running.discard(task)
         # A task that waited for one that failed was cancelled by it.
-        errors = [task.exception() for task in done if not task.cancelled()]
-        for error in filter(None, errors):
-            raise error
+        if not task.cancelled() and self._error is None:
+            self._error = task.exception()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
 
     async def __aenter__(self) -> Self:
         return self

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from nbdqcow.block.node import Node
+from nbdqcow.block.open import open_image
 from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow2.create import CreateOptions, create
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
@@ -224,6 +225,24 @@ async def test_the_first_of_several_failures_is_told():
     assert sorted(ended) == [0, 1, 2]
 
 
+async def test_a_flight_runs_so_many_at_a_time():
+    running, most = 0, 0
+
+    async def work():
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0)
+        running -= 1
+
+    async with Flight(3) as flight:
+        for _ in range(20):
+            await flight.add(work())
+        await flight.drain()
+        assert len(flight) == 0
+    assert (running, most) == (0, 3)
+
+
 @pytest.mark.parametrize("offset", [0, 511, 512, 3 * MiB + 5, 6 * MiB - 1])
 async def test_compare_finds_the_sector(offset):
     data = bytearray(random.Random(SEED).randbytes(6 * MiB))
@@ -231,6 +250,21 @@ async def test_compare_finds_the_sector(offset):
     data[offset] ^= 1
     found = await compare(first, await raw(data), JobControl())
     assert found == Comparison(content_offset=offset // 512 * 512)
+
+
+@pytest.mark.parametrize("offset", [0, 256 * 1024 - 1, MiB + 5, 3 * MiB - 1])
+async def test_compare_of_files_finds_the_sector(tmp_path, offset):
+    data = bytearray(random.Random(SEED).randbytes(3 * MiB))
+    (tmp_path / "first").write_bytes(data)
+    data[offset] ^= 1
+    (tmp_path / "second").write_bytes(data)
+    async with (
+        await open_image(str(tmp_path / "first"), format="raw") as first,
+        await open_image(str(tmp_path / "second"), format="raw") as second,
+    ):
+        found = await compare(first, second, JobControl())
+        assert found == Comparison(content_offset=offset // 512 * 512)
+        assert await compare(first, first, JobControl()) == Comparison()
 
 
 async def test_compare_of_different_sizes():

@@ -141,13 +141,15 @@ class Mapping:
     def _run(self, offset: int, length: int) -> Run | None:
         """Return the longest run that is in reach; None if nothing is."""
         kind, host_offset, covered = self._run_in_slice(offset, length)
+        if kind == COMPRESSED:
+            return kind, host_offset, covered
         while covered < length:
             if not self._reach(offset + covered):
                 break
             next_kind, next_host, more = self._run_in_slice(
                 offset + covered, length - covered
             )
-            if next_kind != kind or kind == COMPRESSED:
+            if next_kind != kind:
                 break
             if kind in (DATA, ZERO_ALLOCATED) and next_host != host_offset + covered:
                 break

@@ -6,6 +6,8 @@ file. Whoever overlaps it waits and then looks everything up again.
 """
 
 import errno
+from array import array
+from itertools import takewhile
 from typing import TYPE_CHECKING, Final
 
 from nbdqcow.block.driver import WritePlan
@@ -92,14 +94,17 @@ class Allocation:
     def link(self, image: "Qcow2Driver") -> None:
         """Let the L2 entries name the clusters."""
         l2, first = self.l2, self.l2_index
-        entry = (self.cluster_index << image.cluster_bits) | OFLAG_COPIED
+        end = first + self.nb_clusters
         words = l2.words
-        for index in range(first, first + self.nb_clusters):
-            if not self.reused:
-                free_entry(image, words[index])
-            words[index] = entry
-            entry += image.cluster_size
-        image.tables.mark_dirty(l2, first, first + self.nb_clusters)
+        if not self.reused:
+            for old in filter(None, words[first:end]):
+                free_entry(image, old)
+        entry = (self.cluster_index << image.cluster_bits) | OFLAG_COPIED
+        step = image.cluster_size
+        words[first:end] = array(
+            "Q", range(entry, entry + self.nb_clusters * step, step)
+        )
+        image.tables.mark_dirty(l2, first, end)
 
 
 async def begin_write(image: "Qcow2Driver", offset: int, length: int) -> WritePlan:
@@ -177,8 +182,11 @@ def try_plan(
         cluster_index = (words[index] & OFFSET_MASK) >> image.cluster_bits
         image.check_not_metadata(cluster_index)
     else:
-        while nb_clusters < wanted and needs_cluster(words[index + nb_clusters]):
-            nb_clusters += 1
+        others = words[index + 1 : index + wanted]
+        if any(others):
+            nb_clusters += len(list(takewhile(needs_cluster, others)))
+        else:
+            nb_clusters = wanted
         if whole and nb_clusters < needed:
             return None
         taken = take_clusters(image, offset - in_cluster, nb_clusters)
