@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 from urllib.parse import quote
 
+from nbdqcow.block.registry import format_names
 from nbdqcow.errors import ImageError
 from nbdqcow.units import parse_size
 
@@ -138,6 +139,8 @@ def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
         file["driver"] = own["driver"]
         own = {key: value for key, value in own.items() if key not in file}
         options["format"] = "raw"
+    elif driver is not None and driver not in (*format_names(), *_FILE_DRIVERS):
+        raise ImageError(f"Unknown driver '{driver}'")
     if file:
         if filename is not None:
             file.setdefault("filename", filename)
@@ -146,7 +149,9 @@ def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
         if value is None:
             raise ImageError(f"Parameter '{key}' has no value")
         if not (_take_own(key, value, options) or _take_driver_own(key, value, more)):
-            raise ImageError(f"image option '{key}' is not supported")
+            raise ImageError(
+                f"Block format '{driver or 'raw'}' does not support the option '{key}'"
+            )
     _take_overlap_checks(own, more)
     if data_file:
         more["data_file"] = _data_file_name(data_file)
@@ -265,7 +270,7 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
     if driver in _NULL_DRIVERS:
         return _null_name(driver, file)
     if driver not in _FILE_DRIVERS:
-        raise ImageError(f"file.driver '{driver}' is not supported")
+        raise ImageError(f"Unknown driver '{driver}'")
     filename = file.pop("filename", None)
     if filename is None:
         raise ImageError("The 'file' block driver requires a file name")

@@ -58,7 +58,12 @@ def image_name(text: str, format_: str | None, *, image_opts: bool) -> ImageName
         raise ImageError("--image-opts and --format are mutually exclusive")
     from nbdqcow.cli.image_opts import parse_image_opts, parse_keyval
 
-    filename, options = parse_image_opts(text)
+    try:
+        filename, options = parse_image_opts(text)
+    except UsageError as exc:
+        # Without the hint at --help.
+        reason = str(exc).removeprefix(f"'{text}': ")
+        raise ImageError(f"Could not open '{text}': {reason}") from None
     return ImageName(
         text,
         filename,

@@ -199,7 +199,8 @@ def _parse_name(name: str, arguments: ImageArguments) -> tuple[str, dict[str, An
         if name.startswith("json:"):
             return parse_json_name(name)
     except (ImageError, UsageError) as exc:
-        raise ImageError(f"Could not open '{name}': {exc}") from None
+        reason = str(exc).removeprefix(f"'{name}': ")
+        raise ImageError(f"Could not open '{name}': {reason}") from None
     if not name:
         raise ImageError(
             "Could not open '': The 'file' block driver requires a file name"

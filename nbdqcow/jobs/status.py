@@ -116,10 +116,10 @@ async def has_holes(driver: FormatDriver) -> bool:
         return False
     known = _has_holes.get(driver)
     if known is None:
-        allocated = await driver.data.allocated_length()
+        allocated = await driver.storage.allocated_length()
         known = False
         if allocated is not None:
-            nb_clusters = -(-driver.data.length // driver.cluster_size)
+            nb_clusters = -(-driver.storage.length // driver.cluster_size)
             nb_real = allocated // driver.cluster_size
             known = nb_clusters >= max(nb_real * 10 // 9, nb_real + 2)
         _has_holes[driver] = known

@@ -40,6 +40,8 @@ def directory(tmp_path):
         'compare overlay \'json:{"driver":"qcow2","file.filename":"base"}\'',
         'resize \'json:{"driver":"qcow2","file.filename":"overlay"}\' 2M',
         "info \"json:{'driver':'qcow2','file.filename':'overlay'}\"",
+        "info --image-opts driver=qcow2,file.filename=overlay,foo=1",
+        "map --image-opts driver=raw,file.driver=foo,file.filename=overlay",
         "info null-co://",
         "info --output=json null-aio:x",
         'map --output=json \'json:{"driver":"null-co","read-zeroes":true}\'',

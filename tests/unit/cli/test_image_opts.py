@@ -60,10 +60,10 @@ def test_image_opts(text, filename, options):
     [
         ("", "file.filename"),
         ("=x", "key=value"),
-        ("disk.qcow2", "'disk.qcow2' is not supported"),
+        ("disk.qcow2", "does not support the option 'disk.qcow2'"),
         ("driver=qcow2,file=node0", "node-name='node0'"),
         ("filename=x,file.driver=nbd", "'file.filename' is not supported"),
-        ("filename=x,backing.some=raw", "'some' is not supported"),
+        ("filename=x,backing.some=raw", "does not support the option 'some'"),
         ("filename=x,read-only=maybe", "'read-only' expects"),
         ("filename=x,discard=x", "'discard' does not accept value 'x'"),
         ("filename=x,detect-zeroes=x", "'detect-zeroes' does not accept"),
