@@ -64,8 +64,8 @@ def run(arguments: Sequence[str]) -> int:
         for text in info.warnings:
             error(f"warning: {text}")
         values = _as_json(image, info)
-        if not shown and named.shown is not None:
-            values["filename"] = named.shown
+        if not shown and (json_name := named.as_json(info.format)):
+            values["filename"] = json_name
         shown.append((info, values))
     if json:
         described = [values for _, values in shown]

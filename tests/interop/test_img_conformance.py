@@ -405,6 +405,8 @@ INFO = [
     "info -f '' base.qcow2",
     "info -f qcow2 --backing-chain top.qcow2",
     "info -U base.qcow2",
+    "info --image-opts lazy-refcounts=on,overlap-check=all,file.filename=base.qcow2",
+    "info --image-opts read-only=on,force-share=on,file.filename=base.qcow2",
     "info --force-share --format qcow2 --output human base.qcow2",
     "info --output=xml base.qcow2",
     "info --output base.qcow2",
