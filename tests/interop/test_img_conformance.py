@@ -406,6 +406,8 @@ INFO = [
     "info -f qcow2 --backing-chain top.qcow2",
     "info -U base.qcow2",
     "info --image-opts lazy-refcounts=on,overlap-check=all,file.filename=base.qcow2",
+    "info --image-opts driver=raw,size=512,file.filename=base.qcow2",
+    "info --image-opts driver=raw,offset=64k,file.filename=base.qcow2",
     "info --image-opts read-only=on,force-share=on,file.filename=base.qcow2",
     "info --force-share --format qcow2 --output human base.qcow2",
     "info --output=xml base.qcow2",
