@@ -1,7 +1,7 @@
 """``nbdqcow-img info``: what an image says of itself."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from nbdqcow.block.tools import ImageInfo, SnapshotInfo
@@ -15,8 +15,8 @@ from nbdqcow.cli.img_options import (
     wants_json,
 )
 from nbdqcow.cli.messages import error
-from nbdqcow.errors import UsageError
-from nbdqcow.units import format_size
+from nbdqcow.errors import ImageError, UsageError
+from nbdqcow.units import format_size, parse_size
 
 _LONG: Final = {
     "help": "-h",
@@ -63,9 +63,11 @@ def run(arguments: Sequence[str]) -> int:
     ):
         for text in info.warnings:
             error(f"warning: {text}")
+        if not shown and info.format == "raw":
+            _take_window(info, named.pairs)
         values = _as_json(image, info)
-        if not shown and named.shown is not None:
-            values["filename"] = named.shown
+        if not shown and (json_name := named.as_json(info.format)):
+            values["filename"] = json_name
         shown.append((info, values))
     if json:
         described = [values for _, values in shown]
@@ -76,6 +78,22 @@ def run(arguments: Sequence[str]) -> int:
             print()
         _print_human(info, values)
     return 0
+
+
+def _take_window(info: ImageInfo, pairs: Mapping[str, str]) -> None:
+    """Let a raw image be the part of its file that ``offset`` and ``size``
+    are. Raises `ImageError`."""
+    try:
+        offset = parse_size(pairs.get("offset", "0"))
+        size = parse_size(pairs.get("size", str(info.virtual_size - offset)))
+    except ValueError as exc:
+        raise ImageError(f"raw image: {exc}") from None
+    if offset + size > info.virtual_size:
+        raise ImageError(
+            f"the raw image's {size} bytes from offset {offset} end past the end of "
+            "the file"
+        )
+    info.virtual_size = size
 
 
 def _as_json(image: OpenImage, info: ImageInfo) -> dict[str, Any]:

@@ -1,11 +1,18 @@
 """What a command line of ``nbdqcow-img`` says of an image and its secrets."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 from nbdqcow.block.tools import Secrets, no_secrets
 from nbdqcow.errors import ImageError, UsageError
+
+_IDENTIFYING: Final = ("encrypt.key-secret", "key-secret", "offset", "size")
+"""Options without which an image would read otherwise; the others are about how
+it is opened."""
+_ORDER: Final = (
+    *("encrypt.key-secret", "offset", "driver", "size", "file", "key-secret"),
+)
 
 
 def take_secrets(objects: Sequence[str]) -> Secrets:
@@ -39,14 +46,28 @@ class ImageName:
     Attributes:
         text: the argument as it was given, for messages.
         key_id: the id of the secret that opens it, or None.
-        shown: what ``info`` calls it, if not by its file name.
+        pairs: the options that it is a set of.
     """
 
     text: str
     filename: str
     format: str | None
     key_id: str | None = None
-    shown: str | None = None
+    pairs: Mapping[str, str] = field(default_factory=dict)
+
+    def as_json(self, format_: str) -> str | None:
+        """Return the ``json:`` name that QEMU gives an image of that format if
+        options make it another one than its file alone; None without any."""
+        if self.pairs.keys().isdisjoint(_IDENTIFYING):
+            return None
+        import json
+
+        values: dict[str, Any] = {
+            "driver": format_,
+            **self.pairs,
+            "file": {"driver": "file", "filename": self.filename},
+        }
+        return "json:" + json.dumps({k: values[k] for k in _ORDER if k in values})
 
 
 def image_name(text: str, format_: str | None, *, image_opts: bool) -> ImageName:
@@ -69,26 +90,5 @@ def image_name(text: str, format_: str | None, *, image_opts: bool) -> ImageName
         filename,
         options.get("format"),
         options.get("key_secret"),
-        _as_json(filename, parse_keyval(text)),
+        parse_keyval(text),
     )
-
-
-def _as_json(filename: str, pairs: Mapping[str, str]) -> str | None:
-    """Return the ``json:`` name that QEMU gives an image with options beside
-    its format and its file; None for one without."""
-    others: dict[str, Any] = {
-        key: value
-        for key, value in pairs.items()
-        if key not in ("driver", "filename") and not key.startswith("file.")
-    }
-    behind = {"key-secret": others.pop("key-secret")} if "key-secret" in others else {}
-    if not (others or behind):
-        return None
-    import json
-
-    named = others | {
-        "driver": pairs.get("driver", "raw"),
-        "file": {"driver": "file", "filename": filename},
-        **behind,
-    }
-    return "json:" + json.dumps(named)
