@@ -170,7 +170,7 @@ class Pair:
         """Let both programs tell what is where in one image."""
         words = ("map", "--output=json", *self.secret, "--image-opts", image)
         theirs = json.loads(run("qemu-img", *words).stdout)
-        assert json.loads(nbdqcow_img(*words)) == theirs
+        assert without_holes(json.loads(nbdqcow_img(*words))) == without_holes(theirs)
 
     def check(self, image: str) -> None:
         """Let both programs check an image: no finding, and the same counts."""
@@ -205,6 +205,26 @@ class Pair:
                 lengths, states = await bitmap.extents(0, node.size, 1 << 20)
                 found[name] = [*zip(lengths.tolist(), states.tolist(), strict=True)]
         return found
+
+
+def without_holes(extents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a map that tells stored data from all else, but not which of it is
+    a hole of the file: that is asked for only if the file seems to have many."""
+    joined: list[dict[str, Any]] = []
+    for one in extents:
+        one["zero"] &= not one["data"]
+        last = joined[-1] if joined else {}
+        follows = (
+            one["data"]
+            and last.get("depth") == one["depth"]
+            and last.get("data")
+            and last.get("offset", -1) + last["length"] == one.get("offset")
+        )
+        if follows:
+            last["length"] += one["length"]
+        else:
+            joined.append(one)
+    return joined
 
 
 def listed(info: dict[str, Any]) -> tuple[Any, ...]:
