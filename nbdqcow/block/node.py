@@ -395,7 +395,18 @@ class Node(InlineRequests):
         self._check_writable()
         self._check_inside(offset, length)
         may_unmap = may_unmap and self._discard
-        end = offset + length
+        try:
+            await self._write_zeroes(offset, offset + length, may_unmap, no_fallback)
+        finally:
+            if length:
+                self.driver.note_request(offset, length)
+        if fua or self._writethrough:
+            await self.flush()
+
+    async def _write_zeroes(
+        self, offset: int, end: int, may_unmap: bool, no_fallback: bool
+    ) -> None:
+        """Do as `write_zeroes` does, for ``[offset, end)``."""
         unit = self.driver.subcluster_size
         first = -(-offset // unit) * unit
         last = end // unit * unit if end < self.size else end
@@ -415,8 +426,6 @@ class Node(InlineRequests):
                 if no_fallback:
                     raise
                 await self.write_zero_bytes(start, stop - start)
-        if fua or self._writethrough:
-            await self.flush()
 
     def _whole_clusters_apart(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Split a range of whole subclusters: those before the first whole
@@ -460,14 +469,18 @@ class Node(InlineRequests):
         left as they are."""
         self._check_writable()
         self._check_inside(offset, length)
-        if not self._discard:
+        if not self._discard or not length:
             return
         size = self.driver.cluster_size
         start, end = -(-offset // size) * size, offset + length
         if end < self.size:
             end = end // size * size
-        if start < end:
-            await self.driver.discard(start, end - start)
+        try:
+            if start < end:
+                await self.driver.discard(start, end - start)
+        finally:
+            # As with QEMU, dirty bitmaps show the request, not what came of it.
+            self.driver.note_request(offset, length)
 
     # -- the image as a whole --------------------------------------------
 

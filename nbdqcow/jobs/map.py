@@ -107,6 +107,10 @@ async def _rows(
         flags_of[ZERO] |= HAS_OFFSET
     if not has_offsets(driver):
         flags_of = [flags & ~HAS_OFFSET for flags in flags_of]
+    # Unallocated subclusters of a cluster that has others.
+    unallocated_have_places = (
+        driver.subcluster_size < driver.cluster_size and has_offsets(driver)
+    )
     holes = None
     if flags_of[DATA] & HAS_OFFSET and await has_holes(driver):
         holes = await _FileMap.load(driver.data)
@@ -114,6 +118,10 @@ async def _rows(
         kinds, hosts, lengths = zip(*await driver.runs(start, end - start), strict=True)
         starts = list(accumulate(lengths, initial=start))
         flags = [flags_of[kind] for kind in kinds]
+        if unallocated_have_places and UNALLOCATED in kinds:
+            for index, kind in enumerate(kinds):
+                if kind == UNALLOCATED and hosts[index]:
+                    flags[index] |= HAS_OFFSET
         if holes is not None:
             holes.mark(flags, hosts, lengths)
         rows = list(zip(starts, lengths, flags, hosts, repeat(depth), repeat(node)))
@@ -160,7 +168,9 @@ async def _see_through(
         async for below, _ in _rows(backing, start, stop, depth + 1):
             found += below
         if stop < end:
-            found.append((stop, end - stop, flags, host_offset, depth, node))
+            found.append(
+                (stop, end - stop, flags, host_offset + stop - start, depth, node)
+            )
         if len(found) > _MANY_ROWS:
             yield found
             found = []

@@ -94,7 +94,7 @@ def _in_data_file(offset: int, run: Run) -> Run:
     Raises `CorruptImage` if the tables say something else.
     """
     kind, host_offset, length = run
-    if kind in (DATA, ZERO_ALLOCATED):
+    if kind in (DATA, ZERO_ALLOCATED) or host_offset & IN_DATA_FILE:
         if host_offset != offset | IN_DATA_FILE:
             raise _wrong_place(offset, host_offset)
         return kind, offset, length

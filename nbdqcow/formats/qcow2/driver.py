@@ -421,10 +421,7 @@ class Qcow2Driver(Operations):
     async def claim_zero(self, offset: int, backing_zero: bool) -> bool:
         """See `FormatDriver.claim_zero`."""
         self.check_writable()
-        claimed = await discard.claim_zero(self, offset, backing_zero)
-        if claimed:
-            self._mark(offset, min(self.subcluster_size, self.size - offset))
-        return claimed
+        return await discard.claim_zero(self, offset, backing_zero)
 
     async def discard(self, offset: int, length: int) -> None:
         """See `FormatDriver.discard`."""
@@ -434,10 +431,13 @@ class Qcow2Driver(Operations):
                 await qcow2_data_file.discard(self, offset, length)
             else:
                 await discard.discard(self, offset, length)
-            self._mark(offset, length)
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
             raise
+
+    def note_request(self, offset: int, length: int) -> None:
+        """See `FormatDriver.note_request`."""
+        self._mark(offset, length)
 
     def _mark(self, offset: int, length: int) -> None:
         for bitmap in self._tracked:

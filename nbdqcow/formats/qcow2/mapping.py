@@ -151,7 +151,7 @@ class Mapping:
             )
             if next_kind != kind:
                 break
-            if kind in (DATA, ZERO_ALLOCATED) and next_host != host_offset + covered:
+            if next_host != (host_offset + covered if host_offset else 0):
                 break
             covered += more
         return kind, host_offset, covered

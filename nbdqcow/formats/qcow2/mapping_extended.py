@@ -203,7 +203,7 @@ class ExtendedMapping(Mapping):
             if next_entry & OFLAG_COMPRESSED:
                 break
             next_kind, next_start, nb = self._stretch(next_entry, words[index + 1], 0)
-            if next_kind != kind or (step and next_start != entry & OFFSET_MASK):
+            if next_kind != kind or next_start != (entry & OFFSET_MASK if step else 0):
                 break
             covered += nb << bits
             whole = nb == NB_SUBCLUSTERS
@@ -211,13 +211,11 @@ class ExtendedMapping(Mapping):
         return kind, host_start and host_start + in_cluster, min(covered, length)
 
     def _stretch(self, entry: int, bitmap: int, first: int) -> Run:
-        """Return the kind of subcluster ``first``, where its cluster is if that
-        matters, and how many subclusters from it on are alike."""
+        """Return the kind of subcluster ``first``, where its cluster is, if
+        anywhere, and how many subclusters from it on are alike."""
         self.check_sound(entry, bitmap)
         kind, nb = subcluster_stretch(bitmap, first)
         host_start = entry & OFFSET_MASK
-        if kind == UNALLOCATED:
-            return kind, 0, nb
         if kind == ZERO and host_start:
             kind = ZERO_ALLOCATED
         return kind, host_start, nb

@@ -11,7 +11,6 @@ import asyncio
 import errno
 import heapq
 from array import array
-from sys import byteorder
 from typing import Final
 
 from nbdqcow.block.storage import StorageDriver
@@ -22,43 +21,14 @@ from nbdqcow.formats.qcow2.entries import (
     REFTABLE_RESERVED_MASK,
 )
 from nbdqcow.formats.qcow2.header import Header
+from nbdqcow.formats.qcow2.refcount_codec import (
+    pack_counts,
+    unpack_counts,
+    zero_counts,
+)
 from nbdqcow.formats.words import dump_be64
-from nbdqcow.types import Buffer
 
-_TYPECODES: Final = {3: "B", 4: "H", 5: "I", 6: "Q"}
 _MAX_FREE_RUNS: Final = 1 << 16
-
-
-def unpack_counts(data: Buffer, refcount_order: int) -> "array[int]":
-    """Return the counts of a refcount block, one array item each.
-
-    Counts narrower than a byte lie in it from the least significant bit up.
-    """
-    if refcount_order >= 3:
-        counts = array(_TYPECODES[refcount_order])
-        counts.frombytes(data)
-        if byteorder == "little":
-            counts.byteswap()
-        return counts
-    bits = 1 << refcount_order
-    mask = (1 << bits) - 1
-    return array("B", [b >> s & mask for b in bytes(data) for s in range(0, 8, bits)])
-
-
-def pack_counts(counts: "array[int]", refcount_order: int) -> bytes:
-    """Return ``counts`` as a refcount block has them on disk."""
-    if refcount_order >= 3:
-        if byteorder == "little":
-            counts = counts[:]
-            counts.byteswap()
-        return counts.tobytes()
-    bits = 1 << refcount_order
-    packed = bytearray(len(counts) * bits // 8)
-    per_byte = 8 // bits
-    for shift in range(per_byte):
-        for i, count in enumerate(counts[shift::per_byte]):
-            packed[i] |= count << (shift * bits)
-    return bytes(packed)
 
 
 class RefcountBlock:
@@ -441,7 +411,7 @@ class Refcounts:
                 await self._grow_table(nb_blocks + nb_new - 1)
         start = nb_blocks * self.block_entries
         for i in range(nb_new):
-            counts = array(_TYPECODES.get(self.order, "B"), [0]) * self.block_entries
+            counts = zero_counts(self.order, self.block_entries)
             for j in range(min(self.block_entries, nb_new - i * self.block_entries)):
                 counts[j] = 1
             block = RefcountBlock(counts)
@@ -463,7 +433,7 @@ class Refcounts:
                 return block
         # All clusters that a missing block covers are free: it describes
         # itself from the first of them.
-        counts = array(_TYPECODES.get(self.order, "B"), [0]) * self.block_entries
+        counts = zero_counts(self.order, self.block_entries)
         counts[0] = 1
         block = RefcountBlock(counts)
         self._keep(block_index, block)
@@ -506,7 +476,7 @@ class Refcounts:
         used = nb_blocks + table_clusters
         blocks = []
         for i in range(nb_blocks):
-            counts = array(_TYPECODES.get(self.order, "B"), [0]) * self.block_entries
+            counts = zero_counts(self.order, self.block_entries)
             for j in range(min(self.block_entries, used - i * self.block_entries)):
                 counts[j] = 1
             blocks.append(RefcountBlock(counts))

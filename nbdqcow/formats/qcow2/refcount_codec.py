@@ -1,10 +1,15 @@
 """Refcount blocks as bytes: entries of 1 to 64 bits, one at a time or all.
 
+``*_counts`` are for a server, which may do without numpy, and ``*_refcounts``
+for those who go through whole images.
+
 Source: qcow2.txt, "Host cluster management". Entries of a byte and more are
 big-endian; of smaller ones the first takes the least significant bits.
 """
 
-from typing import TYPE_CHECKING
+from array import array
+from sys import byteorder
+from typing import TYPE_CHECKING, Final
 
 from nbdqcow.types import Buffer
 
@@ -12,15 +17,44 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+_TYPECODES: Final = {3: "B", 4: "H", 5: "I", 6: "Q"}
 
-def get_refcount(block: Buffer, index: int, order: int) -> int:
-    """Return entry ``index`` of a block whose entries have ``1 << order`` bits."""
+
+def zero_counts(order: int, nb_entries: int) -> "array[int]":
+    """Return the counts of a new block, as `unpack_counts` does."""
+    return array(_TYPECODES.get(order, "B"), [0]) * nb_entries
+
+
+def unpack_counts(data: Buffer, order: int) -> "array[int]":
+    """Return the counts of a refcount block, one array item each.
+
+    Counts narrower than a byte lie in it from the least significant bit up.
+    """
     if order >= 3:
-        width = 1 << (order - 3)
-        return int.from_bytes(block[index * width : (index + 1) * width], "big")
-    per_byte_bits = 3 - order
-    shift = (index & ((1 << per_byte_bits) - 1)) << order
-    return (block[index >> per_byte_bits] >> shift) & ((1 << (1 << order)) - 1)
+        counts = array(_TYPECODES[order])
+        counts.frombytes(data)
+        if byteorder == "little":
+            counts.byteswap()
+        return counts
+    bits = 1 << order
+    mask = (1 << bits) - 1
+    return array("B", [b >> s & mask for b in bytes(data) for s in range(0, 8, bits)])
+
+
+def pack_counts(counts: "array[int]", order: int) -> bytes:
+    """Return ``counts`` as a refcount block has them on disk."""
+    if order >= 3:
+        if byteorder == "little":
+            counts = counts[:]
+            counts.byteswap()
+        return counts.tobytes()
+    bits = 1 << order
+    packed = bytearray(len(counts) * bits // 8)
+    per_byte = 8 // bits
+    for shift in range(per_byte):
+        for i, count in enumerate(counts[shift::per_byte]):
+            packed[i] |= count << (shift * bits)
+    return bytes(packed)
 
 
 def set_refcount(

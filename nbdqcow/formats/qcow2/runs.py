@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nbdqcow.formats.qcow2.entries import NB_SUBCLUSTERS, OFFSET_MASK
 from nbdqcow.formats.qcow2.extents import _MAX_SLICES, _kinds, _load_entries
-from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO_ALLOCATED, Run
+from nbdqcow.types import COMPRESSED, UNALLOCATED, Run
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
@@ -36,7 +36,9 @@ async def runs(image: "Qcow2Driver", offset: int, length: int) -> list[Run]:
     if unit < image.cluster_size:
         inside = np.arange(NB_SUBCLUSTERS, dtype=np.uint64) * np.uint64(unit)
         hosts = (hosts[:, None] + inside).reshape(-1)
-    placed = (kinds == DATA) | (kinds == ZERO_ALLOCATED)
+    placed = np.repeat(
+        (entries & np.uint64(OFFSET_MASK)) != 0, len(kinds) // len(entries)
+    )
     hosts = np.where(placed, hosts, np.uint64(0))
     steps = np.where(placed, np.uint64(unit), np.uint64(0))
     first = (offset & (image.cluster_size - 1)) // unit

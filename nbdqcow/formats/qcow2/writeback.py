@@ -23,7 +23,7 @@ import contextlib
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
-from nbdqcow.formats.qcow2.refcount import pack_counts
+from nbdqcow.formats.qcow2.refcount_codec import pack_counts
 from nbdqcow.formats.words import dump_be64
 
 if TYPE_CHECKING:

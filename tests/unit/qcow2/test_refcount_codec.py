@@ -7,9 +7,10 @@ import pytest
 
 from nbdqcow.formats.qcow2.refcount_codec import (
     filled_block,
-    get_refcount,
+    pack_counts,
     pack_refcounts,
     set_refcount,
+    unpack_counts,
     unpack_refcounts,
 )
 
@@ -25,7 +26,10 @@ def test_single_and_bulk_agree(order, seed):
     block = bytearray(512)
     for index, value in enumerate(values):
         set_refcount(block, index, order, value)
-    assert [get_refcount(block, i, order) for i in range(nb_entries)] == values
+    counts = unpack_counts(block, order)
+    assert counts.tolist()[:nb_entries] == values
+    assert pack_counts(counts, order) == bytes(block)
+    assert unpack_refcounts(block, order).tolist() == counts.tolist()
     assert unpack_refcounts(block, order).tolist() == values
     assert pack_refcounts(np.array(values, np.uint64), order) == bytes(block)
 
