@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
-from urllib.parse import quote
 
 from nbdqcow.block.registry import format_names
 from nbdqcow.errors import ImageError
@@ -289,6 +288,9 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
 
 def _nbd_uri(file: dict[str, str | None]) -> str:
     """Return the URI of the export that options of an NBD client describe."""
+    # Not above: it brings more modules than all of `info` has.
+    from urllib.parse import quote
+
     texts = {key: value or "" for key, value in file.items()}
     kind = texts.pop("server.type", None)
     path = texts.pop("server.path", None) or texts.pop("path", None)

@@ -15,38 +15,47 @@ from nbdqcow.cli.messages import describe, error, printable, program_name
 _COMMANDS: Final = {
     "amend": (
         "nbdqcow.cli.img_amend",
+        "change an image's options, or its passphrases",
         "[--object objectdef] [--image-opts] [-p] [-q] [-f fmt] [-t cache] [--force] "
         "-o options filename",
     ),
     "bench": (
         "nbdqcow.cli.img_bench",
+        "time requests to an image",
         "[-c count] [-d depth] [-f fmt] [--flush-interval=n] [-i aio] [-n] "
         "[--no-drain] [-o offset] [--pattern=byte] [-q] [-s buffer_size] "
         "[-S step_size] [-t cache] [-w] [-U] filename",
     ),
     "bitmap": (
         "nbdqcow.cli.img_bitmap",
+        "add, remove and change an image's dirty bitmaps",
         "(--merge source | --add | --remove | --clear | --enable | --disable)... "
         "[-b source_file [-F source_fmt]] [-g granularity] [--object objectdef] "
         "[--image-opts | -f fmt] filename bitmap",
     ),
     "check": (
         "nbdqcow.cli.img_check",
-        "[-q] [-f fmt] [--output=human|json] [-r leaks|all] [-U] filename",
+        "look for errors in an image's tables, and repair them",
+        "[--object objectdef] [--image-opts] [-q] [-f fmt] [--output=human|json] "
+        "[-r leaks|all] [-T src_cache] [-U] filename",
     ),
     "commit": (
         "nbdqcow.cli.img_commit",
+        "write what an image has into its backing file",
         "[--object objectdef] [--image-opts] [-q] [-f fmt] [-t cache] [-b base] "
         "[-r rate_limit] [-d] [-p] filename",
     ),
     "compare": (
         "nbdqcow.cli.img_compare",
+        "tell whether two disks have the same content",
         "[--object objectdef] [--image-opts] [-f fmt] [-F fmt] [-T src_cache] [-pqsU] "
         "filename1 filename2",
     ),
     "convert": (
         "nbdqcow.cli.img_convert",
-        "[--target-image-opts] [--target-is-zero] [--bitmaps "
+        "copy disks into a new image; - is standard input or output",
+        "[--object objectdef] [--image-opts] [--target-image-opts] [--target-is-zero] "
+        "[--bitmaps "
         "[--skip-broken-bitmaps]] [--salvage] [-cCnpqUW] [-f fmt] [-O output_fmt] "
         "[-t cache] [-T src_cache] [-B backing_file [-F backing_fmt]] [-o options] "
         "[-l snapshot] [-S sparse_size] [-r rate_limit] [-m num_coroutines] "
@@ -54,51 +63,61 @@ _COMMANDS: Final = {
     ),
     "create": (
         "nbdqcow.cli.img_create",
-        "[-q] [-f fmt] [-b backing_file [-F backing_fmt]] [-u] [-o options] "
-        "filename [size]",
+        "make an empty image",
+        "[--object objectdef] [-q] [-f fmt] [-b backing_file [-F backing_fmt]] [-u] "
+        "[-o options] filename [size]",
     ),
     "dd": (
         "nbdqcow.cli.img_dd",
+        "copy a part of a disk into a new image",
         "[--image-opts] [-U] [-f fmt] [-O output_fmt] [bs=block_size] [count=blocks] "
         "[skip=blocks] if=input of=output",
     ),
     "info": (
         "nbdqcow.cli.img_info",
-        "[-f fmt] [--output=human|json] [--backing-chain] [-U] filename",
+        "show what an image says of itself",
+        "[--object objectdef] [--image-opts] [-f fmt] [--output=human|json] "
+        "[--backing-chain] [-U] filename",
     ),
     "map": (
         "nbdqcow.cli.img_map",
+        "show what is where in an image and its backing files",
         "[--object objectdef] [--image-opts] [-f fmt] [--start-offset=offset] "
         "[--max-length=length] [--output=human|json | --picture=file.svg|file.png] "
         "[-U] filename",
     ),
     "measure": (
         "nbdqcow.cli.img_measure",
+        "tell how large a new image would be",
         "[--output=human|json] [-O output_fmt] [-o options] [--size N | "
         "[--object objectdef] [--image-opts] [-f fmt] [-l snapshot] filename]",
     ),
     "rebase": (
         "nbdqcow.cli.img_rebase",
+        "give an image another backing file",
         "[--object objectdef] [--image-opts] [-U] [-q] [-f fmt] [-t cache] "
         "[-T src_cache] [-p] [-u] -b backing_file [-F backing_fmt] filename",
     ),
     "rename": (
         "nbdqcow.cli.img_rename",
+        "move an image; what leads to its backing file is kept right",
         "[--object objectdef] [--image-opts] [-f fmt] filename new_filename",
     ),
     "resize": (
         "nbdqcow.cli.img_resize",
+        "make a disk larger or smaller",
         "[--object objectdef] [--image-opts] [-f fmt] [--preallocation=mode] [-q] "
         "[--shrink] filename [+|-]size",
     ),
     "snapshot": (
         "nbdqcow.cli.img_snapshot",
+        "list, make, apply and delete internal snapshots",
         "[--object objectdef] [--image-opts] [-U] [-q] [-l | -a snapshot | "
         "-c snapshot | -d snapshot] filename",
     ),
 }
 """Commands by name: the module, whose ``run(arguments)`` returns the exit
-status, and its arguments for ``--help``."""
+status; what it is for, and its arguments for ``--help``."""
 
 _INTERRUPTED: Final = 130
 _GC_THRESHOLD: Final = 100_000
@@ -175,8 +194,9 @@ def print_help() -> None:
     print_version()
     print(f"usage: {program_name()} [-h | -V] command [options]\n")
     print("Create, describe and check disk images.\n\nCommands:")
-    for name, (_, arguments) in sorted(_COMMANDS.items()):
-        print(f"  {name} {arguments}")
+    for name, (_, purpose, arguments) in sorted(_COMMANDS.items()):
+        # Some look for a command's arguments in the line that begins with it.
+        print(f"  {name} {arguments}\n      {purpose}")
     print(
         "\nOptions are those of qemu-img. A size is in bytes, or takes one of the\n"
         "suffixes k, M, G, T, P and E. '-o help' lists what a format can be told.\n"

@@ -1,5 +1,6 @@
 """``nbdqcow-img map``: what is where in the chain of an image."""
 
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Final
@@ -13,6 +14,7 @@ from nbdqcow.cli.img_options import (
     wants_json,
 )
 from nbdqcow.cli.img_run import run_command
+from nbdqcow.cli.messages import is_our_name
 from nbdqcow.errors import ImageError, UsageError
 from nbdqcow.jobs.map import HAS_DATA, HAS_OFFSET, IS_PRESENT, IS_ZERO, Row, map_disk
 from nbdqcow.jobs.status import disk_size
@@ -69,7 +71,14 @@ async def _map(
         end = min(disk_size(node), start + length)
         write("[" if json else f"{'Offset':16}{'Length':16}{'Mapped to':16}File\n")
         separator = ""
+        bar = None
+        if not json and start < end and sys.stdout.isatty() and is_our_name():
+            from nbdqcow.cli.map_bar import MapBar
+
+            bar = MapBar(start, end, shutil.get_terminal_size().columns)
         async for rows in map_disk(node, start, end):
+            if bar is not None:
+                bar.add(rows)
             lines = json_lines(rows) if json else human_lines(rows)
             if lines and json:
                 write(separator + ",\n".join(lines))
@@ -79,6 +88,8 @@ async def _map(
         if json and start >= end:
             write(_NOTHING % start)
         write("]\n" if json else "")
+        if bar is not None:
+            write(str(bar))
     finally:
         sys.stdout.flush()
         await node.close()

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from nbdqcow.cli.messages import program_name
+from nbdqcow.cli.messages import is_our_name
 
 _PATIENCE: Final = 1.0
 """Seconds that a command may take before a terminal hears how far it is."""
@@ -34,10 +34,7 @@ class ProgressLine:
         self._started = time.monotonic()
         self._is_asked = False
         self._watched = (
-            not self._shown
-            and not quiet
-            and sys.stderr.isatty()
-            and program_name() != "qemu-img"
+            not self._shown and not quiet and sys.stderr.isatty() and is_our_name()
         )
         self._has_line = False
 

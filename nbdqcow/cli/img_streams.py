@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from typing import Final
 
-from nbdqcow.cli.messages import program_name
+from nbdqcow.cli.messages import is_our_name
 from nbdqcow.errors import ImageError
 from nbdqcow.jobs.zeroes import is_zero
 from nbdqcow.pool import Pool
@@ -26,7 +26,7 @@ _OUTPUT: Final = 1
 
 def is_stream(name: str) -> bool:
     """Whether a name means a stream: to qemu-img it is a file's."""
-    return name == "-" and program_name() != "qemu-img"
+    return name == "-" and is_our_name()
 
 
 def room_beside(target: str) -> str:

@@ -14,6 +14,12 @@ def program_name() -> str:
     return "nbdqcow" if name in ("__main__.py", "-c", "") else name
 
 
+def is_our_name() -> bool:
+    """Whether we go by our own name: if not, we stand in for qemu-img, and do
+    nothing that it does not do."""
+    return program_name() != "qemu-img"
+
+
 def error(text: str) -> None:
     """Print an error to stderr."""
     print(f"{program_name()}: {printable(text)}", file=sys.stderr, flush=True)

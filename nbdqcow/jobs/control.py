@@ -146,8 +146,9 @@ class Flight:
     def _end(self, task: "asyncio.Task[None]") -> None:
         self._running.discard(task)
         # A task that waited for one that failed was cancelled by it.
-        if not task.cancelled() and self._error is None:
-            self._error = task.exception()
+        if not task.cancelled():
+            error = task.exception()
+            self._error = self._error or error
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 

@@ -1,6 +1,7 @@
 """Jobs on disks in memory: what they copy, find, report, and leave behind."""
 
 import asyncio
+import gc
 import itertools
 import random
 
@@ -223,6 +224,25 @@ async def test_the_first_of_several_failures_is_told():
                 await flight.add(work(number))
             await flight.drain()
     assert sorted(ended) == [0, 1, 2]
+
+
+async def test_the_other_failures_are_no_warnings():
+    told = []
+    asyncio.get_running_loop().set_exception_handler(lambda *given: told.append(given))
+
+    async def work():
+        raise OSError(5, "failed")
+
+    with pytest.raises(OSError, match="failed"):
+        async with Flight(3) as flight:
+            for _ in range(3):
+                await flight.add(work())
+            await flight.drain()
+    # Whoever forgets a failed task hears of it when the task goes.
+    del flight
+    await asyncio.sleep(0)
+    gc.collect()
+    assert told == []
 
 
 async def test_a_flight_runs_so_many_at_a_time():

@@ -607,6 +607,12 @@ def test_a_locked_image(pristine, tmp_path):
         holder.communicate()
 
 
+COMMANDS = (
+    "amend bench bitmap check commit compare convert create dd info map measure "
+    "rebase rename resize snapshot"
+)
+
+
 def test_version_and_help():
     for option in ("--version", "-V", "--vers"):
         status, out, _ = run_ours(option, REPOSITORY)
@@ -615,6 +621,8 @@ def test_version_and_help():
         status, out, _ = run_ours(line, REPOSITORY)
         assert status == 0
         assert b"usage: qemu-img" in out
+        for name in COMMANDS.split():
+            assert re.search(rf"^  {name} .*\n      [a-z]", out.decode(), re.M)
 
 
 def test_a_closed_pipe_is_no_traceback(pristine):

@@ -1,11 +1,13 @@
-"""`convert` from standard input and to standard output."""
+"""`convert` from standard input and to standard output, and `map` at a terminal."""
 
 import os
+import pty
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,28 @@ def test_waiting_for_a_pipe_can_be_interrupted(directory, arguments, number):
         process.send_signal(number)
         assert process.wait(60) == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     assert sorted(os.listdir(directory)) == before
+
+
+def test_map_draws_a_bar_at_a_terminal_only(directory):
+    command = [sys.executable, "-m", "nbdqcow.cli.img", "map", "disk.qcow2"]
+    piped = subprocess.run(
+        command, cwd=directory, env=ENVIRONMENT, capture_output=True, timeout=60,
+        check=True,
+    ).stdout  # fmt: skip
+    assert piped == run_ours("map disk.qcow2", directory)[1]
+    ours, theirs = pty.openpty()
+    # As lines would come from a pipe.
+    attributes = termios.tcgetattr(theirs)
+    attributes[1] &= ~termios.OPOST
+    termios.tcsetattr(theirs, termios.TCSANOW, attributes)
+    environment = ENVIRONMENT | {"COLUMNS": "32"}
+    subprocess.run(
+        command, cwd=directory, env=environment, stdout=theirs, timeout=60, check=True
+    )
+    shown = os.read(ours, 1 << 16)
+    os.close(ours)
+    os.close(theirs)
+    assert shown.startswith(piped)
+    bar, legend = shown.removeprefix(piped).decode().splitlines()
+    assert bar == "[" + 10 * "#" + 19 * "." + "#]"
+    assert legend.startswith("# data ")

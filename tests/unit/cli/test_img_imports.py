@@ -9,7 +9,10 @@ import pytest
 from tests.builder import ImageBuilder
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-HEAVY = {"asyncio", "numpy", "cryptography", "click", "uvloop", "argparse", "json"}
+HEAVY = {
+    *("asyncio", "numpy", "cryptography", "click", "uvloop", "argparse", "json"),
+    *("urllib.parse", "ipaddress"),
+}
 
 
 @pytest.mark.parametrize(
