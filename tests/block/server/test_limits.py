@@ -155,7 +155,7 @@ async def test_who_waits_for_a_server_that_was_held_up_stays(tmp_path, caplog):
         for _ in range(3):
             slow.writer.write(slow.request(nbd.CMD_READ, 0, 4 * MiB))
         await slow.reader.read(256 * KiB)
-        time.sleep(1)  # noqa: ASYNC251: the whole loop stands still
+        time.sleep(1)  # the whole loop stands still
         assert await quiet.read(0, 512) == node.data[:512]
         assert "closed" not in caplog.text
 
