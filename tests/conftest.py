@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -42,6 +43,12 @@ STOP_SECONDS = 30.0
 
 
 # -- the rules of a run --------------------------------------------------------
+
+
+def pytest_configure() -> None:
+    # A shell has its background jobs ignore it, and so would all the programs
+    # under test, those that are to be interrupted too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:

@@ -136,9 +136,11 @@ def test_style_options_with_data(option, length):
 
 
 def export_flags(data, name=""):
-    *_, export_info, ack = parse_replies(run(data + info(name))[1])
+    *replies, ack = parse_replies(run(data + info(name))[1])
     assert ack.reply == ACK
-    return codec.INFO_EXPORT.unpack(export_info.data)[2]
+    told = [reply.data for reply in replies if reply.reply == nbd.REP_INFO]
+    (export_info,) = (d for d in told if d[:2] == nbd.INFO_EXPORT.to_bytes(2))
+    return codec.INFO_EXPORT.unpack(export_info)[2]
 
 
 def test_flags_follow_what_was_negotiated():
