@@ -2,7 +2,8 @@
 # included (tools/setup-system.sh). PYTHON=... names the interpreter for .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types check bench differential-long safety fuzz soak clean setup-serve setup-test
+.PHONY: help serve test lint types check bench bench-img conformance iotests \
+ differential-long safety fuzz soak clean setup-serve setup-test
 
 BIN := .venv/bin
 IMAGE ?= var/disk.qcow2
@@ -11,6 +12,8 @@ PYTEST := $(BIN)/python -m pytest
 # Tests wait for other programs now and then: one more than there are processors.
 JOBS ?= $(shell echo $$(($$(nproc) + 1)))
 PARALLEL := -n $(JOBS) --dist worksteal
+# What runs at length takes longer than a test of `make test` may.
+LONG := --timeout 7200 -o faulthandler_timeout=0
 export PYTHON
 
 help:  ## this list
@@ -50,10 +53,13 @@ bench-img: setup-test  ## the image tool's commands beside qemu-img
 	$(BIN)/python -m bench.img $(BENCH)
 
 conformance: setup-test  ## every command line of the image tool beside qemu-img
-	$(PYTEST) $(PARALLEL) tests/interop/test_img_commands.py
+	$(PYTEST) $(PARALLEL) $(LONG) tests/interop/test_img_commands.py
+
+iotests: setup-test  ## QEMU's own block tests with our programs in the place of QEMU's
+	$(BIN)/python -m tests.iotests $(IOTESTS)
 
 differential-long: setup-test  ## the differential tests for hours rather than minutes
-	$(PYTEST) -m slow tests/differential
+	$(PYTEST) $(LONG) -m slow tests/differential
 
 SAFETY := tests/crash tests/faults tests/kills tests/adversity tests/fuzz \
     tests/interleavings tests/hostile tests/differential
@@ -62,7 +68,7 @@ SAFETY_FUZZ_SECONDS ?= 20
 SOAK_SECONDS ?= 7200
 
 safety: setup-test  ## every proof of safety at length (about an hour), see docs/safety.md
-	$(PYTEST) $(PARALLEL) -q $(SAFETY)
+	$(PYTEST) $(PARALLEL) $(LONG) -q $(SAFETY)
 	$(BIN)/python -m tests.fuzz --seconds $(SAFETY_FUZZ_SECONDS)
 
 fuzz: setup-test  ## each parser on changed input for FUZZ_SECONDS (60); atheris if installed

@@ -1,0 +1,181 @@
+"""``python -m tests.iotests [--format F] [--jobs N] [NAME ...]``: QEMU's own tests.
+
+QEMU's block tests (its ``tests/qemu-iotests``) are run twice: with QEMU's programs,
+and with ours in the place of qemu-img and qemu-nbd. What passes with QEMU's on
+this machine has to pass with ours; `KNOWN` has the exceptions with their reasons.
+The tests themselves are fetched (`tools/iotests-sources.sh`) and not a part of
+this project. Takes half an hour for qcow2.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
+from pathlib import Path
+from threading import get_ident
+from typing import Final
+
+REPOSITORY: Final = Path(__file__).resolve().parent.parent
+SOURCES: Final = REPOSITORY / "var/iotests"
+TIMEOUT: Final = 300.0
+"""Seconds for one test."""
+
+KNOWN: Final[Mapping[str, str]] = {}
+"""What does not pass with ours, on purpose: its name, and why."""
+
+_TCG: Final = """\
+#!/bin/bash
+# Distributions build QEMU without the qtest accelerator: another stands for it.
+arguments=()
+for argument in "$@"; do
+    [ "$argument" = qtest ] && argument=tcg
+    arguments+=("$argument")
+done
+exec -a qemu-system-x86_64 "$QEMU_REAL" "${arguments[@]}"
+"""
+
+
+class Outcome(Enum):
+    """How a test ended; its value is what is printed."""
+
+    PASSED = "pass"
+    FAILED = "fail"
+    NOT_RUN = "not run"
+    TIMED_OUT = "timeout"
+
+
+class Programs:
+    """The programs that the tests are to use, as environment variables."""
+
+    def __init__(self, directory: Path) -> None:
+        qemu = _find("qemu-system-x86_64")
+        self.qemus = {
+            "QEMU_PROG": qemu,
+            "QEMU_IO_PROG": _find("qemu-io"),
+            "QSD_PROG": _find("qemu-storage-daemon"),
+            "QEMU_IMG_PROG": _find("qemu-img"),
+            "QEMU_NBD_PROG": _find("qemu-nbd"),
+            "QEMU_REAL": qemu,
+        }
+        accelerators = subprocess.check_output([qemu, "-accel", "help"], text=True)
+        if "qtest" not in accelerators.split():
+            wrapper = directory / "qemu"
+            wrapper.write_text(_TCG)
+            wrapper.chmod(0o755)
+            self.qemus["QEMU_PROG"] = str(wrapper)
+        self.ours = dict(self.qemus)
+        for variable, name, script in (
+            ("QEMU_IMG_PROG", "qemu-img", "nbdqcow-img"),
+            ("QEMU_NBD_PROG", "qemu-nbd", "nbdqcow-nbd"),
+        ):
+            link = directory / name
+            link.symlink_to(Path(sys.executable).parent / script)
+            self.ours[variable] = str(link)
+
+
+def _find(program: str) -> str:
+    path = shutil.which(program)
+    if path is None:
+        raise SystemExit(f"iotests: {program} is needed (`make test` installs it)")
+    return path
+
+
+def run(
+    name: str, format_: str, programs: Mapping[str, str], work: Path
+) -> tuple[Outcome, str]:
+    """Run one test in a directory of its own; returns what it printed, too."""
+    # A copy for each thread: some tests write beside themselves.
+    sources = work / f"sources-{get_ident()}"
+    if not sources.exists():
+        shutil.copytree(SOURCES, sources, symlinks=True)
+    with tempfile.TemporaryDirectory(prefix="iot-", dir=work) as directory:
+        scratch, sockets = Path(directory, "scratch"), Path(directory, "s")
+        scratch.mkdir()
+        sockets.mkdir()
+        places = {"TEST_DIR": str(scratch), "SOCK_DIR": str(sockets)}
+        with subprocess.Popen(
+            ["./check", f"-{format_}", name],
+            cwd=sources / "tests/qemu-iotests",
+            env={**os.environ, **programs, **places},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        ) as process:
+            try:
+                output, _ = process.communicate(timeout=TIMEOUT)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                return Outcome.TIMED_OUT, ""
+    if process.returncode:
+        return Outcome.FAILED, output
+    if "\nNot run: " in output:
+        return Outcome.NOT_RUN, output
+    return Outcome.PASSED, output
+
+
+def all_names() -> list[str]:
+    """Return the names of the tests, as `check` takes them."""
+    place = SOURCES / "tests/qemu-iotests"
+    numbers = (path.name for path in place.glob("[0-9][0-9][0-9]"))
+    others = (
+        path.name
+        for path in (place / "tests").iterdir()
+        if "." not in path.name and os.access(path, os.X_OK)
+    )
+    return sorted(numbers) + sorted(others)
+
+
+def main() -> int:
+    """Run what is asked for; 1 if something passes with QEMU's programs alone."""
+    parser = argparse.ArgumentParser(prog="python -m tests.iotests")
+    parser.add_argument("--format", default="qcow2", choices=["qcow2", "qcow", "raw"])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    options = parser.parse_args()
+    subprocess.run([REPOSITORY / "tools/iotests-sources.sh", SOURCES], check=True)
+    names = options.names or all_names()
+    with (
+        tempfile.TemporaryDirectory(prefix="iot-") as directory,
+        ThreadPoolExecutor(options.jobs) as pool,
+    ):
+        work = Path(directory)
+        programs = Programs(work)
+
+        def both(name: str) -> tuple[Outcome, Outcome, str]:
+            qemus, _ = run(name, options.format, programs.qemus, work)
+            if qemus is not Outcome.PASSED:
+                return qemus, qemus, ""
+            return (qemus, *run(name, options.format, programs.ours, work))
+
+        nb_passed = nb_counted = nb_wrong = 0
+        for name, (qemus, ours, output) in zip(
+            names, pool.map(both, names), strict=True
+        ):
+            if qemus is not Outcome.PASSED:
+                print(f"{name}: {qemus.value} with QEMU's programs, not counted")
+                continue
+            nb_counted += 1
+            nb_passed += ours is Outcome.PASSED
+            known = KNOWN.get(name)
+            print(f"{name}: {ours.value}{f' ({known})' if known else ''}", flush=True)
+            if ours is not Outcome.PASSED and known is None:
+                nb_wrong += 1
+                print(output[output.find("\n--- ") + 1 :])
+    print(
+        f"{options.format}: of {nb_counted} tests that pass with QEMU's programs, "
+        f"{nb_passed} pass with ours; {nb_wrong} of the others are not explained"
+    )
+    return 1 if nb_wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
