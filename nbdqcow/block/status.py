@@ -71,8 +71,10 @@ async def block_status(
     """Return at most ``limit`` extents from ``offset`` on.
 
     Together they may cover less than ``length`` (at least a byte) and never
-    more.
+    more; there are none of no bytes.
     """
+    if not length:
+        return _no_extents()
     import numpy as np
 
     own = await node.driver.extents(offset, length, limit)
@@ -87,6 +89,14 @@ async def block_status(
     return _coalesce(merged, limit)
 
 
+def _no_extents() -> Extents:
+    import numpy as np
+
+    return Extents(
+        np.empty(0, np.uint64), np.empty(0, np.uint8), np.empty(0, np.uint32)
+    )
+
+
 async def _below(backing: "Node", offset: int, length: int, limit: int) -> Extents:
     """Return the status of a backing node, with zeroes behind its end."""
     import numpy as np
@@ -95,9 +105,7 @@ async def _below(backing: "Node", offset: int, length: int, limit: int) -> Exten
     if inside:
         below = await block_status(backing, offset, inside, limit)
     else:
-        below = Extents(
-            np.empty(0, np.uint64), np.empty(0, np.uint8), np.empty(0, np.uint32)
-        )
+        below = _no_extents()
     if inside < length and int(below.lengths.sum()) == inside:
         below = Extents(
             np.append(below.lengths, np.uint64(length - inside)),

@@ -9,7 +9,7 @@ Source: qcow2.txt, "Header", "Feature name table".
 
 import errno
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from nbdqcow.block.tools import OptionValue, Progress
@@ -23,7 +23,7 @@ from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.header_update import update_header
 from nbdqcow.formats.qcow2.refcount_width import change_refcount_width
 from nbdqcow.formats.qcow2.snapshot import read
-from nbdqcow.formats.qcow2.snapshot_table import pack_extra, pack_snapshots
+from nbdqcow.formats.qcow2.snapshot_table import pack_snapshots
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
@@ -239,12 +239,7 @@ async def _complete_snapshots(image: "Qcow2Driver") -> None:
     snapshots, old_length = await read(image)
     if all(one.complete for one in snapshots):
         return
-    completed = []
-    for one in snapshots:
-        size = image.size if one.disk_size is None else one.disk_size
-        info = one.info
-        extra = pack_extra(info.vm_state_length, size, info.icount)
-        completed.append(replace(one, disk_size=size, extra=extra))
+    completed = [one.completed(image.size) for one in snapshots]
     generation = Generation(image)
     old_l1_length = len(image.tables.l1) * 8
     try:

@@ -11,20 +11,33 @@ parts of the file that anything refers to.
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from nbdqcow.block.steps import Flush, Read, Steps, Write
-from nbdqcow.block.tools import REPAIR_ALL, REPAIR_NONE, CheckResult, Report
+from nbdqcow.block.tools import (
+    REPAIR_ALL,
+    REPAIR_LEAKS,
+    REPAIR_NONE,
+    CheckResult,
+    Report,
+)
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2.copied import check_copied_flags
 from nbdqcow.formats.qcow2.entries import REFTABLE_OFFSET_MASK, REFTABLE_RESERVED_MASK
 from nbdqcow.formats.qcow2.header import Header, needed
-from nbdqcow.formats.qcow2.rebuild import rebuild_refcounts
+from nbdqcow.formats.qcow2.rebuild import choose_clusters, rebuild_refcounts
 from nbdqcow.formats.qcow2.refcount_codec import pack_refcounts, unpack_refcounts
 from nbdqcow.formats.qcow2.references import References, count_references
+from nbdqcow.formats.qcow2.snapshot_check import (
+    LoadedSnapshots,
+    load_snapshots,
+    write_snapshot_fields,
+)
+from nbdqcow.formats.qcow2.snapshot_table import pack_snapshots
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -54,17 +67,21 @@ def check_image(
     if needed(head) > len(head):
         head = bytes((yield Read(0, needed(head))))
     header = Header.parse(head, for_check=True)
-    if header.nb_snapshots > h.MAX_SNAPSHOTS:
-        raise ImageError("ERROR snapshot table too large")
-    if header.snapshots_offset % header.cluster_size:
-        raise ImageError("ERROR snapshot table offset invalid")
     if file_length >> header.cluster_bits >= MAX_CLUSTERS:
         raise ImageError(
             f"The file has too many clusters to be checked: more than {MAX_CLUSTERS}"
         )
     try:
-        check = _Check(header, file_length, repair, _limited(report), can_grow)
-        return (yield from check.run())
+        report = _limited(report)
+        snapshots = yield from load_snapshots(header, repair, report)
+        check = _Check(header, file_length, repair, report, can_grow)
+        result = yield from check.run(snapshots)
+        sound = not result.corruptions and not result.check_errors
+        result.corruptions += snapshots.nb_bad
+        if snapshots.nb_bad and repair == REPAIR_ALL and sound:
+            yield from check.rewrite_snapshots(snapshots)
+        result.corruptions_fixed += snapshots.nb_fixed
+        return result
     except MemoryError:
         raise ImageError(
             "There is not enough memory to check a file of "
@@ -118,10 +135,12 @@ class _Check:
         self.blocks: dict[int, int] = {}
         self.rebuild = False
 
-    def run(self) -> Steps[CheckResult]:
+    def run(self, snapshots: LoadedSnapshots) -> Steps[CheckResult]:
         result = self.result
         result.total_clusters = -(-self.header.size // self.header.cluster_size)
-        l1 = yield from count_references(self.header, self.references)
+        l1 = yield from count_references(
+            self.header, self.references, snapshots.entries, snapshots.table_length
+        )
         found_in_tables = result.corruptions
         yield from self._load_refcounts()
         self._count_refcount_structures()
@@ -140,9 +159,46 @@ class _Check:
         yield from check_copied_flags(
             self.header, l1, self.refcounts, repair_flags, self.report, result
         )
-        if self.repair and not result.corruptions and not result.check_errors:
+        wrong = result.corruptions or result.check_errors
+        if snapshots.nb_bad and self.repair != REPAIR_ALL:
+            wrong = True
+        if self.repair and not wrong:
             yield from self._clear_marks()
         return result
+
+    def rewrite_snapshots(self, snapshots: LoadedSnapshots) -> Steps[None]:
+        """Write the table of a sound image anew, with complete entries.
+
+        The refcount structures are made anew with it; what was in the old
+        table's place, and in theirs, is free in the end.
+        """
+        header, nothing = self.header, _limited(lambda _: None)
+        fresh = _Check(header, self.file_length, REPAIR_NONE, nothing, self._can_grow)
+        yield from fresh.run(snapshots)
+        table = pack_snapshots(
+            [one.completed(header.size) for one in snapshots.entries]
+        )
+        nb_needed = -(-len(table) // header.cluster_size)
+        free = None if self._can_grow else fresh._free_clusters()
+        place = fresh.references.nb_clusters
+        place += bool(fresh.references.counts[place])
+        if free is not None:
+            place, _ = choose_clusters(free, nb_needed, 0)
+            free = free[(free < place) | (free >= place + nb_needed)]
+        counts, _ = fresh.references.without_refcount_structures()
+        first = max(len(counts), place + nb_needed)
+        counts = np.pad(counts, (0, first - len(counts)))
+        counts[place : place + nb_needed] = 1
+        offset = place << header.cluster_bits
+        yield Write(offset, table)
+        end = yield from rebuild_refcounts(header, counts, first, free)
+        header.nb_snapshots, header.snapshots_offset = len(snapshots.entries), offset
+        yield from write_snapshot_fields(header)
+        end = max(end, self.file_length, offset + len(table))
+        last = _Check(header, end, REPAIR_LEAKS, nothing, self._can_grow)
+        yield from last.run(replace(snapshots, table_length=len(table), nb_bad=0))
+        snapshots.nb_fixed += snapshots.nb_bad
+        self.result.corruptions -= snapshots.nb_bad
 
     # -- refcounts on disk -------------------------------------------------
 
@@ -314,7 +370,8 @@ class _Check:
             result.leaks_fixed += result.leaks
             result.leaks = 0
         freed = [(cluster, int(counts[cluster])) for cluster in places]
-        yield from rebuild_refcounts(self.header, counts, first, free)
+        end = yield from rebuild_refcounts(self.header, counts, first, free)
+        self.file_length = max(self.file_length, end)
         self.refcounts = counts
         for cluster, nb in () if self.references.incomplete else freed:
             # Told one by one, as QEMU does; not findings, and not counted.

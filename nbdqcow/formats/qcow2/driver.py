@@ -204,7 +204,7 @@ class Qcow2Driver(Operations):
         header.check_supported(read_only=read_only)
         settings = Settings.parse(options, header)
         if header.dirty and not read_only:
-            header = await repair_dirty(storage)
+            header = await repair_dirty(storage, header)
         wanted_snapshot = options.get("snapshot")
         if wanted_snapshot is not None:
             if not read_only:

@@ -67,6 +67,8 @@ L1_FIELDS_OFFSET: Final = 36
 """``l1_size`` (u32), ``l1_table_offset`` (u64)."""
 REFTABLE_FIELDS_OFFSET: Final = 48
 """``refcount_table_offset`` (u64), ``refcount_table_clusters`` (u32)."""
+SNAPSHOT_FIELDS_OFFSET: Final = 60
+"""``nb_snapshots`` (u32), ``snapshots_offset`` (u64)."""
 INCOMPATIBLE_FEATURES_OFFSET: Final = 72
 AUTOCLEAR_FEATURES_OFFSET: Final = 88
 REFCOUNT_ORDER_OFFSET: Final = 96

@@ -26,7 +26,7 @@ def rebuild_refcounts(
     counts: "npt.NDArray[np.uint32]",
     first: int,
     free: "npt.NDArray[np.int64] | None" = None,
-) -> Steps[None]:
+) -> Steps[int]:
     """Write a refcount table and blocks for ``counts``.
 
     ``counts`` has the references to each cluster, without those to refcount
@@ -34,7 +34,8 @@ def rebuild_refcounts(
     included, that is from cluster ``first`` on; into a file that can't grow,
     to some of the clusters ``free``, ascending, which nothing uses. The old
     structures stay in place until the header names the new ones, in one write;
-    their clusters are free then. Changes ``header``. Raises `ImageError`.
+    their clusters are free then. Changes ``header``; returns the offset of the
+    new structures' end. Raises `ImageError`.
     """
     limit = (1 << header.refcount_bits) - 1
     if int(counts.max()) > limit:
@@ -66,6 +67,7 @@ def rebuild_refcounts(
     end = start + 12 if header.version < 3 else h.REFCOUNT_ORDER_OFFSET + 4
     yield Write(start, header.pack_fields()[start:end])
     yield Flush()
+    return (int(new[-1]) + 1) << header.cluster_bits
 
 
 def _used_blocks(counts: "npt.NDArray[np.uint32]", per_block: int) -> set[int]:
@@ -116,7 +118,7 @@ def _lay_out(
                 range(first + table_clusters, first + table_clusters + len(blocks))
             )
         else:
-            table, places = _choose(free, table_clusters, len(blocks))
+            table, places = choose_clusters(free, table_clusters, len(blocks))
         clusters = (*range(table, table + table_clusters), *places)
         needed = blocks | {cluster // per_block for cluster in clusters}
         wanted = -(-(max(needed) + 1) * 8 // header.cluster_size)
@@ -130,7 +132,7 @@ def _lay_out(
         table_clusters = max(wanted, table_clusters)
 
 
-def _choose(
+def choose_clusters(
     free: "npt.NDArray[np.int64]", table_clusters: int, nb_blocks: int
 ) -> tuple[int, list[int]]:
     """Choose adjacent clusters for the table, and others for the blocks."""

@@ -5,7 +5,7 @@ L1 entries or snapshots share is read once and counts as often as it is
 referred to.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
@@ -29,7 +29,7 @@ from nbdqcow.formats.qcow2.entries import (
     is_sound,
 )
 from nbdqcow.formats.qcow2.header import Header
-from nbdqcow.formats.qcow2.snapshot_table import Snapshot, read_snapshots
+from nbdqcow.formats.qcow2.snapshot_table import Snapshot
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -142,27 +142,29 @@ class References:
         return self.counts, sorted(clusters)
 
 
-def count_references(header: Header, references: References) -> Steps["Entries"]:
+def count_references(
+    header: Header,
+    references: References,
+    snapshots: Sequence[Snapshot],
+    snapshots_length: int,
+) -> Steps["Entries"]:
     """Count all references but those to refcount structures.
 
+    ``snapshots_length`` is that of their table in bytes.
     Returns the active L1 table.
     """
     references.count_range(0, header.cluster_size)
     references.count_range(header.l1_table_offset, header.l1_size * 8)
     l1 = yield from read_table(header.l1_table_offset, header.l1_size)
-    snapshots, table_length = yield from read_snapshots(header)
     tables = _L2Tables(header, references)
     active = tables.add_l1(l1)
-    for index, snapshot in enumerate(snapshots):
-        if header.version >= 3 and not snapshot.complete:
-            references.bad(f"ERROR snapshot table entry {index} is incomplete")
     before = references.result.corruptions
     for snapshot in snapshots:
         yield from _add_snapshot(header, references, tables, snapshot)
     references.incomplete |= references.result.corruptions != before
     yield from tables.count(active)
     if snapshots:
-        references.count_range(header.snapshots_offset, table_length)
+        references.count_range(header.snapshots_offset, snapshots_length)
     crypto = header.extension(h.EXT_CRYPTO)
     if crypto is not None and len(crypto) >= 16:
         references.count_range(

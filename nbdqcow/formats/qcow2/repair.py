@@ -11,18 +11,21 @@ from nbdqcow.block.tools import REPAIR_ALL
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.formats.qcow2.header import Header
+from nbdqcow.formats.qcow2.snapshot_table import read_snapshots
 
 log = logging.getLogger(__name__)
 
 
-async def repair_dirty(storage: StorageDriver) -> Header:
-    """Make the refcounts right, clear the mark, and return the header.
+async def repair_dirty(storage: StorageDriver, header: Header) -> Header:
+    """Make the refcounts right, clear the mark, and return the new header.
 
     Raises `ImageError` if more is wrong than that.
     """
     # It brings numpy, which other images need not pay.
     from nbdqcow.formats.qcow2.check import check_image
 
+    # One that can't be read whole must not be shortened by just opening an image.
+    await run_steps(read_snapshots(header), storage)
     log.warning("%s: it was not closed: repairing refcounts", storage.filename)
     steps = check_image(
         storage.length, REPAIR_ALL, log.debug, can_grow=storage.zero_beyond_end

@@ -85,7 +85,7 @@ async def create(
         kept = header.l1_entries_needed if vm_state_length else len(old_l1)
         generation = Generation(image)
         try:
-            table = _pack([*snapshots, taken])
+            table = _pack(image, [*snapshots, taken])
             await generation.reserve(
                 nb_l2_tables=_nb_tables(old_l1),
                 nb_l1_entries=len(old_l1),
@@ -122,7 +122,7 @@ async def apply(image: "Qcow2Driver", id_or_name: str) -> None:
                 raise BlockError(errno.EFBIG, "the snapshot's L1 table is too large")
             nb_entries = max(nb_entries, needed)
             l1.extend([0] * (nb_entries - len(l1)))
-            table = _pack(snapshots)
+            table = _pack(image, snapshots)
             await generation.reserve(
                 nb_l2_tables=_nb_tables(l1),
                 nb_l1_entries=nb_entries,
@@ -150,7 +150,7 @@ async def delete(image: "Qcow2Driver", id_or_name: str) -> None:
         generation = Generation(image)
         try:
             l1 = await read_l1(image, chosen)
-            table = _pack(snapshots)
+            table = _pack(image, snapshots)
             await generation.reserve(
                 nb_l2_tables=_nb_tables(old_l1),
                 nb_l1_entries=len(old_l1),
@@ -187,9 +187,9 @@ def _check_possible(image: "Qcow2Driver") -> None:
         raise NotSupported("an image with an external data file has no snapshots")
 
 
-def _pack(snapshots: list[Snapshot]) -> bytes:
+def _pack(image: "Qcow2Driver", snapshots: list[Snapshot]) -> bytes:
     try:
-        return pack_snapshots(snapshots)
+        return pack_snapshots([one.completed(image.size) for one in snapshots])
     except ImageError as error:
         raise BlockError(errno.EFBIG, str(error)) from None
 

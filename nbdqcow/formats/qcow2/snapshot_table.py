@@ -6,11 +6,11 @@ Source: qcow2.txt, "Snapshots".
 import errno
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from nbdqcow.block.steps import Read, Steps
-from nbdqcow.block.tools import SnapshotInfo
+from nbdqcow.block.tools import Report, SnapshotInfo
 from nbdqcow.errors import BlockError, ImageError
 from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES
 from nbdqcow.formats.qcow2.header import MAX_SNAPSHOTS, Header
@@ -19,6 +19,8 @@ from nbdqcow.units import round_up
 MAX_TABLE_BYTES: Final = 64 << 20
 """QEMU's limit; ours too."""
 MAX_EXTRA_BYTES: Final = 1024
+_MAX_SPAN: Final = (1 << 31) - 1
+"""How far a table that is being repaired may reach, too long extra data included."""
 
 _ENTRY: Final = struct.Struct(">QIHHIIQII")
 _EXTRA: Final = struct.Struct(">QQQ")
@@ -47,6 +49,16 @@ class Snapshot:
         """Whether a version 3 image may have this entry."""
         return len(self.extra) >= _V3_EXTRA_LENGTH
 
+    def completed(self, size: int) -> "Snapshot":
+        """Return it with all fields that we know, as every new table has it.
+
+        What we don't know stays. ``size`` is the virtual size if it has none.
+        """
+        disk_size = size if self.disk_size is None else self.disk_size
+        known = pack_extra(self.info.vm_state_length, disk_size, self.info.icount)
+        extra = known + self.extra[len(known) :]
+        return replace(self, disk_size=disk_size, extra=extra)
+
     def check_l1_table(self, cluster_size: int) -> None:
         """Refuse an L1 table that none can be. Raises `ImageError`."""
         if self.l1_size * 8 > MAX_L1_BYTES:
@@ -55,14 +67,34 @@ class Snapshot:
             raise ImageError("Snapshot L1 table offset invalid")
 
 
-def read_snapshots(header: Header) -> Steps[tuple[list[Snapshot], int]]:
+@dataclass(slots=True)
+class Discards:
+    """What a repair leaves out of a table that goes beyond the limits.
+
+    Attributes:
+        nb_snapshots: so many at the table's end.
+        nb_extras: so many snapshots' extra data was cut.
+    """
+
+    report: Report
+    nb_snapshots: int = 0
+    nb_extras: int = 0
+
+
+def read_snapshots(
+    header: Header, discards: Discards | None = None
+) -> Steps[tuple[list[Snapshot], int]]:
     """Read the snapshot table; return its entries and its length in bytes.
 
-    Raises `ImageError` if it goes beyond the limits.
+    Raises `ImageError` if it goes beyond the limits; with ``discards``, what is
+    beyond is left out and noted there.
     """
     snapshots: list[Snapshot] = []
     offset = header.snapshots_offset
+    # What the table would take when written again.
+    table_length = 0
     for index in range(header.nb_snapshots):
+        end = offset
         offset = round_up(offset, 8)
         fixed = bytes((yield Read(offset, _ENTRY.size)))
         (
@@ -76,22 +108,49 @@ def read_snapshots(header: Header) -> Steps[tuple[list[Snapshot], int]]:
             vm_state_length,
             extra_length,
         ) = _ENTRY.unpack(fixed)
-        if extra_length > MAX_EXTRA_BYTES:
-            raise ImageError(
-                f"Too much extra metadata in snapshot table entry {index}\n"
-                "You can force-remove this extra metadata with qemu-img check -r all"
-            )
         offset += _ENTRY.size
+        extra = b""
+        if extra_length > MAX_EXTRA_BYTES:
+            if discards is None:
+                raise ImageError(
+                    f"Too much extra metadata in snapshot table entry {index}\n"
+                    "You can force-remove this extra metadata with qemu-img check -r "
+                    "all"
+                )
+            discards.report(
+                "Discarding too much extra metadata in snapshot table entry "
+                f"{index} ({extra_length} > {MAX_EXTRA_BYTES})"
+            )
+            discards.nb_extras += 1
+            extra = bytes((yield Read(offset, MAX_EXTRA_BYTES)))
+            offset += extra_length
+            extra_length = 0
         rest = b""
         if length := extra_length + id_length + name_length:
             rest = bytes((yield Read(offset, length)))
         offset += length
-        if offset - header.snapshots_offset > MAX_TABLE_BYTES:
-            raise ImageError("Snapshot table is too big")
-        extra = rest[:extra_length]
-        if extra_length >= 8:
+        table_length = round_up(table_length, 8)
+        table_length += _ENTRY.size + len(extra) + length
+        span = offset - header.snapshots_offset
+        if table_length > MAX_TABLE_BYTES or span > _MAX_SPAN:
+            nb_beyond = header.nb_snapshots - index
+            if discards is None:
+                raise ImageError(
+                    "Snapshot table is too big\n"
+                    f"You can force-remove all {nb_beyond} overhanging snapshots with "
+                    "qemu-img check -r all"
+                )
+            discards.report(
+                f"Discarding {nb_beyond} overhanging snapshots (snapshot table is too "
+                "big)"
+            )
+            discards.nb_snapshots += nb_beyond
+            return snapshots, end - header.snapshots_offset
+        extra = extra or rest[:extra_length]
+        known_length = len(extra)
+        if known_length >= 8:
             vm_state_length = int.from_bytes(extra[:8], "big")
-        icount = int.from_bytes(extra[16:24], "big") if extra_length >= 24 else None
+        icount = int.from_bytes(extra[16:24], "big") if known_length >= 24 else None
         info = SnapshotInfo(
             id=_decode(rest[extra_length : extra_length + id_length]),
             name=_decode(rest[extra_length + id_length :]),
@@ -101,7 +160,7 @@ def read_snapshots(header: Header) -> Steps[tuple[list[Snapshot], int]]:
             vm_clock_nanoseconds=clock,
             icount=None if icount == _NO_ICOUNT else icount,
         )
-        disk_size = int.from_bytes(extra[8:16], "big") if extra_length >= 16 else None
+        disk_size = int.from_bytes(extra[8:16], "big") if known_length >= 16 else None
         snapshots.append(Snapshot(info, l1_offset, l1_size, disk_size, extra))
     return snapshots, offset - header.snapshots_offset
 

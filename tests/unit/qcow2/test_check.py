@@ -9,7 +9,7 @@ from nbdqcow.block.tools import REPAIR_ALL, REPAIR_LEAKS, REPAIR_NONE
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2.entries import OFLAG_COPIED, OFLAG_ZERO
 from nbdqcow.formats.qcow2.header import Header
-from nbdqcow.formats.qcow2.rebuild import _choose
+from nbdqcow.formats.qcow2.rebuild import choose_clusters
 from nbdqcow.formats.qcow2.tool import Qcow2Tool
 from tests.builder import BytesFile, ImageBuilder, patched
 
@@ -147,11 +147,11 @@ def test_rebuild_on_a_full_device():
 
 def test_places_for_new_structures():
     free = np.array([3, 5, 6, 7, 9])
-    assert _choose(free, 2, 3) == (5, [3, 7, 9])
-    assert _choose(free, 3, 1) == (5, [3])
+    assert choose_clusters(free, 2, 3) == (5, [3, 7, 9])
+    assert choose_clusters(free, 3, 1) == (5, [3])
     for table_clusters, nb_blocks in ((4, 0), (2, 4), (8, 1)):
         with pytest.raises(ImageError, match="no room"):
-            _choose(free, table_clusters, nb_blocks)
+            choose_clusters(free, table_clusters, nb_blocks)
 
 
 def test_rebuild_without_a_refcount_table():
