@@ -2,7 +2,7 @@
 # included (tools/setup-system.sh). PYTHON=... names the interpreter for .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types check bench differential-long safety fuzz soak clean setup-serve setup-test
+.PHONY: help serve test lint types check bench matrix differential-long safety fuzz soak clean setup-serve setup-test
 
 BIN := .venv/bin
 IMAGE ?= var/disk.qcow2
@@ -51,6 +51,9 @@ bench-img: setup-test  ## the image tool's commands beside qemu-img
 
 conformance: setup-test  ## every command line of the image tool beside qemu-img
 	$(PYTEST) $(PARALLEL) tests/interop/test_img_commands.py
+
+matrix: setup-test  ## qcow2 images of every two options, by QEMU and us, both ways
+	$(PYTEST) $(PARALLEL) tests/interop/test_option_matrix.py
 
 differential-long: setup-test  ## the differential tests for hours rather than minutes
 	$(PYTEST) -m slow tests/differential
