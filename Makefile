@@ -53,7 +53,8 @@ conformance: setup-test  ## every command line of the image tool beside qemu-img
 	$(PYTEST) $(PARALLEL) tests/interop/test_img_commands.py
 
 matrix: setup-test  ## qcow2 images of every two options, by QEMU and us, both ways
-	$(PYTEST) $(PARALLEL) tests/interop/test_option_matrix.py
+	$(PYTEST) $(PARALLEL) tests/interop/test_option_matrix.py \
+	    tests/interop/test_bitmaps_beside_qsd.py
 
 differential-long: setup-test  ## the differential tests for hours rather than minutes
 	$(PYTEST) -m slow tests/differential
