@@ -2,7 +2,7 @@
 # included (tools/setup-system.sh). PYTHON=... names the interpreter for .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types check bench bench-img conformance iotests \
+.PHONY: help serve test lint types check bench bench-img conformance iotests matrix \
  differential-long safety fuzz soak clean setup-serve setup-test
 
 BIN := .venv/bin
@@ -57,6 +57,10 @@ conformance: setup-test  ## every command line of the image tool beside qemu-img
 
 iotests: setup-test  ## QEMU's own block tests with our programs in the place of QEMU's
 	$(BIN)/python -m tests.iotests $(IOTESTS)
+
+matrix: setup-test  ## qcow2 images of every two options, by QEMU and us, both ways
+	$(PYTEST) $(PARALLEL) $(LONG) tests/interop/test_option_matrix.py \
+	    tests/interop/test_bitmaps_beside_qsd.py
 
 differential-long: setup-test  ## the differential tests for hours rather than minutes
 	$(PYTEST) $(LONG) -m slow tests/differential

@@ -188,6 +188,9 @@ STRUCTURED_LIMIT: Final = 5.0
 
 MAP: Final = "map-fragmented"
 
+SNAPSHOT_LATENCY: Final = "snapshot-latency"
+SNAPSHOT_LATENCY_LIMIT: Final = 2.0
+
 
 @dataclass(slots=True)
 class Sample:

@@ -1,6 +1,7 @@
 """Figures with limits of their own, outside the table of ratios."""
 
 import resource
+import shutil
 import socket
 import subprocess
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from bench import images
+from bench import images, snapshots
 from bench.cells import (
     CELLS,
     CONNECTIONS,
@@ -26,6 +27,8 @@ from bench.cells import (
     NB_CONNECTIONS,
     OURS,
     QEMU,
+    SNAPSHOT_LATENCY,
+    SNAPSHOT_LATENCY_LIMIT,
     STRUCTURED,
     STRUCTURED_CELL,
     STRUCTURED_LIMIT,
@@ -214,6 +217,37 @@ def claim_map(peer: Peer, directory: Path, nb_rounds: int, seconds: float) -> Cl
     )
 
 
+def claim_snapshot_latency(
+    peer: Peer, directory: Path, nb_rounds: int, seconds: float
+) -> Claim:
+    """Measure how long a client waits while a snapshot of 1 TiB is made."""
+    image = images.huge_qcow2(directory)
+    if shutil.which(snapshots.DAEMON) is None:
+        raise BenchError(f"{snapshots.DAEMON} is not installed")
+    waits: dict[str, list[snapshots.Waits]] = {peer.name: [], snapshots.DAEMON: []}
+    for round_index in range(min(nb_rounds, 3)):
+        for name, found in waits.items():
+            found.append(snapshots.measure(name, image, seed=1 + round_index))
+            progress(
+                f"{SNAPSHOT_LATENCY:26} round {round_index + 1} {name:10}"
+                f" longest wait {found[-1].longest * 1e3:,.1f} ms"
+                f"  snapshot {found[-1].snapshot:.2f} s"
+                f"  wait before {found[-1].before * 1e3:,.1f} ms"
+            )
+    ours, theirs = (
+        median(one.longest for one in found) * 1e3 for found in waits.values()
+    )
+    return Claim(
+        SNAPSHOT_LATENCY,
+        f"{peer.name}: longest wait of a client while a snapshot of 1 TiB is made,"
+        f" to {snapshots.DAEMON}'s",
+        ours / theirs,
+        SNAPSHOT_LATENCY_LIMIT,
+        "times",
+        {"ms": ours, f"{snapshots.DAEMON} ms": theirs},
+    )
+
+
 def _run(command: list[str]) -> None:
     try:
         subprocess.run(command, check=True, capture_output=True, text=True)
@@ -230,10 +264,11 @@ _CLAIMS: Final[dict[str, Callable[[Peer, Path, int, float], Claim]]] = {
     CONNECTIONS: claim_connections,
     STRUCTURED: claim_structured,
     MAP: claim_map,
+    SNAPSHOT_LATENCY: claim_snapshot_latency,
 }
 CLAIMS: Final = tuple(_CLAIMS)
 
-_ONLY_OURS: Final = (CONNECTIONS, STRUCTURED, MAP)
+_ONLY_OURS: Final = (CONNECTIONS, STRUCTURED, MAP, SNAPSHOT_LATENCY)
 
 
 def run_claims(

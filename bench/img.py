@@ -46,6 +46,7 @@ ROWS: Final = (
     Row("convert a compressed image to raw", "convert -O raw mixed.qcow2 out", 2.0),
     Row("compare equal images", "compare half.raw half.qcow2", 1.0),
     Row("map, fragmented", "map --output=json fragmented.qcow2", 1.0),
+    Row("check, 16 Mi clusters (scale 1)", "check fragmented.qcow2", 1.0),
     Row("info", "info half.qcow2", 0.0),
 )
 

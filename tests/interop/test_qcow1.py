@@ -1,12 +1,10 @@
 """qcow images (version 1) and QEMU: each reads and goes on with the other's."""
 
 import asyncio
-import itertools
 import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 
 from nbdqcow import open_image
 from nbdqcow.block.node import Node
+from tests.pairwise import pairwise
 from tests.qcow1_image import Image, Packed, Plain, check
 from tests.serving import compare_images, nbdqcow_img, need, run, serving
 
@@ -27,24 +26,6 @@ pytestmark = pytest.mark.usefixtures("qemu")
 @pytest.fixture
 def qemu() -> None:
     need("qemu-img", "qemu-io")
-
-
-def pairwise(**values: Sequence[Any]) -> Iterator[dict[str, Any]]:
-    """Yield combinations in which every two values of different names meet."""
-    names = list(values)
-
-    def pairs(row: tuple[Any, ...]) -> set[tuple[int, Any, int, Any]]:
-        return {
-            (i, row[i], j, row[j])
-            for i, j in itertools.combinations(range(len(row)), 2)
-        }
-
-    rows = list(itertools.product(*values.values()))
-    missing = set().union(*map(pairs, rows))
-    while missing:
-        row = max(rows, key=lambda row: len(pairs(row) & missing))
-        missing -= pairs(row)
-        yield dict(zip(names, row, strict=True))
 
 
 def options_of(case: dict[str, Any]) -> str:
