@@ -75,6 +75,7 @@ async def claim_zero(image: "Qcow2Driver", offset: int, backing_zero: bool) -> b
         claim_piece = partial(_change_in_slice, image, lambda _: OFLAG_ZERO)
     while True:
         async with image.lock:
+            image.check_writable()
             busy = image.in_flight.find(offset, offset + length)
             if busy is None:
                 kind, _, _ = await image.mapping.map(offset, length)
@@ -127,6 +128,7 @@ async def _discard_kept(image: "Qcow2Driver", offset: int, length: int) -> None:
     bits = image.cluster_bits
     for start in range(offset, offset + length, image.cluster_size):
         async with image.lock:
+            image.check_writable()
             if image.in_flight.find(start, start + image.cluster_size) is not None:
                 continue
             kind, host_offset, covered = await image.mapping.map(
@@ -160,6 +162,7 @@ async def _change_clusters(
             await image.writeback.flush()
         busy = None
         async with image.lock:
+            image.check_writable()
             for _ in range(_SLICES_PER_LOCK):
                 slice_end = ((offset >> tables.slice_shift) + 1) << tables.slice_shift
                 piece_end = min(end, slice_end)
