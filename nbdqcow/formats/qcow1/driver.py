@@ -278,7 +278,7 @@ class Qcow1Driver(FormatDriver):
         return await self._reads_zero(offset, length)
 
     async def _reads_zero(self, offset: int, length: int) -> bool:
-        if self._shows_backing:
+        if self._shows_backing or self.gets_backing:
             return False
         end = offset + length
         while True:

@@ -39,9 +39,9 @@ async def write_zeroes(
     """
     may_unmap = may_unmap and not image.settings.keep_discarded
     version2 = image.header.version < 3
-    if version2 and (image.backing_filename or not may_unmap):
+    covered = image.backing_filename is not None or image.gets_backing
+    if version2 and (covered or not may_unmap):
         raise NotSupported("version 2 images have no zero clusters")
-    covered = image.backing_filename is not None
     if image.header.extended_l2:
         zero_piece = discard_extended.zeroing(
             image, covered=covered, may_unmap=may_unmap
@@ -83,7 +83,7 @@ async def claim_zero(image: "Qcow2Driver", offset: int, backing_zero: bool) -> b
                     return True
                 if kind != UNALLOCATED or not backing_zero:
                     return False
-                if image.backing_filename is None:
+                if image.backing_filename is None and not image.gets_backing:
                     return True
                 if image.header.version < 3:
                     return False
