@@ -63,6 +63,8 @@ class FormatDriver(ABC):
         subcluster_size: the unit in which writes are completed with old
             content, and zeroed by metadata; a cluster in most formats.
         backing_filename, backing_format: as the image names them, or None.
+        gets_backing: the image is going to name a backing file, so zeroes are
+            stored also where nothing is and there is none yet.
         backing_size: of the backing image that is open, 0 for none; set by
             the node.
         lock: guards the metadata. Held to map, allocate and link; never
@@ -85,6 +87,7 @@ class FormatDriver(ABC):
     cluster_size: int
     read_only: bool
     backing_filename: str | None = None
+    gets_backing: bool = False
     backing_format: str | None = None
     backing_size: int = 0
     dirty_bitmaps: Mapping[str, DirtyBitmap] = MappingProxyType({})

@@ -74,6 +74,7 @@ class Node(InlineRequests):
         )
         self._guard = guard
         self._guard_lock = asyncio.Lock()
+        self._reopening = asyncio.Lock()
         self._bind()
         driver.when_rebound = self._bind
         driver.write_plain = self._write_data
@@ -529,9 +530,12 @@ class Node(InlineRequests):
         short of changing it. Raises `BlockError` and `ImageError`, and leaves
         all as it was then.
         """
-        if read_only == self.read_only:
-            return
-        if not read_only:
+        async with self._reopening:
+            if read_only == self.read_only:
+                return
+            if read_only:
+                await self._stop_changes()
+                return
             await self.driver.storage.reopen(read_only=False)
             try:
                 await self.driver.reopen(read_only=False)
@@ -539,7 +543,8 @@ class Node(InlineRequests):
                 await self.driver.storage.reopen(read_only=True)
                 raise
             self._allow_changes(True)
-            return
+
+    async def _stop_changes(self) -> None:
         self._allow_changes(False)
         try:
             await self.driver.reopen(read_only=True)
@@ -567,7 +572,8 @@ class Node(InlineRequests):
 
     async def flush(self) -> None:
         """Make every write answered before this call durable."""
-        if self._unsafe or self.read_only:
+        # What was written before may still be on its way to a reopened image.
+        if self._unsafe or (self.read_only and not self._reopening.locked()):
             return
         await self.driver.flush()
 

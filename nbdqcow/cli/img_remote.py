@@ -2,14 +2,13 @@
 an event loop."""
 
 import asyncio
-import errno
-import os
 import threading
 from collections.abc import Coroutine
 from typing import Any, Self, TypeVar
 
 from nbdqcow.block.registry import split_protocol, storage_driver
 from nbdqcow.block.storage import StorageDriver
+from nbdqcow.errors import ImageError
 from nbdqcow.types import Buffer
 
 T = TypeVar("T")
@@ -67,9 +66,12 @@ class RemoteFile:
         self._run(self._open_storage.pwritev(offset, [data]))
 
     def truncate(self, length: int) -> None:
-        """See that the export is long enough: it keeps its length."""
+        """See that the export is long enough: it keeps its length.
+
+        Raises `ImageError`.
+        """
         if length > self.length:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise ImageError("Could not resize image: Cannot grow NBD nodes")
 
     def allocate(self, offset: int, length: int) -> None:
         """Leave that to the server."""

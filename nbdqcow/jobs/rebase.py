@@ -47,21 +47,27 @@ async def rebase(
                 await _write(node, offset + start, old[start:stop])
         control.advance(length)
 
-    async with Flight(_NB_IN_FLIGHT) as flight:
-        offset = 0
-        while offset < node.size:
-            await control.checkpoint()
-            length = node.size - offset
-            wanted, length = await _is_wanted(node, shared, offset, length)
-            if wanted:
-                wanted, length = await _may_differ(node, new_backing, offset, length)
-            if wanted:
-                length = min(length, _PIECE)
-                await flight.add(compare(offset, length))
-            else:
-                control.advance(length)
-            offset += length
-        await flight.drain()
+    node.driver.gets_backing = new_backing is not None
+    try:
+        async with Flight(_NB_IN_FLIGHT) as flight:
+            offset = 0
+            while offset < node.size:
+                await control.checkpoint()
+                length = node.size - offset
+                wanted, length = await _is_wanted(node, shared, offset, length)
+                if wanted:
+                    wanted, length = await _may_differ(
+                        node, new_backing, offset, length
+                    )
+                if wanted:
+                    length = min(length, _PIECE)
+                    await flight.add(compare(offset, length))
+                else:
+                    control.advance(length)
+                offset += length
+            await flight.drain()
+    finally:
+        node.driver.gets_backing = False
     await node.flush()
 
 
@@ -139,9 +145,7 @@ async def _read(node: Node, offset: int, length: int) -> bytes:
 
 async def _write(node: Node, offset: int, data: bytes) -> None:
     try:
-        # Without a backing file, a cluster that is made zero may be left
-        # unallocated: the new backing file would show there.
-        if node.driver.backing_filename is not None and is_zero(data):
+        if is_zero(data):
             await node.write_zeroes(offset, len(data))
         else:
             await node.pwrite(offset, data)

@@ -9,6 +9,7 @@ from nbdqcow import open_image
 from nbdqcow.jobs.commit import commit
 from nbdqcow.jobs.control import JobCancelled, JobControl
 from nbdqcow.jobs.rebase import rebase
+from nbdqcow.types import DATA
 
 KiB = 1 << 10
 SIZES = (1024 * KiB, 1500 * KiB, 700 * KiB + 512)
@@ -133,3 +134,38 @@ async def test_a_cancelled_job_leaves_the_disk_as_it_was(tmp_path, seed):
         with pytest.raises(JobCancelled):
             await rebase(node, None, control)
         assert await node.pread(0, node.size) == before
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("format_", "options", "nb_stored"),
+    [
+        ("qcow2", "cluster_size=65536", 0),
+        ("qcow2", "extended_l2=on", 0),
+        # These have no zero clusters: the zeroes are written out.
+        ("qcow2", "compat=0.10", 4),
+        ("qcow", None, 64),
+    ],
+)
+async def test_zeroes_hide_the_first_backing_image(
+    tmp_path, format_, options, nb_stored
+):
+    """An image without a backing image gets one with data."""
+    path, below = tmp_path / "image", tmp_path / "below"
+    words = ["-o", options] if options else []
+    create_it = ["qemu-img", "create", "-qf", format_, *words, path, "512K"]
+    subprocess.run(create_it, check=True)
+    below.write_bytes(b"\1" * 256 * KiB)
+    async with open_image(path, format=format_) as node:
+        async with open_image(below, format="raw", read_only=True) as backing:
+            await rebase(node, backing, JobControl())
+        await node.driver.change_backing_file(str(below), "raw")
+    async with open_image(path, format=format_, read_only=True) as node:
+        assert node.backing is not None
+        assert bytes(await node.pread(0, node.size)) == bytes(512 * KiB)
+        offset = nb_data = 0
+        while offset < node.size:
+            kind, _, length = await node.driver.map(offset, node.size - offset)
+            nb_data += (kind == DATA) * length // node.driver.cluster_size
+            offset += length
+        assert nb_data == nb_stored

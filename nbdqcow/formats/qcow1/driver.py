@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import errno
 import logging
-from array import array
 from collections.abc import Coroutine
 from collections.abc import Mapping as Options
 from dataclasses import replace
@@ -20,10 +19,10 @@ from nbdqcow.formats.qcow1 import encryption, extents, write
 from nbdqcow.formats.qcow1 import header as qcow1_header
 from nbdqcow.formats.qcow1.compress import CompressedClusters
 from nbdqcow.formats.qcow1.header import Header, compressed_entry, read_header
+from nbdqcow.formats.qcow1.l1_table import L1Words, load_l1
 from nbdqcow.formats.qcow1.mapping import Mapping
 from nbdqcow.formats.qcow1.tables import Tables
 from nbdqcow.formats.qcow1.writeback import Writeback
-from nbdqcow.formats.words import load_be64
 from nbdqcow.types import UNALLOCATED, Buffer, Run
 from nbdqcow.units import SECTOR_SIZE, MiB, round_up
 
@@ -51,7 +50,7 @@ class Qcow1Driver(FormatDriver):
         self,
         storage: StorageDriver,
         header: Header,
-        l1: "array[int]",
+        l1: L1Words,
         *,
         read_only: bool,
         l2_cache_size: int,
@@ -117,7 +116,7 @@ class Qcow1Driver(FormatDriver):
         data = None
         if header.crypt_method == qcow1_header.CRYPT_AES:
             data = encryption.open_data(storage, options.get("secret"))
-        l1 = load_be64(await storage.pread(header.l1_table_offset, header.l1_bytes))
+        l1 = await load_l1(storage, header)
         return cls(
             storage,
             header,
@@ -279,7 +278,7 @@ class Qcow1Driver(FormatDriver):
         return await self._reads_zero(offset, length)
 
     async def _reads_zero(self, offset: int, length: int) -> bool:
-        if self._shows_backing:
+        if self._shows_backing or self.gets_backing:
             return False
         end = offset + length
         while True:
@@ -307,8 +306,7 @@ class Qcow1Driver(FormatDriver):
             old_end = round_up(self.file_end.offset, self.cluster_size)
             metadata_end = max(end for _, end in header.ranges)
             try:
-                zeroes = bytes(header.l1_bytes)
-                await self.storage.pwritev(header.l1_table_offset, [zeroes])
+                await self._zero_l1()
                 await self.storage.flush()
             except BaseException:
                 # Some of it may be gone from the disk: bring it back.
@@ -322,6 +320,12 @@ class Qcow1Driver(FormatDriver):
             await self.storage.truncate(metadata_end)
             self.file_end.reset(metadata_end)
             self.tables.clear(round_up(metadata_end, self.cluster_size))
+
+    async def _zero_l1(self) -> None:
+        header = self.header
+        for start in range(0, header.l1_bytes, MiB):
+            zeroes = bytes(min(MiB, header.l1_bytes - start))
+            await self.storage.pwritev(header.l1_table_offset + start, [zeroes])
 
     async def change_backing_file(
         self, filename: str | None, format_name: str | None

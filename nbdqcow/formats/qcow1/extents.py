@@ -18,6 +18,10 @@ _SLICES_IN_A_TURN: Final = 64
 """Slices looked at (some 10 us each) before others get a turn on the loop."""
 
 
+_NB_AT_A_TIME: Final = 1 << 20
+"""L1 entries looked at at once."""
+
+
 async def extents(image: "Qcow1Driver", offset: int, length: int, limit: int) -> Kinds:
     """See `FormatDriver.extents`.
 
@@ -73,12 +77,14 @@ def _empty_until(image: "Qcow1Driver", position: int, end: int) -> int:
     import numpy as np
 
     tables = image.tables
-    first, last = position >> tables.l1_shift, (end - 1) >> tables.l1_shift
+    first = position >> tables.l1_shift
+    last = min((end - 1) >> tables.l1_shift, first + _NB_AT_A_TIME)
     if tables.l1[first]:
         return position
     mapped = np.frombuffer(tables.l1, np.uint64)[first : last + 1] != 0
     nb_empty = int(mapped.argmax())
-    return (first + nb_empty) << tables.l1_shift if nb_empty else end
+    nb_empty = nb_empty or len(mapped)
+    return min(end, (first + nb_empty) << tables.l1_shift)
 
 
 def _kinds(words: "npt.NDArray[np.uint64]") -> "npt.NDArray[np.uint8]":

@@ -25,9 +25,10 @@ MIN_L2_BITS: Final = 6
 MAX_L2_BITS: Final = 13
 MAX_BACKING_NAME_BYTES: Final = 1023
 
-MAX_L1_BYTES: Final = 64 * MiB
-"""Memory that one image may take for its L1 table: 16 TiB of disk with the
-clusters and tables that QEMU gives a new image. QEMU itself takes 2 GiB."""
+MAX_L1_BYTES: Final = ((1 << 31) - 1) // 8 * 8
+"""QEMU's limit: 512 TiB of disk with the clusters and tables of a new image."""
+MAX_L1_MEMORY: Final = 64 * MiB
+"""Memory that one image may take for its L1 table when it is opened."""
 
 COMPRESSED: Final = 1 << 63
 """Flag of an L2 entry whose cluster is compressed."""

@@ -17,6 +17,7 @@ from typing import Final
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import CorruptImage
 from nbdqcow.formats.qcow1.header import COMPRESSED, Header, compressed_range
+from nbdqcow.formats.qcow1.l1_table import L1Words, used_entries
 from nbdqcow.formats.words import dump_be64, load_be64
 from nbdqcow.types import Buffer
 from nbdqcow.units import SECTOR_SIZE
@@ -25,6 +26,8 @@ SLICE_BYTES: Final = 4096
 DAMAGED: Final = 1
 """What stands in memory for an entry that can't be right: not aligned."""
 
+_NB_AT_A_TIME: Final = 1 << 16
+"""L1 entries looked at before somebody else gets a turn."""
 _ALIGNMENT_MASK: Final = SECTOR_SIZE - 1
 
 
@@ -86,7 +89,7 @@ class Tables:
         self,
         storage: StorageDriver,
         header: Header,
-        l1: "array[int]",
+        l1: L1Words,
         *,
         file_end: int,
         cache_bytes: int,
@@ -124,7 +127,7 @@ class Tables:
 
     def _screen_l1(self) -> None:
         """Take entries out that name no place for an L2 table of its own."""
-        offsets = sorted((entry, i) for i, entry in enumerate(self.l1) if entry)
+        offsets = sorted((entry, index) for index, entry in used_entries(self.l1))
         fixed_end = max(stop for _, stop in self._fixed_ranges)
         previous_end, previous_index = 0, -1
         good: dict[int, int] = {}
@@ -172,7 +175,8 @@ class Tables:
         """Return how far (at most ``end``) no L2 table maps guest bytes from
         ``offset`` on; ``offset`` itself if one does."""
         l1, l1_index = self.l1, offset >> self.l1_shift
-        first, last = l1_index, (end - 1) >> self.l1_shift
+        first = l1_index
+        last = min((end - 1) >> self.l1_shift, first + _NB_AT_A_TIME)
         while l1_index <= last and not l1[l1_index]:
             l1_index += 1
         if l1_index == first:
@@ -290,7 +294,7 @@ class Tables:
     def mark_l1_dirty(self) -> None:
         """All of the L1 table may be missing on disk."""
         self.dirty_l1.update(
-            index for index, entry in enumerate(self.l1) if entry not in (0, DAMAGED)
+            index for index, entry in used_entries(self.l1) if entry != DAMAGED
         )
 
     def add_table(self, l1_index: int, offset: int, old_end: int) -> None:
@@ -323,7 +327,7 @@ class Tables:
 
         ``file_end`` is where the file is going to end, rounded up.
         """
-        for index in range(len(self.l1)):
+        for index, _ in used_entries(self.l1):
             self.l1[index] = 0
         # In place: the mapping holds on to this very dictionary. Whoever is
         # reading a slice misses its ticket, and looks at L1 again.

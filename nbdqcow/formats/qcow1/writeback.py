@@ -11,6 +11,7 @@ flush on disk, leaves unused space in the file at worst:
 """
 
 import asyncio
+from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,7 @@ class _Picture:
         self.dirty_l1 = set(tables.dirty_l1)
         tables.dirty_l1.clear()
         self.entry_writes += [
-            (tables.l1_offset + first * 8, dump_be64(tables.l1[first:end]))
+            (tables.l1_offset + first * 8, dump_be64(array("Q", tables.l1[first:end])))
             for first, end in _runs(sorted(self.dirty_l1))
         ]
 

@@ -192,15 +192,28 @@ class Bitmaps:
             if not bitmap.inconsistent:
                 await self._load_bits(bitmap, entry)
             self._all[entry.name] = bitmap
-        if entries and not image.read_only:
-            await self._note_metadata(entries)
-            extension = image.header.bitmaps
-            assert extension is not None
-            in_use = [replace(e, flags=e.flags | FLAG_IN_USE) for e in entries]
-            data = pack_bitmap_directory(in_use)
-            await image.storage.pwritev(extension.directory_offset, [data])
-            await image.storage.flush()
+        if not image.read_only:
+            await self.begin_use()
         self._changed()
+
+    async def begin_use(self) -> None:
+        """Let all bitmaps that are stored be in use on disk, durably."""
+        entries = [b.entry for b in self._all.values() if b.entry is not None]
+        extension = self._image.header.bitmaps
+        if not entries or extension is None:
+            return
+        if self._image.metadata_dirty:
+            # Clusters of these may be new.
+            await self._image.writeback.flush(accurate=True)
+        await self._note_metadata(entries)
+        in_use = [replace(e, flags=e.flags | FLAG_IN_USE) for e in entries]
+        data = pack_bitmap_directory(in_use)
+        if len(data) != extension.directory_length:
+            # Storing them ended half the way: there is no directory of these.
+            await self._switch(in_use, [])
+            return
+        await self._image.storage.pwritev(extension.directory_offset, [data])
+        await self._image.storage.flush()
 
     async def _load_bits(self, bitmap: Bitmap, entry: BitmapEntry) -> None:
         image, size = self._image, self._image.cluster_size
@@ -264,7 +277,11 @@ class Bitmaps:
         """Tell the driver what can be read and what is to be kept up to date."""
         usable = {n: b for n, b in self._all.items() if not b.inconsistent}
         self._image.dirty_bitmaps = MappingProxyType(usable)
-        enabled = [b for b in usable.values() if b.enabled]
+        self.track_enabled()
+
+    def track_enabled(self) -> None:
+        """Let writes be marked in the bitmaps that are enabled."""
+        enabled = [b for b in self._all.values() if b.enabled and not b.inconsistent]
         self._image.track([] if self._image.read_only else enabled)
 
     def _find(self, name: str, *, usable: bool = True) -> Bitmap:

@@ -88,6 +88,7 @@ async def _begin(
         await image.writeback.flush()
     while True:
         async with image.lock:
+            image.check_writable()
             if offset >= image.size:
                 raise BlockError(errno.ENOSPC, "the disk has become smaller")
             busy = image.in_flight.find(offset, end)

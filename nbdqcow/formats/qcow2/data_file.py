@@ -14,6 +14,7 @@ Source: qcow2.txt, "Header" (external data file bit, raw external data bit),
 
 import contextlib
 from array import array
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from nbdqcow.errors import CorruptImage, NotSupported, UnsupportedFeature
@@ -133,12 +134,13 @@ async def write_zeroes(
 ) -> None:
     """See `FormatDriver.write_zeroes`."""
     if is_raw(image.header):
-        if image.backing_filename is not None:
+        if image.backing_filename is not None or image.gets_backing:
             raise NotSupported("unallocated clusters would show the backing file")
         # What is not mapped reads as zeroes without it.
-        await image.data.write_zeroes(
-            offset, length, may_unmap=may_unmap, no_fallback=no_fallback
-        )
+        with _counted(image):
+            await image.data.write_zeroes(
+                offset, length, may_unmap=may_unmap, no_fallback=no_fallback
+            )
         return
     if may_unmap:
         await _discard_data(image, offset, length)
@@ -159,5 +161,16 @@ async def _discard_data(image: "Qcow2Driver", offset: int, length: int) -> None:
     """Give the space of a range back, before the tables say that it is zero:
     then no other write to it can have been answered meanwhile."""
     if image.discard_freed:
-        with contextlib.suppress(OSError):
+        with _counted(image), contextlib.suppress(OSError):
             await image.data.discard(offset, length)
+
+
+@contextlib.contextmanager
+def _counted(image: "Qcow2Driver") -> Iterator[None]:
+    """Be a write that has begun, for those who wait for such ones."""
+    image.check_writable()
+    epoch = image.writers.enter_in_place()
+    try:
+        yield
+    finally:
+        image.writers.leave_in_place(epoch)

@@ -39,9 +39,9 @@ async def write_zeroes(
     """
     may_unmap = may_unmap and not image.settings.keep_discarded
     version2 = image.header.version < 3
-    if version2 and (image.backing_filename or not may_unmap):
+    covered = image.backing_filename is not None or image.gets_backing
+    if version2 and (covered or not may_unmap):
         raise NotSupported("version 2 images have no zero clusters")
-    covered = image.backing_filename is not None
     if image.header.extended_l2:
         zero_piece = discard_extended.zeroing(
             image, covered=covered, may_unmap=may_unmap
@@ -75,6 +75,7 @@ async def claim_zero(image: "Qcow2Driver", offset: int, backing_zero: bool) -> b
         claim_piece = partial(_change_in_slice, image, lambda _: OFLAG_ZERO)
     while True:
         async with image.lock:
+            image.check_writable()
             busy = image.in_flight.find(offset, offset + length)
             if busy is None:
                 kind, _, _ = await image.mapping.map(offset, length)
@@ -82,7 +83,7 @@ async def claim_zero(image: "Qcow2Driver", offset: int, backing_zero: bool) -> b
                     return True
                 if kind != UNALLOCATED or not backing_zero:
                     return False
-                if image.backing_filename is None:
+                if image.backing_filename is None and not image.gets_backing:
                     return True
                 if image.header.version < 3:
                     return False
@@ -127,6 +128,7 @@ async def _discard_kept(image: "Qcow2Driver", offset: int, length: int) -> None:
     bits = image.cluster_bits
     for start in range(offset, offset + length, image.cluster_size):
         async with image.lock:
+            image.check_writable()
             if image.in_flight.find(start, start + image.cluster_size) is not None:
                 continue
             kind, host_offset, covered = await image.mapping.map(
@@ -160,6 +162,7 @@ async def _change_clusters(
             await image.writeback.flush()
         busy = None
         async with image.lock:
+            image.check_writable()
             for _ in range(_SLICES_PER_LOCK):
                 slice_end = ((offset >> tables.slice_shift) + 1) << tables.slice_shift
                 piece_end = min(end, slice_end)

@@ -76,6 +76,7 @@ class Qcow2Driver(Operations):
             was opened, in the words of the option ``overlap-check``.
         tasks: operations and background work that run; see `settle`.
         operating: held by an operation while it runs.
+        shows_old_disk: the header in memory describes a snapshot's disk.
         trim_wanted: once no freed cluster waits, the file's end is cut off.
     """
 
@@ -88,7 +89,6 @@ class Qcow2Driver(Operations):
         storage: StorageDriver,
         header: Header,
         l1: "array[int]",
-        refcount_table: "array[int]",
         *,
         read_only: bool,
         settings: Settings,
@@ -127,7 +127,7 @@ class Qcow2Driver(Operations):
         self.refcounts = Refcounts(
             storage,
             header,
-            refcount_table,
+            array("Q"),
             self.metadata,
             settings.refcount_cache_bytes,
         )
@@ -145,6 +145,8 @@ class Qcow2Driver(Operations):
         self.operating = asyncio.Lock()
         self.trim_wanted = False
         self.failed = False
+        self.shows_old_disk = False
+        self._prepared = False
 
     def rebind(self) -> None:
         """Choose the methods that fit the image's version and features."""
@@ -213,12 +215,6 @@ class Qcow2Driver(Operations):
         l1 = await _read_table(storage, header.l1_table_offset, header.l1_size, "L1")
         # Nothing below the size needs the entries behind it (VM state does),
         # but they are references all the same and stay in the file.
-        table_entries = header.refcount_table_clusters * header.cluster_size // 8
-        refcount_table = array("Q")
-        if not read_only:
-            refcount_table = await _read_table(
-                storage, header.refcount_table_offset, table_entries, "refcount"
-            )
         data_file = None
         if header.has_data_file:
             if "open_data_file" not in options:
@@ -229,7 +225,6 @@ class Qcow2Driver(Operations):
                 storage,
                 header,
                 l1,
-                refcount_table,
                 read_only=read_only,
                 settings=settings,
                 data=await encryption.open_data(
@@ -238,8 +233,9 @@ class Qcow2Driver(Operations):
                 data_file=data_file,
             )
             image.secret = options.get("secret")
+            image.shows_old_disk = wanted_snapshot is not None
             if not read_only:
-                await image._prepare_for_writing()
+                await image.prepare_for_writing()
             if settings.clean_interval:
                 image.spawn_forever(image._drop_unused(settings.clean_interval))
             if wanted_snapshot is None and header.bitmaps_consistent:
@@ -250,8 +246,18 @@ class Qcow2Driver(Operations):
             raise
         return image
 
-    async def _prepare_for_writing(self) -> None:
+    async def prepare_for_writing(self) -> None:
+        """Load what only writers need, unless it was. Raises `ImageError`."""
         header, bits, size = self.header, self.cluster_bits, self.cluster_size
+        if self._prepared:
+            return
+        if not self.refcounts.table:
+            self.refcounts.table = await _read_table(
+                self.storage,
+                header.refcount_table_offset,
+                header.refcount_table_clusters * size // 8,
+                "refcount",
+            )
         metadata = self.metadata
         metadata.add(0)
         ranges = [
@@ -273,6 +279,7 @@ class Qcow2Driver(Operations):
             await self._write_header_field(
                 qcow2_header.AUTOCLEAR_FEATURES_OFFSET, header.autoclear_features
             )
+        self._prepared = True
 
     async def _drop_unused(self, interval: int) -> None:
         """Give up cached tables that nobody used for ``interval`` seconds."""
@@ -443,6 +450,19 @@ class Qcow2Driver(Operations):
         for bitmap in self._tracked:
             bitmap.mark(offset, length)
 
+    async def reopen(self, *, read_only: bool) -> None:
+        """See `FormatDriver.reopen`."""
+        from nbdqcow.formats.qcow2 import reopen
+
+        await (reopen.stop_writing if read_only else reopen.start_writing)(self)
+
+    def set_read_only(self, read_only: bool) -> None:
+        """Let no write begin from now on, or let them begin again."""
+        self.read_only = read_only
+        self.mapping.freeze(read_only)
+        if not read_only:
+            self.bitmaps.track_enabled()
+
     def check_writable(self) -> None:
         """Refuse changes to an image that takes none. Raises `BlockError`."""
         if self.read_only:
@@ -466,7 +486,7 @@ class Qcow2Driver(Operations):
             text,
         )
         self.read_only = True
-        self.mapping.freeze()
+        self.mapping.freeze(True)
         if self.header.version >= 3:
             await self._set_incompatible(qcow2_header.INCOMPAT_CORRUPT, True)
             await self.storage.flush()
@@ -502,7 +522,7 @@ class Qcow2Driver(Operations):
         """A write of the image's roots failed: no more writes, no flushes."""
         log.error("%s: its header could not be written", self.storage.filename)
         self.read_only = self.failed = True
-        self.mapping.freeze()
+        self.mapping.freeze(True)
 
     def set_size(self, size: int) -> None:
         """The header on disk has another size of the disk."""

@@ -96,9 +96,9 @@ class Mapping:
             return -1
         return host_offset + in_cluster
 
-    def freeze(self) -> None:
-        """Let no write be mapped from now on."""
-        self._not_writable = OFLAG_COPIED
+    def freeze(self, frozen: bool) -> None:
+        """Let no write be mapped from now on, or let them be mapped again."""
+        self._not_writable = OFLAG_COPIED if frozen else self._not_plain
 
     def in_place_length(
         self, found: L2Slice, index: int, in_cluster: int, length: int

@@ -46,6 +46,11 @@ class Operations(FormatDriver):
     async def _after_others(self, operation: Coroutine[Any, Any, T]) -> T:
         """Run an operation once no other one is in the middle of its steps."""
         async with self._image.operating:
+            try:
+                self._image.check_writable()
+            except BlockError:
+                operation.close()
+                raise
             return await operation
 
     # -- the disk --------------------------------------------------------

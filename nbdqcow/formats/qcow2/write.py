@@ -115,6 +115,7 @@ async def begin_write(image: "Qcow2Driver", offset: int, length: int) -> WritePl
     length = min(length, _MAX_PIECE)
     while True:
         async with image.lock:
+            image.check_writable()
             start = offset & ~unit_mask
             end = (offset + length + unit_mask) & ~unit_mask
             busy = image.in_flight.first_overlap(start, end)

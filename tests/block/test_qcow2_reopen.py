@@ -1,0 +1,238 @@
+"""A qcow2 image that is made read-only and writable again while it is in use."""
+
+import asyncio
+import errno
+import json
+import os
+import random
+import subprocess
+
+import pytest
+
+from nbdqcow import open_image
+from nbdqcow.errors import BlockError, ImageError, ImageInUse
+from nbdqcow.storage.file import FileStorage
+
+MIB = 1 << 20
+SEED = int(os.environ.get("NBDQCOW_SEED", "0")) or random.randrange(1 << 32)
+
+
+def qemu_img(*arguments):
+    done = subprocess.run(
+        ["qemu-img", *map(str, arguments)], check=True, capture_output=True, text=True
+    )
+    return done.stdout
+
+
+def create(path, size=8 * MIB, **options):
+    text = ",".join(f"{k}={v}" for k, v in options.items())
+    qemu_img("create", "-qf", "qcow2", *(["-o", text] if text else []), path, size)
+    return path
+
+
+def sound(path):
+    """Another program finds a closed and sound image."""
+    found = json.loads(qemu_img("check", "--output=json", path))
+    assert not (found.keys() & {"leaks", "corruptions"}), found
+    with path.open("rb") as file:
+        # No mark of postponed refcounts.
+        assert not file.read(80)[79] & 1
+
+
+def bitmap_flags(path):
+    info = json.loads(qemu_img("info", "-U", "--output=json", path))
+    found = info["format-specific"]["data"].get("bitmaps", [])
+    return {one["name"]: one["flags"] for one in found}
+
+
+OPTIONS = [
+    {},
+    {"compat": "0.10", "cluster_size": 4096},
+    {"lazy_refcounts": "on"},
+    {"extended_l2": "on"},
+    {"cluster_size": 512, "refcount_bits": 1},
+    {"data_file": "DATA"},
+    {"data_file": "DATA", "data_file_raw": "on"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.asyncio
+async def test_under_load(tmp_path, options):
+    """What was answered is there, whatever the moment; what came later failed."""
+    print(f"seed {SEED}")
+    rng = random.Random(SEED)
+    path = tmp_path / "image"
+    options = {k: tmp_path / "data" if v == "DATA" else v for k, v in options.items()}
+    create(path, **options)
+    model = bytearray(8 * MIB)
+    async with open_image(path, format="qcow2") as node:
+        if "compat" not in options:
+            node.driver.bitmap_add("b", granularity=65536)
+        marked = set()
+        for _ in range(6):
+            # One place for each, so that the order does not matter.
+            places = rng.sample(range(64), 40)
+
+            async def change(place, kind, fill):
+                offset, length = place * 131072 + 777, 1000 + 70_000 * (fill % 2)
+                if kind == "zero":
+                    await node.write_zeroes(offset, length)
+                    fill = 0
+                else:
+                    data = bytes((fill,)) * length
+                    await node.pwrite(offset, data, fua=fill % 3 == 0)
+                return offset, length, fill
+
+            kinds = rng.choices(["zero", "write", "write"], k=len(places))
+            jobs = [
+                asyncio.ensure_future(change(place, kind, rng.randrange(256)))
+                for place, kind in zip(places, kinds, strict=True)
+            ]
+            for _ in range(rng.randrange(4)):
+                await asyncio.sleep(0)
+            await node.reopen(read_only=True)
+            results = await asyncio.gather(*jobs, return_exceptions=True)
+            for place, result in zip(places, results, strict=True):
+                start, end = place * 131072, (place + 1) * 131072
+                if isinstance(result, BaseException):
+                    assert isinstance(result, BlockError), result
+                    assert result.errno in (errno.EPERM, errno.EROFS)
+                    # It may have come some of the way.
+                    model[start:end] = await node.pread(start, end - start)
+                else:
+                    offset, length, fill = result
+                    model[offset : offset + length] = bytes((fill,)) * length
+                    marked.add(offset >> 16)
+                    marked.add((offset + length - 1) >> 16)
+            assert bytes(await node.pread(0, len(model))) == bytes(model)
+            for change_ in (node.pwrite(0, b"x"), node.discard(0, 65536)):
+                with pytest.raises(BlockError) as error:
+                    await change_
+                assert error.value.errno == errno.EPERM
+            sound(path)
+            if "compat" not in options:
+                assert bitmap_flags(path) == {"b": ["auto"]}
+                bits = node.dirty_bitmaps["b"].bits
+                assert all(bits[n >> 3] >> (n & 7) & 1 for n in marked)
+            if not options.get("data_file"):
+                async with open_image(path, read_only=True) as other:
+                    assert bytes(await other.pread(0, len(model))) == bytes(model)
+            before = path.read_bytes()
+            await node.flush()
+            assert path.read_bytes() == before
+            await node.reopen(read_only=False)
+            if "compat" not in options:
+                assert bitmap_flags(path) == {"b": ["in-use", "auto"]}
+        await node.pwrite(5, b"last")
+        model[5:9] = b"last"
+    sound(path)
+    raw = tmp_path / "raw"
+    qemu_img("convert", "-O", "raw", path, raw)
+    assert raw.read_bytes() == bytes(model)
+
+
+@pytest.mark.parametrize("lazy", ["off", "on"])
+@pytest.mark.asyncio
+async def test_opened_read_only_and_allowed_to_write_later(tmp_path, lazy):
+    path = create(tmp_path / "image", lazy_refcounts=lazy)
+    qemu_img("bitmap", "--add", path, "b")
+    io = ["qemu-io", "-f", "qcow2", "-c", "write -P 1 0 1M", str(path)]
+    subprocess.run(io, check=True, stdout=subprocess.DEVNULL)
+    qemu_img("snapshot", "-c", "s", path)
+    async with open_image(path, format="qcow2", read_only=True) as node:
+        assert bitmap_flags(path) == {"b": ["auto"]}
+        await node.reopen(read_only=False)
+        assert bitmap_flags(path) == {"b": ["in-use", "auto"]}
+        await node.pwrite(65536, b"2" * 65536)
+        await node.pwrite(3 * MIB, b"3" * 65536)
+        await node.driver.snapshot_create("t")
+        await node.reopen(read_only=True)
+        sound(path)
+        with pytest.raises(BlockError):
+            await node.driver.snapshot_create("u")
+    sound(path)
+    async with open_image(path, format="qcow2", read_only=True) as node:
+        assert bytes(await node.pread(0, 1)) == b"\1"
+        assert bytes(await node.pread(65536, 65536)) == b"2" * 65536
+        bits = node.dirty_bitmaps["b"].bits
+        assert bits[0] & 2
+        assert bits[6] & 1
+
+
+@pytest.mark.asyncio
+async def test_locks_follow(tmp_path):
+    path = create(tmp_path / "image")
+    async with open_image(path, format="qcow2") as node:
+        with pytest.raises(ImageInUse):
+            await FileStorage.open(str(path), read_only=True)
+        await node.reopen(read_only=True)
+        async with open_image(path, format="qcow2", read_only=True):
+            with pytest.raises(ImageInUse):
+                await node.reopen(read_only=False)
+            assert node.read_only
+        with pytest.raises(ImageInUse):
+            await FileStorage.open(str(path))
+        await node.reopen(read_only=False)
+        with pytest.raises(ImageInUse):
+            await FileStorage.open(str(path), read_only=True)
+        await asyncio.gather(*[node.reopen(read_only=bool(i % 2)) for i in range(9)])
+        await node.pwrite(0, b"written")
+    sound(path)
+
+
+@pytest.mark.asyncio
+async def test_what_can_not_be_written_later(tmp_path):
+    path = create(tmp_path / "image")
+    qemu_img("snapshot", "-c", "s", path)
+    async with open_image(
+        path, format="qcow2", read_only=True, driver_options={"snapshot": "s"}
+    ) as node:
+        with pytest.raises(ImageError, match="can only be opened read-only"):
+            await node.reopen(read_only=False)
+        assert node.read_only
+    for bit, text in ((1, "must be repaired"), (2, "cannot be opened read/write")):
+        data = bytearray(path.read_bytes())
+        data[79] = bit
+        path.write_bytes(data)
+        async with open_image(path, format="qcow2", read_only=True) as node:
+            with pytest.raises(ImageError, match=text):
+                await node.reopen(read_only=False)
+            assert node.read_only
+
+
+@pytest.mark.asyncio
+async def test_a_disk_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch):
+    """Each write or flush on the way may be the one that fails."""
+    for nb_calls in range(0, 12, 2):
+        path = create(tmp_path / f"image{nb_calls}", lazy_refcounts="on")
+        async with open_image(path, format="qcow2") as node:
+            node.driver.bitmap_add("b")
+            await node.pwrite(0, b"1" * 100_000)
+            storage, left = node.driver.storage, nb_calls
+            sound_write = storage.pwritev
+
+            async def pwritev(*arguments, write=sound_write, **options):
+                nonlocal left
+                left -= 1
+                if left == -1:
+                    raise OSError(errno.EIO, "broken")
+                await write(*arguments, **options)
+
+            monkeypatch.setattr(storage, "pwritev", pwritev)
+            failed = False
+            try:
+                await node.reopen(read_only=True)
+            except OSError:
+                failed = True
+                assert not node.read_only
+                await node.pwrite(MIB, b"2" * 100_000)
+            monkeypatch.setattr(storage, "pwritev", sound_write)
+            assert bytes(await node.pread(0, 100_000)) == b"1" * 100_000
+        found = subprocess.run(
+            ["qemu-img", "check", "--output=json", path], capture_output=True
+        )
+        assert not json.loads(found.stdout).get("corruptions")
+        async with open_image(path, format="qcow2", read_only=True) as node:
+            assert bytes(await node.pread(MIB, 1)) == (b"2" if failed else b"\0")
+            assert node.dirty_bitmaps["b"].bits[0] & 1
