@@ -249,12 +249,11 @@ def test_what_we_compress_qemu_reads(tmp_path, seed):
     raw, path = tmp_path / "a.raw", tmp_path / "a.qcow"
     size = 100 * 4096 + 512
     run("qemu-img", "create", "-qf", "qcow", path, size)
-    disk = b"".join(
-        rnd.choice(
-            (rnd.randbytes(4096), rnd.randbytes(64) * 64, rnd.randbytes(1) * 4096)
-        )
-        for _ in range(101)
-    )[:size]
+    clusters = [rnd.randbytes(4096) for _ in range(33)]
+    clusters += [rnd.randbytes(64) * 64 for _ in range(34)]
+    clusters += [rnd.randbytes(1) * 4096 for _ in range(34)]
+    rnd.shuffle(clusters)
+    disk = b"".join(clusters)[:size]
 
     async def write() -> None:
         async with opened(path) as node:
@@ -267,7 +266,8 @@ def test_what_we_compress_qemu_reads(tmp_path, seed):
 
     asyncio.run(write())
     check(path)
-    assert path.stat().st_size < size * 2 // 3
+    # A plain cluster is aligned: it may cost as much as two.
+    assert path.stat().st_size < size * 3 // 4
     raw.write_bytes(disk)
     compare_images(raw, path, second_format="qcow")
 
