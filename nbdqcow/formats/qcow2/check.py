@@ -73,7 +73,7 @@ def check_image(
         )
     try:
         report = _limited(report)
-        snapshots = yield from load_snapshots(header, repair, report)
+        snapshots = yield from load_snapshots(header, file_length, repair, report)
         check = _Check(header, file_length, repair, report, can_grow)
         result = yield from check.run(snapshots)
         sound = not result.corruptions and not result.check_errors

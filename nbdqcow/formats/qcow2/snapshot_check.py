@@ -32,14 +32,15 @@ class LoadedSnapshots:
 
 
 def load_snapshots(
-    header: Header, repair: int, report: Report
+    header: Header, file_length: int, repair: int, report: Report
 ) -> Steps[LoadedSnapshots]:
-    """Read the table; a repair of all leaves out what goes beyond the limits.
+    """Read the table; a repair of all leaves out what goes beyond the limits or
+    the file's end.
 
     Changes ``header`` if snapshots are left out, in the file, too. Raises
     `ImageError` for a table that can't be read, when that was reported.
     """
-    discards = Discards(report) if repair == REPAIR_ALL else None
+    discards = Discards(report, file_length) if repair == REPAIR_ALL else None
     nb_beyond = max(header.nb_snapshots - h.MAX_SNAPSHOTS, 0)
     if header.snapshots_offset % header.cluster_size:
         report("ERROR snapshot table offset invalid")

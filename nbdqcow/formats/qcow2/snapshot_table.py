@@ -72,11 +72,13 @@ class Discards:
     """What a repair leaves out of a table that goes beyond the limits.
 
     Attributes:
+        file_length: what lies behind it is no part of the table.
         nb_snapshots: so many at the table's end.
         nb_extras: so many snapshots' extra data was cut.
     """
 
     report: Report
+    file_length: int
     nb_snapshots: int = 0
     nb_extras: int = 0
 
@@ -132,7 +134,8 @@ def read_snapshots(
         table_length = round_up(table_length, 8)
         table_length += _ENTRY.size + len(extra) + length
         span = offset - header.snapshots_offset
-        if table_length > MAX_TABLE_BYTES or span > _MAX_SPAN:
+        beyond_end = discards is not None and offset > discards.file_length
+        if table_length > MAX_TABLE_BYTES or span > _MAX_SPAN or beyond_end:
             nb_beyond = header.nb_snapshots - index
             if discards is None:
                 raise ImageError(
@@ -140,9 +143,10 @@ def read_snapshots(
                     f"You can force-remove all {nb_beyond} overhanging snapshots with "
                     "qemu-img check -r all"
                 )
+            reason = "behind the end of the file" if beyond_end else "too big"
             discards.report(
-                f"Discarding {nb_beyond} overhanging snapshots (snapshot table is too "
-                "big)"
+                f"Discarding {nb_beyond} overhanging snapshots (snapshot table is "
+                f"{reason})"
             )
             discards.nb_snapshots += nb_beyond
             return snapshots, end - header.snapshots_offset
