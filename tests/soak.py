@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nbdqcow.formats.qcow2.compress
 from nbdqcow.pool import Pool
-from tests.crash import test_histories
+from tests.crash import states, test_histories
 from tests.crash.histories import HISTORIES
 from tests.faults.test_each_call_fails import fail_at_random, fail_each_call
 from tests.interleavings.permuting import InlinePool
@@ -32,7 +32,7 @@ class Soak:
     def __init__(self, seed: int) -> None:
         self.rnd = random.Random(seed)
         self.meetings = Figures()
-        self.cuts = test_histories.Figures()
+        self.cuts = states.Figures()
         self.nb_faults = 0
         self.nb_cancelled = 0
         self.nb_kills = 0

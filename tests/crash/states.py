@@ -101,3 +101,40 @@ def apply(disk: bytearray, event: Event) -> None:
     elif event.kind == "truncate":
         del disk[event.length :]
         disk.extend(bytes(event.length - len(disk)))
+
+
+@dataclass(slots=True)
+class Figures:
+    """What an exploration has done."""
+
+    nb_cuts: int = 0
+    nb_whole_cuts: int = 0
+    nb_states: int = 0
+    nb_qemu: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.nb_states} disks of {self.nb_cuts} cuts "
+            f"({self.nb_whole_cuts} of them exhaustively), "
+            f"{self.nb_qemu} looked at by qemu-img, too"
+        )
+
+
+def distinct_disks(
+    history: History, limit: int, rnd: random.Random, figures: Figures
+) -> Iterator[tuple[str, bytes]]:
+    """Yield each disk that any cut of a history can leave, and what to call it.
+
+    At most ``limit`` of each cut, and the same disk only once.
+    """
+    seen = set()
+    for nb_events in range(len(history.events) + 1):
+        cut = cut_after(history, nb_events)
+        figures.nb_cuts += 1
+        figures.nb_whole_cuts += cut.nb_states <= limit
+        for number, disk in enumerate(cut.states(limit, rnd)):
+            if disk in seen:
+                continue
+            seen.add(disk)
+            figures.nb_states += 1
+            yield f"cut {nb_events}, disk {number}", disk

@@ -24,9 +24,9 @@ from nbdqcow.jobs.rebase import rebase
 from nbdqcow.storage.memory import MemoryStorage
 from tests.crash.histories import created
 from tests.crash.recording import RecordingStorage
-from tests.crash.states import cut_after
+from tests.crash.states import Figures, cut_after
 from tests.crash.test_data_file_cut import Timeline
-from tests.crash.test_histories import Figures, check_by_us, is_sound
+from tests.crash.test_histories import check_by_us, is_sound
 from tests.qcow1_image import check as check_qcow1
 
 KiB = 1 << 10

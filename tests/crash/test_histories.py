@@ -31,29 +31,12 @@ from tests.crash.histories import (
     base_content,
 )
 from tests.crash.recording import RecordingStorage
-from tests.crash.states import cut_after
+from tests.crash.states import Figures, cut_after
 
 STATES_OF_A_CUT = 32
 STATES_AT_LENGTH = int(os.environ.get("NBDQCOW_STATES", "600"))
 NB_LONG_SEEDS = int(os.environ.get("NBDQCOW_LONG_SEEDS", "4"))
 SHARE_FOR_QEMU = 0.05
-
-
-@dataclass(slots=True)
-class Figures:
-    """What an exploration has done."""
-
-    nb_cuts: int = 0
-    nb_whole_cuts: int = 0
-    nb_states: int = 0
-    nb_qemu: int = 0
-
-    def __str__(self) -> str:
-        return (
-            f"{self.nb_states} disks of {self.nb_cuts} cuts "
-            f"({self.nb_whole_cuts} of them exhaustively), "
-            f"{self.nb_qemu} looked at by qemu-img, too"
-        )
 
 
 @dataclass(slots=True)

@@ -21,8 +21,8 @@ from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.storage.memory import MemoryStorage
 from tests.crash.histories import created
 from tests.crash.recording import SECTOR, RecordingStorage
-from tests.crash.states import cut_after
-from tests.crash.test_histories import Figures, check_by_us, is_sound
+from tests.crash.states import Figures, distinct_disks
+from tests.crash.test_histories import check_by_us, is_sound
 
 KiB = 1 << 10
 STATES = 6
@@ -69,20 +69,10 @@ async def change_and_cut(name: str, seed: int, limit: int, figures: Figures) -> 
         await change_keys(first, 0, len(area), b"one", one)
     storage = RecordingStorage(bytes(first.data), rnd)
     await change_keys(storage, 0, len(area), b"one", change)
-    recorded = storage.history
-    seen = set()
-    for nb_events in range(len(recorded.events) + 1):
-        cut = cut_after(recorded, nb_events)
-        figures.nb_cuts += 1
-        figures.nb_whole_cuts += cut.nb_states <= limit
-        for number, disk in enumerate(cut.states(limit, rnd)):
-            if disk in seen:
-                continue
-            seen.add(disk)
-            figures.nb_states += 1
-            for passphrase in stay:
-                where = f"{name}, seed {seed}, cut {nb_events}, disk {number}"
-                assert opens(disk, passphrase), f"{where}: {passphrase!r}"
+    for cut, disk in distinct_disks(storage.history, limit, rnd, figures):
+        for passphrase in stay:
+            where = f"{name}, seed {seed}, {cut}"
+            assert opens(disk, passphrase), f"{where}: {passphrase!r}"
     if change.new is not None:
         assert opens(bytes(storage.bytes), change.new)
 
@@ -126,20 +116,11 @@ async def keep_bitmap_and_cut(seed: int, limit: int, figures: Figures) -> None:
             if rnd.random() < 0.4:
                 await node.flush()
         await node.close()
-    recorded, seen = storage.history, set()
-    for nb_events in range(len(recorded.events) + 1):
-        cut = cut_after(recorded, nb_events)
-        figures.nb_cuts += 1
-        figures.nb_whole_cuts += cut.nb_states <= limit
-        for number, disk in enumerate(cut.states(limit, rnd)):
-            if disk in seen:
-                continue
-            seen.add(disk)
-            figures.nb_states += 1
-            where = f"bitmap, seed {seed}, cut {nb_events}, disk {number}"
-            result, text = check_by_us(disk)
-            assert is_sound(result), f"{where}:\n{text}"
-            await look_at_bitmap(disk, where)
+    for cut, disk in distinct_disks(storage.history, limit, rnd, figures):
+        where = f"bitmap, seed {seed}, {cut}"
+        result, text = check_by_us(disk)
+        assert is_sound(result), f"{where}:\n{text}"
+        await look_at_bitmap(disk, where)
     assert await look_at_bitmap(bytes(storage.bytes), "at the end")
 
 

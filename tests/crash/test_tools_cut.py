@@ -26,10 +26,9 @@ from tests.builder import ImageBuilder
 from tests.crash.histories import filled
 from tests.crash.recorded_file import RecordedFile
 from tests.crash.recording import SECTOR
-from tests.crash.states import cut_after
+from tests.crash.states import Figures, cut_after, distinct_disks
 from tests.crash.test_histories import (
     SHARE_FOR_QEMU,
-    Figures,
     check_by_qemu,
     check_by_us,
     is_sound,
@@ -230,29 +229,20 @@ def repair_and_cut(
         result, text = check_by_us(left)
         assert is_sound(result, leaks=False), text
     contents = [asyncio.run(content_of(data)) for data in (image, left)]
-    seen = set()
-    for nb_events in range(len(file.history.events) + 1):
-        cut = cut_after(file.history, nb_events)
-        figures.nb_cuts += 1
-        figures.nb_whole_cuts += cut.nb_states <= limit
-        for number, disk in enumerate(cut.states(limit, rnd)):
-            if disk in seen:
-                continue
-            seen.add(disk)
-            figures.nb_states += 1
-            where = f"{damage.__name__}, seed {seed}, cut {nb_events}, disk {number}"
-            result, text = check_by_us(disk)
-            # Nothing is worse than it was.
-            worst = max(before.corruptions, after.corruptions)
-            assert result.corruptions <= worst, f"{where}:\n{text}"
-            assert not result.check_errors, f"{where}:\n{text}"
-            same_content(asyncio.run(content_of(disk)), contents, where)
-            again = RecordedFile(disk)
-            Qcow2Tool().check(again, REPAIR_ALL, lambda line: None)
-            result, text = check_by_us(bytes(again.data))
-            assert is_sound(result, leaks=False), f"{where}, repaired:\n{text}"
-            assert not Header.parse(bytes(again.data)[:4096]).dirty, where
-            same_content(asyncio.run(content_of(bytes(again.data))), contents, where)
+    for cut, disk in distinct_disks(file.history, limit, rnd, figures):
+        where = f"{damage.__name__}, seed {seed}, {cut}"
+        result, text = check_by_us(disk)
+        # Nothing is worse than it was.
+        worst = max(before.corruptions, after.corruptions)
+        assert result.corruptions <= worst, f"{where}:\n{text}"
+        assert not result.check_errors, f"{where}:\n{text}"
+        same_content(asyncio.run(content_of(disk)), contents, where)
+        again = RecordedFile(disk)
+        Qcow2Tool().check(again, REPAIR_ALL, lambda line: None)
+        result, text = check_by_us(bytes(again.data))
+        assert is_sound(result, leaks=False), f"{where}, repaired:\n{text}"
+        assert not Header.parse(bytes(again.data)[:4096]).dirty, where
+        same_content(asyncio.run(content_of(bytes(again.data))), contents, where)
 
 
 def same_content(found: bytes, contents: list[bytes], where: str) -> None:
