@@ -24,6 +24,9 @@ import hypothesis
 import pytest
 import uvloop
 
+# What these find different is shown as in the tests themselves.
+pytest.register_assert_rewrite("tests.interop.img_beside_qemu")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 IN_CI = os.environ.get("CI", "") not in ("", "0", "false")
 SEED = int(os.environ.get("NBDQCOW_SEED") or random.SystemRandom().getrandbits(32))

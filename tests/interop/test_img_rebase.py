@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.test_img_commands import files_of, qemu_io
+from tests.interop.img_beside_qemu import files_of, qemu_io
 from tests.interop.test_img_conformance import run_ours, run_theirs
 
 COUNTS = re.compile(
