@@ -2,199 +2,24 @@
 
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-from nbdqcow.cli.getopt_long import getopt_long
 from nbdqcow.cli.messages import describe, error, printable, program_name
+from nbdqcow.cli.nbd_options import HELP, NO_LIMIT, Settings, TryHelp, parse_arguments
 from nbdqcow.errors import ImageError, NbdQcowError, UsageError
 from nbdqcow.server.systemd import take_activation
 
 if TYPE_CHECKING:
     from nbdqcow.block.node import Node
 
-_MAX_STRING_LENGTH: Final = 4096
-_NO_LIMIT: Final = 1 << 31
 _SECTOR: Final = 512
-
-_SHORT: Final = "hVb:o:p:rsnc:dvk:e:f:tl:x:T:D:AB:L"
-# Long options: what has a short form returns that.
-_LONG: Final = {
-    "help": "h",
-    "version": "V",
-    "port=": "p",
-    "bind=": "b",
-    "socket=": "k",
-    "shared=": "e",
-    "persistent": "t",
-    "verbose": "v",
-    "export-name=": "x",
-    "description=": "D",
-    "offset=": "o",
-    "allocation-depth": "A",
-    "bitmap=": "B",
-    "list": "L",
-    "object=": "",
-    "tls-creds=": "",
-    "tls-hostname=": "",
-    "tls-authz=": "",
-    "trace=": "T",
-    "fork": "",
-    "pid-file=": "",
-    "selinux-label=": "",
-    "connect=": "c",
-    "disconnect": "d",
-    "format=": "f",
-    "read-only": "r",
-    "snapshot": "s",
-    "load-snapshot=": "l",
-    "nocache": "n",
-    "cache=": "",
-    "aio=": "",
-    "discard=": "",
-    "detect-zeroes=": "",
-    "image-opts": "",
-}
-# Options of qemu-nbd that are known and refused: what messages call them.
-_REFUSED: Final = {
-    "T": "--trace is not supported: there are no trace points",
-    "c": "--connect is not supported: this program opens no kernel device; "
-    "serve the image with --socket=PATH, and attach it with "
-    "'nbd-client -unix PATH DEVICE'",
-    "d": "--disconnect is not supported: this program opens no kernel device; "
-    "use 'nbd-client -d DEVICE'",
-    "s": "--snapshot is not supported yet",
-    "selinux-label": "--selinux-label is not supported yet",
-}
-_CACHE_MODES: Final = {
-    "none": "none",
-    "off": "none",
-    "directsync": "directsync",
-    "writeback": "writeback",
-    "unsafe": "unsafe",
-    "writethrough": "writethrough",
-}
-_DISCARD_MODES: Final = {
-    "ignore": "ignore",
-    "off": "ignore",
-    "unmap": "unmap",
-    "on": "unmap",
-}
-_AIO_MODES: Final = ("threads", "native", "io_uring")
-_DETECT_ZEROES_MODES: Final = ("off", "on", "unmap")
-
-_HELP: Final = """\
-Usage: {program} [OPTION]... FILE
-  or:  {program} -L [OPTION]...
-Serve a disk image over NBD, with the options of qemu-nbd.
-
-  -h, --help                 show this text
-  -V, --version              show the version
-
-The server:
-  -p, --port=PORT            TCP port (default: 10809)
-  -b, --bind=ADDRESS         address to listen on (default: 0.0.0.0)
-  -k, --socket=PATH          listen on a unix socket instead
-  -e, --shared=NUM           clients at a time, 0 for any number (default: 1)
-  -t, --persistent           go on after the last client has left
-  -x, --export-name=NAME     name of the export (default: the empty name)
-  -D, --description=TEXT     description of the export
-      --fork                 return when the server is ready; it runs on
-      --pid-file=PATH        write the server's process ID to a file
-  -v, --verbose              log what clients do
-
-The image:
-  -o, --offset=BYTES         where in a raw image the disk begins
-  -A, --allocation-depth     offer the metadata context qemu:allocation-depth
-  -B, --bitmap=NAME          offer the dirty bitmap NAME of the image or of its
-                             backing file; may be given several times
-  -l, --load-snapshot=NAME   serve an internal snapshot, by ID or name or as
-                             snapshot.id=ID,snapshot.name=NAME; read-only
-  -f, --format=FORMAT        raw or qcow2 (default: guessed)
-  -r, --read-only            refuse all writes
-  -n, --nocache              the same as --cache=none
-      --cache=MODE           none, writeback (default), writethrough,
-                             directsync or unsafe
-      --aio=MODE             threads, native or io_uring: accepted, no effect
-      --discard=MODE         ignore (default) or unmap
-      --detect-zeroes=MODE   off (default), on or unmap
-      --image-opts           FILE is driver=FORMAT,file.filename=NAME,...
-
-TLS:
-      --object=TYPE,id=ID,.. credentials: tls-creds-x509 or tls-creds-psk, with
-                             dir=, endpoint=server|client, verify-peer=;
-                             authz-simple, authz-list or authz-listfile; secret
-      --tls-creds=ID         require TLS, with these credentials
-      --tls-authz=ID         serve only clients whose certificates it allows
-
-The client:
-  -L, --list                 list the exports of the server that -b, -p or -k
-                             names
-      --tls-creds=ID         use TLS, with these credentials
-      --tls-hostname=NAME    expect this name in the server's certificate
-
-Without -p, -b and -k, sockets that systemd has opened for the server are used.
-
-Not supported yet: -s --selinux-label.
-"""
-
-
-@dataclass(slots=True)
-class Settings:
-    """What the command line asks for.
-
-    Attributes:
-        host, port: TCP address; the port may be a service's name.
-        socket: path of a unix socket, which takes the place of TCP.
-        shared: clients at a time; 0 is any number.
-        objects: what --object said, in order.
-        tls_creds, tls_authz: ids of objects.
-        tls_hostname: what a client finds in the server's certificate.
-        open_options: of `nbdqcow.block.open.open_image`, where given.
-        allocation_depth: offer the metadata context of that name.
-        bitmaps: the dirty bitmaps to offer.
-        snapshot: the internal snapshot to serve: its ID or name, or its ID
-            and its name; None serves the disk.
-        given: options that were given, by the name getopt_long returns.
-        activated: descriptor and name of sockets to listen on, in the place of
-            TCP.
-    """
-
-    host: str = "0.0.0.0"
-    port: str = "10809"
-    socket: str | None = None
-    shared: int = 1
-    persistent: bool = False
-    verbose: bool = False
-    export_name: str = ""
-    description: str = ""
-    list: bool = False
-    fork: bool = False
-    pid_file: str | None = None
-    image_opts: bool = False
-    allocation_depth: bool = False
-    bitmaps: tuple[str, ...] = ()
-    snapshot: str | tuple[str | None, str | None] | None = None
-    filename: str = ""
-    objects: tuple[str, ...] = ()
-    tls_creds: str | None = None
-    tls_authz: str | None = None
-    tls_hostname: str | None = None
-    open_options: dict[str, Any] = field(default_factory=dict)
-    given: set[str] = field(default_factory=set)
-    activated: Sequence[tuple[int, str]] = ()
-
-
-class _TryHelp(UsageError):
-    """A wrong command line, after which --help is pointed at."""
 
 
 def main() -> int:
     """Run the command; return its exit status."""
     try:
         settings = parse_arguments(sys.argv[1:], take_activation(os.environ))
-    except _TryHelp as exc:
+    except TryHelp as exc:
         error(str(exc))
         error(f"Try `{program_name()} --help' for more information.")
         return 1
@@ -202,7 +27,7 @@ def main() -> int:
         error(str(exc))
         return 1
     if "h" in settings.given:
-        print(_HELP.format(program=program_name()), end="")
+        print(HELP.format(program=program_name()), end="")
         return 0
     if "V" in settings.given:
         from nbdqcow import __version__
@@ -214,219 +39,6 @@ def main() -> int:
     if settings.fork:
         return _serve_in_background(settings)
     return _serve(settings, -1)
-
-
-# -- the command line --------------------------------------------------------
-
-
-def parse_arguments(
-    arguments: list[str], activated: Sequence[tuple[int, str]] = ()
-) -> Settings:
-    """Return what ``arguments`` ask for; ``activated`` are the sockets that the
-    service manager has opened for us. Raises `UsageError`."""
-    try:
-        options, operands = getopt_long(
-            arguments, _SHORT, {k: v or k.rstrip("=") for k, v in _LONG.items()}
-        )
-    except UsageError as exc:
-        raise _TryHelp(str(exc)) from None
-    settings = Settings(activated=activated)
-    for name, value in options:
-        if name in _REFUSED:
-            raise UsageError(_REFUSED[name])
-        if name in ("h", "V"):
-            settings.given = {name}
-            return settings
-        _apply(settings, name, value)
-        settings.given.add(name)
-    _check(settings, operands)
-    return settings
-
-
-def _apply(settings: Settings, name: str, value: str) -> None:
-    """Take one option into ``settings``."""
-    match name:
-        case "p":
-            settings.port = value
-        case "b":
-            settings.host = value
-        case "k":
-            if not value.startswith("/"):
-                raise UsageError("socket path must be absolute")
-            settings.socket = value
-        case "e":
-            settings.shared = _parse_shared(value)
-        case "t":
-            settings.persistent = True
-        case "v":
-            settings.verbose = True
-        case "x":
-            settings.export_name = _string("export name", value)
-        case "D":
-            settings.description = _string("export description", value)
-        case "A":
-            settings.allocation_depth = True
-        case "B":
-            settings.bitmaps += (value,)
-        case "l":
-            settings.snapshot = _parse_snapshot(value)
-        case "L":
-            settings.list = True
-        case "fork":
-            settings.fork = True
-        case "pid-file":
-            settings.pid_file = value
-        case "image-opts":
-            settings.image_opts = True
-        case "object":
-            settings.objects += (value,)
-        case "tls-creds":
-            settings.tls_creds = value
-        case "tls-authz":
-            settings.tls_authz = value
-        case "tls-hostname":
-            settings.tls_hostname = value
-        case _:
-            _apply_image_option(settings, name, value)
-
-
-def _apply_image_option(settings: Settings, name: str, value: str) -> None:
-    """Take an option about how the image is opened into ``settings``."""
-    options = settings.open_options
-    match name:
-        case "f":
-            options["format"] = value
-        case "o":
-            options["driver_options"] = {"offset": _parse_offset(value)}
-        case "r":
-            options["read_only"] = True
-        case "n" | "cache":
-            if settings.given & {"n", "cache"}:
-                raise UsageError("-n and --cache can only be specified once")
-            mode = "none" if name == "n" else value
-            if mode not in _CACHE_MODES:
-                raise UsageError(f"Invalid cache mode `{mode}'")
-            options["cache"] = _CACHE_MODES[mode]
-        case "aio":
-            if "aio" in settings.given:
-                raise UsageError("--aio can only be specified once")
-            if value not in _AIO_MODES:
-                raise UsageError(f"Invalid aio mode '{value}'")
-        case "discard":
-            if "discard" in settings.given:
-                raise UsageError("--discard can only be specified once")
-            if value not in _DISCARD_MODES:
-                raise UsageError(f"Invalid discard mode `{value}'")
-            options["discard"] = _DISCARD_MODES[value]
-        case "detect-zeroes":
-            if value not in _DETECT_ZEROES_MODES:
-                raise UsageError(
-                    "Failed to parse detect_zeroes mode: "
-                    f"invalid parameter value: {value}"
-                )
-            if value == "unmap" and options.get("discard") != "unmap":
-                raise UsageError(
-                    "setting detect-zeroes to unmap is not allowed without setting "
-                    "discard operation to unmap"
-                )
-            options["detect_zeroes"] = value
-        case _:
-            raise AssertionError(f"no such option: {name}")
-
-
-def _check(settings: Settings, operands: list[str]) -> None:
-    """Judge the options together, and take the image's name."""
-    _check_tls(settings)
-    if settings.list:
-        if operands:
-            raise UsageError("List mode is incompatible with a file name")
-        if settings.given & {
-            "x",
-            "D",
-            "o",
-            "A",
-            "B",
-            "f",
-            "n",
-            "cache",
-            "aio",
-            "discard",
-        }:
-            raise UsageError("List mode is incompatible with per-device settings")
-        if settings.fork:
-            raise UsageError("List mode is incompatible with forking")
-        return
-    if len(operands) != 1:
-        raise UsageError(
-            "Invalid number of arguments\n"
-            f"Try `{program_name()} --help' for more information."
-        )
-    (settings.filename,) = operands
-    if settings.activated:
-        _check_activation(settings)
-    if settings.image_opts and "f" in settings.given:
-        raise UsageError("--image-opts and -f are mutually exclusive")
-
-
-def _check_tls(settings: Settings) -> None:
-    if settings.tls_creds is None:
-        for name in ("tls-hostname", "tls-authz"):
-            if name in settings.given:
-                raise UsageError(f"--{name} is not permitted without --tls-creds")
-    elif settings.list and settings.tls_authz is not None:
-        raise UsageError("TLS authorization is incompatible with export list")
-    elif settings.tls_hostname is not None and not settings.list:
-        raise UsageError("TLS hostname is only supported with export list")
-
-
-def _check_activation(settings: Settings) -> None:
-    """Refuse what would listen besides the sockets that were opened for us."""
-    for option, text in (
-        ("k", "Unix socket"), ("b", "The interface"), ("p", "TCP port number"),
-    ):  # fmt: skip
-        if option in settings.given:
-            raise UsageError(f"{text} can't be set when using socket activation")
-
-
-def _parse_shared(text: str) -> int:
-    try:
-        shared = int(text, 0)
-    except ValueError:
-        shared = -1
-    if not 0 <= shared < _NO_LIMIT:
-        raise UsageError(f"Invalid shared device number '{text}'")
-    return shared
-
-
-def _parse_snapshot(text: str) -> str | tuple[str | None, str | None]:
-    """Return what ``--load-snapshot`` names: an ID or name, or
-    ``snapshot.id=ID,snapshot.name=NAME``, each of them optional."""
-    if not text.startswith("snapshot."):
-        return text
-    found: dict[str, str] = {}
-    # A comma that belongs to a value is doubled.
-    for part in text.replace(",,", "\0").split(","):
-        key, equals, value = part.replace("\0", ",").partition("=")
-        if key not in ("snapshot.id", "snapshot.name") or not equals:
-            raise UsageError(f"Failed to load snapshot: Invalid parameter '{key}'")
-        found[key] = value
-    return found.get("snapshot.id"), found.get("snapshot.name")
-
-
-def _parse_offset(text: str) -> int:
-    try:
-        offset = int(text, 0)
-    except ValueError:
-        offset = -1
-    if not 0 <= offset < 1 << 63:
-        raise UsageError(f"Invalid offset '{text}'")
-    return offset
-
-
-def _string(what: str, text: str) -> str:
-    if len(os.fsencode(text)) > _MAX_STRING_LENGTH:
-        raise UsageError(f"{what} '{text}' too long")
-    return text
 
 
 # -- the client --------------------------------------------------------------
@@ -539,7 +151,7 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
         raise type(exc)(_as_qemu_says(filename, exc)) from None
     server = Server(
         ServerOptions(
-            max_connections=settings.shared or _NO_LIMIT,
+            max_connections=settings.shared or NO_LIMIT,
             wait_when_full=True,
             sole_is_default=False,
         ),

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nbdqcow.cli import nbd
-from nbdqcow.cli.nbd import Settings, parse_arguments
+from nbdqcow.cli import nbd, nbd_options
+from nbdqcow.cli.nbd_options import Settings, parse_arguments
 from nbdqcow.errors import UsageError
 
 DEFAULTS = Settings(filename="f")
@@ -93,9 +93,9 @@ def test_refused(arguments, message):
         parse_arguments(arguments)
 
 
-@pytest.mark.parametrize("name", nbd._REFUSED)
+@pytest.mark.parametrize("name", nbd_options._REFUSED)
 def test_not_supported_is_said_by_name(name):
-    (long,) = (k for k, v in nbd._LONG.items() if (v or k.rstrip("=")) == name)
+    (long,) = (k for k, v in nbd_options._LONG.items() if (v or k.rstrip("=")) == name)
     argument = f"--{long}x" if long.endswith("=") else f"--{long}"
     with pytest.raises(UsageError, match="not supported") as caught:
         parse_arguments([argument, "f"])
@@ -103,11 +103,11 @@ def test_not_supported_is_said_by_name(name):
 
 
 def test_short_and_long_options_agree():
-    shorts = {value for value in nbd._LONG.values() if value}
-    assert shorts == set(nbd._SHORT.replace(":", ""))
-    for long, short in nbd._LONG.items():
+    shorts = {value for value in nbd_options._LONG.values() if value}
+    assert shorts == set(nbd_options._SHORT.replace(":", ""))
+    for long, short in nbd_options._LONG.items():
         if short:
-            assert (f"{short}:" in nbd._SHORT) == long.endswith("="), long
+            assert (f"{short}:" in nbd_options._SHORT) == long.endswith("="), long
 
 
 def run(monkeypatch, capsys, *arguments, name="/usr/bin/qemu-nbd"):
@@ -136,9 +136,9 @@ def test_help_and_version(monkeypatch, capsys):
     assert (status, err) == (0, "")
     assert out.startswith("Usage: qemu-nbd ")
     assert max(len(line) for line in out.splitlines()) < 80
-    for long in nbd._LONG:
+    for long in nbd_options._LONG:
         name = long.rstrip("=")
-        if (nbd._LONG[long] or name) not in nbd._REFUSED:
+        if (nbd_options._LONG[long] or name) not in nbd_options._REFUSED:
             assert f"--{name}" in out
     status, out, err = run(monkeypatch, capsys, "-V")
     assert (status, err) == (0, "")
