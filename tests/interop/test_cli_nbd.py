@@ -135,6 +135,9 @@ SAME = [
     ["-L", "--cache=none"],
     ["-L", "--fork"],
     ["-L", "-k", "/none/s"],
+    ["-L", "-c", "/dev/nbd0"],
+    ["-d", "/none"],
+    ["-d"],
     ["-L", "-b", "127.0.0.1", "-p", "1"],
     ["--image-opts", "-f", "raw", "IMAGE"],
     ["-k", "/none/s", "IMAGE"],
@@ -326,9 +329,31 @@ def test_a_bitmap_that_is_not_there(program, image, path):
     assert err == "qemu-nbd: Bitmap 'b0' is not found\n"
 
 
-def test_an_offset_is_for_raw_images(ours, image, path):
-    _, err = run(ours, "-o", "512", "-f", "qcow2", "-k", path, image, status=1)
-    assert err == f"qemu-nbd: --offset is for raw images; '{image}' is qcow2\n"
+def test_an_offset_into_a_qcow2_image(start, image, path):
+    """The window is one of the guest's disk, not of the file."""
+    qemu_io = find_tool("qemu-io")
+    run(qemu_io, "-c", "write -P 1 0 2M", "-c", "write -z 4M 1M", image)
+    process = start("-t", "-o", "1049088", "-f", "qcow2", "--discard=unmap", image)
+    uri = f"nbd+unix:///?socket={path}"
+    assert info(uri)["export-size"] == (10 << 20) - 1049088
+    run(qemu_io, "-f", "raw", uri, "-c", "read -P 1 0 1048064",
+        "-c", "read -P 0 1048064 1M", "-c", "write -P 2 512 8M",
+        "-c", "write -P 3 1000 3000", "-c", "write -z 64k 128k",
+        "-c", "discard 256k 128k")  # fmt: skip
+    extents = json.loads(run(find_tool("nbdinfo"), "--map", "--json", uri)[0])
+    assert {extent["type"] for extent in extents} == {0, 3}
+    process.terminate()
+    assert process.wait(20) == 0
+    run(qemu_io, image, "-c", "read -P 1 0 1049600", "-c", "read -P 2 1049600 488",
+        "-c", "read -P 3 1050088 3000", "-c", "read -P 0 1114624 128k")  # fmt: skip
+    run(find_tool("qemu-img"), "check", "-q", image)
+
+
+def test_an_offset_past_the_end(ours, image, path):
+    _, err = run(ours, "-o", "11M", "-f", "qcow2", "-k", path, image, status=1)
+    assert err == "qemu-nbd: Invalid offset '11M'\n"
+    _, err = run(ours, "-o", "99999999", "-f", "qcow2", "-k", path, image, status=1)
+    assert "offset 99999999 is past the end" in err
 
 
 # -- the client -------------------------------------------------------------------
