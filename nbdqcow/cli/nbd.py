@@ -4,13 +4,14 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
-from nbdqcow.cli.messages import describe, error, printable, program_name
+from nbdqcow.cli.messages import describe, error, printable, program_name, warning
 from nbdqcow.cli.nbd_options import HELP, NO_LIMIT, Settings, TryHelp, parse_arguments
 from nbdqcow.errors import ImageError, NbdQcowError, UsageError
 from nbdqcow.server.systemd import take_activation
 
 if TYPE_CHECKING:
     from nbdqcow.block.node import Node
+    from nbdqcow.cli.objects import Objects
 
 _SECTOR: Final = 512
 
@@ -36,7 +37,9 @@ def main() -> int:
         return 0
     if settings.list:
         return _list(settings)
-    if settings.fork:
+    if settings.disconnect:
+        return _disconnect(settings.filename)
+    if settings.fork or (settings.device is not None and not settings.verbose):
         return _serve_in_background(settings)
     return _serve(settings, -1)
 
@@ -73,6 +76,21 @@ def _list(settings: Settings) -> int:
             error(describe(exc))
             return 1
     print(printable(format_exports(exports)))
+    return 0
+
+
+def _disconnect(path: str) -> int:
+    from nbdqcow.server.kernel_device import disconnect_blocking
+
+    try:
+        disconnect_blocking(path)
+    except UsageError as exc:
+        error(str(exc))
+        return 1
+    except OSError as exc:
+        error(f"{path}: {describe(exc)}")
+        return 1
+    print(f"{path} disconnected")
     return 0
 
 
@@ -115,7 +133,6 @@ def _serve(settings: Settings, ready_fd: int) -> int:
 
 
 async def _serve_image(settings: Settings, ready_fd: int) -> None:
-    from nbdqcow.cli.images import open_node
     from nbdqcow.cli.listening import listen_fd, listen_tcp, listen_unix, run_server
     from nbdqcow.cli.objects import Objects
     from nbdqcow.cli.pid_file import write_pid_file
@@ -125,30 +142,7 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
 
     objects = Objects(settings.objects)
     tls, may_use = objects.server_tls(settings.tls_creds, settings.tls_authz)
-    filename = settings.filename
-    options: dict[str, Any] = {"discard": "ignore"}
-    options |= settings.open_options
-    options["secrets"] = lambda name: objects.secret(name).encode()
-    if settings.image_opts:
-        from nbdqcow.cli.image_opts import parse_image_opts
-        from nbdqcow.crypto.secrets import Secret
-
-        filename, image_options = parse_image_opts(settings.filename)
-        options |= image_options
-        if (key_id := options.pop("key_secret", None)) is not None:
-            secret = Secret(objects.secret(key_id).encode())
-            given = options.get("driver_options", {})
-            options["driver_options"] = {**given, "secret": secret}
-    if settings.snapshot is not None:
-        options["read_only"] = True
-        options["driver_options"] = {
-            **options.get("driver_options", {}),
-            "snapshot": settings.snapshot,
-        }
-    try:
-        node = await open_node(filename, **options)
-    except ImageError as exc:
-        raise type(exc)(_as_qemu_says(filename, exc)) from None
+    node = await _open(settings, objects)
     server = Server(
         ServerOptions(
             max_connections=settings.shared or NO_LIMIT,
@@ -157,8 +151,12 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
         ),
         tls,
     )
+    attachment = None
     try:
-        _check_offset(settings, node)
+        if settings.device is not None:
+            from nbdqcow.server.kernel_device import Attachment
+
+            attachment = Attachment(server, settings.device)
         try:
             server.add_export(
                 settings.export_name,
@@ -184,6 +182,20 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
                 await listen_unix(server, settings.socket)
             else:
                 await listen_tcp(server, settings.host, settings.port)
+            if attachment is not None:
+                await attachment.attach(settings.export_name)
+                if settings.verbose:
+                    print(
+                        f"NBD device {settings.device} is now connected to"
+                        f" {settings.filename}",
+                        file=sys.stderr,
+                    )
+                if attachment.device.nb_left_out:
+                    warning(
+                        f"{settings.device} does not show the last"
+                        f" {attachment.device.nb_left_out} bytes of the image,"
+                        " which are no whole sector"
+                    )
             if settings.pid_file is not None:
                 write_pid_file(settings.pid_file)
             notify("READY=1")
@@ -192,16 +204,67 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
 
         await run_server(server, set_up)
     finally:
+        if attachment is not None:
+            await attachment.close()
         await node.close()
 
 
-def _check_offset(settings: Settings, node: "Node") -> None:
-    """Refuse an offset into an image that has no place for it."""
-    offset = settings.open_options.get("driver_options", {}).get("offset", 0)
-    if offset and node.format_name != "raw":
-        raise UsageError(
-            f"--offset is for raw images; '{settings.filename}' is {node.format_name}"
-        )
+async def _open(settings: Settings, objects: "Objects") -> "Node":
+    """Open what is to be served. Raises `ImageError`."""
+    from nbdqcow.cli.images import open_node
+
+    filename = settings.filename
+    options: dict[str, Any] = {"discard": "ignore"}
+    options |= settings.open_options
+    options["secrets"] = lambda name: objects.secret(name).encode()
+    if settings.image_opts:
+        from nbdqcow.cli.image_opts import parse_image_opts
+        from nbdqcow.crypto.secrets import Secret
+
+        filename, image_options = parse_image_opts(settings.filename)
+        options |= image_options
+        if (key_id := options.pop("key_secret", None)) is not None:
+            secret = Secret(objects.secret(key_id).encode())
+            given = options.get("driver_options", {})
+            options["driver_options"] = {**given, "secret": secret}
+    if settings.snapshot is not None:
+        options["read_only"] = True
+        options["driver_options"] = {
+            **options.get("driver_options", {}),
+            "snapshot": settings.snapshot,
+        }
+    throwaway = settings.throwaway and not options.get("read_only", False)
+    if throwaway:
+        options["read_only"] = True
+    try:
+        node = await open_node(filename, **options)
+    except ImageError as exc:
+        raise type(exc)(_as_qemu_says(filename, exc)) from None
+    try:
+        offset = settings.open_options.get("driver_options", {}).get("offset", 0)
+        if offset and node.format_name != "raw":
+            # A raw image has been opened so already.
+            node = await _open_window(node, offset)
+        if throwaway:
+            from nbdqcow.cli.throwaway import open_throwaway
+
+            node = await open_throwaway(node, options.get("detect_zeroes", "off"))
+        return node
+    except BaseException:
+        await node.close()
+        raise
+
+
+async def _open_window(node: "Node", offset: int) -> "Node":
+    """Return what is behind ``offset`` in a disk, as a disk. Raises `ImageError`."""
+    from nbdqcow.block.node import Node
+    from nbdqcow.block.node_storage import NodeStorage
+    from nbdqcow.block.registry import format_driver
+
+    driver = await format_driver("raw").open(
+        NodeStorage(node), read_only=node.read_only, options={"offset": offset}
+    )
+    return Node(driver, filename=node.filename)
 
 
 def _minimum_block_size(node: "Node") -> int:

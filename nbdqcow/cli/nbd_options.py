@@ -10,6 +10,8 @@ from nbdqcow.cli.messages import program_name
 from nbdqcow.errors import UsageError
 
 _MAX_STRING_LENGTH: Final = 4096
+_SOCKET_OF_DEVICE: Final = "/var/lock/{program}-{device}"
+"""Where other clients find the server of a device."""
 NO_LIMIT: Final = 1 << 31
 _SHORT: Final = "hVb:o:p:rsnc:dvk:e:f:tl:x:T:D:AB:L"
 # Long options: what has a short form returns that.
@@ -52,13 +54,16 @@ _LONG: Final = {
 # Options of qemu-nbd that are known and refused: what messages call them.
 _REFUSED: Final = {
     "T": "--trace is not supported: there are no trace points",
-    "c": "--connect is not supported: this program opens no kernel device; "
-    "serve the image with --socket=PATH, and attach it with "
-    "'nbd-client -unix PATH DEVICE'",
-    "d": "--disconnect is not supported: this program opens no kernel device; "
-    "use 'nbd-client -d DEVICE'",
-    "s": "--snapshot is not supported yet",
     "selinux-label": "--selinux-label is not supported yet",
+}
+_PER_DEVICE: Final = frozenset(
+    ("x", "D", "o", "A", "B", "f", "n", "cache", "aio", "discard", "c", "d")
+)
+_SOCKET_OPTIONS: Final = {
+    "c": "NBD device",
+    "k": "Unix socket",
+    "b": "The interface",
+    "p": "TCP port number",
 }
 _CACHE_MODES: Final = {
     "none": "none",
@@ -80,6 +85,7 @@ _DETECT_ZEROES_MODES: Final = ("off", "on", "unmap")
 HELP: Final = """\
 Usage: {program} [OPTION]... FILE
   or:  {program} -L [OPTION]...
+  or:  {program} -d DEVICE
 Serve a disk image over NBD, with the options of qemu-nbd.
 
   -h, --help                 show this text
@@ -97,6 +103,11 @@ The server:
       --pid-file=PATH        write the server's process ID to a file
   -v, --verbose              log what clients do
 
+The kernel:
+  -c, --connect=DEVICE       attach the export to DEVICE, /dev/nbdN, and return
+                             (run in the foreground with -v)
+  -d, --disconnect           detach the device that FILE names
+
 The image:
   -o, --offset=BYTES         where in a raw image the disk begins
   -A, --allocation-depth     offer the metadata context qemu:allocation-depth
@@ -104,6 +115,8 @@ The image:
                              backing file; may be given several times
   -l, --load-snapshot=NAME   serve an internal snapshot, by ID or name or as
                              snapshot.id=ID,snapshot.name=NAME; read-only
+  -s, --snapshot             keep what is written in a temporary file, which
+                             goes with the server: FILE stays as it is
   -f, --format=FORMAT        raw or qcow2 (default: guessed)
   -r, --read-only            refuse all writes
   -n, --nocache              the same as --cache=none
@@ -129,7 +142,7 @@ The client:
 
 Without -p, -b and -k, sockets that systemd has opened for the server are used.
 
-Not supported yet: -s --selinux-label.
+Not supported yet: --selinux-label.
 """
 
 
@@ -145,6 +158,9 @@ class Settings:
         tls_creds, tls_authz: ids of objects.
         tls_hostname: what a client finds in the server's certificate.
         open_options: of `nbdqcow.block.open.open_image`, where given.
+        device: the kernel's device to attach the export to; None for none.
+        disconnect: detach the device ``filename``, and no more.
+        throwaway: keep nothing of what is written.
         allocation_depth: offer the metadata context of that name.
         bitmaps: the dirty bitmaps to offer.
         snapshot: the internal snapshot to serve: its ID or name, or its ID
@@ -166,6 +182,9 @@ class Settings:
     fork: bool = False
     pid_file: str | None = None
     image_opts: bool = False
+    device: str | None = None
+    disconnect: bool = False
+    throwaway: bool = False
     allocation_depth: bool = False
     bitmaps: tuple[str, ...] = ()
     snapshot: str | tuple[str | None, str | None] | None = None
@@ -238,6 +257,12 @@ def _apply(settings: Settings, name: str, value: str) -> None:
             settings.list = True
         case "fork":
             settings.fork = True
+        case "c":
+            settings.device = value
+        case "d":
+            settings.disconnect = True
+        case "s":
+            settings.throwaway = True
         case "pid-file":
             settings.pid_file = value
         case "image-opts":
@@ -304,18 +329,7 @@ def _check(settings: Settings, operands: list[str]) -> None:
     if settings.list:
         if operands:
             raise UsageError("List mode is incompatible with a file name")
-        if settings.given & {
-            "x",
-            "D",
-            "o",
-            "A",
-            "B",
-            "f",
-            "n",
-            "cache",
-            "aio",
-            "discard",
-        }:
+        if settings.given & _PER_DEVICE:
             raise UsageError("List mode is incompatible with per-device settings")
         if settings.fork:
             raise UsageError("List mode is incompatible with forking")
@@ -328,6 +342,10 @@ def _check(settings: Settings, operands: list[str]) -> None:
     (settings.filename,) = operands
     if settings.activated:
         _check_activation(settings)
+    elif settings.device is not None and settings.socket is None:
+        settings.socket = _SOCKET_OF_DEVICE.format(
+            program=program_name(), device=os.path.basename(settings.device)
+        )
     if settings.image_opts and "f" in settings.given:
         raise UsageError("--image-opts and -f are mutually exclusive")
 
@@ -337,6 +355,8 @@ def _check_tls(settings: Settings) -> None:
         for name in ("tls-hostname", "tls-authz"):
             if name in settings.given:
                 raise UsageError(f"--{name} is not permitted without --tls-creds")
+    elif settings.device is not None:
+        raise UsageError("TLS is not supported with a host device")
     elif settings.list and settings.tls_authz is not None:
         raise UsageError("TLS authorization is incompatible with export list")
     elif settings.tls_hostname is not None and not settings.list:
@@ -345,9 +365,7 @@ def _check_tls(settings: Settings) -> None:
 
 def _check_activation(settings: Settings) -> None:
     """Refuse what would listen besides the sockets that were opened for us."""
-    for option, text in (
-        ("k", "Unix socket"), ("b", "The interface"), ("p", "TCP port number"),
-    ):  # fmt: skip
+    for option, text in _SOCKET_OPTIONS.items():
         if option in settings.given:
             raise UsageError(f"{text} can't be set when using socket activation")
 

@@ -9,7 +9,6 @@ from nbdqcow.errors import NbdQcowError, ProtocolError
 from nbdqcow.nbd import constants as nbd
 from nbdqcow.nbd.client import (
     ClientHandshake,
-    ClientState,
     OptionResult,
     RemoteExport,
 )
@@ -84,7 +83,7 @@ def list_exports(
     Raises `NbdQcowError` if it refuses or breaks the protocol, and `OSError`.
     """
     client = ClientHandshake()
-    _wait(sock, client)
+    client.exchange(sock.sendall, sock.recv)
     if not client.server_flags & nbd.FLAG_FIXED_NEWSTYLE:
         raise ProtocolError("the server is too old to list its exports")
     if tls is not None:
@@ -138,20 +137,9 @@ def _list(sock: socket.socket, client: ClientHandshake) -> list[ListedExport]:
 
 
 def _answer(sock: socket.socket, client: ClientHandshake) -> OptionResult:
-    _wait(sock, client)
+    client.exchange(sock.sendall, sock.recv)
     assert client.result is not None
     return client.result
-
-
-def _wait(sock: socket.socket, client: ClientHandshake) -> None:
-    """Send what is queued and receive until the client may ask again."""
-    sock.sendall(client.data_to_send())
-    while client.state is not ClientState.IDLE:
-        data = sock.recv(1 << 16)
-        if not data:
-            raise ProtocolError("the server closed the connection")
-        client.receive_data(data)
-    sock.sendall(client.data_to_send())
 
 
 def format_exports(exports: list[ListedExport]) -> str:

@@ -15,7 +15,7 @@ server refuses is no exception: the answer is in ``result.error``.
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -27,6 +27,7 @@ from nbdqcow.types import Buffer
 _CONTEXT_OPTIONS: Final = (nbd.OPT_LIST_META_CONTEXT, nbd.OPT_SET_META_CONTEXT)
 _MAX_ANSWER: Final = 32 << 20
 """Bytes of all replies to one option, headers included."""
+_RECEIVE_LENGTH: Final = 64 << 10
 
 
 class ClientState(enum.Enum):
@@ -118,6 +119,23 @@ class ClientHandshake:
         if self.state is ClientState.TRANSMISSION:
             self.trailing += bytes(self._in)
             self._in.clear()
+
+    def exchange(
+        self, send: Callable[[bytes], object], receive: Callable[[int], bytes]
+    ) -> None:
+        """Talk to the server until it has answered: for callers that may wait.
+
+        ``send`` sends all that it is given; ``receive`` returns at most as many
+        bytes as it is told, none at the end. Raises `ProtocolError`, and what
+        these raise.
+        """
+        send(self.data_to_send())
+        while self.state in (ClientState.GREETING, ClientState.WAITING):
+            data = receive(_RECEIVE_LENGTH)
+            if not data:
+                raise ProtocolError("the server closed the connection")
+            self.receive_data(data)
+        send(self.data_to_send())
 
     # -- options -----------------------------------------------------------
 

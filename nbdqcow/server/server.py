@@ -5,7 +5,7 @@ import logging
 import signal
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from nbdqcow.buffers import BufferPool, keep_freed_memory
@@ -47,6 +47,8 @@ class Server:
         on_last_disconnect: called when a client that had chosen an export
             leaves and no client is left.
         on_stopping: called when the end begins.
+        before_stopping: awaited next, while clients are served as before; given
+            up if the end must come at once.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Server:
     ) -> None:
         self.on_last_disconnect: Callable[[], None] | None = None
         self.on_stopping: Callable[[], None] | None = None
+        self.before_stopping: Callable[[], Awaitable[None]] | None = None
         self._options = options or ServerOptions()
         self._tls = tls
         self._shared = Shared(BufferPool(), self._options.max_total_bytes)
@@ -214,6 +217,8 @@ class Server:
                 await self._wait_for_change()
             if self.on_stopping is not None:
                 self.on_stopping()
+            if self.before_stopping is not None:
+                await self._prepare_to_stop(self.before_stopping)
             self._close_listeners()
             for connection in (*self._connections, *self._waiting, *self._refused):
                 connection.drain()
@@ -227,6 +232,17 @@ class Server:
                 loop.remove_signal_handler(number)
             self._close_listeners()
             await self._give_up()
+
+    async def _prepare_to_stop(self, prepare: Callable[[], Awaitable[None]]) -> None:
+        preparing = asyncio.ensure_future(prepare())
+        preparing.add_done_callback(lambda _: self._changed.set())
+        try:
+            while not (preparing.done() or self._abandoned):
+                await self._wait_for_change()
+        finally:
+            preparing.cancel()
+        if preparing.done():
+            preparing.result()
 
     def _on_signal(self) -> None:
         if self._signalled:

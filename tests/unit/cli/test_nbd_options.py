@@ -53,6 +53,9 @@ def test_defaults_are_those_of_qemu_nbd():
             {"open_options": {"discard": "unmap", "detect_zeroes": "unmap"}},
         ),
         (["--image-opts"], {"image_opts": True}),
+        (["-s"], {"throwaway": True}),
+        (["--disconnect"], {"disconnect": True}),
+        (["-c", "/dev/nbd1", "-k", "/s"], {"device": "/dev/nbd1", "socket": "/s"}),
         (["--pers", "--desc=x"], {"persistent": True, "description": "x"}),
     ],
     ids=str,
@@ -91,6 +94,19 @@ def test_options(arguments, expected):
 def test_refused(arguments, message):
     with pytest.raises(UsageError, match=message):
         parse_arguments(arguments)
+
+
+def test_a_device_has_a_socket_of_its_name(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/usr/bin/qemu-nbd"])
+    settings = parse_arguments(["-c", "/dev/nbd1", "-p", "1", "f"])
+    assert settings.socket == "/var/lock/qemu-nbd-nbd1"
+
+
+def test_a_device_and_what_does_not_go_with_it():
+    with pytest.raises(UsageError, match="TLS is not supported with a host device"):
+        parse_arguments(["-c", "/dev/nbd1", "--tls-creds=t", "f"])
+    with pytest.raises(UsageError, match="NBD device can't be set when using socket"):
+        parse_arguments(["-c", "/dev/nbd1", "f"], [(3, "")])
 
 
 @pytest.mark.parametrize("name", nbd_options._REFUSED)
