@@ -2,7 +2,7 @@
 # included (tools/setup-system.sh). PYTHON=... names the interpreter for .venv.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint types check bench bench-img conformance iotests matrix \
+.PHONY: help serve test lint types check bench bench-nbd bench-img conformance iotests matrix \
  differential-long safety fuzz soak clean setup-serve setup-test
 
 BIN := .venv/bin
@@ -46,11 +46,13 @@ check: setup-test  ## quick: lint, types, unit and block tests
 	$(BIN)/mypy
 	$(PYTEST) -q tests/unit $(wildcard tests/block)
 
-bench: setup-test  ## fio against this server and its peers, side by side
+bench: bench-nbd bench-img  ## the server and the image tool beside their peers
+
+bench-nbd: setup-test  ## fio against this server and its peers (BENCH='--quick --cells ...')
 	$(BIN)/python -m bench $(BENCH)
 
-bench-img: setup-test  ## the image tool's commands beside qemu-img
-	$(BIN)/python -m bench.img $(BENCH)
+bench-img: setup-test  ## the image tool's commands beside qemu-img (BENCH_IMG='--scale ...')
+	$(BIN)/python -m bench.img $(BENCH_IMG)
 
 conformance: setup-test  ## every command line of the image tool beside qemu-img
 	$(PYTEST) $(PARALLEL) $(LONG) tests/interop/test_img_commands.py
