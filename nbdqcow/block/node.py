@@ -8,13 +8,14 @@ to be aligned, and falls back where a driver can't do something.
 import asyncio
 import errno
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from typing import Final, Self
+from functools import partial
+from typing import Final, Self, TypeAlias
 
 from nbdqcow.block.driver import PREALLOCATIONS, FormatDriver, WritePlan
 from nbdqcow.block.inline_requests import GUARD_LENGTH, MAX_INLINE, InlineRequests
 from nbdqcow.block.resizing import prepare_resize
 from nbdqcow.block.status import DEFAULT_LIMIT, DirtyBitmap, Extents, block_status
-from nbdqcow.block.storage import StorageDriver
+from nbdqcow.block.storage import StorageDriver, WriteBlocking
 from nbdqcow.block.tools import OptionValue, Progress
 from nbdqcow.buffers import ZERO_VIEW, ZEROES, zero_views
 from nbdqcow.errors import BlockError, NotSupported
@@ -30,6 +31,9 @@ _MAX_DECOMPRESSING: Final = 16
 """Clusters of one read that are decompressed at a time."""
 _MAX_COMPRESSING: Final = 32
 """Clusters of one write that are compressed at a time."""
+
+Work: TypeAlias = Callable[[int, int, WriteBlocking], None]
+"""See `Node.pwrite_by`."""
 
 
 class Node(InlineRequests):
@@ -287,6 +291,68 @@ class Node(InlineRequests):
             await self._write_data(offset, memoryview(data))
         if fua or self._writethrough:
             await self.flush()
+
+    @property
+    def writes_in_threads(self) -> bool:
+        """Whether it has `pwrite_by`."""
+        return (
+            self.driver.data.writes_in_threads
+            and self._guard is None
+            and self._detect_zeroes == "off"
+            and not self._writethrough
+        )
+
+    async def pwrite_by(self, offset: int, length: int, work: Work) -> None:
+        """Let ``work`` write ``length`` bytes in worker threads.
+
+        It is called as ``work(start, count, write)`` for one stretch after the
+        other, with ``start`` counting from ``offset``, and there calls
+        ``write(position, data)`` for all of the stretch, the position counting
+        from ``start``. Only in a raw image may it leave bytes as they are.
+        """
+        self._check_writable()
+        self._check_inside(offset, length)
+        driver = self.driver
+        done = 0
+        while done < length:
+            plan = await driver.begin_write(offset + done, length - done)
+            try:
+                await self._write_piece_by(plan, partial(work, done, plan.length))
+            except BaseException:
+                driver.abort_write(plan)
+                raise
+            driver.end_write(plan)
+            done += plan.length
+
+    async def _write_piece_by(
+        self, plan: WritePlan, work: Callable[[WriteBlocking], None]
+    ) -> None:
+        """Do as `_write_piece` does with what ``work`` writes."""
+        storage = self.driver.data
+        start, end = plan.guest_offset, plan.guest_offset + plan.length
+        head = tail = None
+        if plan.head:
+            head = await self._old_content(
+                start - plan.head, plan.head, plan.reads_zero
+            )
+        if plan.tail:
+            tail = await self._old_content(end, plan.tail, plan.reads_zero)
+        if head is None and tail is None:
+            await storage.write_by(plan.host_offset, plan.length, work)
+            return
+        nb_before = 0 if head is None else len(head)
+        nb_after = 0 if tail is None else len(tail)
+
+        def write_all(write: WriteBlocking) -> None:
+            if head is not None:
+                write(0, head)
+            work(lambda position, data: write(nb_before + position, data))
+            if tail is not None:
+                write(nb_before + plan.length, tail)
+
+        await storage.write_by(
+            plan.host_offset - nb_before, nb_before + plan.length + nb_after, write_all
+        )
 
     async def _check_guard(self, offset: int, data: Buffer) -> None:
         """Refuse to turn a guessed raw image into one of another format."""

@@ -10,11 +10,14 @@ False) means "not now, take the coroutine". Errors are `OSError`s.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, TypeAlias
 
 from nbdqcow.errors import NotSupported
 from nbdqcow.types import Buffer, Buffers
+
+WriteBlocking: TypeAlias = Callable[[int, Buffer], None]
+"""Writes bytes at a position, in a worker thread."""
 
 
 class StorageDriver(ABC):
@@ -22,7 +25,8 @@ class StorageDriver(ABC):
 
     Attributes:
         name: the registry's name of the driver, such as ``file``.
-        reads_in_threads: whether it has `pread_blocking`.
+        reads_in_threads: whether it has `pread_into_blocking`.
+        writes_in_threads: whether it has `write_by`.
         filename: what messages call this file.
         read_only: True if no request may change the file.
         length: bytes in the file as far as this process knows: kept up to
@@ -35,6 +39,7 @@ class StorageDriver(ABC):
 
     name: ClassVar[str]
     reads_in_threads: ClassVar[bool] = False
+    writes_in_threads: ClassVar[bool] = False
     filename: str
     read_only: bool
     length: int
@@ -53,6 +58,11 @@ class StorageDriver(ABC):
 
     def finish_reads(self) -> None:
         """Make the bytes right that `try_pread_later` has returned."""
+
+    def try_pick(self, offset: int, length: int, step: int) -> Sequence[int] | None:
+        """Return numbers, of which each is 0 only if the byte at the beginning of
+        one ``step`` bytes long part of a range is 0; None if that means waiting."""
+        return None
 
     def try_view(self, offset: int, length: int) -> memoryview | None:
         """Return resident bytes without copying them, or None.
@@ -87,9 +97,9 @@ class StorageDriver(ABC):
     async def pread(self, offset: int, length: int) -> Buffer:
         """Return exactly ``length`` bytes."""
 
-    def pread_blocking(self, offset: int, length: int) -> bytes:
-        """Return exactly ``length`` bytes; for work in a worker thread that
-        begins with reading. The file stays open until the thread is done."""
+    def pread_into_blocking(self, offset: int, view: memoryview) -> None:
+        """Fill ``view``; for work in a worker thread that begins with reading.
+        The file stays open until the thread is done."""
         raise AssertionError("this driver reads on the loop only")
 
     @abstractmethod
@@ -101,6 +111,17 @@ class StorageDriver(ABC):
         ``fua``: the bytes (and what is needed to find them again) are durable
         on return. The buffers must not change until then.
         """
+
+    async def write_by(
+        self, offset: int, length: int, work: Callable[[WriteBlocking], None]
+    ) -> None:
+        """Run ``work(write)`` in a worker thread.
+
+        There ``write(position, data)`` writes at ``offset + position``, as often
+        as ``work`` likes, but nowhere outside of ``length`` bytes. Then there are
+        so many bytes from ``offset`` on, what was not written being as it was.
+        """
+        raise AssertionError("this driver writes on the loop only")
 
     @abstractmethod
     async def write_zeroes(

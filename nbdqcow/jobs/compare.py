@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -190,13 +191,27 @@ async def _compare(nodes: tuple[Node, Node], piece: _Piece, pool: Pool) -> int |
     return piece.offset + _first_difference(*found)
 
 
+class _Buffers(threading.local):
+    """Two buffers for each thread."""
+
+    def __init__(self) -> None:
+        self.pair = (bytearray(_CHUNK), bytearray(_CHUNK))
+
+
+_buffers: Final = _Buffers()
+
+
 def _is_same_blocking(places: Sequence[tuple[StorageDriver, int]], length: int) -> bool:
+    first, second = _buffers.pair
     for start in range(0, length, _CHUNK):
         count = min(_CHUNK, length - start)
-        found = [
-            storage.pread_blocking(offset + start, count) for storage, offset in places
-        ]
-        if not (found[0] == found[1] if len(found) == 2 else is_zero(found[0])):
+        for (storage, offset), buffer in zip(places, _buffers.pair, strict=False):
+            storage.pread_into_blocking(offset + start, memoryview(buffer)[:count])
+        if len(places) == 1:
+            if not is_zero(first[:count]):
+                return False
+        # Whole buffers compare at once, views byte by byte.
+        elif first != second if count == _CHUNK else first[:count] != second[:count]:
             return False
     return True
 

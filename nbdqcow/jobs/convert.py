@@ -6,20 +6,24 @@ order, so that an image that grows is laid out as a reader will want it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from nbdqcow.block.node import Node
 from nbdqcow.errors import BlockError, NbdQcowError, NotSupported
 from nbdqcow.jobs.control import Flight, JobControl
-from nbdqcow.jobs.status import disk_size, stretch_of
+from nbdqcow.jobs.status import disk_size, stretch_of, try_places
+from nbdqcow.jobs.transfer import CHUNK, ReadError, Transfer
 from nbdqcow.jobs.zeroes import data_runs
 from nbdqcow.types import DATA, UNALLOCATED, ZERO, Buffer
 from nbdqcow.units import SECTOR_SIZE, GiB, KiB, MiB, round_down, round_up
 
 _PIECE: Final = 2 * MiB
 _SHORT_HOLE: Final = 64 * KiB
+_MIN_LOOK: Final = 16 * KiB
+"""Units from which on looking for zeroes before reading is cheap."""
 _EMPTY_PIECE: Final = 1 * GiB
 """Bytes that can be zeroed in one go: more would keep others from the image."""
 
@@ -128,6 +132,12 @@ class _Conversion:
         elif options.target_is_zero and cluster_size > self._unit:
             self._unit = getattr(target.driver, "subcluster_size", cluster_size)
         self._piece = max(_PIECE, cluster_size)
+        # Salvaging goes sector by sector, compressing wants the whole.
+        self._moves = (
+            target.writes_in_threads
+            and not (options.salvage or options.compressed)
+            and (not options.sparse or CHUNK % self._unit == 0)
+        )
 
     async def run(self) -> None:
         options, control = self._options, self._control
@@ -240,20 +250,73 @@ class _Conversion:
         is set."""
         try:
             data: Buffer | None = None
+            move = None
             if piece.kind == DATA and not self._copy_range:
-                data = await self._read(piece)
+                move = self._try_plan_move(piece)
+                if move is None:
+                    data = await self._read(piece)
             if turn is not None:
                 await turn
             # Whoever waits for this runs once this task waits for something:
             # by then it has its clusters.
             begun.set_result(None)
-            await self._write(piece, data)
+            if move is not None:
+                await move()
+            else:
+                await self._write(piece, data)
+        except ReadError as error:
+            reason = reason_of(error.reason)
+            raise CopyError("reading", piece.offset, reason) from error
         except OSError as error:
             raise CopyError("writing", piece.offset, reason_of(error)) from error
         finally:
             # Nobody waits for ever for a piece that failed.
             if not begun.done():
                 begun.cancel()
+
+    def _try_plan_move(self, piece: _Piece) -> Callable[[], Awaitable[None]] | None:
+        """Return what moves a piece from file to file, where threads can.
+
+        None if the piece must be read as a whole.
+        """
+        disk = next(disk for disk in self._disks if piece.offset < disk.end)
+        if not self._moves or piece.offset + piece.length > disk.end:
+            return None
+        start, length = piece.offset, piece.length
+        places = try_places(disk.node, start - disk.start, length)
+        if places is None:
+            return None
+        transfer = Transfer(places)
+        if not self._options.sparse:
+            return partial(self._move, transfer, start, [(True, length)])
+        if start % self._unit:
+            return None
+        if self._target.driver.cluster_size == 1:
+            return partial(self._move_sparse, transfer, start, length)
+        if self._unit < _MIN_LOOK:
+            return None
+        runs = transfer.try_find_runs(self._unit)
+        return None if runs is None else partial(self._move, transfer, start, runs)
+
+    async def _move(
+        self, transfer: Transfer, offset: int, runs: Sequence[tuple[bool, int]]
+    ) -> None:
+        """Write the runs that hold data, and zero the others."""
+        position = 0
+        for has_data, length in runs:
+            if has_data:
+                work = partial(transfer.write_blocking, position)
+                await self._target.pwrite_by(offset + position, length, work)
+            else:
+                await self._write_zeroes(offset + position, length)
+            position += length
+
+    async def _move_sparse(self, transfer: Transfer, offset: int, length: int) -> None:
+        """Write data, and zero the rest, in an image where all has its place."""
+        work = partial(transfer.write_data_blocking, self._unit)
+        await self._target.pwrite_by(offset, length, work)
+        for start, count in transfer.zeroes:
+            await self._write_zeroes(offset + start, count)
 
     async def _read(self, piece: _Piece) -> Buffer:
         parts: list[Buffer] = []

@@ -99,6 +99,48 @@ def place_in(
     return storage, offset
 
 
+class Place(NamedTuple):
+    """Bytes of a disk as they stand in a file that threads can read."""
+
+    storage: StorageDriver
+    offset: int
+    length: int
+
+
+def try_places(node: Node, offset: int, length: int) -> list[Place] | None:
+    """Return where the bytes of a disk are, which nobody changes meanwhile.
+
+    None if any of them are not plain bytes in a file that threads can read, or
+    a table must be read first to know.
+    """
+    if not node.read_only or offset + length > node.size:
+        return None
+    places: list[Place] = []
+    end = offset + length
+    while offset < end:
+        run = node.driver.try_map(offset, end - offset)
+        if run is None:
+            return None
+        kind, host_offset, covered = run
+        if kind == DATA:
+            storage = node.driver.data
+            if not storage.reads_in_threads or host_offset + covered > storage.length:
+                return None
+            places.append(Place(storage, host_offset, covered))
+        elif kind == UNALLOCATED and node.backing is not None:
+            covered = min(covered, node.backing.size - offset)
+            if covered <= 0:
+                return None
+            below = try_places(node.backing, offset, covered)
+            if below is None:
+                return None
+            places += below
+        else:
+            return None
+        offset += covered
+    return places
+
+
 def disk_size(node: Node) -> int:
     """Return the bytes of a disk in whole sectors, as QEMU counts."""
     return round_up(node.size, SECTOR_SIZE)

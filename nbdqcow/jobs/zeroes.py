@@ -19,14 +19,18 @@ def is_zero(data: Buffer) -> bool:
     return data.startswith(_zeroes(len(data)))
 
 
-def data_runs(data: bytes | bytearray, unit: int) -> list[tuple[bool, int]]:
+def data_runs(
+    data: bytes | bytearray, unit: int, length: int = -1
+) -> list[tuple[bool, int]]:
     """Return the runs of units that hold data, and of those that are zeroes:
     ``(has_data, length)``, neighbours differ. The last unit may be short.
 
-    ``unit`` is bytes, a multiple of 8. Mostly a unit that holds data begins
+    ``unit`` is bytes, a multiple of 8. Only the first ``length`` bytes of
+    ``data`` count, if that is given. Mostly a unit that holds data begins
     with some, so one word of each is looked at first.
     """
-    length = len(data)
+    if length < 0:
+        length = len(data)
     whole = length // unit * unit
     firsts = memoryview(data)[:whole].cast("Q")[:: unit // 8].tolist()
     if whole < length:
@@ -42,7 +46,7 @@ def data_runs(data: bytes | bytearray, unit: int) -> list[tuple[bool, int]]:
         has_data = bool(first) or not (
             data.startswith(zeroes, offset)
             if offset + unit <= length
-            else is_zero(data[offset:])
+            else is_zero(data[offset:length])
         )
         if has_data is not before:
             if before is not None:

@@ -10,7 +10,7 @@ import errno
 import mmap
 import os
 from collections.abc import Callable
-from typing import Any, Final, TypeVar, TypeVarTuple
+from typing import Any, ClassVar, Final, TypeVar, TypeVarTuple
 
 from nbdqcow.block.inflight import InFlightRange, InFlightRanges
 from nbdqcow.storage.file import FileStorage
@@ -27,6 +27,8 @@ Ts = TypeVarTuple("Ts")
 
 class DirectFileStorage(FileStorage):
     """A file opened with O_DIRECT. Everything runs in threads."""
+
+    writes_in_threads: ClassVar[bool] = False
 
     def __init__(self, fd: int, filename: str, **options: Any) -> None:
         super().__init__(fd, filename, **options)
@@ -55,6 +57,10 @@ class DirectFileStorage(FileStorage):
         buffer = _make_buffer(stop - start)
         self._read_blocks(start, buffer)
         return buffer[offset - start : offset - start + length]
+
+    def pread_into_blocking(self, offset: int, view: memoryview) -> None:
+        """Fill ``view``, by way of memory as the kernel wants it."""
+        view[:] = self._pread_blocking(offset, len(view))
 
     def _read_blocks(self, start: int, buffer: memoryview) -> None:
         """Fill a zeroed buffer; what is past the end of the file stays zero."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeVar, TypeVarTuple
 
 from nbdqcow.block.inflight import Epochs
-from nbdqcow.block.storage import StorageDriver
+from nbdqcow.block.storage import StorageDriver, WriteBlocking
 from nbdqcow.buffers import zero_views
 from nbdqcow.errors import BlockError, ImageError, NotSupported, UsageError
 from nbdqcow.pool import Pool
@@ -24,6 +24,7 @@ from nbdqcow.storage.inline_file import InlineFile
 from nbdqcow.storage.linux import (
     copy_file_range,
     pread_all,
+    pread_into,
     pwrite_all,
 )
 from nbdqcow.storage.open_file import open_file
@@ -51,6 +52,7 @@ class FileStorage(InlineFile):
 
     name: ClassVar[str] = "file"
     reads_in_threads: ClassVar[bool] = True
+    writes_in_threads: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -169,9 +171,9 @@ class FileStorage(InlineFile):
         """Return exactly ``length`` bytes."""
         return await self._pool.run(self._pread_blocking, offset, length)
 
-    def pread_blocking(self, offset: int, length: int) -> bytes:
-        """Return exactly ``length`` bytes."""
-        return bytes(self._pread_blocking(offset, length))
+    def pread_into_blocking(self, offset: int, view: memoryview) -> None:
+        """Fill ``view``, with zeroes where the file has ended."""
+        pread_into(self._fd, offset, view)
 
     def _pread_blocking(self, offset: int, length: int) -> Buffer:
         return pread_all(self._fd, offset, length)
@@ -210,6 +212,17 @@ class FileStorage(InlineFile):
         if failure is not None:
             raise self._fail_syncs(failure)
         self._sync_blocking()
+
+    async def write_by(
+        self, offset: int, length: int, work: Callable[[WriteBlocking], None]
+    ) -> None:
+        """See `StorageDriver.write_by`."""
+        durable = self._cache.write_through and not self._cache.no_flush
+
+        def write(position: int, data: Buffer) -> None:
+            self._pwritev_blocking(offset + position, [data], durable)
+
+        await self._change(offset, offset + length, durable, work, write)
 
     async def _change(
         self,

@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import time
+from collections.abc import Sequence
 from typing import Final
 
 from nbdqcow.block.storage import StorageDriver
@@ -19,6 +20,7 @@ from nbdqcow.units import KiB
 
 MAX_INLINE_READ: Final = 128 * KiB
 MAX_INLINE_WRITE: Final = 64 * KiB
+_WORD: Final = 8
 
 # An inline write that took this long (seconds) has waited for the device, or,
 # far more often on a busy machine, somebody else had the processor. So the next
@@ -138,6 +140,21 @@ class InlineFile(StorageDriver):
             return None
         data = os.pread(self._fd, length, offset)
         return data if len(data) == length else None
+
+    def try_pick(self, offset: int, length: int, step: int) -> Sequence[int] | None:
+        """Return a word of each ``step`` bytes of a range in page cache."""
+        if not self._max_inline_read or offset + length > self.length:
+            return None
+        fd, flags, preadv = self._fd, self._read_flags, os.preadv
+        words = memoryview(bytearray(-(-length // step) * _WORD))
+        try:
+            for index, start in enumerate(range(offset, offset + length, step)):
+                word = words[index * _WORD : (index + 1) * _WORD]
+                if not preadv(fd, (word,), start, flags):
+                    return None
+        except BlockingIOError:
+            return None
+        return words.cast("Q").tolist()
 
     def try_view(self, offset: int, length: int) -> memoryview | None:
         """Return page cache itself; see `nbdqcow.storage.mapped`."""

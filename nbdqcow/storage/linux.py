@@ -71,6 +71,17 @@ def pread_all(fd: int, offset: int, length: int) -> bytes:
     return b"".join(pieces).ljust(length, b"\0")
 
 
+def pread_into(fd: int, offset: int, view: memoryview) -> None:
+    """Fill ``view``, with zeroes where the file has ended."""
+    nb_read = os.preadv(fd, (view,), offset)
+    while nb_read < len(view):
+        count = os.preadv(fd, (view[nb_read:],), offset + nb_read)
+        if not count:
+            view[nb_read:] = bytes(len(view) - nb_read)
+            return
+        nb_read += count
+
+
 def pwrite_all(fd: int, offset: int, buffers: Buffers, flags: int = 0) -> None:
     """Write all of ``buffers``, however many they are, in as many calls as it
     takes."""

@@ -1,0 +1,146 @@
+"""Moving data from file to file in worker threads, by way of a small buffer.
+
+A thread reads what fits into its processor's cache, looks at it if need be, and
+writes it while it is still there. Reading all of a large piece first costs twice
+as much, for it goes out to memory and comes back.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import Final
+
+from nbdqcow.block.storage import StorageDriver, WriteBlocking
+from nbdqcow.jobs.status import Place
+from nbdqcow.jobs.zeroes import data_runs, is_zero
+from nbdqcow.units import KiB
+
+CHUNK: Final = 256 * KiB
+"""Bytes that a thread reads and writes at a time."""
+
+
+class ReadError(Exception):
+    """Reading failed with ``reason``, in the middle of writing."""
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+class _Buffers(threading.local):
+    """One buffer for each thread."""
+
+    def __init__(self) -> None:
+        self.data = bytearray(CHUNK)
+        self.view = memoryview(self.data)
+
+
+_buffers: Final = _Buffers()
+
+
+class Transfer:
+    """The bytes of ``places``, on their way into one image.
+
+    Attributes:
+        zeroes: what `write_data_blocking` left out, as offset and length.
+    """
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self._places = places
+        self.zeroes: list[tuple[int, int]] = []
+
+    def try_find_runs(self, unit: int) -> list[tuple[bool, int]] | None:
+        """Return what `data_runs` would say of all the bytes, from a look at
+        page cache alone; None if that is not to be had.
+
+        Mostly a word of each unit tells, so this costs a twentieth of reading.
+        """
+        runs: list[tuple[bool, int]] = []
+        last = len(self._places) - 1
+        for index, (storage, start, count) in enumerate(self._places):
+            if count % unit and index != last:
+                return None
+            words = storage.try_pick(start, count, unit)
+            if words is None:
+                return None
+            if 0 not in words:
+                _append(runs, True, count)
+                continue
+            for word, offset in zip(words, range(0, count, unit), strict=True):
+                covered = min(unit, count - offset)
+                has_data = word != 0
+                if not has_data:
+                    data = storage.try_pread(start + offset, covered)
+                    if data is None:
+                        return None
+                    has_data = not is_zero(data)
+                _append(runs, has_data, covered)
+        return runs
+
+    def write_blocking(
+        self, skipped: int, start: int, length: int, write: WriteBlocking
+    ) -> None:
+        """Write all of ``length`` bytes; see `Node.pwrite_by`. ``skipped`` is
+        where among our bytes those of the request begin.
+
+        Raises `ReadError`, and what ``write`` does.
+        """
+        view = _buffers.view
+        position = 0
+        for storage, offset, count in self._cut(skipped + start, length):
+            chunk = view[:count]
+            _read(storage, offset, chunk)
+            write(position, chunk)
+            position += count
+
+    def write_data_blocking(
+        self, unit: int, start: int, length: int, write: WriteBlocking
+    ) -> None:
+        """Write units that hold data, and note the others in `zeroes`.
+
+        ``unit`` divides `CHUNK`, and begins where our bytes do.
+        """
+        data, view = _buffers.data, _buffers.view
+        position, filled = 0, 0
+        for storage, offset, count in self._cut(start, length):
+            _read(storage, offset, view[filled : filled + count])
+            filled += count
+            if filled < CHUNK and position + filled < length:
+                # Units may go across the edge of a place.
+                continue
+            at = 0
+            for has_data, covered in data_runs(data, unit, filled):
+                if has_data:
+                    write(position + at, view[at : at + covered])
+                else:
+                    self.zeroes.append((start + position + at, covered))
+                at += covered
+            position, filled = position + filled, 0
+
+    def _cut(self, start: int, length: int) -> list[Place]:
+        """Return where our bytes ``[start, start + length)`` are, cut wherever a
+        chunk, counted from ``start``, ends."""
+        cut: list[Place] = []
+        done = 0
+        for storage, offset, count in self._places:
+            if start >= count:
+                start -= count
+                continue
+            offset, count, start = offset + start, count - start, 0
+            while count and done < length:
+                covered = min(count, CHUNK - done % CHUNK, length - done)
+                cut.append(Place(storage, offset, covered))
+                offset, count, done = offset + covered, count - covered, done + covered
+        return cut
+
+
+def _read(storage: StorageDriver, offset: int, view: memoryview) -> None:
+    try:
+        storage.pread_into_blocking(offset, view)
+    except OSError as error:
+        raise ReadError(error) from error
+
+
+def _append(runs: list[tuple[bool, int]], has_data: bool, length: int) -> None:
+    if runs and runs[-1][0] is has_data:
+        length += runs.pop()[1]
+    runs.append((has_data, length))

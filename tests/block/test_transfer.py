@@ -1,0 +1,266 @@
+"""Data that goes from file to file in worker threads: the same as by reading it."""
+
+import asyncio
+import errno
+import os
+import random
+
+import pytest
+
+from nbdqcow import open_image
+from nbdqcow.cli.img import main
+from nbdqcow.jobs import convert as convert_module
+from nbdqcow.jobs.control import JobCancelled, JobControl
+from nbdqcow.jobs.convert import ConvertOptions, CopyError, convert
+from nbdqcow.jobs.status import Place
+from nbdqcow.jobs.transfer import CHUNK, Transfer
+from nbdqcow.jobs.zeroes import data_runs
+from nbdqcow.storage.file import FileStorage
+from tests.conftest import SEED
+
+KiB, MiB = 1 << 10, 1 << 20
+
+pytestmark = pytest.mark.asyncio
+
+
+def some_disk(rng, nb_pieces=100, piece=32 * KiB):
+    kinds = [
+        bytes(piece),
+        rng.randbytes(piece),
+        bytes(piece - 600) + rng.randbytes(600),
+        rng.randbytes(700) + bytes(piece - 700),
+    ]
+    # Long stretches of each, and short ones.
+    runs = rng.choices(kinds, k=nb_pieces // 2)
+    runs += [kinds[1]] * (nb_pieces // 4) + [kinds[0]] * (nb_pieces // 4)
+    return b"".join(runs) + rng.randbytes(3 * 512)
+
+
+def img(*arguments):
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+async def convert_file(sources, path, format_, **options):
+    nodes = []
+    async with open_image(path, format=format_) as target:
+        for source, source_format in sources:
+            nodes.append(await open_image(source, format=source_format, read_only=True))
+        try:
+            await convert(nodes, target, ConvertOptions(**options), JobControl())
+        finally:
+            for node in nodes:
+                await node.close()
+    return path.read_bytes()
+
+
+async def make_sources(directory, rng):
+    """Yield lists of sources of one disk, and its content."""
+    disk = some_disk(rng)
+    disk = disk[:MiB] + bytes(MiB) + disk[2 * MiB :]
+    half = len(disk) // 2 // (64 * KiB) * 64 * KiB
+    (directory / "disk.raw").write_bytes(disk)
+    img("create", "-q", "-f", "qcow2", directory / "disk.qcow2", len(disk))
+    async with open_image(directory / "disk.qcow2") as node:
+        await node.pwrite(0, disk)
+        await node.write_zeroes(MiB, MiB)
+    (directory / "below.raw").write_bytes(disk[:half])
+    with (directory / "below.raw").open("r+b") as file:
+        file.truncate(len(disk))
+    img(
+        "create", "-q", "-f", "qcow2", "-F", "raw", "-b", directory / "below.raw",
+        directory / "overlay.qcow2",
+    )  # fmt: skip
+    yield [("disk.raw", "raw")], disk
+    yield [("disk.qcow2", "qcow2")], disk
+    yield [("overlay.qcow2", "qcow2")], disk[:half] + bytes(len(disk) - half)
+    yield [("disk.raw", "raw"), ("disk.qcow2", "qcow2")], disk + disk
+
+
+def see(monkeypatch):
+    """Count what is moved and what is read."""
+    seen = {"moved": 0, "read": 0}
+    cls = convert_module._Conversion
+    plan = cls._try_plan_move
+
+    def counted(self, piece):
+        move = plan(self, piece)
+        seen["read" if move is None else "moved"] += 1
+        return move
+
+    monkeypatch.setattr(cls, "_try_plan_move", counted)
+    return seen
+
+
+@pytest.mark.parametrize("sparse", [0, 4096, 65536])
+@pytest.mark.parametrize("format_", ["raw", "qcow2"])
+@pytest.mark.parametrize("is_zero", [True, False])
+async def test_same_bytes_as_by_reading(
+    tmp_path, monkeypatch, sparse, format_, is_zero
+):
+    rng = random.Random(SEED)
+    seen = see(monkeypatch)
+    async for names, disk in make_sources(tmp_path, rng):
+        sources = [(tmp_path / name, kind) for name, kind in names]
+        made = []
+        for way in ("moved", "read"):
+            path = tmp_path / way
+            img("create", "-q", "-f", format_, path, len(disk))
+            if not is_zero and format_ == "raw":
+                path.write_bytes(rng.randbytes(1) * len(disk))
+            with monkeypatch.context() as patch:
+                if way == "read":
+                    patch.setattr(FileStorage, "writes_in_threads", False)
+                options = {"sparse": sparse, "target_is_zero": is_zero} | {
+                    "nb_in_flight": 1
+                }
+                made.append(await convert_file(sources, path, format_, **options))
+            async with open_image(path, format=format_) as node:
+                assert bytes(await node.pread(0, len(disk))) == disk
+        assert made[0] == made[1]
+    assert seen["moved"] or (format_ == "qcow2" and 0 < sparse < 16 * KiB)
+
+
+async def test_cold_pages_are_read(tmp_path, monkeypatch):
+    disk = random.Random(SEED).randbytes(3 * MiB)
+    (tmp_path / "disk").write_bytes(disk)
+    seen = see(monkeypatch)
+    monkeypatch.setattr(FileStorage, "try_pick", lambda *arguments: None)
+    img("create", "-q", "-f", "qcow2", tmp_path / "out", len(disk))
+    sources = [(tmp_path / "disk", "raw")]
+    await convert_file(sources, tmp_path / "out", "qcow2", target_is_zero=True)
+    async with open_image(tmp_path / "out") as node:
+        assert bytes(await node.pread(0, len(disk))) == disk
+    assert seen["read"]
+    assert not seen["moved"]
+
+
+@pytest.mark.parametrize("format_", ["raw", "qcow2"])
+async def test_source_shrinks(tmp_path, monkeypatch, format_):
+    disk = random.Random(SEED).randbytes(5 * MiB)
+    (tmp_path / "disk").write_bytes(disk)
+    img("create", "-q", "-f", format_, tmp_path / "out", len(disk))
+    left = 2 * MiB + 700
+    fill = FileStorage.pread_into_blocking
+
+    def shrink_and_fill(self, offset, view):
+        os.truncate(tmp_path / "disk", left)
+        fill(self, offset, view)
+
+    monkeypatch.setattr(FileStorage, "pread_into_blocking", shrink_and_fill)
+    sources = [(tmp_path / "disk", "raw")]
+    # In memory it has its old length.
+    await convert_file(sources, tmp_path / "out", format_, sparse=0)
+    async with open_image(tmp_path / "out", format=format_) as node:
+        found = bytes(await node.pread(0, len(disk)))
+    assert found == disk[:left] + bytes(len(disk) - left)
+
+
+@pytest.mark.parametrize("action", ["reading", "writing"])
+@pytest.mark.parametrize("format_", ["raw", "qcow2"])
+async def test_errors(tmp_path, monkeypatch, action, format_):
+    disk = random.Random(SEED).randbytes(5 * MiB)
+    (tmp_path / "disk").write_bytes(disk)
+    img("create", "-q", "-f", format_, tmp_path / "out", len(disk))
+
+    def fail(*arguments):
+        raise OSError(errno.EIO, "as bad as can be")
+
+    monkeypatch.setattr(
+        FileStorage,
+        "pread_into_blocking" if action == "reading" else "write_by",
+        fail,
+    )
+    with pytest.raises(CopyError) as caught:
+        sources = [(tmp_path / "disk", "raw")]
+        await convert_file(sources, tmp_path / "out", format_, target_is_zero=True)
+    assert str(caught.value) == f"error while {action} at byte 0: as bad as can be"
+    img("check", "-q", tmp_path / "out") if format_ == "qcow2" else None
+
+
+async def test_cancelled_between_pieces(tmp_path):
+    disk = random.Random(SEED).randbytes(9 * MiB)
+    (tmp_path / "disk").write_bytes(disk)
+    img("create", "-q", "-f", "qcow2", tmp_path / "out", len(disk))
+    control = JobControl(lambda done, total: done and control.cancel())
+    async with (
+        open_image(tmp_path / "disk", format="raw", read_only=True) as source,
+        open_image(tmp_path / "out") as target,
+    ):
+        with pytest.raises(JobCancelled):
+            await convert([source], target, ConvertOptions(), control)
+    img("check", "-q", tmp_path / "out")
+
+
+@pytest.mark.parametrize("cluster_size", [4096, 65536])
+async def test_work_beside_old_content(tmp_path, cluster_size):
+    """Each write by work does what a plain one does, in an overlay too."""
+    rng = random.Random(SEED)
+    size = 700_001
+    expected = bytearray(rng.randbytes(size // 512 * 512))
+    (tmp_path / "below").write_bytes(expected)
+    path = tmp_path / "overlay"
+    img(
+        "create", "-q", "-f", "qcow2", "-F", "raw", "-b", tmp_path / "below",
+        "-o", f"cluster_size={cluster_size}", path,
+    )  # fmt: skip
+    async with open_image(path) as node:
+        assert node.writes_in_threads
+        for _ in range(40):
+            offset = rng.randrange(len(expected))
+            length = min(rng.randrange(1, 200_000), len(expected) - offset)
+            data = rng.randbytes(length)
+
+            def work(start, count, write, data=data):
+                middle = count // 2
+                write(middle, data[start + middle : start + count])
+                write(0, data[start : start + middle])
+
+            await asyncio.gather(
+                node.pwrite_by(offset, length, work), node.pread(offset, length)
+            )
+            expected[offset : offset + length] = data
+        assert bytes(await node.pread(0, len(expected))) == expected
+    img("check", "-q", path)
+
+
+class Piece:
+    """A file in memory that threads read."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def pread_into_blocking(self, offset, view):
+        view[:] = self.data[offset : offset + len(view)]
+
+
+@pytest.mark.parametrize("unit", [512, 4096, 65536])
+async def test_units_across_places(unit):
+    rng = random.Random(SEED)
+    disk = some_disk(rng)
+    places, position = [], 0
+    storage = Piece(disk)
+    while position < len(disk):
+        length = min(rng.randrange(1, 3 * CHUNK), len(disk) - position)
+        places.append(Place(storage, position, length))
+        position += length
+    transfer = Transfer(places)
+    written = bytearray(b"x" * len(disk))
+
+    def write(position, data):
+        written[position : position + len(data)] = data
+
+    transfer.write_data_blocking(unit, 0, len(disk), write)
+    for start, length in transfer.zeroes:
+        assert written[start : start + length] == b"x" * length
+        written[start : start + length] = bytes(length)
+    assert written == disk
+    nb_zeroes = sum(n for has_data, n in data_runs(disk, unit) if not has_data)
+    assert sum(length for _, length in transfer.zeroes) == nb_zeroes
+    start = rng.randrange(len(disk))
+    part = bytearray(len(disk) - start)
+
+    def write_part(position, data):
+        part[position : position + len(data)] = data
+
+    transfer.write_blocking(start // 2, start - start // 2, len(part), write_part)
+    assert part == disk[start:]
