@@ -40,7 +40,9 @@ class Flush:
 
 Step: TypeAlias = Read | Write | Flush
 Steps: TypeAlias = Generator[Step, Buffer, T]
-"""Yields steps, is sent the bytes of a `Read` (``b""`` otherwise), returns T."""
+"""Yields steps, is sent the bytes of a `Read` (``b""`` otherwise), returns T.
+
+An `OSError` of a step is raised where it was yielded."""
 
 
 class BlockingFile(Protocol):
@@ -84,19 +86,30 @@ class BlockingFile(Protocol):
         """Release the file and its locks."""
 
 
+def _resume(steps: Steps[T], answer: Buffer, error: OSError | None) -> Step:
+    """Go on with the next step; what failed is raised where it was asked for."""
+    if error is not None:
+        return steps.throw(error)
+    return steps.send(answer) if answer else next(steps)
+
+
 def run_blocking(steps: Steps[T], file: BlockingFile) -> T:
     """Do all ``steps`` on ``file`` and return their result."""
     answer: Buffer = b""
+    error: OSError | None = None
     try:
         while True:
-            step = steps.send(answer) if answer else next(steps)
-            answer = b""
-            if isinstance(step, Read):
-                answer = file.pread(step.offset, step.length)
-            elif isinstance(step, Write):
-                file.pwrite(step.offset, step.data)
-            else:
-                file.flush()
+            step = _resume(steps, answer, error)
+            answer, error = b"", None
+            try:
+                if isinstance(step, Read):
+                    answer = file.pread(step.offset, step.length)
+                elif isinstance(step, Write):
+                    file.pwrite(step.offset, step.data)
+                else:
+                    file.flush()
+            except OSError as failed:
+                error = failed
     except StopIteration as stop:
         result: T = stop.value
         return result
@@ -105,16 +118,20 @@ def run_blocking(steps: Steps[T], file: BlockingFile) -> T:
 async def run_steps(steps: Steps[T], storage: StorageDriver) -> T:
     """Do all ``steps`` on ``storage`` and return their result."""
     answer: Buffer = b""
+    error: OSError | None = None
     try:
         while True:
-            step = steps.send(answer) if answer else next(steps)
-            answer = b""
-            if isinstance(step, Read):
-                answer = await storage.pread(step.offset, step.length)
-            elif isinstance(step, Write):
-                await storage.pwritev(step.offset, [step.data])
-            else:
-                await storage.flush()
+            step = _resume(steps, answer, error)
+            answer, error = b"", None
+            try:
+                if isinstance(step, Read):
+                    answer = await storage.pread(step.offset, step.length)
+                elif isinstance(step, Write):
+                    await storage.pwritev(step.offset, [step.data])
+                else:
+                    await storage.flush()
+            except OSError as failed:
+                error = failed
     except StopIteration as stop:
         result: T = stop.value
         return result

@@ -4,12 +4,14 @@ import asyncio
 import json
 import os
 import random
+import struct
 import subprocess
 
 import pytest
 
 from nbdqcow import open_image
 from nbdqcow.errors import BlockError
+from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.server.server import Server
 
 KiB, MiB = 1 << 10, 1 << 20
@@ -400,3 +402,80 @@ async def test_a_client_keeps_the_size_that_it_was_told(tmp_path):
         await running
     check(path)
     assert content(path)[3 * MiB : 3 * MiB + 5] == b"again"
+
+
+def refcount_blocks(path):
+    """Return the refcount blocks of an image in a file, and of each whether it
+    has a count."""
+    data = path.read_bytes()
+    header = Header.parse(data[:65536])
+    size, start = header.cluster_size, header.refcount_table_offset
+    words = struct.iter_unpack(
+        ">Q", data[start : start + header.refcount_table_clusters * size]
+    )
+    return {word: any(data[word : word + size]) for (word,) in words if word}
+
+
+@pytest.mark.parametrize(
+    ("cluster_size", "refcount_bits", "size"),
+    [(512, 64, 3 * MiB), (512, 1, 3 * MiB), (4096, 16, 40 * MiB)],
+)
+def test_refcount_blocks_go_with_what_they_counted(
+    tmp_path, cluster_size, refcount_bits, size
+):
+    path = create(
+        tmp_path / "a", size, cluster_size=cluster_size, refcount_bits=refcount_bits
+    )
+    write = ["qemu-io", "-f", "qcow2", "-c", f"write -P 7 0 {size}", path]
+    subprocess.run(write, check=True, stdout=subprocess.DEVNULL)
+    nb_before = len(refcount_blocks(path))
+    resize(path, MiB // 8)
+    blocks = refcount_blocks(path)
+    assert all(blocks.values())
+    assert len(blocks) <= nb_before / 2
+    assert qemu_img("check", path).returncode == 0
+    assert content(path) == b"\7" * (MiB // 8)
+
+    async def use():
+        async with open_image(path) as node:
+            await node.resize(size)
+            await node.pwrite(0, b"\1" * size)
+            await node.resize(MiB)
+            await node.resize(2 * MiB)
+            # While the blocks go, others write.
+            await asyncio.gather(
+                node.resize(MiB),
+                *(node.pwrite(i * 4096, b"\2" * 4096) for i in range(256)),
+            )
+            await node.resize(size)
+            await node.pwrite(size - MiB, b"\3" * MiB)
+
+    asyncio.run(use())
+    assert qemu_img("check", path).returncode == 0
+    assert content(path) == b"\2" * MiB + bytes(size - 2 * MiB) + b"\3" * MiB
+
+
+def test_refcount_blocks_that_cannot_be_are_left_to_a_repair(tmp_path):
+    path = create(tmp_path / "a", MiB, cluster_size=4096)
+    with path.open("r+b") as file:
+        header = Header.parse(file.read(4096))
+        table = header.refcount_table_offset
+        data = path.stat().st_size
+        wrong = (
+            0x200,
+            0x1000000000,
+            0xFFFFFF00000000,
+            header.l1_table_offset,
+            table,
+            data,
+            data,
+        )
+        file.seek(table + 8)
+        file.write(struct.pack(f">{len(wrong)}Q", *wrong))
+        # A cluster that is a block twice, with a count of one.
+        file.seek(2 * 4096 + data // 4096 * 2)
+        file.write(b"\0\1")
+        file.seek(data)
+        file.write(bytes(4096))
+    resize(path, MiB // 2)
+    assert set(wrong) < set(refcount_blocks(path))

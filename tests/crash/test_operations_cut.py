@@ -16,6 +16,7 @@ import pytest
 from nbdqcow.block.node import Node
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.formats.qcow2.header import Header
+from nbdqcow.formats.qcow2.refcount import Refcounts
 from tests.crash.recording import SECTOR, RecordingStorage
 
 NB_HISTORIES = int(os.environ.get("NBDQCOW_CRASH_HISTORIES", "24")) // 2
@@ -35,7 +36,13 @@ class History:
     ``states``: the disk's event number at the answer, and the content then.
     """
 
+    kinds = (
+        *("write", "write", "write", "zero", "resize", "resize", "amend", "snapshot"),
+    )
+    write_sectors = (1, 3, 20)
+
     def __init__(self, node, storage, rnd):
+        self.max_sectors = 4 * node.driver.cluster_size // SECTOR * 16
         self.node, self.storage, self.rnd = node, storage, rnd
         self.content = bytearray(node.size)
         self.states = [(0, bytes(self.content))]
@@ -43,18 +50,7 @@ class History:
 
     async def run(self):
         for _ in range(self.rnd.randrange(6, 16)):
-            kind = self.rnd.choice(
-                (
-                    "write",
-                    "write",
-                    "write",
-                    "zero",
-                    "resize",
-                    "resize",
-                    "amend",
-                    "snapshot",
-                )
-            )
+            kind = self.rnd.choice(self.kinds)
             await getattr(self, kind)()
             await self.node.flush()
             self.states.append((len(self.storage.history.events), bytes(self.content)))
@@ -64,7 +60,7 @@ class History:
         nb = len(self.content) // SECTOR
         if nb:
             first = self.rnd.randrange(nb)
-            count = min(nb - first, self.rnd.choice((1, 3, 20)))
+            count = min(nb - first, self.rnd.choice(self.write_sectors))
             data = self.rnd.randbytes(count * SECTOR)
             offset = first * SECTOR
             await self.node.pwrite(offset, data)
@@ -80,8 +76,7 @@ class History:
             self.content[first * SECTOR : first * SECTOR + length] = bytes(length)
 
     async def resize(self):
-        size = self.rnd.randrange(1, 4 * self.node.driver.cluster_size // SECTOR * 16)
-        size *= SECTOR
+        size = self.rnd.randrange(1, self.max_sectors) * SECTOR
         modes = ("off", "off", "metadata") if size > self.node.size else ("off",)
         if self.node.driver.header.version < 3:
             await self.node.amend({"compat": "1.1"}, lambda done, total: None)
@@ -111,6 +106,17 @@ class History:
             await self.node.driver.snapshot_create("s")
 
 
+class ManyBlocks(History):
+    """Of an image whose clusters many refcount blocks count."""
+
+    kinds = ("write", "write", "resize", "resize", "snapshot")
+    write_sectors = (20, 200, 400)
+
+    def __init__(self, node, storage, rnd):
+        super().__init__(node, storage, rnd)
+        self.max_sectors = 600
+
+
 def check(path, where):
     dirty = Header.parse(path.read_bytes()[:65536]).dirty
     if dirty:
@@ -123,17 +129,19 @@ def check(path, where):
     assert done.returncode in allowed, f"{where}:\n{done.stdout}{done.stderr}"
 
 
-async def explore(seed, path):
+async def explore(seed, path, kind=History):
     rnd = random.Random(seed)
-    cluster_size = rnd.choice((512, 4096))
+    cluster_size = 512 if kind is ManyBlocks else rnd.choice((512, 4096))
     size = cluster_size * rnd.randrange(4, 60)
     options = f"cluster_size={cluster_size},lazy_refcounts={rnd.choice(('on', 'off'))}"
+    if kind is ManyBlocks:
+        options += ",refcount_bits=64"
     subprocess.run(
         ["qemu-img", "create", "-qf", "qcow2", "-o", options, path, str(size)],
         check=True,
     )
     node, storage = await open_node(path.read_bytes(), rnd)
-    history = History(node, storage, rnd)
+    history = kind(node, storage, rnd)
     await history.run()
     events = len(storage.history.events)
     for number in range(CUTS_PER_HISTORY):
@@ -164,6 +172,21 @@ async def explore(seed, path):
 def test_power_cuts_during_operations(tmp_path):
     for seed in range(FIRST_SEED, FIRST_SEED + NB_HISTORIES):
         asyncio.run(explore(seed, tmp_path / "disk.qcow2"))
+
+
+def test_power_cuts_while_refcount_blocks_come_and_go(tmp_path):
+    for seed in range(FIRST_SEED, FIRST_SEED + NB_HISTORIES // 2):
+        asyncio.run(explore(seed, tmp_path / "disk.qcow2", ManyBlocks))
+
+
+def test_blocks_that_go_before_their_counts_are_caught(tmp_path, monkeypatch):
+    async def all_blocks(self):
+        return [i for i, offset in enumerate(self.table) if i and offset]
+
+    monkeypatch.setattr(Refcounts, "empty_blocks", all_blocks)
+    with pytest.raises((AssertionError, OSError)):
+        for seed in range(FIRST_SEED, FIRST_SEED + 100):
+            asyncio.run(explore(seed, tmp_path / "disk.qcow2", ManyBlocks))
 
 
 def test_a_driver_that_forgets_the_mark_is_caught(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ be read after a repair that nothing interrupted.
 """
 
 import asyncio
+import errno
 import functools
 import os
 import random
@@ -216,13 +217,29 @@ DAMAGES: list[Callable[[], bytes]] = [
 ]
 
 
+class FullFile(RecordedFile):
+    """A file that can't grow, which is not known before it is tried."""
+
+    def pwrite(self, offset: int, data: bytes) -> None:
+        if offset + len(data) > self.length:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().pwrite(offset, data)
+
+
 def repair_and_cut(
-    damage: Callable[[], bytes], repair: int, seed: int, limit: int, figures: Figures
+    damage: Callable[[], bytes],
+    repair: int,
+    seed: int,
+    limit: int,
+    figures: Figures,
+    kind: type[RecordedFile] = RecordedFile,
 ) -> None:
     rnd = random.Random(f"{seed}/{damage.__name__}/{repair}")
     image = damage()
+    if kind is FullFile:
+        image += bytes(16 * 4096)
     before, _ = check_by_us(image)
-    file = RecordedFile(image)
+    file = kind(image)
     after = Qcow2Tool().check(file, repair, lambda line: None)
     left = bytes(file.data)
     if repair == REPAIR_ALL:
@@ -266,6 +283,13 @@ def test_power_cuts_during_a_repair(damage, repair, seed, figures):
     repair_and_cut(damage, repair, seed, STATES, found)
     what = {REPAIR_LEAKS: "leaks", REPAIR_ALL: "all"}[repair]
     figures(f"power cuts, check -r {what}, {damage.__name__}: {found}, seed {seed}")
+
+
+@pytest.mark.parametrize("damage", [no_counts, no_refcount_table])
+def test_power_cuts_during_a_repair_without_room(damage, seed, figures):
+    found = Figures()
+    repair_and_cut(damage, REPAIR_ALL, seed, STATES, found, FullFile)
+    figures(f"power cuts, check -r all, file is full, {damage.__name__}: {found}")
 
 
 @pytest.mark.slow

@@ -9,7 +9,9 @@ Source: qcow2.txt, "Bitmaps", "Bitmaps extension".
 
 import asyncio
 import errno
+import mmap
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
@@ -36,8 +38,12 @@ if TYPE_CHECKING:
 
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
-_MAX_TOTAL_BYTES: Final = 256 * MiB
-"""Memory that all bitmaps of an image may take."""
+_MAX_TOTAL_BYTES: Final = 1024 * MiB
+"""Of all bitmaps of an image; what is zero in them takes no memory."""
+_MAX_LOADED_BYTES: Final = 256 * MiB
+"""Of all bitmaps of an image that is opened, as far as they aren't zero."""
+_MAPPED_BYTES: Final = MiB
+"""From that on, zeroes are pages that nobody has touched."""
 _MAX_TABLE_BYTES: Final = 64 * MiB
 _ALL_ONES: Final = 1
 """A table entry for a cluster of ones that has no cluster."""
@@ -74,7 +80,7 @@ class Bitmap:
         self.enabled = True
         self.inconsistent = False
         self.entry: BitmapEntry | None = None
-        self.bits = bytearray()
+        self.bits = _zeroes(0)
         self.resize(size)
 
     @property
@@ -102,33 +108,37 @@ class Bitmap:
         """The disk has another size; what is new was not written."""
         self.size = size
         self.nb_bits = -(-size >> self.granularity_bits)
-        length = (self.nb_bits + 7) // 8
-        self.bits = self.bits[:length].ljust(length, b"\0")
+        old, self.bits = self.bits, _zeroes((self.nb_bits + 7) // 8)
+        for start, piece in _used_pieces(old, min(len(old), len(self.bits))):
+            self.bits[start : start + len(piece)] = piece
         self.mask_end()
 
     def mask_end(self) -> None:
         """Clear what is behind the last bit: it is nobody's."""
-        if self.nb_bits % 8:
+        if self.nb_bits % 8 and self.bits[-1] >> self.nb_bits % 8:
             self.bits[-1] &= (1 << self.nb_bits % 8) - 1
 
     def clear(self) -> None:
         """Forget all writes."""
-        self.bits = bytearray(len(self.bits))
+        self.bits = _zeroes(len(self.bits))
 
     def merge(self, other: "Bitmap") -> None:
         """Add what another bitmap of the same disk has."""
         import numpy as np
 
-        if other.granularity_bits == self.granularity_bits:
-            own = np.frombuffer(self.bits, np.uint8)
-            own |= np.frombuffer(other.bits, np.uint8)
-            return
-        flags = np.unpackbits(np.frombuffer(other.bits, np.uint8), bitorder="little")
-        edges = np.flatnonzero(np.diff(flags, prepend=np.uint8(0), append=np.uint8(0)))
         shift = other.granularity_bits
-        for start, end in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-            stop = min(end << shift, self.size)
-            self.mark(start << shift, stop - (start << shift))
+        for first, piece in _used_pieces(other.bits, len(other.bits)):
+            theirs = np.frombuffer(piece, np.uint8)
+            if other.granularity_bits == self.granularity_bits:
+                own = np.frombuffer(self.bits, np.uint8, len(piece), first)
+                own |= theirs
+                continue
+            flags = np.unpackbits(theirs, bitorder="little")
+            changes = np.diff(flags, prepend=np.uint8(0), append=np.uint8(0))
+            edges = np.flatnonzero(changes) + first * 8
+            for start, end in zip(edges[::2], edges[1::2], strict=True):
+                stop = min(int(end) << shift, self.size)
+                self.mark(int(start) << shift, stop - (int(start) << shift))
 
     async def extents(
         self, offset: int, length: int, limit: int
@@ -163,6 +173,24 @@ class Bitmap:
         return lengths[:limit], np.concatenate(states).astype(np.bool_)[:limit]
 
 
+def _zeroes(length: int) -> bytearray | mmap.mmap:
+    if length < _MAPPED_BYTES:
+        return bytearray(length)
+    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _used_pieces(
+    bits: bytearray | mmap.mmap, length: int
+) -> Iterator[tuple[int, bytes]]:
+    """Yield those pieces of the first ``length`` bytes that are not zero, and
+    where they begin."""
+    step = _STRIDE_BITS // 8
+    for start in range(0, length, step):
+        piece = bytes(bits[start : min(start + step, length)])
+        if piece != bytes(len(piece)):
+            yield start, piece
+
+
 class Bitmaps:
     """All bitmaps of one image, and their place in the file."""
 
@@ -178,7 +206,7 @@ class Bitmaps:
         disk when this returns. Raises `ImageError`."""
         image = self._image
         entries = await run_steps(read_bitmap_directory(image.header), image.storage)
-        budget = _MAX_TOTAL_BYTES
+        budget, loaded = _MAX_TOTAL_BYTES, 0
         for entry in entries:
             budget -= image.size >> (entry.granularity_bits + 3)
             if budget < 0:
@@ -190,7 +218,7 @@ class Bitmaps:
             bitmap.enabled = bool(entry.flags & FLAG_AUTO)
             bitmap.inconsistent = bool(entry.flags & FLAG_IN_USE)
             if not bitmap.inconsistent:
-                await self._load_bits(bitmap, entry)
+                loaded += await self._load_bits(bitmap, _MAX_LOADED_BYTES - loaded)
             self._all[entry.name] = bitmap
         if not image.read_only:
             await self.begin_use()
@@ -215,17 +243,25 @@ class Bitmaps:
         await self._image.storage.pwritev(extension.directory_offset, [data])
         await self._image.storage.flush()
 
-    async def _load_bits(self, bitmap: Bitmap, entry: BitmapEntry) -> None:
+    async def _load_bits(self, bitmap: Bitmap, limit: int) -> int:
+        """Read a bitmap's bits; return how many bytes of them were not zero, at
+        most ``limit``. Raises `ImageError`."""
         image, size = self._image, self._image.cluster_size
-        for index, word in enumerate(await self._read_table(entry)):
+        assert bitmap.entry is not None
+        table = await self._read_table(bitmap.entry)
+        length = min(len(bitmap.bits), size * (len(table) - table.count(0)))
+        if length > limit:
+            raise ImageError("the bitmaps of the image take too much memory")
+        for index, word in enumerate(table):
             start = index * size
-            length = min(size, len(bitmap.bits) - start)
+            end = min(start + size, len(bitmap.bits))
             if word & OFFSET_MASK:
-                data = await image.storage.pread(word & OFFSET_MASK, length)
-                bitmap.bits[start : start + length] = data
+                data = await image.storage.pread(word & OFFSET_MASK, end - start)
+                bitmap.bits[start:end] = data
             elif word & _ALL_ONES:
-                bitmap.bits[start : start + length] = b"\xff" * length
+                bitmap.bits[start:end] = b"\xff" * (end - start)
         bitmap.mask_end()
+        return length
 
     async def _read_table(self, entry: BitmapEntry) -> list[int]:
         length = entry.table_entries * 8
@@ -411,9 +447,9 @@ class Bitmaps:
         table = []
         for start in range(0, len(bitmap.bits), size):
             piece = bytes(bitmap.bits[start : start + size])
-            if not piece.strip(b"\0"):
+            if piece == bytes(len(piece)):
                 table.append(0)
-            elif not piece.strip(b"\xff"):
+            elif piece == b"\xff" * len(piece):
                 table.append(_ALL_ONES)
             else:
                 table.append(await self._write_new(piece))

@@ -361,7 +361,7 @@ class _Check:
         first = self.references.nb_clusters
         if self.references.counts[first]:
             first += 1
-        free = None if self._can_grow else self._free_clusters()
+        free = self._free_clusters()
         counts, places = self.references.without_refcount_structures()
         if self.references.incomplete:
             # What seems to leak may be in use: it keeps its refcount.
@@ -370,7 +370,15 @@ class _Check:
             result.leaks_fixed += result.leaks
             result.leaks = 0
         freed = [(cluster, int(counts[cluster])) for cluster in places]
-        end = yield from rebuild_refcounts(self.header, counts, first, free)
+        old_place = self.header.refcount_table_offset
+        try:
+            inside = None if self._can_grow else free
+            end = yield from rebuild_refcounts(self.header, counts, first, inside)
+        except OSError:
+            if not self._can_grow or self.header.refcount_table_offset != old_place:
+                raise
+            # The file system is full, or this is a device by another name.
+            end = yield from rebuild_refcounts(self.header, counts, first, free)
         self.file_length = max(self.file_length, end)
         self.refcounts = counts
         for cluster, nb in () if self.references.incomplete else freed:

@@ -4,6 +4,7 @@ Which clusters hold metadata, the image knows (`Qcow2Driver.metadata`); what
 kind it is matters only once a write would hit one, which no sound image does.
 """
 
+from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from nbdqcow.block.steps import run_steps
@@ -67,6 +68,29 @@ def _kind(image: "Qcow2Driver", cluster_index: int) -> str | None:
     if any(entry & REFTABLE_OFFSET_MASK == offset for entry in image.refcounts.table):
         return "refcount-block"
     return image.snapshot_metadata.get(cluster_index) or _bitmap_kind(image, offset)
+
+
+def not_overlapping(image: "Qcow2Driver", block_indices: list[int]) -> list[int]:
+    """Return those refcount blocks in whose clusters, as far as is known, there
+    is nothing else: in a corrupt image there may be, and their counts of 1 are
+    for that, too."""
+    header, bits = image.header, image.cluster_bits
+    tables = {entry & OFFSET_MASK for entry in image.tables.l1}
+    offsets = Counter(image.refcounts.table[index] for index in block_indices)
+    ranges = (
+        (0, image.cluster_size),
+        (header.l1_table_offset, header.l1_size * 8),
+        (header.refcount_table_offset, header.refcount_table_clusters << bits),
+    )
+    return [
+        index
+        for index in block_indices
+        if offsets[offset := image.refcounts.table[index]] == 1
+        and offset not in tables
+        and offset >> bits not in image.snapshot_metadata
+        and not any(_within(offset, start, length) for start, length in ranges)
+        and _bitmap_kind(image, offset) is None
+    ]
 
 
 def _bitmap_kind(image: "Qcow2Driver", offset: int) -> str | None:

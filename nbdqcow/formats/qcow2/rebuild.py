@@ -35,7 +35,8 @@ def rebuild_refcounts(
     to some of the clusters ``free``, ascending, which nothing uses. The old
     structures stay in place until the header names the new ones, in one write;
     their clusters are free then. Changes ``header``; returns the offset of the
-    new structures' end. Raises `ImageError`.
+    new structures' end. Raises `ImageError`; and `OSError`, with ``header``
+    unchanged if that happened before the old structures were given up.
     """
     limit = (1 << header.refcount_bits) - 1
     if int(counts.max()) > limit:
@@ -58,10 +59,10 @@ def rebuild_refcounts(
         offset = cluster << header.cluster_bits
         yield Write(offset, pack_refcounts(values, header.refcount_order))
         table[index] = offset
+    yield Write(layout.table << header.cluster_bits, table.tobytes())
+    yield Flush()
     header.refcount_table_offset = layout.table << header.cluster_bits
     header.refcount_table_clusters = layout.table_clusters
-    yield Write(header.refcount_table_offset, table.tobytes())
-    yield Flush()
     # The width of a refcount is in the same sector.
     start = h.REFTABLE_FIELDS_OFFSET
     end = start + 12 if header.version < 3 else h.REFCOUNT_ORDER_OFFSET + 4

@@ -27,6 +27,7 @@ from nbdqcow.formats.qcow2.refcount_codec import (
     zero_counts,
 )
 from nbdqcow.formats.words import dump_be64
+from nbdqcow.units import SECTOR_SIZE
 
 _MAX_FREE_RUNS: Final = 1 << 16
 
@@ -254,6 +255,56 @@ class Refcounts:
         self.blocks.clear()
         self.packed_end = 0
         self._may_have_moved = False
+
+    # -- giving blocks up ------------------------------------------------
+
+    async def empty_blocks(self) -> list[int]:
+        """Return the indices of the blocks that count nothing but themselves.
+
+        Table entries that can't be right are left to a repair.
+        """
+        found: list[int] = []
+        for block_index, offset in enumerate(self.table):
+            if (
+                not offset
+                or offset & REFTABLE_RESERVED_MASK
+                or offset & (self.cluster_size - 1)
+                or offset >= self.storage.length
+            ):
+                continue
+            block = await self._block(block_index)
+            assert block is not None
+            nb_used = self.block_entries - block.counts.count(0)
+            cluster_index = offset >> self.cluster_bits
+            is_inside = cluster_index // self.block_entries == block_index
+            if nb_used == is_inside and await self.count(cluster_index) == 1:
+                found.append(block_index)
+        return found
+
+    async def drop_blocks(self, block_indices: list[int]) -> None:
+        """Free blocks that `empty_blocks` has found; nothing is dirty.
+
+        The counts of those that other blocks count go down in memory once the
+        table on disk names them no more. Raises `OSError`: what the table on
+        disk names is unknown then.
+        """
+        clusters = [self.table[index] >> self.cluster_bits for index in block_indices]
+        async with self.table_lock:
+            for block_index in block_indices:
+                self.table[block_index] = 0
+                self.blocks.pop(block_index, None)
+            base, words = self.header.refcount_table_offset, SECTOR_SIZE // 8
+            for first in sorted({i // words * words for i in block_indices}):
+                data = dump_be64(self.table[first : first + words])
+                await self.storage.pwritev(base + first * 8, [data])
+            await self.storage.flush()
+        self.metadata.difference_update(clusters)
+        for block_index, cluster_index in zip(block_indices, clusters, strict=True):
+            if cluster_index // self.block_entries != block_index:
+                await self.add(cluster_index, 1, -1)
+        # What was listed as free may have no block now.
+        self._scan_index = 0
+        self._free_runs.clear()
 
     # -- allocating ------------------------------------------------------
 

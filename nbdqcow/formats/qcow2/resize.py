@@ -21,7 +21,7 @@ import numpy as np
 from nbdqcow.block.driver import WritePlan
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import BlockError, NotSupported
-from nbdqcow.formats.qcow2 import data_file, discard, encryption
+from nbdqcow.formats.qcow2 import data_file, discard, encryption, overlap
 from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2.entries import (
     ALL_ALLOCATED,
@@ -393,10 +393,17 @@ async def _zero_file(
 
 
 async def trim(image: "Qcow2Driver") -> None:
-    """Cut off what lies behind the last cluster in use."""
+    """Cut off what lies behind the last cluster in use, after the refcount
+    blocks that count nothing more."""
+    refcounts = image.refcounts
     await image.writeback.flush()
     async with image.writeback.paused(), image.lock:
-        length = await image.refcounts.nb_clusters() << image.cluster_bits
+        await image.writeback.commit_alone()
+        # The last may have been all that another one counted.
+        while empty := overlap.not_overlapping(image, await refcounts.empty_blocks()):
+            await _or_fail(image, refcounts.drop_blocks(empty))
+            await image.writeback.commit_alone()
+        length = await refcounts.nb_clusters() << image.cluster_bits
         if length < image.storage.length:
             await image.storage.truncate(length)
             if image.data is image.storage and image.storage.zero_beyond_end:

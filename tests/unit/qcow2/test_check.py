@@ -1,5 +1,7 @@
 """The consistency check: what it counts, what it repairs, what it survives."""
 
+import errno
+import os
 import random
 
 import numpy as np
@@ -132,6 +134,34 @@ def test_rebuild_on_a_device(order, bits):
     # What was in use is as it was.
     end = builder.end
     assert file.data[1 << bits : end] == image[1 << bits : end]
+
+
+class FullFile(BytesFile):
+    """A file that can't grow: what can't be known before it is tried."""
+
+    def __init__(self, data, nb_more=0):
+        super().__init__(data)
+        self.end = len(data) + nb_more
+
+    def pwrite(self, offset, data):
+        if offset + len(data) > self.end:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().pwrite(offset, data)
+
+
+@pytest.mark.parametrize("nb_more", [0, 4096, 8192])
+def test_rebuild_in_a_file_that_cannot_grow(nb_more):
+    builder = build()
+    builder.refcounts[5] = 0
+    image = builder.build() + bytes(20 * 4096)
+    file = FullFile(image, nb_more)
+    result = Qcow2Tool().check(file, REPAIR_ALL, print)
+    assert (result.corruptions, result.corruptions_fixed) == (0, 1)
+    assert_clean(bytes(file.data))
+    assert file.data[4096 : builder.end] == image[4096 : builder.end]
+    # Where there is room behind the end, that is taken.
+    at = Header.parse(bytes(file.data)).refcount_table_offset
+    assert (at >= len(image)) == (nb_more == 8192)
 
 
 def test_rebuild_on_a_full_device():
