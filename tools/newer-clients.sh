@@ -10,9 +10,8 @@
 set -euo pipefail
 
 dir=${1:?usage: tools/newer-clients.sh DIR}
-suite=trixie
 packages=(qemu-utils libnbd-bin python3-libnbd)
-keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+. "$(dirname "$0")/private-apt.sh"
 
 fail() {
     echo "newer-clients: $*" >&2
@@ -25,32 +24,13 @@ mkdir -p "$dir"
 exec 9>"$dir/lock"
 flock 9
 [ -e "$dir/complete" ] && exit 0
-type -P apt-get dpkg-deb >/dev/null || fail "apt-get and dpkg-deb are needed"
-[ -e "$keyring" ] || fail "no $keyring (package debian-archive-keyring)"
+type -P dpkg-deb >/dev/null || fail "dpkg-deb is needed"
 
-mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
 rm -rf "$dir/apt" "$dir/root"
-mkdir -p "$dir/root" "$dir"/apt/{lists/partial,archives/partial}
-: >"$dir/apt/status"
-echo "deb [signed-by=$keyring] http://deb.debian.org/debian $suite main" \
-    >"$dir/apt/sources.list"
-# An apt of its own, to which no package is installed.
-options=(
-    -qq
-    -o Dir::State="$dir/apt"
-    -o Dir::State::status="$dir/apt/status"
-    -o Dir::Cache="$dir/apt"
-    -o Dir::Etc::SourceList="$dir/apt/sources.list"
-    -o Dir::Etc::SourceParts=/dev/null
-    -o Dir::Etc::Preferences=/dev/null
-    -o Dir::Etc::PreferencesParts=/dev/null
-    -o APT::Install-Recommends=false
-    -o Acquire::Languages=none
-    -o APT::Sandbox::User="$(id -un)"
-)
-apt-get "${options[@]}" update || fail "no package lists of $suite"
-apt-get "${options[@]}" --download-only -y install "${packages[@]}" ||
+mkdir -p "$dir/root"
+private_apt "$dir/apt" deb trixie
+"${apt[@]}" --download-only -y install "${packages[@]}" ||
     fail "could not download ${packages[*]}"
 for package in "$dir"/apt/archives/*.deb; do
     dpkg-deb --fsys-tarfile "$package" | tar -x -C "$dir/root" --no-same-owner \
