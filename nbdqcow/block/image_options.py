@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
-from nbdqcow.block.registry import format_names
+from nbdqcow.block.filter_names import filtered_name
+from nbdqcow.block.registry import filter_names, format_names
 from nbdqcow.errors import ImageError
 from nbdqcow.units import parse_size
 
@@ -131,7 +132,11 @@ def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
     options: dict[str, Any] = {}
     more: dict[str, Any] = {}
     filename = own.pop("filename", None)
-    if (driver := own.get("driver")) == "nbd" or driver in _NULL_DRIVERS:
+    if (driver := own.get("driver")) in filter_names():
+        # All options are the filter's: also those called as others of an image.
+        assert driver is not None
+        return filtered_name(driver, pairs), {"format": "raw"}
+    if driver == "nbd" or driver in _NULL_DRIVERS:
         # A protocol without a format over it is served as it is.
         names = _NBD if driver == "nbd" else _NULL
         file = {key: value for key, value in own.items() if "." in key or key in names}
@@ -268,6 +273,8 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
         return _nbd_uri(file)
     if driver in _NULL_DRIVERS:
         return _null_name(driver, file)
+    if driver in filter_names():
+        return filtered_name(driver, file)
     if driver not in _FILE_DRIVERS:
         raise ImageError(f"Unknown driver '{driver}'")
     filename = file.pop("filename", None)

@@ -123,6 +123,7 @@ class Node(InlineRequests):
                 if kind == DATA:
                     data: Buffer | None = self._storage_try_pread(host_offset, covered)
                     if data is None:
+                        driver.storage.announce("read_aio")
                         data = await driver.data.pread(host_offset, covered)
                     yield data
                 elif kind == COMPRESSED and covered == length:
@@ -138,6 +139,8 @@ class Node(InlineRequests):
                     inside = 0
                     if kind == UNALLOCATED and self.backing is not None:
                         inside = max(0, min(covered, self.backing.size - offset))
+                        if inside:
+                            driver.storage.announce("read_backing_aio")
                         async for piece in self.backing.pread_pieces(offset, inside):
                             yield piece
                     for piece in zero_views(covered - inside):
@@ -385,6 +388,7 @@ class Node(InlineRequests):
         storage = self.driver.data
         if not plan.head and not plan.tail:
             if not storage.try_pwrite(plan.host_offset, view):
+                self.driver.storage.announce("write_aio")
                 await storage.pwritev(plan.host_offset, [view])
             return
         buffers: list[Buffer] = [view]
@@ -406,6 +410,9 @@ class Node(InlineRequests):
             host_offset, buffers
         ):
             return
+        if len(buffers) > 1:
+            self.driver.storage.announce("cow_write")
+        self.driver.storage.announce("write_aio")
         await storage.pwritev(host_offset, buffers)
 
     async def _old_content(
@@ -418,6 +425,7 @@ class Node(InlineRequests):
         if await self.reads_zero(offset, length):
             return None if skip_zeroes else bytes(length)
         inside = min(length, self.size - offset)
+        self.driver.storage.announce("cow_read")
         old = await self.pread(offset, inside)
         return old if inside == length else bytes(old) + bytes(length - inside)
 
@@ -641,6 +649,7 @@ class Node(InlineRequests):
         # What was written before may still be on its way to a reopened image.
         if self._unsafe or (self.read_only and not self._reopening.locked()):
             return
+        self.driver.storage.announce("flush_to_os")
         await self.driver.flush()
 
     def _check_writable(self) -> None:

@@ -1,4 +1,5 @@
-"""An open image as the file under another one: a disk in a disk."""
+"""A whole image as a file of bytes: for filters above its format, and for a
+window of its disk."""
 
 from typing import ClassVar
 
@@ -7,74 +8,94 @@ from nbdqcow.block.storage import StorageDriver
 from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, Buffer, Buffers
 
 
+def below_filters(node: Node) -> Node:
+    """Return the image that ``node`` shows through filters above its format."""
+    while node.driver.name == "raw":
+        storage = node.driver.storage
+        while storage.inner is not None:
+            storage = storage.inner
+        if not isinstance(storage, NodeStorage) or storage.node.size != node.size:
+            break
+        node = storage.node
+    return node
+
+
 class NodeStorage(StorageDriver):
-    """The guest's bytes of a node. Closing it closes the node."""
+    """The disk that ``node`` shows, which it closes."""
 
     name: ClassVar[str] = "node"
 
     def __init__(self, node: Node) -> None:
+        self.node = node
         self.filename = node.filename
         self.read_only = node.read_only
-        self.length = node.size
-        # It does not grow.
-        self.zero_beyond_end = False
-        self._node = node
+        self.zero_beyond_end = True
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        """The virtual size."""
+        return self.node.size
 
     def try_pread(self, offset: int, length: int) -> Buffer | None:
-        """See `Node.try_pread`."""
-        return self._node.try_pread(offset, length)
+        """Read what is in reach."""
+        if offset + length > self.node.size:
+            return None
+        return self.node.try_pread(offset, length)
 
     async def pread(self, offset: int, length: int) -> Buffer:
-        """See `Node.pread`."""
-        return await self._node.pread(offset, length)
+        """Read; behind the end there are zeroes."""
+        inside = max(0, min(length, self.node.size - offset))
+        data = await self.node.pread(offset, inside) if inside else b""
+        return data if inside == length else bytes(data).ljust(length, b"\0")
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
-        """See `Node.try_pwrite`."""
-        return self._node.try_pwrite(offset, data)
+        """Write where that needs no waiting."""
+        return self.node.try_pwrite(offset, data)
 
     async def pwritev(
         self, offset: int, buffers: Buffers, *, fua: bool = False
     ) -> None:
-        """Write the buffers as one request to the node."""
-        data = buffers[0] if len(buffers) == 1 else b"".join(buffers)
-        await self._node.pwrite(offset, data, fua=fua)
+        """Write, inside the disk."""
+        data = b"".join(buffers) if len(buffers) != 1 else buffers[0]
+        await self.node.pwrite(offset, data, fua=fua)
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool = False
     ) -> None:
-        """See `Node.write_zeroes`."""
-        await self._node.write_zeroes(
+        """Zero a range inside the disk."""
+        await self.node.write_zeroes(
             offset, length, may_unmap=may_unmap, no_fallback=no_fallback
         )
 
     async def discard(self, offset: int, length: int) -> None:
-        """See `Node.discard`."""
-        await self._node.discard(offset, length)
+        """Discard a range inside the disk."""
+        await self.node.discard(offset, length)
 
     async def flush(self) -> None:
-        """See `Node.flush`."""
-        await self._node.flush()
+        """Make what was written durable."""
+        await self.node.flush()
 
     async def truncate(self, length: int) -> None:
-        """Set the disk's size."""
-        await self._node.resize(length)
-        self.length = length
+        """Resize the disk."""
+        await self.node.resize(length)
 
     async def block_status(self, offset: int, length: int) -> tuple[bool, int]:
-        """Tell data from what reads as zeroes by the look of the maps."""
-        node: Node | None = self._node
+        """Say of a stretch whether any image of the chain has data for it."""
+        node: Node | None = self.node
         while node is not None and offset < node.size:
-            length = min(length, node.size - offset)
-            kind, _, length = await node.driver.map(offset, length)
+            kind, _, covered = await node.driver.map(
+                offset, min(length, node.size - offset)
+            )
+            length = min(length, covered)
             if kind != UNALLOCATED:
                 return kind in (DATA, COMPRESSED), length
             node = node.backing
         return False, length
 
     async def prefetch(self, offset: int, length: int) -> None:
-        """See `Node.prefetch`."""
-        await self._node.prefetch(offset, length)
+        """Bring a range near."""
+        await self.node.prefetch(offset, length)
 
     async def close(self) -> None:
-        """See `Node.close`."""
-        await self._node.close()
+        """Close the image."""
+        await self.node.close()

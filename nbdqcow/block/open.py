@@ -4,21 +4,31 @@ Backing files are found as QEMU finds them: relative to the directory of the
 image that names them.
 """
 
+import asyncio
 import os
+import stat
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Final
 
 from nbdqcow.block.driver import FormatDriver
+from nbdqcow.block.filter_names import (
+    children_of,
+    innermost,
+    is_filtered,
+    parse_filtered_name,
+)
 from nbdqcow.block.image_options import (
     JSON_PREFIX,
     BackingOverride,
     parse_json_name,
+    parse_pairs,
 )
 from nbdqcow.block.node import Node
 from nbdqcow.block.registry import (
     PROBE_LENGTH,
+    filter_driver,
     format_driver,
     is_remote,
     probe_format,
@@ -28,8 +38,10 @@ from nbdqcow.block.registry import (
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.block.tools import Secrets, no_secrets
 from nbdqcow.errors import ImageError
+from nbdqcow.units import MiB
 
 MAX_CHAIN_DEPTH: Final = 256
+_MAX_CONFIG_LENGTH: Final = MiB
 CACHE_MODES: Final = ("writeback", "none", "writethrough", "unsafe", "directsync")
 
 
@@ -57,6 +69,8 @@ class OpenOptions:
             file, comes before the one that the image names.
         secrets: how a name of many options finds the passphrase whose id it
             gives.
+        images_name_filters: whether a file that an image names may be one with
+            a filter over it, such as ``blkdebug``.
     """
 
     format: str | None = None
@@ -72,6 +86,7 @@ class OpenOptions:
     with_backing: bool = True
     backing: BackingOverride | None = None
     secrets: Secrets = no_secrets
+    images_name_filters: bool = False
 
 
 class Opening:
@@ -115,12 +130,13 @@ def open_image(
     with_backing: bool = True,
     backing: BackingOverride | None = None,
     secrets: Secrets = no_secrets,
+    images_name_filters: bool = False,
 ) -> Opening:
     """Open an image with its backing chain; see `OpenOptions`.
 
     ``filename`` is a path, perhaps after ``file:``, the URI of an NBD export,
     or ``json:{...}`` with options as QEMU names them, which come before those
-    given here.
+    given here. ``blkdebug:CONFIG:FILE`` is a file that fails by rules.
     Use ``async with open_image(...) as node`` or ``node = await
     open_image(...)`` and close the node. Raises `ImageError` (`ImageInUse`
     for a locked one) and `OSError`.
@@ -130,7 +146,7 @@ def open_image(
         OpenOptions(
             format, read_only, cache, discard, detect_zeroes, l2_cache_size,
             allowed_paths, lock, force_share, driver_options or {}, with_backing,
-            backing, secrets,
+            backing, secrets, images_name_filters,
         ),
     )  # fmt: skip
 
@@ -148,7 +164,7 @@ async def _open_chain(
         raise ImageError(f"Backing chain of '{above[0]}' loops at '{filename}'")
     if len(above) >= MAX_CHAIN_DEPTH:
         raise ImageError(f"Backing chain of '{above[0]}' is too deep")
-    storage = await open_storage(filename, options)
+    storage = await open_storage(filename, options, above=above)
     try:
         driver = await _open_driver(filename, storage, options, (*above, real))
     except BaseException:
@@ -179,10 +195,17 @@ def _looks_formatted(head: bytes) -> bool:
 
 
 async def open_storage(
-    filename: str, options: OpenOptions, *, is_data_file: bool = False
+    filename: str,
+    options: OpenOptions,
+    *,
+    is_data_file: bool = False,
+    above: tuple[str, ...] = (),
 ) -> StorageDriver:
     """Open the file under an image: a path, perhaps after ``file:``, or the
-    URI of an NBD export."""
+    URI of an NBD export, perhaps with filters over it. ``above``: the real
+    paths of the images that led here."""
+    if is_filtered(filename):
+        return await _open_filtered(filename, options, above)
     protocol, name = split_protocol(filename)
     storage: StorageDriver
     if protocol != "file":
@@ -201,6 +224,79 @@ async def open_storage(
         is_data_file=is_data_file,
     )
     return storage
+
+
+async def _open_filtered(
+    filename: str, options: OpenOptions, above: tuple[str, ...]
+) -> StorageDriver:
+    """Open what is below a filter, and put it over that. Raises `ImageError`."""
+    innermost(filename)
+    named = parse_filtered_name(filename)
+    config = b"" if named.config is None else await _read_config(named.config)
+    below: list[StorageDriver] = []
+    try:
+        for name, child in named.children.items():
+            # What is verified is an image of any format, as in QEMU.
+            probes = name == "test"
+            # One by one: those that are open are closed if the next can't be.
+            below.append(await _open_child(child, options, above, probes))
+        kind = filter_driver(named.driver)
+        storage: StorageDriver = kind(
+            *below, pairs=named.options, filename=filename, config=config
+        )
+    except BaseException:
+        for file in below:
+            await file.close()
+        raise
+    return storage
+
+
+async def _open_child(
+    pairs: Mapping[str, str],
+    options: OpenOptions,
+    above: tuple[str, ...],
+    probes: bool,
+) -> StorageDriver:
+    """Open a file below a filter: bytes, or an image with all that is below it.
+
+    ``probes``: without a format it is one that is to be found out.
+    """
+    name, given = parse_pairs(pairs)
+    plain = replace(
+        options, format=None, driver_options={}, detect_zeroes="off", backing=None
+    )
+    below = _with_given(plain, given)
+    plain_formats = ("raw",) if probes else (None, "raw")
+    if below.format in plain_formats and not below.driver_options:
+        try:
+            return await open_storage(name, below, above=above)
+        except OSError as error:
+            raise ImageError(f"Could not open '{name}': {error.strerror}") from None
+    # Not above: most images have no filter over their format.
+    from nbdqcow.block.node_storage import NodeStorage
+
+    return NodeStorage(await _open_chain(name, below, above))
+
+
+async def _read_config(path: str) -> bytes:
+    """Return what a filter's configuration file has. Raises `ImageError`."""
+    try:
+        return await asyncio.to_thread(_read_config_blocking, path)
+    except OSError as error:
+        raise ImageError(
+            f"Could not read blkdebug config file: {error.strerror}"
+        ) from None
+
+
+def _read_config_blocking(path: str) -> bytes:
+    # Whoever opens a FIFO without the flag may wait for ever.
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ImageError(f"'{path}' is no regular file")
+        return os.pread(fd, _MAX_CONFIG_LENGTH, 0)
+    finally:
+        os.close(fd)
 
 
 async def _open_driver(
@@ -263,11 +359,11 @@ async def _open_data_file(
     else:
         assert name_in_image is not None
         path = backing_path(filename, name_in_image)
-        check_allowed(path, options.allowed_paths)
+        _check_named(path, options)
     if _real_path(path) in above:
         raise ImageError(f"'{path}' can't be the data file: it is the image itself")
     try:
-        return await open_storage(path, options, is_data_file=True)
+        return await open_storage(path, options, is_data_file=True, above=above)
     except OSError as error:
         raise ImageError(f"Could not open '{path}': {error.strerror}") from None
 
@@ -295,11 +391,11 @@ async def _open_backing(
         name = driver.backing_filename
         if name.startswith(JSON_PREFIX):
             path, given = _parse_json_name(name)
-            _check_names_allowed(path, given, options.allowed_paths)
+            _check_names_allowed(path, given, options)
             below = _with_given(below, given)
         else:
             path = backing_path(filename, name)
-            check_allowed(path, options.allowed_paths)
+            _check_named(path, options)
     else:
         return None
     below = replace(_with_given(below, wanted.options), read_only=True)
@@ -331,16 +427,33 @@ def _with_given(options: OpenOptions, given: Mapping[str, Any]) -> OpenOptions:
 
 
 def _check_names_allowed(
-    path: str, given: Mapping[str, Any], allowed_paths: Sequence[str] | None
+    path: str, given: Mapping[str, Any], options: OpenOptions
 ) -> None:
     """Check all files that a ``json:`` name in an image's header names."""
-    check_allowed(path, allowed_paths)
+    _check_named(path, options)
     data_file = given.get("driver_options", {}).get("data_file")
     if data_file is not None:
-        check_allowed(data_file, allowed_paths)
+        _check_named(data_file, options)
     below: BackingOverride | None = given.get("backing")
     if below is not None and below.filename is not None:
-        _check_names_allowed(below.filename, below.options, allowed_paths)
+        _check_names_allowed(below.filename, below.options, options)
+
+
+def _check_named(path: str, options: OpenOptions) -> None:
+    """Check a file that an image names. Raises `ImageError`."""
+    if not is_filtered(path):
+        check_allowed(path, options.allowed_paths)
+        return
+    if not options.images_name_filters:
+        raise ImageError(
+            f"'{path}': an image can't name a file with the filter "
+            f"'{path.partition(':')[0]}' over it"
+        )
+    innermost(path)
+    if (config := parse_filtered_name(path).config) is not None:
+        check_allowed(f"file:{config}", options.allowed_paths)
+    for child in children_of(path):
+        _check_names_allowed(*parse_pairs(child), options)
 
 
 def _passed_down(driver_options: Mapping[str, Any]) -> dict[str, Any]:
@@ -359,6 +472,7 @@ def backing_path(image_filename: str, backing_filename: str) -> str:
         backing_filename = rest
     elif colon and "/" not in protocol:
         return backing_filename
+    image_filename = innermost(image_filename)
     if not backing_filename.startswith("/") and is_remote(image_filename):
         raise ImageError(
             f"'{backing_filename}' is a relative path, and '{image_filename}' is in "
@@ -368,6 +482,7 @@ def backing_path(image_filename: str, backing_filename: str) -> str:
 
 
 def _real_path(filename: str) -> str:
+    filename = innermost(filename)
     return filename if is_remote(filename) else os.path.realpath(filename)
 
 
@@ -382,7 +497,7 @@ def check_allowed(path: str, allowed_paths: Sequence[str] | None) -> None:
         if path in allowed_paths:
             return
         raise ImageError(f"'{path}' is outside the allowed paths")
-    real = os.path.realpath(path)
+    real = os.path.realpath(split_protocol(path)[1])
     for allowed in map(os.path.realpath, allowed_paths):
         if real == allowed or real.startswith(allowed.rstrip("/") + "/"):
             return

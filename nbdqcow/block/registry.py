@@ -29,6 +29,13 @@ _STORAGE: Final = {
     "null": "nbdqcow.storage.null:NullStorage",
 }
 
+_FILTERS: Final = {
+    "blkdebug": "nbdqcow.filters.blkdebug:BlkdebugStorage",
+    "blkverify": "nbdqcow.filters.blkverify:BlkverifyStorage",
+}
+"""Storage drivers over others. They are for tests: nothing loads them but a name
+that asks for one."""
+
 _ALIASES: Final = {"file": "raw", "host_device": "raw"}
 """QEMU's names for no format at all: images name their backing file's so."""
 
@@ -46,6 +53,7 @@ _PROTOCOLS: Final = {
     "nbds+vsock": "nbd",
     "null-co": "null",
     "null-aio": "null",
+    **{name: name for name in _FILTERS},
 }
 """What stands before the colon of a file name, and the storage driver that it
 means."""
@@ -77,6 +85,16 @@ def storage_driver(name: str) -> Any:
     if name not in _STORAGE:
         raise ImageError(f"Unknown protocol '{name}'")
     return _load(_STORAGE[name])
+
+
+def filter_names() -> list[str]:
+    """Return the names of all storage drivers over others."""
+    return list(_FILTERS)
+
+
+def filter_driver(name: str) -> Any:
+    """Return the class of a storage driver over others."""
+    return _load(_FILTERS[name])
 
 
 def tool_names() -> list[str]:

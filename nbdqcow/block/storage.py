@@ -33,6 +33,7 @@ class StorageDriver(ABC):
             date by our own writes, no system call to read it.
         zero_beyond_end: True if bytes past the end are certain to read as
             zeroes once the file grows over them (a regular file; not a disk).
+        inner: the file that this one is a filter over, if it is one.
         shows_context: True if a map of the file is to show a metadata context
             of the server's, `context_extents`, in the place of what is where.
     """
@@ -46,6 +47,12 @@ class StorageDriver(ABC):
     zero_beyond_end: bool
     defers_reads: ClassVar[bool] = False
     shows_context: bool = False
+    inner: "StorageDriver | None" = None
+
+    def announce(self, event: str) -> None:
+        """Hear of what is about to happen to the file, under the name that QEMU
+        has for it (its ``BlkdebugEvent``). Nobody says it on an inline path;
+        most drivers don't listen."""
 
     @abstractmethod
     def try_pread(self, offset: int, length: int) -> Buffer | None:

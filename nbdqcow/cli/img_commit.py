@@ -12,6 +12,7 @@ from nbdqcow.cli.img_run import ProgressLine, run_command
 from nbdqcow.errors import ImageError, NotSupported, UsageError
 from nbdqcow.jobs.commit import commit
 from nbdqcow.jobs.control import JobControl
+from nbdqcow.jobs.convert import CopyError, reason_of
 
 _LONG: Final = {"help": "-h", "object=": "--object", "image-opts": "--image-opts"}
 
@@ -82,9 +83,12 @@ async def _commit(
             )
         base = await _open_for_writing(above, images)
         progress.show(0)
-        await commit(top, base, control)
+        try:
+            await commit(top, base, control)
+        except CopyError as exc:
+            raise ImageError(f"Block job failed: {exc.reason}") from None
         if not keep:
-            await _make_empty(top)
+            await _make_empty(top, name)
         progress.show(100)
     finally:
         await top.close()
@@ -112,10 +116,12 @@ async def _open_for_writing(above: Node, images: ImageArguments) -> Node:
     return above.backing
 
 
-async def _make_empty(top: Node) -> None:
+async def _make_empty(top: Node, name: str) -> None:
     driver: Any = top.driver
     try:
         await driver.make_empty()
     except NotSupported:
         # It is no worse for having what its backing image has as well.
         return
+    except OSError as exc:
+        raise ImageError(f"Failed to empty {name}: {reason_of(exc)}") from None

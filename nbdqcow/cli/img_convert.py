@@ -452,11 +452,12 @@ async def _copy(
             in_order=settings.in_order,
             copy_range=settings.copy_range,
             salvage=settings.salvage,
-            count_data=settings.progress and not settings.quiet,
+            # QEMU tells of what is lost as it counts, too.
+            count_data=(settings.progress and not settings.quiet) or settings.salvage,
         ),
         control,
-        lambda offset, reason: error(
-            f"warning: error while reading offset {offset}: {reason}"
+        lambda what, offset, reason: error(
+            f"warning: error while reading {what} {offset}: {reason}"
         ),
     )
     if settings.bitmaps:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from nbdqcow.block.registry import (
     blocking_file,
+    filter_names,
     format_tool,
     is_remote,
     split_protocol,
@@ -203,7 +204,7 @@ def is_place_of_images(filename: str) -> bool:
     """Tell whether ``filename`` is no path. Raises `ImageError` if what it names
     can't hold a new image."""
     driver, name = split_protocol(filename)
-    if driver == "null":
+    if driver == "null" or driver in filter_names():
         raise ImageError(
             f"Protocol driver '{name.partition(':')[0]}' does not support image "
             "creation"

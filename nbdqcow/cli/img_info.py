@@ -4,6 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from nbdqcow.block.filter_names import shown_name
 from nbdqcow.block.tools import ImageInfo, SnapshotInfo
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_names import image_name, take_secrets
@@ -104,7 +105,7 @@ def _as_json(image: OpenImage, info: ImageInfo) -> dict[str, Any]:
     if info.backing_format is not None and info.backing_filename is not None:
         values["backing-filename-format"] = info.backing_format
     values["virtual-size"] = info.virtual_size
-    values["filename"] = image.filename
+    values["filename"] = shown_name(image.filename, info.format)
     if info.cluster_size is not None:
         values["cluster-size"] = info.cluster_size
     values["format"] = info.format

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
+from nbdqcow.block.node_storage import below_filters
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_nodes import ImageArguments, open_node
 from nbdqcow.cli.img_options import (
@@ -67,8 +68,9 @@ async def _map(
 ) -> int:
     write = sys.stdout.write
     node = await open_node(name, images)
+    shown = below_filters(node)
     try:
-        end = min(disk_size(node), start + length)
+        end = min(disk_size(shown), start + length)
         write("[" if json else f"{'Offset':16}{'Length':16}{'Mapped to':16}File\n")
         separator = ""
         bar = None
@@ -76,7 +78,7 @@ async def _map(
             from nbdqcow.cli.map_bar import MapBar
 
             bar = MapBar(start, end, shutil.get_terminal_size().columns)
-        async for rows in map_disk(node, start, end):
+        async for rows in map_disk(shown, start, end):
             if bar is not None:
                 bar.add(rows)
             lines = json_lines(rows) if json else human_lines(rows)
@@ -102,10 +104,11 @@ async def _draw(
     from nbdqcow.cli.map_picture import Picture
 
     node = await open_node(name, images)
+    shown = below_filters(node)
     try:
-        end = min(disk_size(node), start + length)
-        picture = Picture(node, start, end)
-        async for rows in map_disk(node, start, end):
+        end = min(disk_size(shown), start + length)
+        picture = Picture(shown, start, end)
+        async for rows in map_disk(shown, start, end):
             picture.add(rows)
     finally:
         await node.close()
@@ -160,7 +163,10 @@ def human_lines(rows: Sequence[Row]) -> list[str]:
                 "File contains external, encrypted or compressed clusters."
             )
         numbers = "".join(f"{_hex(n):16}" for n in (start, length, host_offset))
-        lines.append(f"{numbers}{node.driver.data.filename}\n")
+        file = node.driver.data
+        while file.inner is not None:
+            file = file.inner
+        lines.append(f"{numbers}{file.filename}\n")
     return lines
 
 

@@ -124,6 +124,8 @@ async def open_node(
             driver_options=driver_options,
             with_backing=with_backing,
             secrets=arguments.secret,
+            # As with QEMU's: these serve nobody.
+            images_name_filters=True,
             **options,
         )
     except (ImageError, OSError) as exc:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from nbdqcow.block.filter_names import innermost, is_filtered
 from nbdqcow.block.image_options import JSON_PREFIX, parse_json_name
 from nbdqcow.block.registry import (
     PROBE_LENGTH,
@@ -54,7 +55,7 @@ def open_image_file(
             # Not above: it brings the event loop.
             from nbdqcow.cli.img_remote import RemoteFile
 
-            file = RemoteFile.open(path, read_only=read_only)
+            file = RemoteFile.open(path, read_only=read_only, force_share=force_share)
         else:
             file = blocking_file().open(
                 path, read_only=read_only, force_share=force_share
@@ -67,7 +68,12 @@ def open_image_file(
         raise type(exc)(text) from None
     try:
         if tool is None:
-            head = bytes(file.pread(0, min(PROBE_LENGTH, file.length)))
+            try:
+                head = bytes(file.pread(0, min(PROBE_LENGTH, file.length)))
+            except OSError as exc:
+                raise ImageError(
+                    f"Could not read image for determining its format: {exc.strerror}"
+                ) from None
             tool = format_tool(probe_tool(head))
         yield OpenImage(path, file, tool)
     finally:
@@ -80,6 +86,8 @@ def _identity(filename: str) -> object:
     try:
         if filename.startswith(JSON_PREFIX):
             filename, _ = parse_json_name(filename)
+        if is_filtered(filename):
+            filename = innermost(filename)
         if filename and not is_remote(filename):
             status = os.stat(local_path(filename))
             return status.st_dev, status.st_ino
@@ -109,7 +117,7 @@ def backing_path(filename: str, backing_filename: str) -> str:
     protocol, colon, _ = backing_filename.partition(":")
     if colon and "/" not in protocol:
         return backing_filename
-    return os.path.join(os.path.dirname(filename), backing_filename)
+    return os.path.join(os.path.dirname(innermost(filename)), backing_filename)
 
 
 def describe_chain(

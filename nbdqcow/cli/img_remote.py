@@ -6,7 +6,8 @@ import threading
 from collections.abc import Coroutine
 from typing import Any, Self, TypeVar
 
-from nbdqcow.block.registry import split_protocol, storage_driver
+from nbdqcow.block.filter_names import is_filtered
+from nbdqcow.block.open import OpenOptions, open_storage
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import ImageError
 from nbdqcow.types import Buffer
@@ -15,17 +16,16 @@ T = TypeVar("T")
 
 
 class RemoteFile:
-    """An export (`nbdqcow.block.steps.BlockingFile`).
+    """An export, or a file with a filter over it (`BlockingFile`).
 
     A thread runs the loop that the connection needs, so that this works in a
     coroutine of another loop, too: it blocks that one.
     """
 
-    is_device = True
-
     def __init__(self, filename: str) -> None:
         """Start the thread; use `open`."""
         self.filename = filename
+        self.is_device = not is_filtered(filename)
         self.length = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -33,14 +33,15 @@ class RemoteFile:
         self._storage: StorageDriver | None = None
 
     @classmethod
-    def open(cls, filename: str, *, read_only: bool) -> Self:
-        """Connect to the export that a URI names. Raises `ImageError`."""
+    def open(cls, filename: str, *, read_only: bool, force_share: bool = False) -> Self:
+        """Connect to the export that a URI names, or open what a filter is over.
+
+        Raises `ImageError`.
+        """
         file = cls(filename)
-        driver, name = split_protocol(filename)
+        options = OpenOptions(read_only=read_only, force_share=force_share)
         try:
-            file._storage = file._run(
-                storage_driver(driver).open(name, read_only=read_only)
-            )
+            file._storage = file._run(open_storage(filename, options))
         except BaseException:
             file.close()
             raise
@@ -64,13 +65,17 @@ class RemoteFile:
     def pwrite(self, offset: int, data: Buffer) -> None:
         """Write all of ``data``."""
         self._run(self._open_storage.pwritev(offset, [data]))
+        self.length = max(self.length, offset + len(data))
 
     def truncate(self, length: int) -> None:
-        """See that the export is long enough: it keeps its length.
+        """Set the length; an export keeps its own, which is to be enough.
 
         Raises `ImageError`.
         """
-        if length > self.length:
+        if not self.is_device:
+            self._run(self._open_storage.truncate(length))
+            self.length = length
+        elif length > self.length:
             raise ImageError("Could not resize image: Cannot grow NBD nodes")
 
     def allocate(self, offset: int, length: int) -> None:

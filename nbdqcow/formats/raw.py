@@ -198,6 +198,7 @@ class RawDriver(FormatDriver):
 
     async def flush(self) -> None:
         """Make the file's data durable."""
+        self.storage.announce("flush_to_disk")
         await self.storage.flush()
 
     async def close(self) -> None:

@@ -63,11 +63,13 @@ class ConvertOptions:
 
 
 class CopyError(NbdQcowError):
-    """A piece could not be copied; ``action`` is ``reading`` or ``writing``."""
+    """A piece could not be copied; ``action`` is ``reading``, ``reading block
+    status`` or ``writing``, ``reason`` what was said of it."""
 
     def __init__(self, action: str, offset: int, reason: str) -> None:
         super().__init__(f"error while {action} at byte {offset}: {reason}")
         self.action = action
+        self.reason = reason
         self.offset = offset
 
 
@@ -92,13 +94,14 @@ async def convert(
     target: Node,
     options: ConvertOptions,
     control: JobControl,
-    on_salvaged: Callable[[int, str], None] = lambda offset, reason: None,
+    on_salvaged: Callable[[str, int, str], None] = lambda what, offset, reason: None,
 ) -> None:
     """Copy disks, one behind the other, to the beginning of ``target``.
 
-    ``on_salvaged(offset, reason)`` hears of each sector that could not be
-    read. Raises `CopyError` and `nbdqcow.jobs.control.JobCancelled`; the
-    target is then half written.
+    ``on_salvaged(what, offset, reason)`` hears of each sector that could not be
+    read, and of which the map could not: ``what`` is words for that. Raises
+    `CopyError` and `nbdqcow.jobs.control.JobCancelled`; the target is then half
+    written.
     """
     await _Conversion(sources, target, options, control, on_salvaged).run()
 
@@ -110,7 +113,7 @@ class _Conversion:
         target: Node,
         options: ConvertOptions,
         control: JobControl,
-        on_salvaged: Callable[[int, str], None],
+        on_salvaged: Callable[[str, int, str], None],
     ) -> None:
         self._disks: list[_Disk] = []
         end = 0
@@ -160,6 +163,9 @@ class _Conversion:
                     self._copy(piece, turn if options.in_order else None, begun)
                 )
                 turn = begun
+                if options.salvage:
+                    # What is lost is told in its order.
+                    await flight.drain()
                 # Said when begun, as QEMU does: pieces end in any order.
                 control.advance(piece.length)
             await flight.drain()
@@ -185,16 +191,11 @@ class _Conversion:
         """Return the kind and length of the piece that begins at ``position``."""
         source, offset = disk.node, position - disk.start
         length, inside = disk.end - position, source.size - offset
-        chain = not self._options.target_has_backing
         kind, covered = ZERO, length
         boundary = round_down(position, self._piece) + self._piece - position
         if inside > 0:
-            kind, covered = await stretch_of(
-                source,
-                offset,
-                min(inside, _EMPTY_PIECE),
-                whole_chain=chain,
-                enough_data=boundary,
+            kind, covered = await self._look(
+                disk, offset, min(inside, _EMPTY_PIECE), boundary
             )
         if self._options.compressed:
             return self._whole_clusters(kind, position, covered, boundary)
@@ -205,13 +206,39 @@ class _Conversion:
         # Up to the next boundary all is read at once, short holes with it.
         boundary = min(boundary, inside)
         while covered < boundary:
-            kind, more = await stretch_of(
-                source, offset + covered, boundary - covered, whole_chain=chain
+            kind, more = await self._look(
+                disk, offset + covered, boundary - covered, boundary
             )
             if kind == UNALLOCATED or (kind == ZERO and more > _SHORT_HOLE):
                 break
             covered += more
         return DATA, min(covered, boundary)
+
+    async def _look(
+        self, disk: _Disk, offset: int, length: int, enough_data: int
+    ) -> tuple[int, int]:
+        """Return what `stretch_of` does; a sector without a map is data."""
+        chain = not self._options.target_has_backing
+        joins = True
+        while True:
+            try:
+                return await stretch_of(
+                    disk.node,
+                    offset,
+                    length,
+                    whole_chain=chain,
+                    enough_data=enough_data,
+                    joins=joins,
+                )
+            except OSError as error:
+                position, reason = disk.start + offset, reason_of(error)
+                if not self._options.salvage:
+                    action = "reading block status"
+                    raise CopyError(action, position, reason) from error
+                if not joins:
+                    self._on_salvaged("block status at offset", position, reason)
+                    return DATA, min(SECTOR_SIZE, length)
+                joins = False
 
     def _whole_clusters(
         self, kind: int, position: int, covered: int, boundary: int
@@ -347,7 +374,7 @@ class _Conversion:
             try:
                 pieces.append(await disk.node.pread(start - disk.start, count))
             except OSError as error:
-                self._on_salvaged(start, reason_of(error))
+                self._on_salvaged("offset", start, reason_of(error))
                 pieces.append(bytes(count))
         return b"".join(pieces)
 

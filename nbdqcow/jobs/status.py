@@ -175,12 +175,14 @@ async def stretch_of(
     *,
     whole_chain: bool = True,
     enough_data: int = 1 << 63,
+    joins: bool = True,
 ) -> tuple[int, int]:
     """Return what the bytes at ``offset`` are, DATA, which must be read, or
     ZERO, and for how many of ``length`` that holds.
 
     Without ``whole_chain`` what the image itself does not have is UNALLOCATED.
-    Nobody looks further once there are ``enough_data`` bytes of DATA.
+    Nobody looks further once there are ``enough_data`` bytes of DATA. Without
+    ``joins`` only the first answer counts.
     """
     max_depth = 1 << 30 if whole_chain else 0
     found, covered = ZERO, 0
@@ -200,6 +202,6 @@ async def stretch_of(
         if covered and kind != found:
             break
         found, covered = kind, covered + more
-        if kind == DATA and covered >= enough_data:
+        if not joins or (kind == DATA and covered >= enough_data):
             break
     return found, covered

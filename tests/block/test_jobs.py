@@ -171,10 +171,10 @@ async def test_salvage_loses_one_sector():
         target,
         ConvertOptions(salvage=True),
         JobControl(),
-        lambda offset, reason: salvaged.append((offset, reason)),
+        lambda *lost: salvaged.append(lost),
     )
     start = 70_000 // 512 * 512
-    assert salvaged == [(start, "bad sector")]
+    assert salvaged == [("offset", start, "bad sector")]
     expected = data[:start] + bytes(512) + data[start + 512 :]
     assert bytes(await target.pread(0, MiB)) == expected
 

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "crypto": set(),
     "formats": CONTRACTS | {"crypto"},
     "storage": CONTRACTS,
+    "filters": CONTRACTS,
     "storage.nbd": CONTRACTS | {"nbd"},
     "jobs": {"nbd", "block"},
     "server": {"nbd", "block"},
@@ -165,3 +166,25 @@ def test_import_is_light(module: str) -> None:
         if line.startswith("import time:")
     }
     assert loaded & HEAVY == set()
+
+
+def test_filters_are_loaded_for_whoever_names_one(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(512))
+    script = (
+        "import asyncio, sys, nbdqcow\n"
+        "async def main(name):\n"
+        "    async with nbdqcow.open_image(name, format='raw') as disk:\n"
+        "        await disk.pread(0, 512)\n"
+        "    return 'nbdqcow.filters.blkdebug' in sys.modules\n"
+        "for name in sys.argv[1:]:\n"
+        "    print(asyncio.run(main(name)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(disk), f"blkdebug::{disk}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=PACKAGE.parent,
+    )
+    assert (done.stdout, done.stderr) == ("False\nTrue\n", "")

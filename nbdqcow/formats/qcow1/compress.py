@@ -78,6 +78,7 @@ class CompressedClusters:
         offset, length = compressed_range(descriptor, image.cluster_bits)
         data: Buffer | None = image.storage.try_pread(offset, length)
         if data is None:
+            image.storage.announce("read_compressed")
             data = await image.storage.pread(offset, length)
         plain = await self._threads().run(inflate_blocking, data, image.cluster_size)
         if generation == self._generation:

@@ -243,6 +243,7 @@ class Qcow1Driver(FormatDriver):
             return False
         allocation.entry = compressed_entry(host_offset, len(packed), self.cluster_bits)
         try:
+            self.storage.announce("write_compressed")
             await self.storage.pwritev(host_offset, [packed])
         except BaseException:
             self._roll_back(allocation)
@@ -325,6 +326,7 @@ class Qcow1Driver(FormatDriver):
         header = self.header
         for start in range(0, header.l1_bytes, MiB):
             zeroes = bytes(min(MiB, header.l1_bytes - start))
+            self.storage.announce("l1_update")
             await self.storage.pwritev(header.l1_table_offset + start, [zeroes])
 
     async def change_backing_file(

@@ -215,6 +215,7 @@ class Tables:
             ticket = self._loading.setdefault(key, object())
             if not self.table_offset(self.l1_index(key)):
                 return L2Slice(key, array("Q", bytes(self.slice_bytes)))
+            self.storage.announce("l2_load")
             data = await self.storage.pread(self.slice_offset(key), self.slice_bytes)
             found = self.cached(key)
             if found is None and self._loading.get(key) is ticket:

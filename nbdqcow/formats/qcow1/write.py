@@ -112,6 +112,8 @@ async def begin_write(image: "Qcow1Driver", offset: int, length: int) -> WritePl
                     length = busy.start - offset
                 while (plan := _try_plan(image, offset, length)) is None:
                     await slice_for_change(image, offset)
+                if not isinstance(plan.private, int):
+                    image.storage.announce("cluster_alloc")
                 return plan
         await busy.wait()
 

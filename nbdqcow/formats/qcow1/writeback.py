@@ -111,21 +111,27 @@ class Writeback:
     async def _commit(self) -> None:
         image, storage = self._image, self._image.storage
         if not image.tables.is_dirty:
+            storage.announce("flush_to_disk")
             await storage.flush()
             return
         async with image.lock:
             picture = _Picture(image)
         try:
             for offset, data in picture.table_writes:
+                storage.announce("l2_update")
                 await storage.pwritev(offset, [data])
+            storage.announce("flush_to_disk")
             await storage.flush()
             # The tables are whole now. From here on a change to one of them
             # may go to disk only after what it names, like any other's.
             for index in picture.fresh:
                 del image.tables.fresh[index]
             for offset, data in picture.entry_writes:
+                is_l1 = 0 <= offset - image.tables.l1_offset < image.header.l1_bytes
+                storage.announce("l1_update" if is_l1 else "l2_update")
                 await storage.pwritev(offset, [data])
             if picture.entry_writes:
+                storage.announce("flush_to_disk")
                 await storage.flush()
         except BaseException:
             picture.put_back(image)

@@ -195,7 +195,10 @@ class CompressedClusters:
         storage = self._image.storage
         offset, length = compressed_range(descriptor, self._image.cluster_bits)
         data = storage.try_pread(offset, length)
-        return await storage.pread(offset, length) if data is None else data
+        if data is None:
+            storage.announce("read_compressed")
+            data = await storage.pread(offset, length)
+        return data
 
     def _decompress_all_blocking(
         self, streams: Sequence[Buffer]

@@ -63,6 +63,7 @@ async def _place(image: "Qcow2Driver", offset: int, packed: bytes) -> None:
     entry = compressed_entry(host_offset, len(packed), image.cluster_bits)
     try:
         if not image.storage.try_pwrite(host_offset, packed):
+            image.storage.announce("write_compressed")
             await image.storage.pwritev(host_offset, [packed])
     except BaseException:
         free_entry(image, entry)

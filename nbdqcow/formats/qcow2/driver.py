@@ -252,6 +252,7 @@ class Qcow2Driver(Operations):
         if self._prepared:
             return
         if not self.refcounts.table:
+            self.storage.announce("reftable_load")
             self.refcounts.table = await _read_table(
                 self.storage,
                 header.refcount_table_offset,

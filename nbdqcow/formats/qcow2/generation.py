@@ -207,6 +207,7 @@ class Generation:
         image = self._image
         if offset & (image.cluster_size - 1):
             raise CorruptImage(f"L2 table offset {offset:#x} unaligned")
+        image.storage.announce("l2_load")
         data = await image.storage.pread(offset, image.cluster_size)
         table: Entries = np.frombuffer(data, ">u8").astype(np.uint64)
         return table
@@ -214,6 +215,7 @@ class Generation:
     async def _write_table(self, table: Entries) -> int:
         """Write an L2 table to a cluster of its own; return its L1 entry."""
         offset = self._take_spare() << self._image.cluster_bits
+        self._image.storage.announce("l2_update")
         await self._image.storage.pwritev(offset, [table.astype(">u8").tobytes()])
         return offset | OFLAG_COPIED
 
@@ -265,7 +267,9 @@ class Generation:
         image, header, refcounts = self._image, self._image.header, self._counts
         storage, bits = image.storage, image.cluster_bits
         await refcounts.finish()
+        storage.announce("l1_update")
         await storage.pwritev(self._l1_offset, [dump_be64(self.l1)])
+        storage.announce("reftable_update")
         await storage.pwritev(self._table_offset, [dump_be64(refcounts.table)])
         await image.writeback.flush_files()
         roots = _ROOTS.pack(
@@ -290,6 +294,7 @@ class Generation:
         )
         self._old += runs(np.array(sorted(refcounts.replaced), np.uint64))
         self._old += runs(np.array(sorted(self._spares), np.uint64))
+        storage.announce("cluster_free")
         # No await from here on: lookups see the old tables or the new.
         header.l1_size, header.l1_table_offset = len(self.l1), self._l1_offset
         header.refcount_table_offset = self._table_offset

@@ -136,6 +136,7 @@ class NewCounts:
             raise CorruptImage(
                 f"refcount block {block_index:#x} of a cluster in use is missing"
             )
+        self._storage.announce("refblock_load")
         data = await self._storage.pread(offset, self._cluster_size)
         if self._order < 3:
             return unpack_refcounts(data, self._order).astype(np.uint8)
@@ -144,6 +145,7 @@ class NewCounts:
         )
 
     async def _write_blocks(self) -> None:
+        self._storage.announce("refblock_update_part")
         for block_index, counts in self._blocks.items():
             if self._order < 3:
                 data = pack_refcounts(counts.astype(np.uint64), self._order)

@@ -138,6 +138,7 @@ class Refcounts:
                 f"Refblock offset {offset:#x} unaligned"
                 f" (reftable index: {block_index:#x})"
             )
+        self.storage.announce("refblock_load")
         data = await self.storage.pread(
             offset & REFTABLE_OFFSET_MASK, self.cluster_size
         )
@@ -313,6 +314,7 @@ class Refcounts:
 
         Returns ``(cluster_index, count)``; their refcounts are 1 now.
         """
+        self.storage.announce("cluster_alloc")
         while (taken := self.try_allocate(nb_clusters)) is None:
             await self.prepare_allocation()
         return taken
@@ -394,6 +396,7 @@ class Refcounts:
         cluster or with a free one behind it; each cluster counts one more.
         Returns their host offset.
         """
+        self.storage.announce("cluster_alloc_bytes")
         start = self.packed_end
         index = start >> self.cluster_bits
         if start and await self.count(index) >= self.max_count:
@@ -420,6 +423,7 @@ class Refcounts:
     async def allocate_contiguous(self, nb_clusters: int, lowest: int = 0) -> int:
         """Take exactly ``nb_clusters`` clusters in a row; return the first,
         which is not below ``lowest``."""
+        self.storage.announce("cluster_alloc")
         if nb_clusters >= self.block_entries:
             return await self._allocate_beyond_blocks(nb_clusters, lowest)
         run_start = end = max(lowest, self._scan_index)
@@ -494,6 +498,7 @@ class Refcounts:
     def _add_block(
         self, block_index: int, cluster_index: int, block: RefcountBlock
     ) -> None:
+        self.storage.announce("refblock_alloc")
         self.mark_whole(block_index, block)
         self.fresh.add(block_index)
         self.metadata.add(cluster_index)
@@ -506,6 +511,7 @@ class Refcounts:
         range that the old table could not describe, where all is free. The
         switch is one write of 12 header bytes between two flushes.
         """
+        self.storage.announce("reftable_grow")
         old_offset = self.header.refcount_table_offset
         old_clusters = self.header.refcount_table_clusters
         per_cluster = self.cluster_size // 8
@@ -534,6 +540,7 @@ class Refcounts:
             table[first_block + i] = (start + i) << self.cluster_bits
         # Blocks that the old table on disk has no entry for yet go out with
         # the new table: it must never point at garbage.
+        self.storage.announce("refblock_alloc_write_blocks")
         for index in self.fresh:
             await self.storage.pwritev(
                 table[index], [pack_counts(self.blocks[index].counts, self.order)]
@@ -543,12 +550,14 @@ class Refcounts:
                 table[first_block + i], [pack_counts(block.counts, self.order)]
             )
         new_offset = (start + nb_blocks) << self.cluster_bits
+        self.storage.announce("refblock_alloc_write_table")
         await self.storage.pwritev(new_offset, [dump_be64(table)])
         await self.storage.flush()
         pointer = new_offset.to_bytes(8, "big") + table_clusters.to_bytes(4, "big")
         # Should this fail, nobody knows which table is valid: no block is added
         # to the old one before this has been done again, at the same place.
         self._may_have_moved = True
+        self.storage.announce("refblock_alloc_switch_table")
         await self.storage.pwritev(48, [pointer])
         await self.storage.flush()
         self._may_have_moved = False

@@ -76,8 +76,10 @@ async def make_empty(image: "Qcow2Driver") -> None:
     async with alone(image):
         old, offset = image.tables.l1, image.tables.l1_offset
         empty = array("Q", bytes(len(old) * 8))
+        image.storage.announce("empty_image_prepare")
         # In place, or the file's end would stay: cut off in between, some
         # tables are empty and some are not, as with any discard.
+        image.storage.announce("l1_update")
         await _or_fail(image, image.storage.pwritev(offset, [empty.tobytes()]))
         await _or_fail(image, image.storage.flush())
         image.tables.replace(empty, offset)
@@ -96,17 +98,20 @@ async def _move_l1(image: "Qcow2Driver", l1: "array[int]") -> None:
     tables, bits = image.tables, image.cluster_bits
     old_offset, old_length = tables.l1_offset, len(tables.l1)
     nb_clusters = _l1_clusters(image, len(l1))
+    image.storage.announce("l1_grow_alloc_table")
     first = await image.refcounts.allocate_contiguous(nb_clusters)
     try:
         image.metadata.update(range(first, first + nb_clusters))
         image.note_used((first + nb_clusters) << bits)
         await image.writeback.commit_alone()
         data = dump_be64(l1).ljust(nb_clusters << bits, b"\0")
+        image.storage.announce("l1_grow_write_table")
         await image.storage.pwritev(first << bits, [data])
         await image.storage.flush()
     except BaseException:
         await image.refcounts.add(first, nb_clusters, -1)
         raise
+    image.storage.announce("l1_grow_activate_table")
     await _switch(image, image.size, l1, first << bits)
     _free_l1(image, old_offset >> bits, _l1_clusters(image, old_length))
 
@@ -150,6 +155,7 @@ async def _shrink(image: "Qcow2Driver", size: int) -> None:
         old_l1, old_offset = image.tables.l1, image.tables.l1_offset
         nb_entries = replace(image.header, size=size).l1_entries_needed
         nb_clusters = _l1_clusters(image, nb_entries)
+        image.storage.announce("l1_shrink_write_table")
         await _switch(image, size, old_l1[:nb_entries], old_offset if nb_entries else 0)
         _free_l1(
             image,
@@ -158,6 +164,7 @@ async def _shrink(image: "Qcow2Driver", size: int) -> None:
         )
         await _clear_entries(image, round_up(size, image.cluster_size))
         image.bitmaps.resize(size)
+    image.storage.announce("l1_shrink_free_l2_clusters")
     await _free_tables(image, old_l1[nb_entries:])
     image.trim_when_freed()
     if image.data_file is not None:
@@ -198,6 +205,7 @@ async def _free_tables(image: "Qcow2Driver", l1: "array[int]") -> None:
         offset = entry & OFFSET_MASK
         if not offset or offset & (size - 1):
             continue
+        image.storage.announce("l2_load")
         data = await image.storage.pread(offset, size)
         words = np.frombuffer(data, ">u8")[::step].astype(np.uint64)
         plain = (words & np.uint64(OFLAG_COMPRESSED)) == 0

@@ -171,6 +171,7 @@ class Tables:
             # see it written back and dropped: what we read is stale then.
             ticket = self._loading.setdefault(key, object())
             offset = self.slice_offset(key)
+            self.storage.announce("l2_load")
             data = await self.storage.pread(offset, self.slice_bytes)
             found = self.cached(key)
             if (
@@ -245,6 +246,7 @@ class Tables:
         keys = range(first_key, first_key + (1 << self._slices_per_table_bits))
         slices: list[L2Slice] = []
         try:
+            self.storage.announce("l2_alloc_cow_read")
             for key in keys:
                 found = await self.load(key)
                 found.pins += 1

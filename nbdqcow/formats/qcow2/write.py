@@ -125,6 +125,9 @@ async def begin_write(image: "Qcow2Driver", offset: int, length: int) -> WritePl
                 while (plan := image.try_plan(image, offset, length)) is None:
                     await slice_for_change(image, offset)
                     await image.refcounts.prepare_allocation()
+                # What is taken at once, inline, nobody hears of.
+                if not isinstance(plan.private, int) and not plan.private.reused:
+                    image.storage.announce("cluster_alloc")
                 return plan
         await busy.wait()
 

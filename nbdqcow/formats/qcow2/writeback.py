@@ -222,6 +222,7 @@ class Writeback:
         try:
             await self._write_refcounts(picture)
             for offset, data in picture.table_writes:
+                storage.announce("l2_alloc_write")
                 await storage.pwritev(offset, [data])
             if not picture.accurate and (picture.slice_writes or picture.l1_writes):
                 await image.mark_dirty()
@@ -233,9 +234,12 @@ class Writeback:
                     del image.tables.fresh[index]
             if picture.slice_writes or picture.l1_writes:
                 for offset, data in picture.slice_writes:
+                    storage.announce("l2_update")
                     await storage.pwritev(offset, [data])
                 for offset, data in picture.l1_writes:
+                    storage.announce("l1_update")
                     await storage.pwritev(offset, [data])
+                storage.announce("flush_to_disk")
                 await storage.flush()
         except BaseException:
             picture.put_back(image)
@@ -249,6 +253,7 @@ class Writeback:
         image = self.image
         if image.data is not image.storage:
             await image.data.flush()
+        image.storage.announce("flush_to_disk")
         await image.storage.flush()
 
     async def _write_refcounts(self, picture: _Picture) -> None:
@@ -258,6 +263,7 @@ class Writeback:
             async with refcounts.table_lock:
                 for index, offset, data in picture.blocks:
                     if index in picture.fresh_blocks:
+                        storage.announce("refblock_alloc_write")
                         await storage.pwritev(offset, [data])
                 await storage.flush()
                 # A table that has moved since went to disk with its entries.
@@ -268,12 +274,14 @@ class Writeback:
                     for index in refcounts.fresh - picture.fresh_blocks:
                         known[index] = 0
                     for first, end in _sectors(picture.fresh_blocks, words):
+                        storage.announce("refblock_alloc_hookup")
                         await storage.pwritev(
                             base + first * 8, [dump_be64(known[first:end])]
                         )
                 refcounts.fresh -= picture.fresh_blocks
         for index, offset, data in picture.blocks:
             if index not in picture.fresh_blocks:
+                storage.announce("refblock_update_part")
                 await storage.pwritev(offset, [data])
 
     def _give_back(self, freed: Freed) -> None:
@@ -309,6 +317,7 @@ class Writeback:
 
     async def _drop_range(self, index: int, nb_clusters: int, discard: bool) -> None:
         image = self.image
+        image.storage.announce("cluster_free")
         if discard:
             for first, count in await self._unshared(index, nb_clusters):
                 # Before the count goes down, or the hole would be punched

@@ -1,0 +1,161 @@
+"""Names of files with a filter over them: ``blkdebug:CONFIG:FILE`` and others.
+
+What can't be said so is said by options. They become a name as well, for a
+name is all that an image is known by: ``blkdebug:json:{...}`` with dotted keys.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from nbdqcow.block.registry import filter_names, split_protocol
+from nbdqcow.errors import ImageError
+
+_MAX_DEPTH: Final = 16
+_OPTIONS: Final = "json:"
+_CHILDREN: Final = {"blkdebug": ("image",), "blkverify": ("test", "raw")}
+"""The files below a filter; the first one is the one that it is about."""
+_PLAIN: Final = (("filename",), ("driver", "filename"), ("filename", "driver"))
+_NUMBERS: Final = ("errno", "sector", "state", "new_state", "align")
+
+
+@dataclass(frozen=True, slots=True)
+class FilteredName:
+    """What the name of a filtered file says.
+
+    Attributes:
+        driver: the filter.
+        children: the options of each file below, as `parse_pairs` takes them.
+        config: the configuration file, or None.
+        options: of the filter itself, by dotted keys.
+    """
+
+    driver: str
+    children: Mapping[str, Mapping[str, str]]
+    config: str | None
+    options: Mapping[str, str]
+
+
+def is_filtered(filename: str) -> bool:
+    """Whether a filter is over the file of that name. Raises `ImageError`."""
+    return bool(filename) and split_protocol(filename)[0] in filter_names()
+
+
+def parse_filtered_name(filename: str) -> FilteredName:
+    """Return what the name of a filtered file says. Raises `ImageError`."""
+    driver, _, rest = filename.partition(":")
+    driver = driver.lower()
+    names = _CHILDREN[driver]
+    if rest.startswith(_OPTIONS):
+        return _parse_options(driver, rest.removeprefix(_OPTIONS))
+    first, colon, name = rest.partition(":")
+    if not colon or (driver == "blkverify" and not first):
+        needed = {
+            "blkdebug": "both config file and image path",
+            "blkverify": "raw copy and original image path",
+        }
+        raise ImageError(f"{driver} requires {needed[driver]}")
+    if driver == "blkverify":
+        children = {"test": {"filename": name}, "raw": {"filename": first}}
+        return FilteredName(driver, children, None, {})
+    return FilteredName(driver, {names[0]: {"filename": name}}, first or None, {})
+
+
+def _parse_options(driver: str, text: str) -> FilteredName:
+    import json
+
+    try:
+        pairs = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ImageError("Could not parse the JSON options") from None
+    if not isinstance(pairs, dict) or not all(
+        isinstance(value, str) for value in pairs.values()
+    ):
+        raise ImageError("Invalid JSON object given")
+    return _sort_options(driver, pairs)
+
+
+def _sort_options(driver: str, pairs: Mapping[str, str | None]) -> FilteredName:
+    children: dict[str, dict[str, str]] = {name: {} for name in _CHILDREN[driver]}
+    options: dict[str, str] = {}
+    for key, value in pairs.items():
+        if value is None:
+            raise ImageError(f"Parameter '{key}' has no value")
+        first, dot, rest = key.partition(".")
+        if first in children and not dot:
+            raise ImageError(f"Cannot find device='{value}' nor node-name='{value}'")
+        if first in children:
+            children[first][rest] = value
+        elif first in ("take-child-perms", "unshare-child-perms"):
+            raise ImageError(f"the option '{first}' of {driver} is not supported")
+        elif key not in ("driver", "node-name", "read-only", "auto-read-only"):
+            options[key] = value
+    for name, child in children.items():
+        if not child:
+            raise ImageError(f'A block device must be specified for "{name}"')
+    config = options.pop("config", None) if driver == "blkdebug" else None
+    return FilteredName(driver, children, config, options)
+
+
+def filtered_name(driver: str, pairs: Mapping[str, str | None]) -> str:
+    """Return the name that options of a filter make. Raises `ImageError`."""
+    named = _sort_options(driver, pairs)
+    files = [named.children[name] for name in _CHILDREN[driver]]
+    plain = all(
+        tuple(file) in _PLAIN and file.get("driver", "file") == "file" for file in files
+    )
+    config = named.config or ""
+    if not named.options and plain and ":" not in config:
+        places = [file["filename"] for file in files]
+        first = config if driver == "blkdebug" else places[1]
+        # A path, whatever it looks like; and in front there can't be a colon.
+        if not first.startswith("json") and not any(":" in place for place in places):
+            return f"{driver}:{first}:{places[0]}"
+    import json
+
+    kept = {key: value for key, value in pairs.items() if key != "driver"}
+    return f"{driver}:{_OPTIONS}{json.dumps(kept)}"
+
+
+def children_of(filename: str) -> list[Mapping[str, str]]:
+    """Return the options of the files below a filtered one; the first is the
+    one that the filter is about. Raises `ImageError`."""
+    named = parse_filtered_name(filename)
+    return [named.children[name] for name in _CHILDREN[named.driver]]
+
+
+def innermost(filename: str) -> str:
+    """Return the name of the file below all filters. Raises `ImageError`."""
+    from nbdqcow.block.image_options import parse_pairs
+
+    for _ in range(_MAX_DEPTH):
+        if not is_filtered(filename):
+            return filename
+        filename, _ = parse_pairs(children_of(filename)[0])
+    raise ImageError(f"more than {_MAX_DEPTH} filters over a file")
+
+
+def shown_name(filename: str, format_: str) -> str:
+    """Return what an image in a file is called: its name, or if that is made of
+    options the ``json:`` name that says them. Raises `ImageError`."""
+    if not is_filtered(filename):
+        return filename
+    driver, _, rest = filename.partition(":")
+    if not rest.startswith(_OPTIONS):
+        return filename
+    import json
+
+    named = parse_filtered_name(filename)
+    file: dict[str, Any] = {"driver": driver}
+    for name, child in named.children.items():
+        file[name] = {"driver": "file", **child}
+    if named.config is not None:
+        file["config"] = named.config
+    for key, value in named.options.items():
+        option = key.rpartition(".")[2]
+        if option in ("once", "immediately"):
+            file[key] = value == "on"
+        else:
+            is_number = option in _NUMBERS and value.isascii() and value.isdecimal()
+            file[key] = int(value[:20]) if is_number else value
+    return _OPTIONS + json.dumps({"driver": format_, "file": file})

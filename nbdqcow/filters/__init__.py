@@ -1,0 +1,1 @@
+"""Storage drivers over a storage driver, for tests of what is above them."""
