@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Final
 
 from nbdqcow.block.inflight import Epochs
 from nbdqcow.block.status import DirtyBitmap, Kinds
-from nbdqcow.block.storage import StorageDriver
+from nbdqcow.block.storage import BlockingSource, StorageDriver
 from nbdqcow.block.tools import OptionValue, Progress, Secrets
 from nbdqcow.errors import ImageError, NotSupported
 from nbdqcow.types import Buffer, Run
@@ -150,6 +150,11 @@ class FormatDriver(ABC):
         descriptor, start and length."""
         for place in places:
             yield await self.read_compressed_part(*place)
+
+    def compressed_source(self, descriptor: int) -> BlockingSource | None:
+        """Return what reads and decompresses a cluster in a worker thread,
+        keeping nothing of it; None if threads can't."""
+        return None
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """Return at most ``limit`` extents of this image from ``offset`` on.

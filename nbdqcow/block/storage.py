@@ -11,13 +11,20 @@ False) means "not now, take the coroutine". Errors are `OSError`s.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, Protocol, TypeAlias
 
 from nbdqcow.errors import NotSupported
 from nbdqcow.types import Buffer, Buffers
 
 WriteBlocking: TypeAlias = Callable[[int, Buffer], None]
 """Writes bytes at a position, in a worker thread."""
+
+
+class BlockingSource(Protocol):
+    """Bytes that worker threads read."""
+
+    def pread_into_blocking(self, offset: int, view: memoryview) -> None:
+        """Fill ``view``. Raises `OSError`."""
 
 
 class StorageDriver(ABC):

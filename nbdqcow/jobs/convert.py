@@ -310,7 +310,7 @@ class _Conversion:
         if not self._moves or piece.offset + piece.length > disk.end:
             return None
         start, length = piece.offset, piece.length
-        places = try_places(disk.node, start - disk.start, length)
+        places = try_places(disk.node, start - disk.start, length, longest_unit=CHUNK)
         if places is None:
             return None
         transfer = Transfer(places)

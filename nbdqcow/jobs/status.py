@@ -5,7 +5,7 @@ from weakref import WeakKeyDictionary
 
 from nbdqcow.block.driver import FormatDriver
 from nbdqcow.block.node import Node
-from nbdqcow.block.storage import StorageDriver
+from nbdqcow.block.storage import BlockingSource, StorageDriver
 from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO
 from nbdqcow.units import SECTOR_SIZE, round_up
 
@@ -100,18 +100,20 @@ def place_in(
 
 
 class Place(NamedTuple):
-    """Bytes of a disk as they stand in a file that threads can read."""
+    """Bytes of a disk, and where threads can read them."""
 
-    storage: StorageDriver
+    source: BlockingSource
     offset: int
     length: int
 
 
-def try_places(node: Node, offset: int, length: int) -> list[Place] | None:
+def try_places(
+    node: Node, offset: int, length: int, *, longest_unit: int
+) -> list[Place] | None:
     """Return where the bytes of a disk are, which nobody changes meanwhile.
 
-    None if any of them are not plain bytes in a file that threads can read, or
-    a table must be read first to know.
+    None if threads can't read all of them, or a table must be read first to
+    know. Compressed clusters may be ``longest_unit`` long.
     """
     if not node.read_only or offset + length > node.size:
         return None
@@ -131,10 +133,16 @@ def try_places(node: Node, offset: int, length: int) -> list[Place] | None:
             covered = min(covered, node.backing.size - offset)
             if covered <= 0:
                 return None
-            below = try_places(node.backing, offset, covered)
+            below = try_places(node.backing, offset, covered, longest_unit=longest_unit)
             if below is None:
                 return None
             places += below
+        elif kind == COMPRESSED and node.driver.cluster_size <= longest_unit:
+            source = node.driver.compressed_source(host_offset)
+            if source is None:
+                return None
+            start = offset & (node.driver.cluster_size - 1)
+            places.append(Place(source, start, covered))
         else:
             return None
         offset += covered

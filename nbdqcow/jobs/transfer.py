@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
-from nbdqcow.block.storage import StorageDriver, WriteBlocking
+from nbdqcow.block.storage import BlockingSource, StorageDriver, WriteBlocking
 from nbdqcow.jobs.status import Place
 from nbdqcow.jobs.zeroes import data_runs, is_zero
 from nbdqcow.units import KiB
@@ -57,6 +57,8 @@ class Transfer:
         runs: list[tuple[bool, int]] = []
         last = len(self._places) - 1
         for index, (storage, start, count) in enumerate(self._places):
+            if not isinstance(storage, StorageDriver):
+                return None
             if count % unit and index != last:
                 return None
             words = storage.try_pick(start, count, unit)
@@ -86,9 +88,9 @@ class Transfer:
         """
         view = _buffers.view
         position = 0
-        for storage, offset, count in self._cut(skipped + start, length):
+        for source, offset, count in self._cut(skipped + start, length):
             chunk = view[:count]
-            _read(storage, offset, chunk)
+            _read(source, offset, chunk)
             write(position, chunk)
             position += count
 
@@ -101,8 +103,8 @@ class Transfer:
         """
         data, view = _buffers.data, _buffers.view
         position, filled = 0, 0
-        for storage, offset, count in self._cut(start, length):
-            _read(storage, offset, view[filled : filled + count])
+        for source, offset, count in self._cut(start, length):
+            _read(source, offset, view[filled : filled + count])
             filled += count
             if filled < CHUNK and position + filled < length:
                 # Units may go across the edge of a place.
@@ -121,21 +123,21 @@ class Transfer:
         chunk, counted from ``start``, ends."""
         cut: list[Place] = []
         done = 0
-        for storage, offset, count in self._places:
+        for source, offset, count in self._places:
             if start >= count:
                 start -= count
                 continue
             offset, count, start = offset + start, count - start, 0
             while count and done < length:
                 covered = min(count, CHUNK - done % CHUNK, length - done)
-                cut.append(Place(storage, offset, covered))
+                cut.append(Place(source, offset, covered))
                 offset, count, done = offset + covered, count - covered, done + covered
         return cut
 
 
-def _read(storage: StorageDriver, offset: int, view: memoryview) -> None:
+def _read(source: BlockingSource, offset: int, view: memoryview) -> None:
     try:
-        storage.pread_into_blocking(offset, view)
+        source.pread_into_blocking(offset, view)
     except OSError as error:
         raise ReadError(error) from error
 

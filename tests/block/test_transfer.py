@@ -70,6 +70,11 @@ async def make_sources(directory, rng):
         "create", "-q", "-f", "qcow2", "-F", "raw", "-b", directory / "below.raw",
         directory / "overlay.qcow2",
     )  # fmt: skip
+    img("create", "-q", "-f", "qcow2", directory / "packed.qcow2", len(disk))
+    async with open_image(directory / "packed.qcow2") as node:
+        await node.pwrite_compressed(0, disk)
+        await node.pwrite(640 * KiB + 512, disk[640 * KiB + 512 : 900 * KiB])
+    yield [("packed.qcow2", "qcow2")], disk
     yield [("disk.raw", "raw")], disk
     yield [("disk.qcow2", "qcow2")], disk
     yield [("overlay.qcow2", "qcow2")], disk[:half] + bytes(len(disk) - half)
@@ -175,6 +180,37 @@ async def test_errors(tmp_path, monkeypatch, action, format_):
         await convert_file(sources, tmp_path / "out", format_, target_is_zero=True)
     assert str(caught.value) == f"error while {action} at byte 0: as bad as can be"
     img("check", "-q", tmp_path / "out") if format_ == "qcow2" else None
+
+
+@pytest.mark.parametrize("cluster_size", [16 * KiB, 64 * KiB, 512 * KiB])
+async def test_compressed_clusters(tmp_path, monkeypatch, cluster_size):
+    """Of any size; a damaged one is the same error either way."""
+    rng = random.Random(SEED)
+    seen = see(monkeypatch)
+    disk = b"".join(rng.randbytes(500) * 50 for _ in range(100))
+    disk = disk[: len(disk) // 512 * 512]
+    path = tmp_path / "packed"
+    options = f"cluster_size={cluster_size}"
+    img("create", "-q", "-f", "qcow2", "-o", options, path, len(disk))
+    async with open_image(path) as node:
+        await node.pwrite_compressed(0, disk)
+    (tmp_path / "out").write_bytes(bytes(len(disk)))
+    found = await convert_file([(path, "qcow2")], tmp_path / "out", "raw")
+    assert found == disk
+    assert bool(seen["moved"]) == (cluster_size <= CHUNK)
+    async with open_image(path, read_only=True) as node:
+        _, descriptor, _ = await node.driver.map(cluster_size, 512)
+    with path.open("r+b") as file:
+        file.seek((descriptor & ((1 << 40) - 1)) + 100)
+        file.write(b"\xff" * 100)
+    texts = set()
+    for moves in (True, False):
+        monkeypatch.setattr(FileStorage, "writes_in_threads", moves)
+        with pytest.raises(CopyError) as caught:
+            await convert_file([(path, "qcow2")], tmp_path / "out", "raw")
+        texts.add(str(caught.value))
+    assert len(texts) == 1
+    assert "error while reading at byte 0: damaged compressed cluster" in texts.pop()
 
 
 async def test_cancelled_between_pieces(tmp_path):

@@ -7,8 +7,9 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import BlockError
-from nbdqcow.formats.qcow2.codec import codec
+from nbdqcow.formats.qcow2.codec import Decompress, codec
 from nbdqcow.formats.qcow2.entries import compressed_range
 from nbdqcow.pool import Pool
 from nbdqcow.types import Buffer
@@ -143,6 +144,17 @@ class CompressedClusters:
             # They read what may be freed as soon as the request has ended.
             await asyncio.gather(*loads, return_exceptions=True)
 
+    def source(self, descriptor: int) -> "ClusterSource | None":
+        """See `FormatDriver.compressed_source`."""
+        storage = self._image.storage
+        if not storage.reads_in_threads:
+            return None
+        size = self._image.cluster_size
+        return ClusterSource(
+            storage, *compressed_range(descriptor, self._image.cluster_bits),
+            self._decompress, size,
+        )  # fmt: skip
+
     async def _load_group(
         self, places: Sequence[Place], *, inline: bool = False
     ) -> list[Buffer | BlockError]:
@@ -276,6 +288,34 @@ class CompressedClusters:
         if self._pool is not None:
             await self._pool.close()
             self._pool = None
+
+
+class ClusterSource:
+    """One compressed cluster, to be read in a worker thread."""
+
+    __slots__ = ("_decompress", "_length", "_offset", "_size", "_storage")
+
+    def __init__(
+        self,
+        storage: StorageDriver,
+        offset: int,
+        length: int,
+        decompress: Decompress,
+        size: int,
+    ) -> None:
+        """Its stream is ``length`` bytes at ``offset``, and it has ``size``."""
+        self._storage = storage
+        self._offset = offset
+        self._length = length
+        self._decompress = decompress
+        self._size = size
+
+    def pread_into_blocking(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` from ``offset`` on. Raises `BlockError` (EIO)."""
+        stream = bytearray(self._length)
+        self._storage.pread_into_blocking(self._offset, memoryview(stream))
+        plain = memoryview(self._decompress(stream, self._size))
+        view[:] = plain[offset : offset + len(view)]
 
 
 def _batched(places: Sequence[Place], length: int) -> list[Sequence[Place]]:

@@ -13,7 +13,7 @@ from nbdqcow.block.driver import WritePlan
 from nbdqcow.block.inflight import Epochs, Writers
 from nbdqcow.block.status import Kinds
 from nbdqcow.block.steps import run_steps
-from nbdqcow.block.storage import StorageDriver
+from nbdqcow.block.storage import BlockingSource, StorageDriver
 from nbdqcow.errors import BlockError, CorruptImage, ImageError
 from nbdqcow.formats.qcow2 import (
     compressed_write,
@@ -337,6 +337,10 @@ class Qcow2Driver(Operations):
     ) -> AsyncIterator[Buffer]:
         """See `FormatDriver.read_compressed_parts`."""
         return self.compressed.read_all(places)
+
+    def compressed_source(self, descriptor: int) -> BlockingSource | None:
+        """See `FormatDriver.compressed_source`."""
+        return self.compressed.source(descriptor)
 
     async def extents(self, offset: int, length: int, limit: int) -> Kinds:
         """See `FormatDriver.extents`."""
