@@ -500,7 +500,7 @@ class Node(InlineRequests):
             except NotSupported:
                 if no_fallback:
                     raise
-                await self.write_zero_bytes(start, stop - start)
+                await self._write_zeroes_out(start, stop)
 
     def _whole_clusters_apart(self, first: int, last: int) -> Iterator[tuple[int, int]]:
         """Split a range of whole subclusters: those before the first whole
@@ -532,6 +532,16 @@ class Node(InlineRequests):
             and await backing.reads_zero(end, cluster_end - end)
         )
         return await self.driver.claim_zero(cluster_start, backing_zero)
+
+    async def _write_zeroes_out(self, offset: int, end: int) -> None:
+        """Write zeroes, but not where nothing is stored and nothing shows through."""
+        driver = self.driver
+        covered = driver.backing_filename is not None or driver.gets_backing
+        while offset < end:
+            kind, _, length = await driver.map(offset, end - offset)
+            if kind != UNALLOCATED or covered:
+                await self.write_zero_bytes(offset, length)
+            offset += length
 
     async def write_zero_bytes(self, offset: int, length: int) -> None:
         """Write zeroes out, also behind the end in the last cluster."""

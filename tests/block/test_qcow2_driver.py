@@ -9,6 +9,7 @@ import pytest
 
 from nbdqcow import open_image
 from nbdqcow.errors import BlockError, ImageError, NotSupported
+from nbdqcow.types import DATA
 
 MiB = 1 << 20
 
@@ -139,6 +140,26 @@ def test_write_zeroes(tmp_path, compat, may_unmap):
                     await node.write_zeroes(offset, length, may_unmap=may_unmap)
                 model[offset : offset + length] = data
             assert bytes(await node.pread(0, node.size)) == model
+
+    asyncio.run(run())
+    check(path)
+
+
+def test_zeroes_take_no_room_where_nothing_is_stored(tmp_path):
+    """A version 2 image has no zero clusters: zeroes that must not free any are
+    written out, but only over data."""
+    path = create(tmp_path / "a", compat="0.10")
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite(MiB, b"x" * 65536)
+            await node.flush()
+            length = node.driver.storage.length
+            await node.write_zeroes(0, node.size, may_unmap=False)
+            assert await node.reads_zero(0, MiB)
+            assert bytes(await node.pread(0, node.size)) == bytes(node.size)
+            assert (await node.driver.map(MiB, 65536))[0] == DATA
+            assert node.driver.storage.length == length
 
     asyncio.run(run())
     check(path)

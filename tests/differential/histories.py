@@ -44,12 +44,14 @@ class History:
         snapshots, bitmaps: the names that there are now.
         compresses, has_bitmaps, has_snapshots, resizes_snapshots: what the image
             can do; the last one is to be resized with snapshots.
+        keeps_zeroes: whether zeroes are written that shall not free clusters.
     """
 
     source: random.Random
     size: int
     cluster_size: int
     compresses: bool = True
+    keeps_zeroes: bool = True
     has_bitmaps: bool = True
     has_snapshots: bool = True
     resizes_snapshots: bool = True
@@ -82,7 +84,8 @@ class History:
         if kind == "write":
             return Step(kind, (offset, length, source.randrange(256)))
         if kind == "zero":
-            return Step(kind, (offset, length, source.random() < 0.5))
+            unmap = source.random() < 0.5 or not self.keeps_zeroes
+            return Step(kind, (offset, length, unmap))
         return Step(kind, (offset, length))
 
     def operation(self) -> Step:
