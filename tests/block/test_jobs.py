@@ -1,6 +1,7 @@
 """Jobs on disks in memory: what they copy, find, report, and leave behind."""
 
 import asyncio
+import errno
 import gc
 import itertools
 import random
@@ -177,6 +178,29 @@ async def test_salvage_loses_one_sector():
     assert salvaged == [("offset", start, "bad sector")]
     expected = data[:start] + bytes(512) + data[start + 512 :]
     assert bytes(await target.pread(0, MiB)) == expected
+
+
+async def test_salvage_goes_on_where_the_map_fails(monkeypatch):
+    source, target = await raw(b"x" * MiB), await raw(bytes(MiB))
+    mapped = source.driver.map
+    bad = 70_144
+
+    async def fails_at_one_sector(offset, length):
+        if offset == bad:
+            raise OSError(errno.EIO, "bad map")
+        end = bad if offset < bad else MiB
+        return await mapped(offset, min(length, end - offset))
+
+    monkeypatch.setattr(source.driver, "map", fails_at_one_sector)
+    salvaged = []
+    options = ConvertOptions(salvage=True)
+    await convert(
+        [source], target, options, JobControl(), lambda *lost: salvaged.append(lost)
+    )
+    assert salvaged == [("block status at offset", bad, "bad map")]
+    assert bytes(await target.pread(0, MiB)) == b"x" * MiB
+    with pytest.raises(CopyError, match="reading block status at byte 0: bad map"):
+        await convert([source], target, ConvertOptions(), JobControl())
 
 
 async def test_pause_resume_cancel():

@@ -10,12 +10,14 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
+from nbdqcow.block.filter_names import innermost, shown_name
 from nbdqcow.block.node import Node
 from nbdqcow.block.tools import REPAIR_ALL, REPAIR_NONE
 from nbdqcow.buffers import BufferPool
 from nbdqcow.cli.image_opts import parse_image_opts
 from nbdqcow.crypto.luks import LuksHeader
 from nbdqcow.errors import ImageError, ProtocolError, UsageError
+from nbdqcow.filters.rules import Rules, parse_config
 from nbdqcow.formats.qcow1.create import CreateOptions
 from nbdqcow.formats.qcow1.create import create as create_qcow1
 from nbdqcow.formats.qcow1.driver import Qcow1Driver
@@ -306,12 +308,26 @@ def image_options(data: bytes) -> None:
     """``--image-opts``, and sizes."""
     text = data.decode("utf-8", "surrogateescape")
     with contextlib.suppress(UsageError):
-        parse_image_opts(text)
+        name, _ = parse_image_opts(text)
+        with contextlib.suppress(ImageError):
+            shown_name(name, innermost(name))
     try:
         size = parse_size(text)
     except ValueError:
         return
     assert 0 <= size < 1 << 63
+
+
+def filter_config(data: bytes) -> None:
+    """Rules of `blkdebug`, and names of files with filters."""
+    with contextlib.suppress(ImageError):
+        rules = Rules(parse_config(data))
+        for event in ("none", "read_aio", "write_aio"):
+            rules.announce(event)
+            assert 0 <= rules.error_for("read", 0, 512) < 4096
+    name = data.decode("utf-8", "surrogateescape")
+    with contextlib.suppress(ImageError):
+        shown_name(name, innermost(name))
 
 
 def streams(data: bytes) -> None:
@@ -328,7 +344,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     for target in (
         server_handshake, request_reader, client_handshake, client_transmission,
         qcow2_header, qcow2_image, qcow1_header, qcow1_image, luks_header,
-        uris, image_options, streams,
+        uris, image_options, filter_config, streams,
     )
 }  # fmt: skip
 
@@ -487,6 +503,12 @@ def seeds() -> dict[str, dict[str, bytes]]:
             "all": b"driver=qcow2,file.driver=file,file.filename=a,,b,discard=unmap",
             "json": b'json:{"driver":"qcow2","file":{"driver":"file","filename":"a"}}',
             "size": b"1.5G",
+        },
+        "filter_config": {
+            "rules": b'[inject-error]\nevent = "none"\nerrno = "5"\nonce = "on"\n'
+                     b'[set-state]\nevent = "none"\nstate = "1"\nnew_state = "2"\n',
+            "name": b"blkdebug:config:file",
+            "options": b'blkdebug:json:{"image.filename":"a","align":"512"}',
         },
         "streams": {
             "deflate": bytes.fromhex("edc1010d000000c2a0f74f6d0e37a00000000000000000"),

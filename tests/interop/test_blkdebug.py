@@ -110,7 +110,7 @@ def test_writes_fail_as_with_qemu_img(directory, command):
         cwd=directory, check=True,
     )  # fmt: skip
     line = f"{command} top.qcow2" if command == "commit" else f'{command} "{name}"'
-    copy = directory.with_name("copy")
+    copy = directory.with_name(f"{directory.name}-ours")
     shutil.copytree(directory, copy)
     ours, theirs = run_ours(line, copy), run_theirs(line, directory)
     if command == "commit":
