@@ -251,7 +251,8 @@ async def test_zeroes_on_nothing_take_no_space():
     assert bytes(await node.pread(0, 16384)) == bytes(16384)
     await node.discard(0, 64 * MiB)
     await node.close()
-    assert check(file_of(node)) == 4
+    # The one that held data; the three beside it read as zeroes anyway.
+    assert check(file_of(node)) == 1
 
 
 @pytest.mark.asyncio
