@@ -43,6 +43,7 @@ KNOWN: Final[Mapping[str, str]] = {
     "112": "a snapshot that fails leaks nothing; other steps of -p",
     "113": "formats that QEMU only reads are unknown",
     "122": "convert -c -S 0 stores no zeroes; -n into an empty image leaves holes",
+    "190": "bitmaps go to new places when stored, so the file is longer",
     "217": _FAULTS,
     "241": "an export has the size of its image, not rounded",
     "253": "the last, short sector with O_DIRECT",
