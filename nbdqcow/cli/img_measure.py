@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_create import find_tool
+from nbdqcow.cli.img_names import take_secrets
 from nbdqcow.cli.img_options import (
     PREALLOCATIONS,
     format_json,
@@ -19,6 +20,7 @@ from nbdqcow.cli.messages import error
 from nbdqcow.errors import ImageError
 
 if TYPE_CHECKING:
+    from nbdqcow.block.tools import Secrets
     from nbdqcow.cli.img_nodes import ImageArguments
 
 _LONG: Final = {
@@ -73,7 +75,8 @@ def run(arguments: Sequence[str]) -> int:
         raise ImageError("--size N cannot be used together with a filename.")
     text = ",".join(option_lists)
     if not operands:
-        _measure(format_, text, size or 0, json=json)
+        objects = [value for name, value in common if name == "--object"]
+        _measure(format_, text, size or 0, take_secrets(objects), json=json)
         return 0
     # Not above: they bring the event loop.
     from nbdqcow.cli.img_nodes import ImageArguments
@@ -112,7 +115,7 @@ async def _measure_image(
         length = size
         if "backing_file" not in values and cluster_size > 0:
             length = await data_length(node, cluster_size)
-        _measure(format_, text, size, length, bitmaps, json=json)
+        _measure(format_, text, size, images.secret, length, bitmaps, json=json)
     finally:
         await node.close()
     return 0
@@ -131,6 +134,7 @@ def _measure(
     format_: str,
     text: str,
     size: int,
+    secrets: "Secrets",
     length: int = 0,
     bitmaps: Sequence[tuple[str, int]] | None = None,
     *,
@@ -142,6 +146,9 @@ def _measure(
     preallocation = str(values.get("preallocation", "off"))
     if format_ != "raw" and preallocation not in PREALLOCATIONS:
         raise ImageError(f"invalid parameter value: {preallocation}")
+    prefix = "encrypt." if values.get("encrypt.format") == "luks" else ""
+    if (key_secret := values.get(f"{prefix}key-secret")) is not None:
+        secrets(str(key_secret))
     found = tool.measure(values, length, bitmaps)
     if json:
         shown = {} if found.bitmaps is None else {"bitmaps": found.bitmaps}

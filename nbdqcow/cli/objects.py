@@ -174,13 +174,15 @@ def _secret(objects: Objects, properties: Properties) -> str:
         except OSError as exc:
             raise UsageError(f"Unable to read {path}: {exc.strerror}") from None
         except ValueError:
-            raise UsageError(f"{path} is not text") from None
+            raise UsageError(f"Data from {path} is not valid UTF-8") from None
     assert data is not None
     if encoding == "base64":
         try:
             # Lines of any length are welcome, as in QEMU.
             joined = data.replace("\n", "")
             return base64.b64decode(joined, validate=True).decode()
+        except UnicodeDecodeError:
+            raise UsageError("Data of the secret is not valid UTF-8") from None
         except (binascii.Error, ValueError):
             raise UsageError("Unable to decode base64 in the secret") from None
     return data

@@ -84,7 +84,8 @@ def describe(header: LuksHeader, more: Mapping[str, Any]) -> dict[str, Any]:
         "cipher-alg": f"{spec.cipher}-{spec.bits}",
         "uuid": header.uuid,
     }
-    if spec.ivgen_hash:
+    # Another generator may have one in its header, too: it takes no part.
+    if spec.ivgen == "essiv":
         described["ivgen-hash-alg"] = spec.ivgen_hash
     described |= more
     described["cipher-mode"] = spec.mode

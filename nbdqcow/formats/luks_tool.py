@@ -8,6 +8,7 @@ from nbdqcow.block.steps import BlockingFile, run_blocking
 from nbdqcow.block.tools import (
     FormatTool,
     ImageInfo,
+    Measure,
     OptionSpec,
     OptionValue,
     Secrets,
@@ -18,6 +19,7 @@ from nbdqcow.formats.luks_specs import cipher_options, key_options, probe
 from nbdqcow.units import SECTOR_SIZE, round_up
 
 _PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
+_NO_SECRET: Final = "Parameter 'key-secret' is required for cipher"
 _FIRST: Final = 4096
 """Bytes in front of the key slots."""
 
@@ -76,7 +78,7 @@ class LuksTool(FormatTool):
 
         def passphrase() -> bytes:
             if key_secret is None:
-                raise ImageError("Parameter 'key-secret' is required for cipher")
+                raise ImageError(_NO_SECRET)
             return secrets(str(key_secret))
 
         from nbdqcow.formats.luks_options import create_area_blocking
@@ -84,6 +86,22 @@ class LuksTool(FormatTool):
         _, area = create_area_blocking(values, "", passphrase)
         size = round_up(int(values.get("size", 0)), SECTOR_SIZE)
         return LuksPlan(area, len(area) + size, preallocation)
+
+    def measure(
+        self,
+        values: Mapping[str, OptionValue],
+        data_length: int = 0,
+        bitmaps: Sequence[tuple[str, int]] | None = None,
+    ) -> Measure:
+        """Say how long the file would be: the key slots and the whole disk."""
+        from nbdqcow.crypto.luks import new_area_length
+        from nbdqcow.formats.luks_options import parse_cipher
+
+        if values.get("key-secret") is None:
+            raise ImageError(_NO_SECRET)
+        spec, _ = parse_cipher(values, "")
+        length = new_area_length(spec.key_length) + int(values.get("size", 0))
+        return Measure(length, length)
 
     def create(self, file: BlockingFile, plan: Any) -> None:
         """Write the planned container, the header last."""

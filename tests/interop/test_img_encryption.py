@@ -67,6 +67,7 @@ CREATE = [
     f"{QUICK},encrypt.ivgen-alg=essiv",
     f"{QUICK},encrypt.ivgen-alg=plain,encrypt.ivgen-hash-alg=sha1",
     f"{QUICK},encrypt.ivgen-alg=essiv,encrypt.ivgen-hash-alg=sha1",
+    f"{QUICK},encrypt.ivgen-alg=plain64,encrypt.ivgen-hash-alg=md5",
     f"{QUICK},encrypt.hash-alg=sha512",
     "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=0",
     AES,

@@ -99,6 +99,21 @@ def test_raw():
         assert ours("raw", {"size": size}) == qemu("-O", "raw", "--size", size)
 
 
+def test_luks():
+    """Without QEMU, which makes a key slot first and so takes its time."""
+    required = "Parameter 'key-secret' is required for cipher"
+    assert ours("luks", {"size": 1000}) == required
+    for size, values, length in (
+        (1 << 30, {}, 1075810304),
+        (1 << 30, {"preallocation": "falloc"}, 1075810304),
+        (1000001, {"cipher-alg": "aes-128"}, 2052673),
+    ):
+        found = ours("luks", {"key-secret": "s", "size": size} | values)
+        assert found == {"required": length, "fully-allocated": length}
+    wrong = {"key-secret": "s", "hash-alg": "foo"}
+    assert ours("luks", wrong) == "Parameter 'hash-alg' does not accept value 'foo'"
+
+
 def test_formats_that_do_not_know():
     theirs = qemu("-O", "qcow", "--size", 1000)
     assert theirs == "Block driver 'qcow' does not support size measurement"
