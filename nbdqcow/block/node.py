@@ -536,7 +536,9 @@ class Node(InlineRequests):
     async def _write_zeroes_out(self, offset: int, end: int) -> None:
         """Write zeroes, but not where nothing is stored and nothing shows through."""
         driver = self.driver
-        covered = driver.backing_filename is not None or driver.gets_backing
+        # One that the image no longer names still shows while it is open.
+        named = driver.backing_filename is not None or driver.gets_backing
+        covered = named or self.backing is not None
         while offset < end:
             kind, _, length = await driver.map(offset, end - offset)
             if kind != UNALLOCATED or covered:

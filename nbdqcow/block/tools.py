@@ -66,6 +66,8 @@ class ImageInfo:
     """What ``info`` shows of one image file; sizes in bytes.
 
     Attributes:
+        data_filename: the external data file that the image needs, "" if it
+            names none; None if its data is in itself.
         specific: what only this format has, by QEMU's json names, nested.
         warnings: lines to show before the rest.
     """
@@ -77,6 +79,7 @@ class ImageInfo:
     dirty: bool = False
     backing_filename: str | None = None
     backing_format: str | None = None
+    data_filename: str | None = None
     snapshots: Sequence[SnapshotInfo] = ()
     specific: Mapping[str, Any] | None = None
     warnings: Sequence[str] = ()

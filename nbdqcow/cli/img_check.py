@@ -113,7 +113,9 @@ def _check(
             tool.check_secret(file, secrets(named.key_id))
         for text in info.warnings:
             error(f"warning: {text}")
-        check_backing_chain(image, info)
+        check_backing_chain(
+            image, info, data_file=named.pairs.get("data-file.filename")
+        )
         result = tool.check(file, repair, _report)
         leaks_fixed, corruptions_fixed = result.leaks_fixed, result.corruptions_fixed
         if leaks_fixed or corruptions_fixed:

@@ -171,7 +171,12 @@ def _explain(
             force_share=arguments.force_share,
         ) as image:
             info = image.tool.describe(image.file)
-            check_backing_chain(image, info, force_share=arguments.force_share)
+            check_backing_chain(
+                image,
+                info,
+                force_share=arguments.force_share,
+                data_file=options.get("driver_options", {}).get("data_file"),
+            )
     except ImageError as exc:
         raise type(exc)(f"{opening}{exc}") from None
 

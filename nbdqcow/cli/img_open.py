@@ -23,11 +23,15 @@ from nbdqcow.errors import ImageError
 
 @dataclass(frozen=True, slots=True)
 class OpenImage:
-    """One image file that is open, its format known; no backing file."""
+    """One image file that is open, its format known; no backing file.
+
+    ``data_file`` is the external data file that the options name, or None.
+    """
 
     filename: str
     file: BlockingFile
     tool: FormatTool
+    data_file: str | None = None
 
 
 @contextmanager
@@ -43,9 +47,11 @@ def open_image_file(
     The messages start with what is wrong, not with "Could not open": the
     caller knows how to call the image.
     """
+    data_file = None
     if filename.startswith(JSON_PREFIX):
         filename, options = parse_json_name(filename)
         format_ = options.get("format", format_)
+        data_file = options.get("driver_options", {}).get("data_file")
     remote = bool(filename) and is_remote(filename)
     path = filename if remote else local_path(filename)
     tool = None if format_ is None else format_tool(format_)
@@ -75,7 +81,7 @@ def open_image_file(
                     f"Could not read image for determining its format: {exc.strerror}"
                 ) from None
             tool = format_tool(probe_tool(head))
-        yield OpenImage(path, file, tool)
+        yield OpenImage(path, file, tool, data_file)
     finally:
         file.close()
 
@@ -149,9 +155,18 @@ def describe_chain(
 
 
 def check_backing_chain(
-    image: OpenImage, info: ImageInfo, *, force_share: bool = False
+    image: OpenImage,
+    info: ImageInfo,
+    *,
+    force_share: bool = False,
+    data_file: str | None = None,
 ) -> None:
-    """See that every backing file can be opened. Raises `ImageError`."""
+    """See that the data file and every backing file, with theirs, can be opened.
+
+    ``data_file`` takes the place of the one that the image names. Raises
+    `ImageError`.
+    """
+    _check_data_file(image, info, data_file)
     above = image.filename
     seen = {_identity(above)}
     prefix = ""
@@ -167,6 +182,20 @@ def check_backing_chain(
                 name, info.backing_format, force_share=force_share
             ) as below:
                 info = below.tool.describe(below.file)
+                _check_data_file(below, info, None)
                 above = below.filename
         except ImageError as exc:
             raise type(exc)(f"{prefix}{exc}") from None
+
+
+def _check_data_file(image: OpenImage, info: ImageInfo, given: str | None) -> None:
+    if info.data_filename is None:
+        return
+    name = given or image.data_file
+    if name is None:
+        if not info.data_filename:
+            raise ImageError("'data-file' is required for this image")
+        name = backing_path(image.filename, info.data_filename)
+    # For reading, as another process may have it, too.
+    with open_image_file(name, "raw", force_share=True):
+        pass

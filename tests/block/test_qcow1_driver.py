@@ -269,6 +269,16 @@ async def test_zeroes_hide_the_backing_file():
 
 
 @pytest.mark.asyncio
+async def test_zeroes_hide_a_backing_file_that_is_no_longer_named():
+    data = Image(8192, 12, 9, backing=b"below").build()
+    node = await open_node(data, below=b"x" * 8192)
+    await node.change_backing_file(None, None)
+    await node.write_zeroes(0, 4096)
+    assert bytes(await node.pread(0, 8192)) == bytes(4096) + b"x" * 4096
+    await node.close()
+
+
+@pytest.mark.asyncio
 async def test_a_compressed_write_is_refused_where_it_would_show_secrets():
     node = await open_node(await new_image(8192, encrypted=True), secret=KEY)
     with pytest.raises(NotSupported):

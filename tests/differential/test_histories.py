@@ -120,9 +120,9 @@ class Pair:
             create(self.ours, case.options, *link)
             shutil.copyfile(self.ours, self.theirs)
         self.secret = SECRET if case.encrypted else ()
-        # Guest clusters that QEMU did not compress, and where the disk ended once:
-        # we zero what is behind that when it grows.
-        self.loose = {SIZE // case.cluster_size}
+        # Guest clusters that only we compressed, and where the disk ended once.
+        self.compressed: set[int] = set()
+        self.ends = {SIZE // case.cluster_size}
 
     def options(self, path: Path) -> str:
         """Return a copy's image options."""
@@ -141,11 +141,12 @@ class Pair:
         """Carry the same out on both copies."""
         steps = requests + ([operation] if operation else [])
         asyncio.run(self._by_us(steps))
-        self.loose |= {
-            step.arguments[0] // self.case.cluster_size
-            for step in steps
-            if step.name in ("compress", "resize")
-        }
+        for name, clusters in (("compress", self.compressed), ("resize", self.ends)):
+            clusters |= {
+                step.arguments[0] // self.case.cluster_size
+                for step in steps
+                if step.name == name
+            }
         theirs = self.options(self.theirs)
         histories.requests_by_qemu(theirs, requests, self.secret)
         if operation:
@@ -181,7 +182,7 @@ class Pair:
         # Our tables stay as they are where a raw data file becomes zero.
         if "data_file_raw" not in self.case.options:
             has_backing = self.case.base is not None
-            assert_alike(*layouts, self.loose, has_backing=has_backing)
+            assert_alike(*layouts, self.compressed, self.ends, has_backing=has_backing)
 
     def compare_maps(self, image: str) -> None:
         """Let both programs tell what is where in one image."""

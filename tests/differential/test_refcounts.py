@@ -33,7 +33,7 @@ def test_a_sound_image(order, tmp_path):
     }
     assert one.shown(2, has_backing=False) == {}
     assert one.shown(70, has_backing=False) == {"": ("data", 0, 1)}
-    assert_alike(one, one, set(), has_backing=False)
+    assert_alike(one, one, set(), set(), has_backing=False)
 
 
 @pytest.mark.parametrize("delta", [1, -1])
@@ -57,4 +57,4 @@ def test_data_in_one_image_only(tmp_path):
     builder.add_data(3)
     other = layout(builder, tmp_path / "b")
     with pytest.raises(AssertionError):
-        assert_alike(one, other, set(), has_backing=False)
+        assert_alike(one, other, set(), set(), has_backing=False)

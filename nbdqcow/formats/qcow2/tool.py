@@ -122,6 +122,7 @@ class Qcow2Tool(FormatTool):
             virtual_size=header.size,
             backing_filename=header.backing_filename,
             backing_format=header.backing_format,
+            data_filename=_data_filename(header),
             warnings=bitmap_warnings(header),
         )
 
@@ -256,6 +257,7 @@ def _describe() -> Generator[Step, Buffer, ImageInfo]:
         dirty=header.dirty,
         backing_filename=header.backing_filename,
         backing_format=header.backing_format,
+        data_filename=_data_filename(header),
         snapshots=[snapshot.info for snapshot in snapshots],
         specific=specific,
         warnings=bitmap_warnings(header),
@@ -281,6 +283,11 @@ def bitmap_warnings(header: Header) -> list[str]:
         "considered inconsistent\n"
         "Some clusters may be leaked, run 'qemu-img check -r' on the image file to fix."
     ]
+
+
+def _data_filename(header: Header) -> str | None:
+    """See `ImageInfo.data_filename`."""
+    return (header.data_file_name or "") if header.has_data_file else None
 
 
 def _create_options(values: Mapping[str, OptionValue]) -> CreateOptions:
