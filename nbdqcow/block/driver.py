@@ -65,6 +65,8 @@ class FormatDriver(ABC):
         backing_filename, backing_format: as the image names them, or None.
         gets_backing: the image is going to name a backing file, so zeroes are
             stored also where nothing is and there is none yet.
+        has_backing: a backing image is open, whether this one still names it or
+            not; set by the node.
         backing_size: of the backing image that is open, 0 for none; set by
             the node.
         lock: guards the metadata. Held to map, allocate and link; never
@@ -88,6 +90,7 @@ class FormatDriver(ABC):
     read_only: bool
     backing_filename: str | None = None
     gets_backing: bool = False
+    has_backing: bool = False
     backing_format: str | None = None
     backing_size: int = 0
     dirty_bitmaps: Mapping[str, DirtyBitmap] = MappingProxyType({})
@@ -95,6 +98,13 @@ class FormatDriver(ABC):
     write_plain: Callable[[int, memoryview], Awaitable[None]]
     lock: asyncio.Lock
     epochs: Epochs
+
+    @property
+    def is_covering(self) -> bool:
+        """Whether something else shows, or is to show, where nothing is stored:
+        zeroes are stored then."""
+        named = self.backing_filename is not None
+        return named or self.gets_backing or self.has_backing
 
     @property
     def subcluster_size(self) -> int:

@@ -79,6 +79,7 @@ class Node(InlineRequests):
         self._guard = guard
         self._guard_lock = asyncio.Lock()
         self._reopening = asyncio.Lock()
+        driver.has_backing = backing is not None
         self._bind()
         driver.when_rebound = self._bind
         driver.write_plain = self._write_data
@@ -536,12 +537,10 @@ class Node(InlineRequests):
     async def _write_zeroes_out(self, offset: int, end: int) -> None:
         """Write zeroes, but not where nothing is stored and nothing shows through."""
         driver = self.driver
-        # One that the image no longer names still shows while it is open.
-        named = driver.backing_filename is not None or driver.gets_backing
-        covered = named or self.backing is not None
+        covering = driver.is_covering
         while offset < end:
             kind, _, length = await driver.map(offset, end - offset)
-            if kind != UNALLOCATED or covered:
+            if kind != UNALLOCATED or covering:
                 await self.write_zero_bytes(offset, length)
             offset += length
 

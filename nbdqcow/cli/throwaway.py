@@ -49,8 +49,6 @@ async def open_throwaway(base: "Node", detect_zeroes: str = "off") -> "Node":
     except BaseException:
         await storage.close()
         raise
-    # What is discarded must not show what is there in the base.
-    driver.backing_filename = base.filename
     return Node(
         driver,
         filename=base.filename,

@@ -82,6 +82,27 @@ async def test_rebase_keeps_the_disk(tmp_path, options, seed):
         assert await node.pread(0, node.size) == before
 
 
+@pytest.mark.parametrize("options", ["compat=0.10", "compat=1.1", "extended_l2=on"])
+@pytest.mark.asyncio
+async def test_a_backing_file_shows_until_it_is_closed(tmp_path, options):
+    """The image names it no longer: zeroes must still hide it."""
+    base = create(tmp_path / "base", 1 << 20, "cluster_size=65536")
+    async with open_image(base, format="qcow2") as node:
+        await node.pwrite(0, b"b" * node.size)
+    path = create(tmp_path / "top", 1 << 20, options, base)
+    async with open_image(path, format="qcow2") as node:
+        await node.change_backing_file(None, None)
+        await node.write_zeroes(0, 1 << 18, may_unmap=True)
+        await node.write_zeroes(1 << 18, 5000, may_unmap=False)
+        assert await node.pread(0, 1 << 18) == bytes(1 << 18)
+        assert await node.pread(1 << 18, 5000) == bytes(5000)
+        assert await node.pread((1 << 18) + 5000, 1000) == b"b" * 1000
+        await node.discard(1 << 19, 1 << 18)
+        seen = bytes(await node.pread(1 << 19, 1 << 18))
+        assert seen == (b"b" if options == "compat=0.10" else b"\0") * (1 << 18)
+    subprocess.run(["qemu-img", "check", "-q", path], check=True)
+
+
 @pytest.mark.asyncio
 async def test_rebase_to_an_image_of_the_chain(tmp_path, seed):
     """What only the shared images have is not copied."""

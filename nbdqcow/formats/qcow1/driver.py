@@ -87,7 +87,6 @@ class Qcow1Driver(FormatDriver):
         self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
         if header.crypt_method == qcow1_header.CRYPT_AES:
             encryption.number_by_guest_offset(self)
-        self._shows_backing = header.backing_filename is not None
         self._tasks: set[asyncio.Task[None]] = set()
         # The end of the latest compressed write: clusters that are compressed
         # at the same time are stored in the order in which they came.
@@ -279,7 +278,7 @@ class Qcow1Driver(FormatDriver):
         return await self._reads_zero(offset, length)
 
     async def _reads_zero(self, offset: int, length: int) -> bool:
-        if self._shows_backing or self.gets_backing:
+        if self.is_covering:
             return False
         end = offset + length
         while True:
@@ -363,8 +362,6 @@ class Qcow1Driver(FormatDriver):
             await self.storage.flush()
             self.header = changed
             self.backing_filename = changed.backing_filename
-            # What lies open below still shows.
-            self._shows_backing = self._shows_backing or bool(name)
 
     async def _place_name(self, name: bytes) -> int:
         """Return where a backing file's name goes: behind the header, where it

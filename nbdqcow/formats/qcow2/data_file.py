@@ -134,7 +134,7 @@ async def write_zeroes(
 ) -> None:
     """See `FormatDriver.write_zeroes`."""
     if is_raw(image.header):
-        if image.backing_filename is not None or image.gets_backing:
+        if image.is_covering:
             raise NotSupported("unallocated clusters would show the backing file")
         # What is not mapped reads as zeroes without it.
         with _counted(image):

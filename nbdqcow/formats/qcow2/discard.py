@@ -39,7 +39,7 @@ async def write_zeroes(
     """
     may_unmap = may_unmap and not image.settings.keep_discarded
     version2 = image.header.version < 3
-    covered = image.backing_filename is not None or image.gets_backing
+    covered = image.is_covering
     if version2 and (covered or not may_unmap):
         raise NotSupported("version 2 images have no zero clusters")
     if image.header.extended_l2:
@@ -83,7 +83,7 @@ async def claim_zero(image: "Qcow2Driver", offset: int, backing_zero: bool) -> b
                     return True
                 if kind != UNALLOCATED or not backing_zero:
                     return False
-                if image.backing_filename is None and not image.gets_backing:
+                if not image.is_covering:
                     return True
                 if image.header.version < 3:
                     return False
@@ -99,7 +99,8 @@ async def discard(image: "Qcow2Driver", offset: int, length: int) -> None:
     nothing is done there.
     """
     version2 = image.header.version < 3
-    if version2 and image.backing_filename:
+    covered = image.is_covering
+    if version2 and covered:
         return
 
     if image.settings.keep_discarded:
@@ -107,7 +108,6 @@ async def discard(image: "Qcow2Driver", offset: int, length: int) -> None:
         if image.discard_freed:
             await _discard_kept(image, offset, length)
         return
-    covered = image.backing_filename is not None
 
     def change(entry: int) -> int:
         if covered:

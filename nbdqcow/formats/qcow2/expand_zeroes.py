@@ -106,7 +106,7 @@ async def _expand(
         # Another table may show data there.
         for _ in range(nb_users):
             image.freed.add(cluster_index, 1, False)
-    if image.backing_filename is None:
+    if not image.is_covering:
         return 0
     cluster_index, _ = await refcounts.allocate(1)
     for _ in range(nb_users - 1):
