@@ -71,10 +71,13 @@ SAFETY := tests/crash tests/faults tests/kills tests/adversity tests/fuzz \
     tests/interleavings tests/hostile tests/differential
 FUZZ_SECONDS ?= 60
 SAFETY_FUZZ_SECONDS ?= 20
+# Of each of some 70 long runs of random operations; differential-long does more.
+SAFETY_OPERATIONS ?= 5000
 SOAK_SECONDS ?= 7200
 
 safety: setup-test  ## every proof of safety at length (about an hour), see docs/safety.md
-	$(PYTEST) $(PARALLEL) $(LONG) -q $(SAFETY)
+	NBDQCOW_LONG_OPERATIONS=$(SAFETY_OPERATIONS) \
+	    $(PYTEST) $(PARALLEL) $(LONG) -q $(SAFETY)
 	$(BIN)/python -m tests.fuzz --seconds $(SAFETY_FUZZ_SECONDS)
 
 fuzz: setup-test  ## each parser on changed input for FUZZ_SECONDS (60); atheris if installed
