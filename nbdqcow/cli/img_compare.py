@@ -52,13 +52,6 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError("Expecting two image file names")
     progress = ProgressLine(progress_shown, quiet=quiet, step=2.0)
 
-    warnings: list[str] = []
-
-    def say_warnings() -> None:
-        # After an error, as QEMU's are when they go to a pipe.
-        for text in warnings:
-            _say(text, quiet)
-
     async def main() -> int:
         nodes: list[Node] = []
         try:
@@ -75,11 +68,10 @@ def run(arguments: Sequence[str]) -> int:
                 nodes[1],
                 JobControl(progress),
                 strict=strict,
-                on_longer=lambda: warnings.append("Warning: Image size mismatch!"),
+                on_longer=lambda: _say("Warning: Image size mismatch!", quiet),
             )
         finally:
             await close_nodes(nodes)
-        say_warnings()
         return _report(found, strict=strict, quiet=quiet)
 
     try:
@@ -90,7 +82,6 @@ def run(arguments: Sequence[str]) -> int:
         error(
             f"Error while reading offset {exc.offset} of {operands[exc.which]}: {exc}"
         )
-        say_warnings()
         return _UNREADABLE
     except (NbdQcowError, OSError) as exc:
         error(describe(exc))
@@ -115,5 +106,7 @@ def _report(found: Comparison, *, strict: bool, quiet: bool) -> int:
 
 
 def _say(text: str, quiet: bool) -> None:
+    # Unless progress is shown, what goes to a pipe comes after an error, as with
+    # QEMU's.
     if not quiet:
-        print(text, flush=True)
+        print(text)
