@@ -28,6 +28,7 @@ from nbdqcow.server.dispatch import Shared
 from nbdqcow.server.export import Export
 from nbdqcow.server.inline import Transmission
 from nbdqcow.server.options import ServerOptions
+from nbdqcow.server.poller import Poller
 
 KiB, MiB = 1 << 10, 1 << 20
 _IMAGE_SIZE = 64 * MiB
@@ -162,7 +163,7 @@ async def measure_inline(node: Node, offsets: list[int]) -> None:
                 RequestReader(BufferPool(), 32 * MiB, layout),
                 Export("", node),
                 Terms(style),
-                Shared(BufferPool()),
+                Shared(BufferPool(), Poller(asyncio.get_running_loop(), 0)),
                 ServerOptions(),
                 lambda: None,
             )

@@ -65,6 +65,10 @@ _LIMITS: Final[dict[str, tuple[Any, str, str]]] = {
         _SECONDS_OR_NONE, "SECONDS", "Close clients that take nothing of their "
         "replies for so long; 0 for never.",
     ),
+    "poll_time": (
+        _COUNT_OR_NONE, "MICROSECONDS", "How long to look for the next request "
+        "before sleeping, where they follow one another closely; 0 for not at all.",
+    ),
 }  # fmt: skip
 
 

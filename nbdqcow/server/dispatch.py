@@ -15,6 +15,7 @@ from nbdqcow.nbd.replies import Replies
 from nbdqcow.nbd.requests import Request, context_ids
 from nbdqcow.server.block_status import block_status
 from nbdqcow.server.export import ExportedNode
+from nbdqcow.server.poller import Poller
 from nbdqcow.types import Buffer, Buffers
 from nbdqcow.units import MiB
 
@@ -41,6 +42,7 @@ class Shared:
 
     Attributes:
         pool: payload buffers.
+        poller: keeps the event loop awake.
         max_bytes: bytes of data in flight that all connections may have
             together; each may have one request above it.
         nb_bytes: bytes of data in flight now.
@@ -48,6 +50,7 @@ class Shared:
     """
 
     pool: BufferPool
+    poller: Poller
     max_bytes: int = 512 * MiB
     nb_bytes: int = 0
     tasks: set[asyncio.Task[None]] = field(default_factory=set)

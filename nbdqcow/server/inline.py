@@ -108,6 +108,7 @@ class Transmission(asyncio.BufferedProtocol):
         self._terms = terms
         self._replies = Replies(terms.style)
         self._shared = shared
+        self._served = shared.poller.served
         self._on_closed = on_closed
         self._close_timeout = options.close_timeout
         self._loop = asyncio.get_running_loop()
@@ -269,6 +270,7 @@ class Transmission(asyncio.BufferedProtocol):
             self._out.clear()
             if self._tokens and not self._transport.get_write_buffer_size():
                 self._release_views()
+            self._served()
         if self._sender is not None:
             self._sender.release_read()
         if (self._closing or self._draining or self._eof) and self._finished:

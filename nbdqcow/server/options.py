@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from nbdqcow.server.poller import DEFAULT_POLL_TIME
 from nbdqcow.units import KiB, MiB
 
 
@@ -29,6 +30,7 @@ class ServerOptions:
         structured_replies: offer them, and all that builds on them, to
             clients.
         sole_is_default: a sole export also answers to the empty name.
+        poll_time: microseconds; see `nbdqcow.server.poller`; 0 for not at all.
     """
 
     max_connections: int = 100
@@ -44,3 +46,4 @@ class ServerOptions:
     max_total_bytes: int = 512 * MiB
     structured_replies: bool = True
     sole_is_default: bool = True
+    poll_time: int = DEFAULT_POLL_TIME

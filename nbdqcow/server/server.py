@@ -15,6 +15,7 @@ from nbdqcow.server.connection import Connection
 from nbdqcow.server.dispatch import Shared
 from nbdqcow.server.export import Export, ExportedNode
 from nbdqcow.server.options import ServerOptions
+from nbdqcow.server.poller import Poller
 from nbdqcow.server.sockets import (
     Listener,
     SocketFile,
@@ -59,7 +60,8 @@ class Server:
         self.before_stopping: Callable[[], Awaitable[None]] | None = None
         self._options = options or ServerOptions()
         self._tls = tls
-        self._shared = Shared(BufferPool(), self._options.max_total_bytes)
+        poller = Poller(asyncio.get_running_loop(), self._options.poll_time)
+        self._shared = Shared(BufferPool(), poller, self._options.max_total_bytes)
         self._exports: dict[str, Export] = {}
         self._source = _Exports(self._exports, self._options.sole_is_default)
         self._listeners: list[Listener] = []
