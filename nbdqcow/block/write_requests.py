@@ -2,7 +2,7 @@
 
 import asyncio
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -130,31 +130,20 @@ class WriteRequests(ReadRequests):
         """
         self._check_writable()
         self._check_inside(offset, length)
-        driver = self.driver
-        done = 0
-        while done < length:
-            plan = await driver.begin_write(offset + done, length - done)
-            try:
-                await self._write_piece_by(plan, partial(work, done, plan.length))
-            except BaseException:
-                driver.abort_write(plan)
-                raise
-            driver.end_write(plan)
-            done += plan.length
+        await self._write_pieces(
+            offset,
+            length,
+            lambda plan, done: self._write_piece_by(
+                plan, partial(work, done, plan.length)
+            ),
+        )
 
     async def _write_piece_by(
         self, plan: WritePlan, work: Callable[[WriteBlocking], None]
     ) -> None:
         """Do as `_write_piece` does with what ``work`` writes."""
         storage = self.driver.data
-        start, end = plan.guest_offset, plan.guest_offset + plan.length
-        head = tail = None
-        if plan.head:
-            head = await self._old_content(
-                start - plan.head, plan.head, plan.reads_zero
-            )
-        if plan.tail:
-            tail = await self._old_content(end, plan.tail, plan.reads_zero)
+        head, tail = await self._old_around(plan)
         if head is None and tail is None:
             await storage.write_by(plan.host_offset, plan.length, work)
             return
@@ -186,12 +175,26 @@ class WriteRequests(ReadRequests):
             )
 
     async def _write_data(self, offset: int, view: memoryview) -> None:
+        await self._write_pieces(
+            offset,
+            len(view),
+            lambda plan, done: self._write_piece(plan, view[done : done + plan.length]),
+        )
+
+    async def _write_pieces(
+        self,
+        offset: int,
+        length: int,
+        write: Callable[[WritePlan, int], Awaitable[None]],
+    ) -> None:
+        """Plan a range piece by piece, and have ``write(plan, done)`` write each,
+        ``done`` being the bytes in front of it."""
         driver = self.driver
-        done, length = 0, len(view)
+        done = 0
         while done < length:
             plan = await driver.begin_write(offset + done, length - done)
             try:
-                await self._write_piece(plan, view[done : done + plan.length])
+                await write(plan, done)
             except BaseException:
                 driver.abort_write(plan)
                 raise
@@ -208,19 +211,12 @@ class WriteRequests(ReadRequests):
             return
         buffers: list[Buffer] = [view]
         host_offset = plan.host_offset
-        if plan.head:
-            old = await self._old_content(
-                plan.guest_offset - plan.head, plan.head, plan.reads_zero
-            )
-            if old is not None:
-                buffers.insert(0, old)
-                host_offset -= plan.head
-        if plan.tail:
-            old = await self._old_content(
-                plan.guest_offset + plan.length, plan.tail, plan.reads_zero
-            )
-            if old is not None:
-                buffers.append(old)
+        head, tail = await self._old_around(plan)
+        if head is not None:
+            buffers.insert(0, head)
+            host_offset -= plan.head
+        if tail is not None:
+            buffers.append(tail)
         if plan.head + plan.length + plan.tail <= MAX_INLINE and storage.try_pwritev(
             host_offset, buffers
         ):
@@ -229,6 +225,18 @@ class WriteRequests(ReadRequests):
             self.driver.storage.announce("cow_write")
         self.driver.storage.announce("write_aio")
         await storage.pwritev(host_offset, buffers)
+
+    async def _old_around(self, plan: WritePlan) -> tuple[Buffer | None, Buffer | None]:
+        """Return what must stand before and behind the data of a plan."""
+        start, end = plan.guest_offset, plan.guest_offset + plan.length
+        head = tail = None
+        if plan.head:
+            head = await self._old_content(
+                start - plan.head, plan.head, plan.reads_zero
+            )
+        if plan.tail:
+            tail = await self._old_content(end, plan.tail, plan.reads_zero)
+        return head, tail
 
     async def _old_content(
         self, offset: int, length: int, skip_zeroes: bool

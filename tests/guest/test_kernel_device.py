@@ -95,14 +95,6 @@ gone nbd0
 """
 
 
-@pytest.fixture
-def kernel() -> Kernel:
-    try:
-        return Kernel()
-    except FileNotFoundError as error:
-        pytest.skip(f"{error} (tools/setup-system.sh test)")
-
-
 @pytest.mark.guest
 @pytest.mark.timeout(240)
 def test_a_kernels_device(kernel: Kernel, tmp_path: Path) -> None:

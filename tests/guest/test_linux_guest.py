@@ -75,14 +75,6 @@ detach
 """
 
 
-@pytest.fixture
-def kernel() -> Kernel:
-    try:
-        return Kernel()
-    except FileNotFoundError as error:
-        pytest.skip(f"{error} (tools/setup-system.sh test)")
-
-
 @pytest.mark.guest
 @pytest.mark.timeout(240)
 def test_linux_attaches_and_keeps_a_file_system(
