@@ -307,6 +307,8 @@ class FileStorage(InlineFile):
         waiters: list[asyncio.Future[None]] = []
         self._sync_waiters = waiters
         try:
+            if self._overwriter is not None:
+                self._overwriter.written_back()
             await self._pool.run(self._sync_blocking)
             # The kernel tells an error once. A durable change that is on its
             # way may have it, and not have come to saying so.

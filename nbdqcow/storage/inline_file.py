@@ -187,7 +187,7 @@ class InlineFile(StorageDriver):
         if (
             overwriter is not None
             and offset + length <= self.length
-            and overwriter.try_write(offset, data)
+            and overwriter.try_write(offset, data, started)
         ):
             nb_written = length
         else:

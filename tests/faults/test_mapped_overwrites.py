@@ -12,6 +12,7 @@ import pytest
 
 from nbdqcow.block.node import Node
 from nbdqcow.formats.raw import RawDriver
+from nbdqcow.storage import overwrite
 from nbdqcow.storage.file import FileStorage
 from nbdqcow.storage.inline_file import InlineFile
 from nbdqcow.storage.overwrite import Overwriter
@@ -28,15 +29,16 @@ async def overwrite_and_flush(path: Path, monkeypatch: pytest.MonkeyPatch) -> in
         storage._overwriter = Overwriter(storage._fd)
     seen: list[bytes] = []
     sync, nb_mapped = os.fdatasync, 0
+    monkeypatch.setattr(overwrite, "MIN_WRITES", 0)
     store = storage._overwriter.try_write
 
     def look_and_sync(fd: int) -> None:
         seen.append(path.read_bytes())
         sync(fd)
 
-    def count(offset: int, data: bytes) -> bool:
+    def count(offset: int, data: bytes, now: float) -> bool:
         nonlocal nb_mapped
-        done = store(offset, data)
+        done = store(offset, data, now)
         nb_mapped += done
         return done
 
