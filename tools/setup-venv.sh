@@ -23,9 +23,18 @@ is_ready() {
         .venv/bin/python -c '' 2>/dev/null
 }
 
-is_ready ".venv/ready-$1" "$lock" && exit 0
+# Where the environment keeps Python from writing bytecode, each start of a command
+# would compile all of its modules: that takes longer than many commands do.
+compile_sources() {
+    .venv/bin/python -m compileall -q nbdqcow
+}
+
 # What tests install holds all that serving needs.
-is_ready .venv/ready-test requirements-test.lock && exit 0
+if is_ready ".venv/ready-$1" "$lock" ||
+    is_ready .venv/ready-test requirements-test.lock; then
+    compile_sources
+    exit 0
+fi
 
 tools/setup-system.sh serve
 if ! [ -e .venv/created ] || [ "$(cat .venv/created)" != "$PWD" ] ||
@@ -41,4 +50,5 @@ echo "setup: installing $lock into .venv"
 # As a path, not as an import hook that would cost each start 20 ms.
 .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     --no-deps --no-build-isolation --config-settings editable_mode=compat --editable .
+compile_sources
 fingerprint "$lock" >".venv/ready-$1"
