@@ -119,6 +119,8 @@ class RequestReader:
         buffer: bytes ``start`` to ``end`` have arrived and are not yet parsed.
         maximum_payload: bytes of data that a WRITE may have.
         at_header: whether ``start`` is at a request's header.
+        nb_ahead: the owner's own mark in the payload of the `arriving` write,
+            and in that of the request returned last; 0 to begin with.
         layout: of the headers.
     """
 
@@ -128,6 +130,7 @@ class RequestReader:
         "end",
         "layout",
         "maximum_payload",
+        "nb_ahead",
         "start",
         "_head",
         "_nb_filled",
@@ -151,6 +154,7 @@ class RequestReader:
         self.end = 0
         self.maximum_payload = maximum_payload
         self.at_header = True
+        self.nb_ahead = 0
         self._pool = pool
         self._window = self.buffer
         self._nb_skip = 0
@@ -163,6 +167,15 @@ class RequestReader:
     def full(self) -> bool:
         """Whether nothing more can be received before something is parsed."""
         return self.end - self.start == _CAPACITY
+
+    @property
+    def arriving(self) -> Request | None:
+        """The large write whose data is under way, with what is here of it."""
+        if self._payload is None:
+            return None
+        flags, cookie, offset, length = self._head
+        payload = self._payload[: self._nb_filled]
+        return Request(nbd.CMD_WRITE, flags, cookie, offset, length, payload)
 
     def get_buffer(self) -> memoryview:
         """Return where to put the bytes that arrive next. Not for a full one."""
@@ -206,6 +219,7 @@ class RequestReader:
         word, cookie, offset, length = layout.head.unpack_from(self.buffer, start)
         if word >> 32 != layout.plain_read >> 32:
             raise ProtocolError(f"bad request magic {word >> 32:#010x}")
+        self.nb_ahead = 0
         command = word & 0xFFFF
         flags = word >> 16 & 0xFFFF
         payload_length = self._payload_length(command, flags, length)

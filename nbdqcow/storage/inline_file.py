@@ -19,7 +19,7 @@ from nbdqcow.types import Buffer, Buffers
 from nbdqcow.units import KiB
 
 MAX_INLINE_READ: Final = 128 * KiB
-MAX_INLINE_WRITE: Final = 64 * KiB
+MAX_INLINE_WRITE: Final = 256 * KiB
 _WORD: Final = 8
 
 # An inline write that took this long (seconds) has waited for the device, or,

@@ -259,7 +259,7 @@ async def test_inline_writes(directory: Path):
     assert storage.length == 13
     assert storage.try_pwrite(20, bytearray(b"g"))
     assert storage.length == 21
-    assert storage.try_pwrite(0, bytes(65537)) is False
+    assert storage.try_pwrite(0, bytes(file_module.MAX_INLINE_WRITE + 1)) is False
     assert storage.try_pwrite(0, b"") is True
     assert Path(filename).read_bytes() == b"01ab45678cdef" + bytes(7) + b"g"
     await storage.close()
@@ -314,7 +314,7 @@ async def test_writes_that_wait_for_the_disk_go_to_threads_for_a_while(
     assert seconds_off() == pytest.approx(0.05, abs=0.02)
     for _ in range(100):
         assert storage.try_pwrite(0, b"x") is True
-        assert storage.try_pwrite(0, bytes(65537)) is False
+        assert storage.try_pwrite(0, bytes(file_module.MAX_INLINE_WRITE + 1)) is False
     disk.now += 2
     assert seconds_off() == pytest.approx(0.05, abs=0.02)
     await storage.close()
