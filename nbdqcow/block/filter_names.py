@@ -5,8 +5,7 @@ name is all that an image is known by: ``blkdebug:json:{...}`` with dotted keys.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from nbdqcow.block.registry import filter_names, split_protocol
 from nbdqcow.errors import ImageError
@@ -19,8 +18,7 @@ _PLAIN: Final = (("filename",), ("driver", "filename"), ("filename", "driver"))
 _NUMBERS: Final = ("errno", "sector", "state", "new_state", "align")
 
 
-@dataclass(frozen=True, slots=True)
-class FilteredName:
+class FilteredName(NamedTuple):
     """What the name of a filtered file says.
 
     Attributes:

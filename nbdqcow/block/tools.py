@@ -8,7 +8,7 @@ event loop on a `BlockingFile`, so that a command starts fast; the registry
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, TypeAlias
+from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 
 from nbdqcow.block.steps import BlockingFile
 from nbdqcow.errors import ImageError, NotSupported
@@ -37,8 +37,7 @@ def no_secrets(name: str) -> bytes:
     raise ImageError(f"No secret with id '{name}'")
 
 
-@dataclass(frozen=True, slots=True)
-class OptionSpec:
+class OptionSpec(NamedTuple):
     """One ``-o`` option of a format: its kind is ``str``, ``size``, ``num`` or
     ``bool``; ``default`` is shown when the option is not given."""
 
@@ -48,8 +47,7 @@ class OptionSpec:
     default: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotInfo:
+class SnapshotInfo(NamedTuple):
     """An internal snapshot; ``icount`` is None where it was not recorded."""
 
     id: str
@@ -105,8 +103,7 @@ class CheckResult:
     image_end_offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Measure:
+class Measure(NamedTuple):
     """The room that a new image would need, in bytes.
 
     Attributes:

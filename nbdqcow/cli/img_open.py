@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from nbdqcow.block.filter_names import innermost, is_filtered
 from nbdqcow.block.image_options import JSON_PREFIX, parse_json_name
@@ -21,8 +21,7 @@ from nbdqcow.cli.img_names import ImageName
 from nbdqcow.errors import ImageError
 
 
-@dataclass(frozen=True, slots=True)
-class OpenImage:
+class OpenImage(NamedTuple):
     """One image file that is open, its format known; no backing file.
 
     ``data_file`` is the external data file that the options name, or None.

@@ -1,8 +1,7 @@
 """What commands do with raw images: describe and create."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 from nbdqcow.block.steps import BlockingFile
 from nbdqcow.block.tools import (
@@ -21,8 +20,7 @@ _FIRST_BLOCK: Final = 4096
 PREALLOCATIONS: Final = ("off", "falloc", "full")
 
 
-@dataclass(frozen=True, slots=True)
-class RawPlan:
+class RawPlan(NamedTuple):
     """A new raw image of ``length`` bytes."""
 
     length: int

@@ -4,7 +4,7 @@ The format has no checks.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nbdqcow.block.steps import BlockingFile, run_blocking
 from nbdqcow.block.tools import (
@@ -17,9 +17,11 @@ from nbdqcow.block.tools import (
 )
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow1 import header as h
-from nbdqcow.formats.qcow1.create import CreateOptions, CreatePlan, plan_create
 from nbdqcow.formats.qcow1.header import read_header
 from nbdqcow.units import SECTOR_SIZE
+
+if TYPE_CHECKING:
+    from nbdqcow.formats.qcow1.create import CreatePlan
 
 
 class Qcow1Tool(FormatTool):
@@ -64,8 +66,10 @@ class Qcow1Tool(FormatTool):
 
     def prepare(
         self, values: Mapping[str, OptionValue], *, secrets: Secrets = no_secrets
-    ) -> CreatePlan:
+    ) -> "CreatePlan":
         """Plan a new image."""
+        from nbdqcow.formats.qcow1.create import CreateOptions, plan_create
+
         encrypt_format = values.get("encrypt.format")
         if encrypt_format is not None and "encryption" in values:
             raise ImageError(
@@ -91,6 +95,8 @@ class Qcow1Tool(FormatTool):
 
     def create(self, file: BlockingFile, plan: Any) -> None:
         """Write the planned image, the file's old content gone."""
+        from nbdqcow.formats.qcow1.create import CreatePlan
+
         assert isinstance(plan, CreatePlan)
         file.truncate(0)
         file.truncate(plan.file_length)

@@ -29,7 +29,6 @@ from nbdqcow.formats.qcow2.refcount_codec import filled_block
 from nbdqcow.units import SECTOR_SIZE, round_up
 
 PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
-COMPRESSION_TYPES: Final = ("zlib", "zstd")
 
 _FEATURE_NAMES: Final = (
     (0, 0, b"dirty bit"),
@@ -235,7 +234,7 @@ def plan_create(options: CreateOptions) -> CreatePlan:
             h.V3_HEADER_LENGTH if options.version >= 3 else h.V2_HEADER_LENGTH
         ),
         compatible_features=h.COMPAT_LAZY_REFCOUNTS if options.lazy_refcounts else 0,
-        compression_type=COMPRESSION_TYPES.index(options.compression_type),
+        compression_type=h.COMPRESSION_TYPES.index(options.compression_type),
         backing_filename=options.backing_file,
     )
     if header.compression_type != h.COMPRESSION_ZLIB:

@@ -45,6 +45,7 @@ CRYPT_LUKS: Final = 2
 
 COMPRESSION_ZLIB: Final = 0
 COMPRESSION_ZSTD: Final = 1
+COMPRESSION_TYPES: Final = ("zlib", "zstd")
 
 EXT_END: Final = 0
 EXT_BACKING_FORMAT: Final = 0xE2792ACA

@@ -1,8 +1,7 @@
 """What commands do with qcow2 images: describe, create, check."""
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from nbdqcow.block.steps import BlockingFile, Read, Step, Steps, run_blocking
 from nbdqcow.block.tools import (
@@ -16,7 +15,6 @@ from nbdqcow.block.tools import (
     Secrets,
     no_secrets,
 )
-from nbdqcow.errors import ImageError
 from nbdqcow.formats.luks_specs import cipher_options, key_options
 from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2.bitmap_directory import (
@@ -24,28 +22,14 @@ from nbdqcow.formats.qcow2.bitmap_directory import (
     FLAG_IN_USE,
     read_bitmap_directory,
 )
-from nbdqcow.formats.qcow2.create import (
-    COMPRESSION_TYPES,
-    PREALLOCATIONS,
-    CreateOptions,
-    CreatePlan,
-    plan_create,
-)
-from nbdqcow.formats.qcow2.encryption_header import luks_range, new_encryption
+from nbdqcow.formats.qcow2.encryption_header import luks_range
 from nbdqcow.formats.qcow2.header import Header, needed
-from nbdqcow.formats.qcow2.measure import measure
 from nbdqcow.formats.qcow2.snapshot_table import read_snapshots
 from nbdqcow.types import Buffer
 from nbdqcow.units import SECTOR_SIZE
 
-_VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
-
-_BACKING_FORMATS: Final = (
-    *("raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vhdx", "vpc", "luks"),
-    *("parallels", "bochs", "cloop", "dmg", "nbd", "file", "http", "https"),
-)
-"""What QEMU knows: the image may be meant for it."""
-
+if TYPE_CHECKING:
+    from nbdqcow.formats.qcow2.create import CreatePlan
 
 # In the order in which qemu-img shows them when it creates an image.
 _CREATE_OPTIONS: Final = (
@@ -128,12 +112,11 @@ class Qcow2Tool(FormatTool):
 
     def prepare(
         self, values: Mapping[str, OptionValue], *, secrets: Secrets = no_secrets
-    ) -> CreatePlan:
+    ) -> "CreatePlan":
         """Plan a new image."""
-        options = _create_options(values)
-        options.check()
-        encryption = new_encryption(values, secrets)
-        return plan_create(replace(options, encryption=encryption))
+        from nbdqcow.formats.qcow2.create_values import plan_image
+
+        return plan_image(values, secrets)
 
     def measure(
         self,
@@ -142,11 +125,13 @@ class Qcow2Tool(FormatTool):
         bitmaps: Sequence[tuple[str, int]] | None = None,
     ) -> Measure:
         """See `FormatTool.measure`."""
-        return measure(_create_options(values), values, data_length, bitmaps)
+        from nbdqcow.formats.qcow2.create_values import measure_image
+
+        return measure_image(values, data_length, bitmaps)
 
     def create(self, file: BlockingFile, plan: Any) -> None:
         """Write the planned image, the file's old content gone."""
-        assert isinstance(plan, CreatePlan)
+        plan = _plan(plan)
         file.truncate(0)
         file.truncate(plan.file_length)
         if file.is_device:
@@ -172,12 +157,11 @@ class Qcow2Tool(FormatTool):
 
     def data_file_name(self, plan: Any) -> str | None:
         """Return the planned image's name for its external data file."""
-        assert isinstance(plan, CreatePlan)
-        return plan.data_file
+        return _plan(plan).data_file
 
     def create_data_file(self, file: BlockingFile, plan: Any) -> None:
         """Make a file the planned image's data file, its old content gone."""
-        assert isinstance(plan, CreatePlan)
+        plan = _plan(plan)
         size = plan.header.size
         file.truncate(0)
         file.truncate(size)
@@ -218,7 +202,7 @@ def _describe() -> Generator[Step, Buffer, ImageInfo]:
     bitmaps = yield from read_bitmap_directory(header)
     specific: dict[str, Any] = {
         "compat": "1.1" if header.version >= 3 else "0.10",
-        "compression-type": COMPRESSION_TYPES[header.compression_type],
+        "compression-type": h.COMPRESSION_TYPES[header.compression_type],
     }
     if header.version >= 3:
         specific["lazy-refcounts"] = header.lazy_refcounts
@@ -290,35 +274,9 @@ def _data_filename(header: Header) -> str | None:
     return (header.data_file_name or "") if header.has_data_file else None
 
 
-def _create_options(values: Mapping[str, OptionValue]) -> CreateOptions:
-    compat = str(values.get("compat", "1.1"))
-    if compat not in _VERSIONS:
-        raise ImageError(f"Parameter 'version' does not accept value '{compat}'")
-    choices = {"preallocation": PREALLOCATIONS, "compression_type": COMPRESSION_TYPES}
-    for name, allowed in choices.items():
-        value = values.get(name)
-        if value is not None and value not in allowed:
-            raise ImageError(
-                f"Parameter '{name.replace('_', '-')}' does not accept value '{value}'"
-            )
-    backing_file = values.get("backing_file")
-    if values.get("backing_fmt", "raw") not in _BACKING_FORMATS:
-        raise ImageError(
-            f"Parameter 'backing-fmt' does not accept value '{values['backing_fmt']}'"
-        )
-    backing_format = values.get("backing_fmt")
-    data_file = values.get("data_file")
-    return CreateOptions(
-        size=int(values.get("size", 0)),
-        version=_VERSIONS[compat],
-        cluster_size=int(values.get("cluster_size", 65536)),
-        backing_file=None if backing_file is None else str(backing_file),
-        backing_format=None if backing_format is None else str(backing_format),
-        refcount_bits=int(values.get("refcount_bits", 16)),
-        lazy_refcounts=bool(values.get("lazy_refcounts", False)),
-        preallocation=str(values.get("preallocation", "off")),
-        compression_type=str(values.get("compression_type", "zlib")),
-        extended_l2=bool(values.get("extended_l2", False)),
-        data_file=None if data_file is None else str(data_file),
-        data_file_raw=bool(values.get("data_file_raw", False)),
-    )
+def _plan(plan: object) -> "CreatePlan":
+    # Only what creates images loads this.
+    from nbdqcow.formats.qcow2.create import CreatePlan
+
+    assert isinstance(plan, CreatePlan)
+    return plan
