@@ -6,6 +6,7 @@ import os
 import random
 import struct
 import subprocess
+import threading
 
 import pytest
 
@@ -13,6 +14,7 @@ from nbdqcow import open_image
 from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.server.server import Server
+from nbdqcow.storage.holes import Holes
 
 KiB, MiB = 1 << 10, 1 << 20
 SEED = int(os.environ.get("NBDQCOW_SEED", random.randrange(1 << 32)))
@@ -479,3 +481,62 @@ def test_refcount_blocks_that_cannot_be_are_left_to_a_repair(tmp_path):
         file.write(bytes(4096))
     resize(path, MiB // 2)
     assert set(wrong) < set(refcount_blocks(path))
+
+
+def test_growing_does_not_cut_off_what_is_written_meanwhile(tmp_path, monkeypatch):
+    """Room is made for preallocated clusters while a write that was answered
+    has put its cluster behind them."""
+    path = create(tmp_path / "disk", MiB)
+    entered, leave = threading.Event(), threading.Event()
+
+    def slowly(function):
+        def run(*arguments):
+            entered.set()
+            assert leave.wait(60)
+            return function(*arguments)
+
+        return run
+
+    async def run():
+        async with open_image(path) as node:
+            monkeypatch.setattr(os, "ftruncate", slowly(os.ftruncate))
+            monkeypatch.setattr(Holes, "grow_blocking", slowly(Holes.grow_blocking))
+            growing = asyncio.create_task(
+                node.resize(2 * MiB, preallocation="metadata")
+            )
+            while not entered.is_set():
+                await asyncio.sleep(0)
+            await node.pwrite(0, b"\5" * 65536)
+            leave.set()
+            await growing
+            assert await node.pread(0, 65536) == b"\5" * 65536
+
+    asyncio.run(run())
+    assert content(path) == b"\5" * 65536 + bytes(2 * MiB - 65536)
+    assert not check(path).keys() & {"leaks", "corruptions"}
+
+
+def test_a_table_that_is_preallocated_in_stays_in_memory(tmp_path):
+    """While clusters are looked for, others read so much that all tables leave
+    the cache, and read this one anew."""
+    path = create(tmp_path / "disk", MiB)
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite(0, b"\5" * 65536)
+            await node.flush()
+            refcounts, tables = node.driver.refcounts, node.driver.tables
+            take = refcounts.allocate_contiguous
+
+            async def take_beside_others(*arguments):
+                tables.turn()
+                tables.turn()
+                await node.pread(0, 512)
+                return await take(*arguments)
+
+            refcounts.allocate_contiguous = take_beside_others
+            await node.resize(2 * MiB, preallocation="metadata")
+            await node.pwrite(MiB // 2, b"\6" * 65536)
+
+    asyncio.run(run())
+    assert not check(path).keys() & {"leaks", "corruptions"}
