@@ -540,3 +540,45 @@ def test_a_table_that_is_preallocated_in_stays_in_memory(tmp_path):
 
     asyncio.run(run())
     assert not check(path).keys() & {"leaks", "corruptions"}
+
+
+@pytest.mark.parametrize("more", ["", ",extended_l2=on"])
+@pytest.mark.parametrize("request_name", ["discard", "write_zeroes", "compressed"])
+def test_a_request_up_to_the_old_end_leaves_what_is_behind(
+    tmp_path, request_name, more
+):
+    """The disk grows, and somebody writes to what is new, while a request that
+    reached up to the old end, within a cluster, waits."""
+    old_size = 5 * 65536 + 3 * 512
+    path = tmp_path / "disk"
+    qemu_img("create", "-qf", "qcow2", "-o", f"cluster_size=64k{more}", path, old_size)
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite(0, b"\5" * old_size)
+            driver = node.driver
+            flush, limit = driver.writeback.flush, driver.tables.dirty_limit
+
+            async def grow_first(**options):
+                driver.writeback.flush, driver.tables.dirty_limit = flush, limit
+                await node.resize(6 * 65536)
+                await node.pwrite(old_size, b"\7" * 512)
+
+            driver.tables.dirty_limit, driver.writeback.flush = -1, grow_first
+            start = 5 * 65536
+            if request_name == "compressed":
+                await node.pwrite_compressed(start, b"\6" * 1536)
+                expected = b"\6" * 1536
+            elif request_name == "write_zeroes":
+                await node.write_zeroes(start, 1536)
+                expected = bytes(1536)
+            else:
+                await node.discard(start, 1536)
+                expected = None
+            data = await node.pread(start, 2560)
+            assert driver.writeback.flush is flush
+            assert data[1536:] == b"\7" * 512 + bytes(512)
+            assert expected in (None, data[:1536])
+
+    asyncio.run(run())
+    assert not check(path).keys() & {"leaks", "corruptions"}
