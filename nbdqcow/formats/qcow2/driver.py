@@ -134,6 +134,7 @@ class Qcow2Driver(Operations):
             self.metadata,
             settings.refcount_cache_bytes,
         )
+        self.refcounts.note_used = self.note_used
         self.compressed = CompressedClusters(self)
         self.writeback = Writeback(self)
         end = round_up(storage.length, self.cluster_size)
