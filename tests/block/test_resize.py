@@ -582,3 +582,34 @@ def test_a_request_up_to_the_old_end_leaves_what_is_behind(
 
     asyncio.run(run())
     assert not check(path).keys() & {"leaks", "corruptions"}
+
+
+def test_a_bitmap_finer_than_the_last_cluster(tmp_path):
+    """The disk ends within a cluster, whose rest is zeroed when it grows; a
+    write waits while it becomes smaller."""
+    path = create(tmp_path / "disk", 65536 + 512)
+
+    async def run():
+        async with open_image(path) as node:
+            driver = node.driver
+            driver.bitmap_add("b", granularity=512)
+            await node.pwrite(65536, b"\5" * 512)
+            await node.resize(4 * 65536)
+            assert await node.pread(65536, 1024) == b"\5" * 512 + bytes(512)
+            await driver.lock.acquire()
+            shrinking = asyncio.create_task(node.resize(65536 + 512))
+            writes = [
+                asyncio.create_task(node.pwrite(3 * 65536, b"\6" * 65536)),
+                asyncio.create_task(node.write_zeroes(65536, 3 * 65536)),
+            ]
+            for _ in range(10):
+                await asyncio.sleep(0)
+            driver.lock.release()
+            await shrinking
+            found = await asyncio.gather(*writes, return_exceptions=True)
+            assert {type(one) for one in found} <= {type(None), BlockError}
+            bitmap = driver.dirty_bitmaps["b"]
+            assert not bitmap.bits[-1] >> bitmap.nb_bits % 8
+
+    asyncio.run(run())
+    assert not check(path).keys() & {"leaks", "corruptions"}
