@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from nbdqcow import open_image
-from nbdqcow.errors import BlockError
+from nbdqcow.errors import BlockError, ImageInUse
 from nbdqcow.storage.file import FileStorage
 from tests.block.test_luks_driver import SECRET, container  # noqa: F401
 
@@ -92,3 +92,23 @@ async def test_a_luks_disk_shrinks_after_the_writes_behind_its_end(
         await writing
         await shrinking
         assert os.stat(container).st_size == end - MIB + 512
+
+
+@pytest.mark.asyncio
+async def test_a_read_on_its_way_does_not_keep_the_old_locks(tmp_path):
+    """A thread that is in a system call keeps the file open that it began with."""
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(MIB))
+    async with open_image(path, format="raw") as node:
+        in_use = os.dup(node.driver.storage._fd)
+        try:
+            await node.reopen(read_only=True)
+            async with open_image(path, format="raw", read_only=True) as other:
+                assert await other.pread(0, 1) == b"\0"
+            await node.reopen(read_only=False)
+            with pytest.raises(ImageInUse):
+                async with open_image(path, format="raw"):
+                    pass
+        finally:
+            os.close(in_use)
+        await node.pwrite(0, b"\1")
