@@ -165,7 +165,16 @@ class StorageDriver(ABC):
 
     @abstractmethod
     async def truncate(self, length: int) -> None:
-        """Set the file's length; a grown part reads as zeroes if it can."""
+        """Set the file's length; a grown part reads as zeroes if it can.
+
+        No write past ``length`` may be in flight, or begin: it would be cut off.
+        """
+
+    async def grow(self, length: int) -> None:
+        """Make the file at least ``length`` bytes long, whatever is written to
+        it meanwhile; what is new reads as zeroes if it can."""
+        if self.length < length:
+            await self.truncate(length)
 
     async def block_status(self, offset: int, length: int) -> tuple[bool, int]:
         """Return ``(allocated, run)``: whether ``offset`` holds data, and for

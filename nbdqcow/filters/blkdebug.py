@@ -214,6 +214,10 @@ class BlkdebugStorage(StorageDriver):
         """Set the length of the file below: no rule is about that."""
         await self.inner.truncate(length)
 
+    async def grow(self, length: int) -> None:
+        """As the file below: growing is no event, nor is cutting."""
+        await self.inner.grow(length)
+
     async def allocated_length(self) -> int | None:
         """Return None, as QEMU's driver does not know it."""
         return None

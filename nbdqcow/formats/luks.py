@@ -97,13 +97,19 @@ class LuksDriver(FormatDriver):
 
     async def begin_write(self, offset: int, length: int) -> WritePlan:
         """Every write is in place."""
-        return WritePlan(offset, length, self._start + offset)
+        if offset + length > self.size:
+            raise BlockError(errno.ENOSPC, "the disk has become smaller")
+        plan = WritePlan(offset, length, self._start + offset)
+        plan.private = self.epochs.enter()
+        return plan
 
     def end_write(self, plan: WritePlan) -> None:
         """There is nothing to link."""
+        self.epochs.leave(plan.private)
 
     def abort_write(self, plan: WritePlan) -> None:
         """There is nothing to give back."""
+        self.epochs.leave(plan.private)
 
     async def resize(self, size: int, *, preallocation: str = "off") -> None:
         """See `FormatDriver.resize`. Zeroes must be written: what a file is

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import Any, Final, Self
 
 from nbdqcow.block.driver import FormatDriver, WritePlan
-from nbdqcow.block.inflight import Epochs
+from nbdqcow.block.inflight import Epochs, Writers
 from nbdqcow.block.status import Kinds
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import BlockError, ImageError, NotSupported
@@ -36,6 +36,9 @@ class RawDriver(FormatDriver):
         self.read_only = read_only
         self.lock = asyncio.Lock()
         self.epochs = Epochs()
+        self._writers = Writers(self.epochs)
+        # Nobody begins to write any more.
+        self._frozen = read_only
         self._offset = offset
         self._is_window = offset + size != storage.length
         # Stretches of the file from an offset on, and where each ends: who asks
@@ -107,20 +110,22 @@ class RawDriver(FormatDriver):
 
     async def begin_write(self, offset: int, length: int) -> WritePlan:
         """Every write is in place."""
-        self._check_inside(offset, length)
+        self._check_change(offset, length)
         plan = WritePlan(offset, length, self._offset + offset)
-        plan.private = self.epochs.enter()
+        plan.private = self._writers.enter_in_place()
         return plan
 
     def end_write(self, plan: WritePlan) -> None:
         """There is nothing to link."""
-        self.epochs.leave(plan.private)
+        self._writers.leave_in_place(plan.private)
 
     def abort_write(self, plan: WritePlan) -> None:
         """There is nothing to give back."""
-        self.epochs.leave(plan.private)
+        self._writers.leave_in_place(plan.private)
 
-    def _check_inside(self, offset: int, length: int) -> None:
+    def _check_change(self, offset: int, length: int) -> None:
+        if self._frozen:
+            raise BlockError(errno.EROFS, "the image is read-only")
         if offset + length > self.size:
             raise BlockError(errno.ENOSPC, "the disk has become smaller")
 
@@ -128,8 +133,8 @@ class RawDriver(FormatDriver):
         self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool
     ) -> None:
         """The storage driver zeroes a range, or writes zeroes out."""
-        self._check_inside(offset, length)
-        epoch = self.epochs.enter()
+        self._check_change(offset, length)
+        epoch = self._writers.enter_in_place()
         try:
             await self.storage.write_zeroes(
                 self._offset + offset,
@@ -138,16 +143,16 @@ class RawDriver(FormatDriver):
                 no_fallback=no_fallback,
             )
         finally:
-            self.epochs.leave(epoch)
+            self._writers.leave_in_place(epoch)
 
     async def discard(self, offset: int, length: int) -> None:
         """The storage driver frees the range's space."""
-        self._check_inside(offset, length)
-        epoch = self.epochs.enter()
+        self._check_change(offset, length)
+        epoch = self._writers.enter_in_place()
         try:
             await self.storage.discard(self._offset + offset, length)
         finally:
-            self.epochs.leave(epoch)
+            self._writers.leave_in_place(epoch)
 
     async def resize(self, size: int, *, preallocation: str = "off") -> None:
         """Set the file's length. Raises `BlockError`."""
@@ -191,10 +196,17 @@ class RawDriver(FormatDriver):
                 )
 
     async def reopen(self, *, read_only: bool) -> None:
-        """See `FormatDriver.reopen`: the block layer keeps writers off."""
+        """See `FormatDriver.reopen`."""
         if read_only and not self.read_only:
-            await self.storage.flush()
-        self.read_only = read_only
+            self._frozen = True
+            try:
+                await self._writers.quiet()
+                await self.storage.flush()
+            except BaseException:
+                self._frozen = False
+                raise
+        self._frozen = self.read_only = read_only
+        self._known_ends = []
 
     async def flush(self) -> None:
         """Make the file's data durable."""

@@ -415,6 +415,13 @@ class FileStorage(InlineFile):
         finally:
             self.length = length
 
+    async def grow(self, length: int) -> None:
+        """See `StorageDriver.grow`. A block device is as long as it is."""
+        if length > self.length and not self._is_device:
+            await self._change(
+                self.length, length, False, self._holes.grow_blocking, length
+            )
+
     async def block_status(self, offset: int, length: int) -> tuple[bool, int]:
         """Tell data from holes, by SEEK_DATA and SEEK_HOLE."""
         if self._is_device:

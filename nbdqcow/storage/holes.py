@@ -45,7 +45,7 @@ class Holes:
         out; ``no_fallback``: also if the kernel would do that by itself.
         """
         if unmap and self._try_fallocate(_PUNCH_HOLE, offset, length):
-            self._grow(offset + length)
+            self.grow_blocking(offset + length)
         elif self._is_device and no_fallback:
             raise NotSupported("the device can't zero without writing")
         elif not self._try_fallocate(FALLOC_FL_ZERO_RANGE, offset, length) and not (
@@ -117,7 +117,7 @@ class Holes:
             raise
         return True
 
-    def _grow(self, end: int) -> None:
+    def grow_blocking(self, end: int) -> None:
         """Make a regular file at least ``end`` long.
 
         Not by ftruncate(2), which would cut off what a write in another

@@ -56,6 +56,7 @@ class Permissions(NamedTuple):
 READ_ONLY: Final = Permissions(CONSISTENT_READ, WRITE | RESIZE)
 READ_WRITE: Final = Permissions(CONSISTENT_READ | WRITE | RESIZE, WRITE | RESIZE)
 FORCE_SHARE: Final = Permissions(CONSISTENT_READ, 0)
+NOTHING: Final = Permissions(0, 0)
 
 
 def choose(read_only: bool, shared: bool, is_data_file: bool) -> Permissions:

@@ -35,7 +35,7 @@ def reopen_blocking(
                 # On the old descriptor, whose own locks are no conflict.
                 locks.lock_blocking(fd, filename, wanted)
             locks.hold_blocking(other, filename, wanted)
-        os.dup2(other, fd, inheritable=False)
+        _replace_blocking(fd, other, wanted is not None)
     except BaseException:
         if permissions is not None:
             locks.release_blocking(fd, permissions)
@@ -43,3 +43,15 @@ def reopen_blocking(
     finally:
         os.close(other)
     return wanted
+
+
+def _replace_blocking(fd: int, other: int, locked: bool) -> None:
+    """Let ``fd`` be the file that ``other`` has open; what it was has no locks
+    any more, even if a read in another thread keeps it open for a while."""
+    old = os.dup(fd)
+    try:
+        os.dup2(other, fd, inheritable=False)
+        if locked:
+            locks.release_blocking(old, locks.NOTHING)
+    finally:
+        os.close(old)

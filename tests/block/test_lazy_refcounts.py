@@ -8,8 +8,11 @@ import subprocess
 import pytest
 
 from nbdqcow import open_image
+from nbdqcow.block.node import Node
 from nbdqcow.errors import ImageError
+from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.formats.qcow2.header import Header
+from nbdqcow.storage.memory import MemoryStorage
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -179,3 +182,51 @@ def test_a_dirty_image_that_is_damaged_is_refused(tmp_path):
 async def mark_open(path):
     async with open_image(path):
         pass
+
+
+class _GatedStorage(MemoryStorage):
+    """Keeps writes waiting that begin at some offset, until they may go on."""
+
+    def __init__(self, data):
+        super().__init__(data)
+        self.gates = {}
+        self.waiting = set()
+
+    async def pwritev(self, offset, buffers, *, fua=False):
+        gate = self.gates.get(offset)
+        if gate is not None:
+            self.waiting.add(offset)
+            await gate.wait()
+        await super().pwritev(offset, buffers)
+
+    async def reached(self, offset):
+        while offset not in self.waiting:
+            await asyncio.sleep(0)
+
+
+def test_the_mark_is_not_lost_to_another_change_of_the_header(tmp_path):
+    """A commit sets it while the header is written as a whole."""
+    path = create(tmp_path / "disk", lazy_refcounts="on", cluster_size=4096)
+
+    async def run():
+        storage = _GatedStorage(path.read_bytes())
+        driver = await Qcow2Driver.open(storage, read_only=False, options={})
+        node = Node(driver, filename="disk")
+        await node.pwrite(0, b"\1" * 4096)
+        table = driver.tables.fresh[0]
+        storage.gates = {table: asyncio.Event(), 0: asyncio.Event()}
+        flushing = asyncio.create_task(node.flush())
+        await storage.reached(table)
+        renaming = asyncio.create_task(driver.change_backing_file("base", "raw"))
+        await storage.reached(0)
+        storage.gates[table].set()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        storage.gates[0].set()
+        await flushing
+        await renaming
+        before_close = bytes(storage.data)
+        await node.close()
+        return before_close
+
+    assert Header.parse(asyncio.run(run())).dirty

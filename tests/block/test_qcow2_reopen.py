@@ -1,6 +1,7 @@
 """A qcow2 image that is made read-only and writable again while it is in use."""
 
 import asyncio
+import contextlib
 import errno
 import json
 import os
@@ -204,7 +205,7 @@ async def test_what_can_not_be_written_later(tmp_path):
 @pytest.mark.asyncio
 async def test_a_disk_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch):
     """Each write or flush on the way may be the one that fails."""
-    for nb_calls in range(0, 12, 2):
+    for nb_calls in range(12):
         path = create(tmp_path / f"image{nb_calls}", lazy_refcounts="on")
         async with open_image(path, format="qcow2") as node:
             node.driver.bitmap_add("b")
@@ -220,13 +221,17 @@ async def test_a_disk_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch):
                 await write(*arguments, **options)
 
             monkeypatch.setattr(storage, "pwritev", pwritev)
-            failed = False
+            failed = lost = False
             try:
                 await node.reopen(read_only=True)
             except OSError:
-                failed = True
+                lost = node.driver.failed
+                failed = not lost
                 assert not node.read_only
-                await node.pwrite(MIB, b"2" * 100_000)
+                # Which header is valid nobody knows: the new one says that the
+                # bitmaps are up to date.
+                with pytest.raises(BlockError) if lost else contextlib.nullcontext():
+                    await node.pwrite(MIB, b"2" * 100_000)
             monkeypatch.setattr(storage, "pwritev", sound_write)
             assert bytes(await node.pread(0, 100_000)) == b"1" * 100_000
         found = subprocess.run(
@@ -235,4 +240,5 @@ async def test_a_disk_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch):
         assert not json.loads(found.stdout).get("corruptions")
         async with open_image(path, format="qcow2", read_only=True) as node:
             assert bytes(await node.pread(MIB, 1)) == (b"2" if failed else b"\0")
-            assert node.dirty_bitmaps["b"].bits[0] & 1
+            if not lost:
+                assert node.dirty_bitmaps["b"].bits[0] & 1

@@ -60,3 +60,23 @@ async def test_no_block_is_told_to_one_of_two_tables(cancels):
     await node.close()
     result, text = check_by_us(bytes(storage.data))
     assert is_sound(result), text
+
+
+@pytest.mark.asyncio
+async def test_what_a_failed_move_has_written_is_no_zero():
+    """A larger table is written, and given up; what it leaves in the file must
+    not show where clusters are taken to be as empty as they were."""
+    storage = DoubtfulStorage(ImageBuilder(4 << 20, refcount_order=6).build())
+    driver = await Qcow2Driver.open(storage, read_only=False, options={})
+    node = Node(driver, filename="disk")
+    storage.nb_failures = 1
+    with pytest.raises(OSError, match="perhaps"):
+        async with driver.lock:
+            await driver.refcounts.allocate_contiguous(1 << 18)
+    for offset in range(0, 4 << 20, 512):
+        await node.pwrite(offset, b"x")
+    for offset in range(0, 4 << 20, 512):
+        assert bytes(await node.pread(offset, 512)) == b"x" + bytes(511)
+    await node.close()
+    result, text = check_by_us(bytes(storage.data))
+    assert is_sound(result), text

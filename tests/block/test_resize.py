@@ -6,6 +6,7 @@ import os
 import random
 import struct
 import subprocess
+import threading
 
 import pytest
 
@@ -13,6 +14,7 @@ from nbdqcow import open_image
 from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.server.server import Server
+from nbdqcow.storage.holes import Holes
 
 KiB, MiB = 1 << 10, 1 << 20
 SEED = int(os.environ.get("NBDQCOW_SEED", random.randrange(1 << 32)))
@@ -479,3 +481,135 @@ def test_refcount_blocks_that_cannot_be_are_left_to_a_repair(tmp_path):
         file.write(bytes(4096))
     resize(path, MiB // 2)
     assert set(wrong) < set(refcount_blocks(path))
+
+
+def test_growing_does_not_cut_off_what_is_written_meanwhile(tmp_path, monkeypatch):
+    """Room is made for preallocated clusters while a write that was answered
+    has put its cluster behind them."""
+    path = create(tmp_path / "disk", MiB)
+    entered, leave = threading.Event(), threading.Event()
+
+    def slowly(function):
+        def run(*arguments):
+            entered.set()
+            assert leave.wait(60)
+            return function(*arguments)
+
+        return run
+
+    async def run():
+        async with open_image(path) as node:
+            monkeypatch.setattr(os, "ftruncate", slowly(os.ftruncate))
+            monkeypatch.setattr(Holes, "grow_blocking", slowly(Holes.grow_blocking))
+            growing = asyncio.create_task(
+                node.resize(2 * MiB, preallocation="metadata")
+            )
+            while not entered.is_set():
+                await asyncio.sleep(0)
+            await node.pwrite(0, b"\5" * 65536)
+            leave.set()
+            await growing
+            assert await node.pread(0, 65536) == b"\5" * 65536
+
+    asyncio.run(run())
+    assert content(path) == b"\5" * 65536 + bytes(2 * MiB - 65536)
+    assert not check(path).keys() & {"leaks", "corruptions"}
+
+
+def test_a_table_that_is_preallocated_in_stays_in_memory(tmp_path):
+    """While clusters are looked for, others read so much that all tables leave
+    the cache, and read this one anew."""
+    path = create(tmp_path / "disk", MiB)
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite(0, b"\5" * 65536)
+            await node.flush()
+            refcounts, tables = node.driver.refcounts, node.driver.tables
+            take = refcounts.allocate_contiguous
+
+            async def take_beside_others(*arguments):
+                tables.turn()
+                tables.turn()
+                await node.pread(0, 512)
+                return await take(*arguments)
+
+            refcounts.allocate_contiguous = take_beside_others
+            await node.resize(2 * MiB, preallocation="metadata")
+            await node.pwrite(MiB // 2, b"\6" * 65536)
+
+    asyncio.run(run())
+    assert not check(path).keys() & {"leaks", "corruptions"}
+
+
+@pytest.mark.parametrize("more", ["", ",extended_l2=on"])
+@pytest.mark.parametrize("request_name", ["discard", "write_zeroes", "compressed"])
+def test_a_request_up_to_the_old_end_leaves_what_is_behind(
+    tmp_path, request_name, more
+):
+    """The disk grows, and somebody writes to what is new, while a request that
+    reached up to the old end, within a cluster, waits."""
+    old_size = 5 * 65536 + 3 * 512
+    path = tmp_path / "disk"
+    qemu_img("create", "-qf", "qcow2", "-o", f"cluster_size=64k{more}", path, old_size)
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite(0, b"\5" * old_size)
+            driver = node.driver
+            flush, limit = driver.writeback.flush, driver.tables.dirty_limit
+
+            async def grow_first(**options):
+                driver.writeback.flush, driver.tables.dirty_limit = flush, limit
+                await node.resize(6 * 65536)
+                await node.pwrite(old_size, b"\7" * 512)
+
+            driver.tables.dirty_limit, driver.writeback.flush = -1, grow_first
+            start = 5 * 65536
+            if request_name == "compressed":
+                await node.pwrite_compressed(start, b"\6" * 1536)
+                expected = b"\6" * 1536
+            elif request_name == "write_zeroes":
+                await node.write_zeroes(start, 1536)
+                expected = bytes(1536)
+            else:
+                await node.discard(start, 1536)
+                expected = None
+            data = await node.pread(start, 2560)
+            assert driver.writeback.flush is flush
+            assert data[1536:] == b"\7" * 512 + bytes(512)
+            assert expected in (None, data[:1536])
+
+    asyncio.run(run())
+    assert not check(path).keys() & {"leaks", "corruptions"}
+
+
+def test_a_bitmap_finer_than_the_last_cluster(tmp_path):
+    """The disk ends within a cluster, whose rest is zeroed when it grows; a
+    write waits while it becomes smaller."""
+    path = create(tmp_path / "disk", 65536 + 512)
+
+    async def run():
+        async with open_image(path) as node:
+            driver = node.driver
+            driver.bitmap_add("b", granularity=512)
+            await node.pwrite(65536, b"\5" * 512)
+            await node.resize(4 * 65536)
+            assert await node.pread(65536, 1024) == b"\5" * 512 + bytes(512)
+            await driver.lock.acquire()
+            shrinking = asyncio.create_task(node.resize(65536 + 512))
+            writes = [
+                asyncio.create_task(node.pwrite(3 * 65536, b"\6" * 65536)),
+                asyncio.create_task(node.write_zeroes(65536, 3 * 65536)),
+            ]
+            for _ in range(10):
+                await asyncio.sleep(0)
+            driver.lock.release()
+            await shrinking
+            found = await asyncio.gather(*writes, return_exceptions=True)
+            assert {type(one) for one in found} <= {type(None), BlockError}
+            bitmap = driver.dirty_bitmaps["b"]
+            assert not bitmap.bits[-1] >> bitmap.nb_bits % 8
+
+    asyncio.run(run())
+    assert not check(path).keys() & {"leaks", "corruptions"}

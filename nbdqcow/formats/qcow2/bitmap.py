@@ -91,9 +91,14 @@ class Bitmap:
         )
 
     def mark(self, offset: int, length: int) -> None:
-        """A range of the disk, at least a byte, was written."""
+        """A range of at least a byte was written. It may go past the disk's end:
+        into the rest of its last cluster, or the disk has become smaller."""
         first = offset >> self.granularity_bits
         last = (offset + length - 1) >> self.granularity_bits
+        if last >= self.nb_bits:
+            last = self.nb_bits - 1
+            if first > last:
+                return
         bits = self.bits
         low, high = first >> 3, last >> 3
         if low == high:

@@ -46,9 +46,9 @@ async def write_compressed(image: "Qcow2Driver", offset: int, data: Buffer) -> N
         # First come, first served: the lock keeps the order of the calls.
         async with clusters.placing:
             packed = await job
-            if len(packed) < cluster_size:
-                await _place(image, offset, packed)
-            else:
+            if len(packed) >= cluster_size or not await _place(
+                image, offset, length, packed
+            ):
                 await image.write_plain(offset, memoryview(data)[:length])
     finally:
         if not job.done():
@@ -56,9 +56,16 @@ async def write_compressed(image: "Qcow2Driver", offset: int, data: Buffer) -> N
             await asyncio.wait((job,))
 
 
-async def _place(image: "Qcow2Driver", offset: int, packed: bytes) -> None:
-    """Write a stream behind the last one and link it to the guest's cluster."""
-    l2, in_flight, host_offset = await _begin(image, offset, len(packed))
+async def _place(image: "Qcow2Driver", offset: int, length: int, packed: bytes) -> bool:
+    """Write a stream behind the last one and link it to the guest's cluster.
+
+    ``length``: bytes of the guest's in it. False if that is not all of the
+    cluster any more, for the disk has grown.
+    """
+    begun = await _begin(image, offset, length, len(packed))
+    if begun is None:
+        return False
+    l2, in_flight, host_offset = begun
     epoch = image.epochs.enter()
     entry = compressed_entry(host_offset, len(packed), image.cluster_bits)
     try:
@@ -77,13 +84,15 @@ async def _place(image: "Qcow2Driver", offset: int, packed: bytes) -> None:
         image.epochs.leave(epoch)
         image.in_flight.remove(in_flight)
         image.start_writeback_if_due()
+    return True
 
 
 async def _begin(
-    image: "Qcow2Driver", offset: int, length: int
-) -> tuple[L2Slice, InFlightRange, int]:
+    image: "Qcow2Driver", offset: int, guest_length: int, length: int
+) -> tuple[L2Slice, InFlightRange, int] | None:
     """Return the pinned slice of a guest cluster, the cluster as one that is
-    being worked on, and where ``length`` bytes for it have been taken."""
+    being worked on, and where ``length`` bytes for it have been taken; None if
+    it has more than ``guest_length`` bytes of the disk."""
     end = offset + image.cluster_size
     if image.tables.dirty_bytes > image.tables.dirty_limit:
         await image.writeback.flush()
@@ -92,6 +101,8 @@ async def _begin(
             image.check_writable()
             if offset >= image.size:
                 raise BlockError(errno.ENOSPC, "the disk has become smaller")
+            if offset + guest_length < min(end, image.size):
+                return None
             busy = image.in_flight.find(offset, end)
             if busy is None:
                 l2 = await slice_for_change(image, offset)

@@ -42,12 +42,6 @@ async def write_zeroes(
     covered = image.is_covering
     if version2 and (covered or not may_unmap):
         raise NotSupported("version 2 images have no zero clusters")
-    if image.header.extended_l2:
-        zero_piece = discard_extended.zeroing(
-            image, covered=covered, may_unmap=may_unmap
-        )
-        await _change_clusters(image, offset, length, zero_piece, covered)
-        return
 
     def change(entry: int) -> int:
         if version2:
@@ -62,8 +56,15 @@ async def write_zeroes(
             return entry | OFLAG_ZERO
         return OFLAG_ZERO
 
-    zero_piece = partial(_change_in_slice, image, change)
-    await _change_clusters(image, offset, length, zero_piece, covered)
+    zero_piece: _ChangePiece = partial(_change_in_slice, image, change)
+    if image.header.extended_l2:
+        zero_piece = discard_extended.zeroing(
+            image, covered=covered, may_unmap=may_unmap
+        )
+    unit = image.subcluster_size
+    done = await _change_clusters(image, offset, length, zero_piece, covered, unit)
+    if rest := offset + length - done:
+        await image.write_plain(done, memoryview(bytes(rest)))
 
 
 async def claim_zero(image: "Qcow2Driver", offset: int, backing_zero: bool) -> bool:
@@ -117,7 +118,8 @@ async def discard(image: "Qcow2Driver", offset: int, length: int) -> None:
     discard_piece: _ChangePiece = partial(_change_in_slice, image, change)
     if image.header.extended_l2:
         discard_piece = discard_extended.discarding(image, covered=covered)
-    await _change_clusters(image, offset, length, discard_piece, covered)
+    unit = image.cluster_size
+    await _change_clusters(image, offset, length, discard_piece, covered, unit)
 
 
 async def _discard_kept(image: "Qcow2Driver", offset: int, length: int) -> None:
@@ -147,13 +149,16 @@ async def _change_clusters(
     length: int,
     change_piece: _ChangePiece,
     covered: bool,
-) -> None:
-    """Apply ``change_piece`` to the pieces of a range.
+    unit: int,
+) -> int:
+    """Apply ``change_piece`` to the pieces of a range; return where that ended.
 
     An entry changes while no writer works on its cluster.
 
     ``covered``: entries in L2 tables that do not exist yet matter, because a
-    backing file shows through them.
+    backing file shows through them. ``unit``: bytes that an entry changes at
+    least. A part of one is left out at the end of the range, where the disk
+    ended when the range was chosen: what is behind that may be somebody's now.
     """
     tables, end = image.tables, offset + length
     cluster_mask = image.cluster_size - 1
@@ -163,7 +168,11 @@ async def _change_clusters(
         busy = None
         async with image.lock:
             image.check_writable()
+            if end < image.size:
+                end = max(offset, end // unit * unit)
             for _ in range(_SLICES_PER_LOCK):
+                if offset >= end:
+                    break
                 slice_end = ((offset >> tables.slice_shift) + 1) << tables.slice_shift
                 piece_end = min(end, slice_end)
                 busy = image.in_flight.first_overlap(
@@ -177,11 +186,10 @@ async def _change_clusters(
                 else:
                     table_end = ((offset >> tables.l1_shift) + 1) << tables.l1_shift
                     offset = min(end, table_end)
-                if offset >= end:
-                    break
         image.start_writeback_if_due()
         if busy is not None:
             await busy.wait()
+    return end
 
 
 async def _change_in_slice(

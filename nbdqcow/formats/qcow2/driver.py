@@ -64,6 +64,8 @@ class Qcow2Driver(Operations):
         secret: the passphrase that the image was opened with.
         writers: the guest's writes; in_flight: its ranges of allocations that
             are not linked yet.
+        header_lock: held while marks in the header change, or all of it is written;
+            taken last of all locks.
         freed: clusters that lost a reference since the last write-back.
         metadata: indices of host clusters that hold metadata.
         reads_zero_from: nothing at or after this host offset was ever
@@ -113,6 +115,7 @@ class Qcow2Driver(Operations):
         self.lazy_refcounts = settings.lazy_refcounts
         self.lock = asyncio.Lock()
         self.keys_lock = asyncio.Lock()
+        self.header_lock = asyncio.Lock()
         self.secret: Secret | bytes | None = None
         self.epochs = Epochs()
         self.writers = Writers(self.epochs)
@@ -131,6 +134,7 @@ class Qcow2Driver(Operations):
             self.metadata,
             settings.refcount_cache_bytes,
         )
+        self.refcounts.note_used = self.note_used
         self.compressed = CompressedClusters(self)
         self.writeback = Writeback(self)
         end = round_up(storage.length, self.cluster_size)
@@ -516,12 +520,13 @@ class Qcow2Driver(Operations):
             await self.storage.flush()
 
     async def _set_incompatible(self, bit: int, value: bool) -> None:
-        features = self.header.incompatible_features
-        features = features | bit if value else features & ~bit
-        await self.storage.pwritev(
-            qcow2_header.INCOMPATIBLE_FEATURES_OFFSET, [features.to_bytes(8, "big")]
-        )
-        self.header.incompatible_features = features
+        async with self.header_lock:
+            features = self.header.incompatible_features
+            features = features | bit if value else features & ~bit
+            await self.storage.pwritev(
+                qcow2_header.INCOMPATIBLE_FEATURES_OFFSET, [features.to_bytes(8, "big")]
+            )
+            self.header.incompatible_features = features
 
     def fail(self) -> None:
         """A write of the image's roots failed: no more writes, no flushes."""

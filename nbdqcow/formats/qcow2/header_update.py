@@ -30,6 +30,14 @@ async def update_header(image: "Qcow2Driver", change: Callable[[Header], None]) 
 
     The image's lock is held. Raises `BlockError` if it does not fit.
     """
+    # A commit that marks the image as dirty has no other lock.
+    async with image.header_lock:
+        await _update_header(image, change)
+
+
+async def _update_header(
+    image: "Qcow2Driver", change: Callable[[Header], None]
+) -> None:
     header, storage = image.header, image.storage
     new = replace(header, extensions=list(header.extensions))
     change(new)

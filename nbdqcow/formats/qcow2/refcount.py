@@ -11,6 +11,7 @@ import asyncio
 import errno
 import heapq
 from array import array
+from collections.abc import Callable
 from typing import Final
 
 from nbdqcow.block.storage import StorageDriver
@@ -63,6 +64,8 @@ class Refcounts:
             never written there. Shared with the driver.
         table_lock: held while entries of the table are written or the table
             moves; taken inside the image's lock, or without it.
+        note_used: told the host offset up to which blocks and tables are put: these
+            stay in the file, whatever becomes of them.
         packed_end: host offset where the last compressed cluster ends and
             the next one may begin; 0 if that one gets a new host cluster.
     """
@@ -87,6 +90,7 @@ class Refcounts:
         self.dirty: dict[int, RefcountBlock] = {}
         self.fresh: set[int] = set()
         self.table_lock = asyncio.Lock()
+        self.note_used: Callable[[int], None] = lambda host_end: None
         self.packed_end = 0
         self._scan_index = 0
         self._free_runs: list[tuple[int, int]] = []
@@ -502,6 +506,7 @@ class Refcounts:
         self.mark_whole(block_index, block)
         self.fresh.add(block_index)
         self.metadata.add(cluster_index)
+        self.note_used((cluster_index + 1) << self.cluster_bits)
         self.table[block_index] = cluster_index << self.cluster_bits
 
     async def _grow_table(self, block_index: int) -> None:
@@ -531,6 +536,7 @@ class Refcounts:
         table = self.table[:]
         table.extend([0] * (table_clusters * per_cluster - len(table)))
         used = nb_blocks + table_clusters
+        self.note_used((start + used) << self.cluster_bits)
         blocks = []
         for i in range(nb_blocks):
             counts = zero_counts(self.order, self.block_entries)

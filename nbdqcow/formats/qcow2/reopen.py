@@ -36,6 +36,9 @@ async def stop_writing(image: "Qcow2Driver") -> None:
         await image.writeback.finish()
         await _reopen_others(image, read_only=True)
     except BaseException as error:
+        if image.failed:
+            # On disk the bitmaps may be stored already, by the new header.
+            raise
         try:
             await _reopen_others(image, read_only=False)
             await image.bitmaps.begin_use()

@@ -318,8 +318,6 @@ async def _preallocate(
     """Map guest clusters to new ones at the end of the file, which read as
     zeroes; in a data file, to what it has up to ``kept_end``."""
     tables, bits = image.tables, image.cluster_bits
-    # Freed clusters further down may hold old data.
-    place = -(-image.storage.length >> bits)
     while offset < end:
         if tables.dirty_bytes > tables.dirty_limit:
             await image.writeback.flush()
@@ -328,19 +326,19 @@ async def _preallocate(
         length = nb_clusters << bits
         async with image.lock:
             l2 = await slice_for_change(image, offset)
-            if image.data_file is not None:
-                first = (offset | IN_DATA_FILE) >> bits
-            else:
-                first = await image.refcounts.allocate_contiguous(nb_clusters, place)
-                place = first + nb_clusters
-                image.note_used(place << bits)
+            # Before anything waits: a slice that nobody holds leaves the cache.
+            l2.pins += 1
+            try:
+                first = await _place_for(image, offset, nb_clusters)
+            except BaseException:
+                l2.pins -= 1
+                raise
         index = (offset >> bits) & ((1 << (tables.slice_shift - bits)) - 1)
         allocation = _Preallocation(
             image.in_flight.add(offset, offset + length),
             l2, index, first, nb_clusters, False, image.epochs.enter(),
         )  # fmt: skip
         allocation.bitmap = bitmap
-        l2.pins += 1
         plan = WritePlan(offset, length, first << bits, private=allocation)
         try:
             inside = length
@@ -360,6 +358,22 @@ async def _preallocate(
             raise
         end_write(image, plan)
         offset += length
+
+
+async def _place_for(image: "Qcow2Driver", offset: int, nb_clusters: int) -> int:
+    """Take new clusters in a row for guest clusters from ``offset`` on; return
+    the first one's index. The lock is held."""
+    bits = image.cluster_bits
+    if image.data_file is not None:
+        return (offset | IN_DATA_FILE) >> bits
+    # Freed clusters may hold old data, also those behind the file's end of a
+    # moment ago. Where nothing is known to be zero, zeroes are written.
+    used_end = 0
+    if image.reads_zero_from < 1 << 63:
+        used_end = max(image.storage.length, image.reads_zero_from)
+    first = await image.refcounts.allocate_contiguous(nb_clusters, -(-used_end >> bits))
+    image.note_used((first + nb_clusters) << bits)
+    return first
 
 
 async def _grow_data_file(image: "Qcow2Driver", size: int, zero_from: int) -> None:
@@ -393,8 +407,9 @@ async def _zero_file(
             await storage.pwritev(offset + start, [piece])
     elif preallocation == "falloc" or not storage.zero_beyond_end:
         await storage.write_zeroes(offset, length, may_unmap=False)
-    elif storage.length < offset + length:
-        await storage.truncate(offset + length)
+    else:
+        # Others may write to clusters behind it.
+        await storage.grow(offset + length)
 
 
 # -- the end of the file ---------------------------------------------------

@@ -22,7 +22,7 @@ from nbdqcow.formats.qcow2.entries import (
     compressed_range,
 )
 from nbdqcow.formats.qcow2.tables import L2Slice
-from nbdqcow.units import MiB
+from nbdqcow.units import MiB, round_up
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
@@ -116,6 +116,8 @@ async def begin_write(image: "Qcow2Driver", offset: int, length: int) -> WritePl
     while True:
         async with image.lock:
             image.check_writable()
+            if offset >= round_up(image.size, image.cluster_size):
+                raise BlockError(errno.ENOSPC, "the disk has become smaller")
             start = offset & ~unit_mask
             end = (offset + length + unit_mask) & ~unit_mask
             busy = image.in_flight.first_overlap(start, end)
