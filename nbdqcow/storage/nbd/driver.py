@@ -103,7 +103,8 @@ class NbdStorage(StorageDriver):
         except OSError as exc:
             await client.close()
             raise ImageError(
-                f"Could not connect to '{filename}': {_reason(exc)}"
+                f"Could not open '{filename}': Failed to connect to"
+                f" '{uri.place}': {_reason(exc)}"
             ) from exc
         except BaseException:
             await client.close()
