@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdqcow.cli.messages import describe, error, printable, program_name, warning
 from nbdqcow.cli.nbd_options import HELP, NO_LIMIT, Settings, TryHelp, parse_arguments
+from nbdqcow.cli.streams import open_standard_streams
 from nbdqcow.errors import ImageError, NbdQcowError, UsageError
 from nbdqcow.server.systemd import take_activation
 
@@ -19,6 +20,7 @@ _SECTOR: Final = 512
 
 def main() -> int:
     """Run the command; return its exit status."""
+    open_standard_streams()
     try:
         settings = parse_arguments(sys.argv[1:], take_activation(os.environ))
     except TryHelp as exc:
@@ -121,10 +123,13 @@ def _serve_in_background(settings: Settings) -> int:
     return os.waitstatus_to_exitcode(status) or 1
 
 
-def _tell_parent(ready_fd: int, *, keep_stderr: bool) -> None:
-    """Let the parent of a `_serve_in_background` go, and its terminal too."""
+def _tell_parent(ready_fd: int) -> None:
+    """Let the parent of a `_serve_in_background` go, and its terminal too.
+
+    Standard error with -v as well: whoever reads it to its end waits for us.
+    """
     null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1) if keep_stderr else (0, 1, 2):
+    for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.close(null)
     os.write(ready_fd, b"\0")
@@ -204,10 +209,10 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
                         " which are no whole sector"
                     )
             if settings.pid_file is not None:
-                write_pid_file(settings.pid_file)
+                write_pid_file(settings.pid_file, mode=0o600)
             notify("READY=1")
             if ready_fd >= 0:
-                _tell_parent(ready_fd, keep_stderr=settings.verbose)
+                _tell_parent(ready_fd)
 
         await run_server(server, set_up)
     finally:

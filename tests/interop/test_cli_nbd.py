@@ -359,6 +359,59 @@ def test_fork(program, image, path, tmp_path):
     wait_gone(path)
 
 
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "<&-", ">&-", "2>&-"])
+@pytest.mark.parametrize("failing", [False, True])
+def test_fork_with_streams_closed(ours, image, path, tmp_path, streams, failing):
+    """Neither the pipe to the parent nor the image has the number of one."""
+    pid_file = tmp_path / "pid"
+    name = "/none" if failing else image
+    command = f'"{ours}" --fork -t -v --pid-file={pid_file} -k {path} {name} {streams}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60)
+    assert done.returncode == int(failing), done.stderr
+    if failing:
+        return
+    pid = int(pid_file.read_text())
+    try:
+        for fd in range(3):
+            assert os.readlink(f"/proc/{pid}/fd/{fd}") == "/dev/null"
+        assert info(f"nbd+unix:///?socket={path}")["export-size"] == 10 << 20
+    finally:
+        os.kill(pid, signal.SIGTERM)
+    wait_gone(path)
+
+
+def test_hangup_ends_in_order(start, image, path, tmp_path):
+    pid_file = tmp_path / "pid"
+    process = start("-t", "-f", "qcow2", f"--pid-file={pid_file}", image)
+    uri = f"nbd+unix:///?socket={path}"
+    run(find_tool("qemu-io"), "-f", "raw", uri, "-c", "write -P 7 0 64k")
+    assert pid_file.stat().st_mode & 0o777 == 0o600
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(20) == 0
+    assert not path.exists()
+    run(find_tool("qemu-io"), image, "-c", "read -P 7 0 64k")
+
+
+def test_nohup_is_obeyed(ours, image, path):
+    with subprocess.Popen(["nohup", ours, "-t", "-k", str(path), str(image)],
+                          stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:  # fmt: skip
+        try:
+            wait_for(path)
+            process.send_signal(signal.SIGHUP)
+            assert info(f"nbd+unix:///?socket={path}")["export-size"] == 10 << 20
+        finally:
+            process.terminate()
+        assert process.wait(20) == 0
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_image_in_use(start, program, image, path, tmp_path):
     start("-t", "-f", "qcow2", image)
     out, err = run(program, "-k", tmp_path / "t", image, status=1)
