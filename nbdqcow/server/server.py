@@ -116,6 +116,7 @@ class Server:
             multi_conn=multi_conn,
             meta_contexts=meta_contexts,
             minimum_block_size=minimum_block_size,
+            maximum_payload=self._options.max_payload,
             tls_only=tls_only,
             may_use=may_use,
         )
