@@ -123,7 +123,9 @@ def parse_pairs(pairs: Pairs) -> tuple[str, dict[str, Any]]:
     """
     filename, options = _parse(pairs)
     if filename is None:
-        raise ImageError("there is no file.filename=NAME")
+        if pairs.get("driver") is None:
+            raise ImageError("Must specify either driver or file")
+        raise ImageError('A block device must be specified for "file"')
     return filename, options
 
 

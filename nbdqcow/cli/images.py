@@ -4,7 +4,7 @@ from typing import Any
 
 from nbdqcow.block.node import Node
 from nbdqcow.block.open import open_image
-from nbdqcow.cli.messages import warning
+from nbdqcow.cli.messages import warn_of_guess
 from nbdqcow.errors import ImageError
 
 
@@ -25,13 +25,6 @@ async def open_node(filename: str, **options: Any) -> Node:
         raise type(exc)(text) from exc.__cause__
     except OSError as exc:
         raise ImageError(f"{opening}: {exc.strerror or exc}") from exc
-    if options.get("format") is None and node.driver.name == "raw":
-        warning(
-            f"Image format was not specified for '{filename}' and probing guessed raw."
-        )
-        if not node.read_only:
-            warning(
-                "a client that writes the header of another format to it changes "
-                "what it is taken for next time: give the format."
-            )
+    if node.guessed_raw and not node.read_only:
+        warn_of_guess(filename)
     return node

@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Final
 
 from nbdqcow.cli.messages import describe, error, printable, program_name
+from nbdqcow.cli.streams import open_standard_streams
 
 _COMMANDS: Final = {
     "amend": (
@@ -125,6 +126,7 @@ _GC_THRESHOLD: Final = 100_000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the command line names; return its exit status."""
+    open_standard_streams()
     # Modules make tens of thousands of objects that stay, and a job tuples that
     # live for a moment: neither has cycles to look for so often.
     gc.set_threshold(_GC_THRESHOLD)

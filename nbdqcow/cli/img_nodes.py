@@ -11,6 +11,7 @@ from nbdqcow.block.registry import is_remote
 from nbdqcow.block.tools import no_secrets
 from nbdqcow.cli.image_opts import parse_image_opts
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
+from nbdqcow.cli.messages import warn_of_guess
 from nbdqcow.cli.objects import Objects
 from nbdqcow.crypto.secrets import PassphraseRequired, Secret
 from nbdqcow.errors import ImageError, UsageError
@@ -179,23 +180,6 @@ def _explain(
             )
     except ImageError as exc:
         raise type(exc)(f"{opening}{exc}") from None
-
-
-def warn_of_guess(name: str) -> None:
-    """Say that an image which is written to was only guessed to be raw."""
-    import sys
-
-    from nbdqcow.cli.messages import printable
-
-    print(
-        f"WARNING: Image format was not specified for '{printable(name)}' and probing "
-        "guessed raw.\n"
-        "         Automatically detecting the format is dangerous for raw images, "
-        "write operations on block 0 will be restricted.\n"
-        "         Specify the 'raw' format explicitly to remove the restrictions.",
-        file=sys.stderr,
-        flush=True,
-    )
 
 
 def _parse_name(name: str, arguments: ImageArguments) -> tuple[str, dict[str, Any]]:

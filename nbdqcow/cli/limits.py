@@ -10,6 +10,7 @@ from nbdqcow.units import MiB, format_size, parse_size
 
 _DEFAULTS: Final = ServerOptions()
 _MIN_BYTES: Final = 1 * MiB
+_MAX_PAYLOAD: Final = 256 * MiB
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -26,6 +27,14 @@ def _bytes(text: str) -> int:
     value = size(text)
     if value < _MIN_BYTES:
         raise click.BadParameter(f"at least {format_size(_MIN_BYTES)}")
+    return value
+
+
+def _payload(text: str) -> int:
+    value = _bytes(text)
+    # A payload is received into one piece of memory.
+    if value > _MAX_PAYLOAD:
+        raise click.BadParameter(f"at most {format_size(_MAX_PAYLOAD)}")
     return value
 
 
@@ -49,6 +58,10 @@ _LIMITS: Final[dict[str, tuple[Any, str, str]]] = {
         _COUNT_OR_NONE, "N", "Clients of one export at a time; 0 for any number.",
     ),
     "max_requests": (_COUNT, "N", "Requests of one client in flight."),
+    "max_payload": (
+        _payload, "SIZE", "Data of one request. More than 32M helps clients that "
+        "don't ask what they may send.",
+    ),
     "max_bytes": (_bytes, "SIZE", "Data of one client in flight."),
     "max_total_bytes": (_bytes, "SIZE", "Data of all clients in flight."),
     "max_option_length": (

@@ -39,10 +39,14 @@ async def listen_tcp(
 
     Returns the addresses. Raises `UsageError`.
     """
-    loop = asyncio.get_running_loop()
     try:
-        found = await loop.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        # Not the loop's: uvloop reads a port as Python's int() does.
+        found = await asyncio.to_thread(
+            socket.getaddrinfo,
+            host or None,
+            port,
+            type=socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE,
         )
     except (socket.gaierror, UnicodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "Name is not valid"
@@ -55,7 +59,7 @@ async def listen_tcp(
     except OSError as exc:
         raise UsageError(
             f"Failed to listen on {host or '*'}:{port}: {_reason(exc)}"
-        ) from None
+        ) from exc
 
 
 async def listen_unix(

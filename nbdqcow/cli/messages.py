@@ -30,6 +30,19 @@ def warning(text: str) -> None:
     print(f"WARNING: {printable(text)}", file=sys.stderr, flush=True)
 
 
+def warn_of_guess(name: str) -> None:
+    """Say that an image which is written to was only guessed to be raw."""
+    print(
+        f"WARNING: Image format was not specified for '{printable(name)}' and probing "
+        "guessed raw.\n"
+        "         Automatically detecting the format is dangerous for raw images, "
+        "write operations on block 0 will be restricted.\n"
+        "         Specify the 'raw' format explicitly to remove the restrictions.",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def printable(text: str) -> str:
     """Return ``text`` with what is no text escaped: control characters, which
     a terminal would obey, and lone surrogates, which stand for the bytes of

@@ -1,23 +1,26 @@
 """``nbdqcow-nbd``: one image as an NBD export, with the options of qemu-nbd."""
 
+import errno
 import os
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from nbdqcow.cli.messages import describe, error, printable, program_name, warning
 from nbdqcow.cli.nbd_options import HELP, NO_LIMIT, Settings, TryHelp, parse_arguments
+from nbdqcow.cli.streams import open_standard_streams
 from nbdqcow.errors import ImageError, NbdQcowError, UsageError
 from nbdqcow.server.systemd import take_activation
 
 if TYPE_CHECKING:
     from nbdqcow.block.node import Node
-    from nbdqcow.cli.objects import Objects
+    from nbdqcow.server.server import Server
 
 _SECTOR: Final = 512
 
 
 def main() -> int:
     """Run the command; return its exit status."""
+    open_standard_streams()
     try:
         settings = parse_arguments(sys.argv[1:], take_activation(os.environ))
     except TryHelp as exc:
@@ -48,6 +51,8 @@ def main() -> int:
 
 
 def _list(settings: Settings) -> int:
+    import socket
+
     from nbdqcow.cli.objects import Objects
     from nbdqcow.cli.remote import ClientTls, connect, format_exports, list_exports
 
@@ -66,6 +71,9 @@ def _list(settings: Settings) -> int:
     place = settings.socket or f"{settings.host}:{settings.port}"
     try:
         sock = connect(settings.host, settings.port, settings.socket)
+    except socket.gaierror as exc:
+        error(f"address resolution failed for {place}: {exc.strerror}")
+        return 1
     except (OSError, UnicodeError) as exc:
         error(f"Failed to connect to '{place}': {describe(exc)}")
         return 1
@@ -115,10 +123,13 @@ def _serve_in_background(settings: Settings) -> int:
     return os.waitstatus_to_exitcode(status) or 1
 
 
-def _tell_parent(ready_fd: int, *, keep_stderr: bool) -> None:
-    """Let the parent of a `_serve_in_background` go, and its terminal too."""
+def _tell_parent(ready_fd: int) -> None:
+    """Let the parent of a `_serve_in_background` go, and its terminal too.
+
+    Standard error with -v as well: whoever reads it to its end waits for us.
+    """
     null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1) if keep_stderr else (0, 1, 2):
+    for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.close(null)
     os.write(ready_fd, b"\0")
@@ -133,7 +144,8 @@ def _serve(settings: Settings, ready_fd: int) -> int:
 
 
 async def _serve_image(settings: Settings, ready_fd: int) -> None:
-    from nbdqcow.cli.listening import listen_fd, listen_tcp, listen_unix, run_server
+    from nbdqcow.cli.listening import listen_fd, listen_unix, run_server
+    from nbdqcow.cli.nbd_image import open_served
     from nbdqcow.cli.objects import Objects
     from nbdqcow.cli.pid_file import write_pid_file
     from nbdqcow.server.options import ServerOptions
@@ -142,7 +154,7 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
 
     objects = Objects(settings.objects)
     tls, may_use = objects.server_tls(settings.tls_creds, settings.tls_authz)
-    node = await _open(settings, objects)
+    node = await open_served(settings, objects)
     server = Server(
         ServerOptions(
             max_connections=settings.shared or NO_LIMIT,
@@ -181,7 +193,7 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
             elif settings.socket is not None:
                 await listen_unix(server, settings.socket)
             else:
-                await listen_tcp(server, settings.host, settings.port)
+                await _listen_tcp(server, settings)
             if attachment is not None:
                 await attachment.attach(settings.export_name)
                 if settings.verbose:
@@ -197,10 +209,10 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
                         " which are no whole sector"
                     )
             if settings.pid_file is not None:
-                write_pid_file(settings.pid_file)
+                write_pid_file(settings.pid_file, mode=0o600)
             notify("READY=1")
             if ready_fd >= 0:
-                _tell_parent(ready_fd, keep_stderr=settings.verbose)
+                _tell_parent(ready_fd)
 
         await run_server(server, set_up)
     finally:
@@ -209,62 +221,19 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
         await node.close()
 
 
-async def _open(settings: Settings, objects: "Objects") -> "Node":
-    """Open what is to be served. Raises `ImageError`."""
-    from nbdqcow.cli.images import open_node
+async def _listen_tcp(server: "Server", settings: Settings) -> None:
+    """Listen on a TCP port. Raises `UsageError`, in qemu-nbd's words."""
+    from nbdqcow.cli.listening import listen_tcp
 
-    filename = settings.filename
-    options: dict[str, Any] = {"discard": "ignore"}
-    options |= settings.open_options
-    options["secrets"] = lambda name: objects.secret(name).encode()
-    if settings.image_opts:
-        from nbdqcow.cli.image_opts import parse_image_opts
-        from nbdqcow.crypto.secrets import Secret
-
-        filename, image_options = parse_image_opts(settings.filename)
-        options |= image_options
-        if (key_id := options.pop("key_secret", None)) is not None:
-            secret = Secret(objects.secret(key_id).encode())
-            given = options.get("driver_options", {})
-            options["driver_options"] = {**given, "secret": secret}
-    if settings.snapshot is not None:
-        options["read_only"] = True
-        options["driver_options"] = {
-            **options.get("driver_options", {}),
-            "snapshot": settings.snapshot,
-        }
-    throwaway = settings.throwaway and not options.get("read_only", False)
-    if throwaway:
-        options["read_only"] = True
     try:
-        node = await open_node(filename, **options)
-    except ImageError as exc:
-        raise type(exc)(_as_qemu_says(filename, exc)) from None
-    try:
-        offset = settings.open_options.get("driver_options", {}).get("offset", 0)
-        if offset and node.format_name != "raw":
-            # A raw image has been opened so already.
-            node = await _open_window(node, offset)
-        if throwaway:
-            from nbdqcow.cli.throwaway import open_throwaway
-
-            node = await open_throwaway(node, options.get("detect_zeroes", "off"))
-        return node
-    except BaseException:
-        await node.close()
-        raise
-
-
-async def _open_window(node: "Node", offset: int) -> "Node":
-    """Return what is behind ``offset`` in a disk, as a disk. Raises `ImageError`."""
-    from nbdqcow.block.node import Node
-    from nbdqcow.block.node_storage import NodeStorage
-    from nbdqcow.block.registry import format_driver
-
-    driver = await format_driver("raw").open(
-        NodeStorage(node), read_only=node.read_only, options={"offset": offset}
-    )
-    return Node(driver, filename=node.filename)
+        await listen_tcp(server, settings.host, settings.port)
+    except UsageError as exc:
+        if not isinstance(exc.__cause__, OSError):
+            raise
+        errno_ = exc.__cause__.errno or 0
+        in_use = errno_ == errno.EADDRINUSE
+        what = "Failed to find an available port" if in_use else "Failed to bind socket"
+        raise UsageError(f"{what}: {os.strerror(errno_)}") from None
 
 
 def _minimum_block_size(node: "Node") -> int:
@@ -285,12 +254,3 @@ def _meta_contexts(settings: Settings, node: "Node") -> list[str]:
             raise ImageError(f"Bitmap '{bitmap}' is not found")
         contexts.append(DIRTY_BITMAP + bitmap)
     return contexts
-
-
-def _as_qemu_says(filename: str, exc: ImageError) -> str:
-    """Return why an image can't be opened, as qemu-nbd has it: the file is
-    named a second time only if the file itself is what can't be opened."""
-    reason = str(exc)
-    if not isinstance(exc.__cause__, OSError):
-        reason = reason.removeprefix(f"Could not open '{filename}': ")
-    return f"Failed to blk_new_open '{filename}': {reason}"

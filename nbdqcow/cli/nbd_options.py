@@ -1,6 +1,7 @@
 """The command line of ``nbdqcow-nbd``: the options of qemu-nbd."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -13,35 +14,24 @@ _MAX_STRING_LENGTH: Final = 4096
 _SOCKET_OF_DEVICE: Final = "/var/lock/{program}-{device}"
 """Where other clients find the server of a device."""
 NO_LIMIT: Final = 1 << 31
+_OFFSET_LIMIT: Final = 1 << 63
+_C_INTEGER: Final = re.compile(r"\s*[+-]?(0[xX][0-9a-fA-F]+|0[0-7]*|[1-9][0-9]*)")
 _SHORT: Final = "hVb:o:p:rsnc:dvk:e:f:tl:x:T:D:AB:L"
-# Long options: what has a short form returns that.
+# Long options: what has a short form returns that. In qemu-nbd's order, which is
+# that of its message about an abbreviation of several.
 _LONG: Final = {
     "help": "h",
     "version": "V",
-    "port=": "p",
     "bind=": "b",
+    "port=": "p",
     "socket=": "k",
-    "shared=": "e",
-    "persistent": "t",
-    "verbose": "v",
-    "export-name=": "x",
-    "description=": "D",
     "offset=": "o",
+    "read-only": "r",
     "allocation-depth": "A",
     "bitmap=": "B",
-    "list": "L",
-    "object=": "",
-    "tls-creds=": "",
-    "tls-hostname=": "",
-    "tls-authz=": "",
-    "trace=": "T",
-    "fork": "",
-    "pid-file=": "",
-    "selinux-label=": "",
     "connect=": "c",
     "disconnect": "d",
-    "format=": "f",
-    "read-only": "r",
+    "list": "L",
     "snapshot": "s",
     "load-snapshot=": "l",
     "nocache": "n",
@@ -49,7 +39,21 @@ _LONG: Final = {
     "aio=": "",
     "discard=": "",
     "detect-zeroes=": "",
+    "shared=": "e",
+    "format=": "f",
+    "persistent": "t",
+    "verbose": "v",
+    "object=": "",
+    "export-name=": "x",
+    "description=": "D",
+    "tls-creds=": "",
+    "tls-hostname=": "",
+    "tls-authz=": "",
     "image-opts": "",
+    "trace=": "T",
+    "fork": "",
+    "pid-file=": "",
+    "selinux-label=": "",
 }
 # Options of qemu-nbd that are known and refused: what messages call them.
 _REFUSED: Final = {
@@ -57,7 +61,7 @@ _REFUSED: Final = {
     "selinux-label": "--selinux-label is not supported yet",
 }
 _PER_DEVICE: Final = frozenset(
-    ("x", "D", "o", "A", "B", "f", "n", "cache", "aio", "discard", "c", "d")
+    ("x", "D", "o", "A", "B", "f", "l", "n", "cache", "aio", "discard", "c", "d")
 )
 _SOCKET_OPTIONS: Final = {
     "c": "NBD device",
@@ -158,6 +162,7 @@ class Settings:
         tls_creds, tls_authz: ids of objects.
         tls_hostname: what a client finds in the server's certificate.
         open_options: of `nbdqcow.block.open.open_image`, where given.
+        native_aio: what can't be had without O_DIRECT is asked for.
         device: the kernel's device to attach the export to; None for none.
         disconnect: detach the device ``filename``, and no more.
         throwaway: keep nothing of what is written.
@@ -194,6 +199,7 @@ class Settings:
     tls_authz: str | None = None
     tls_hostname: str | None = None
     open_options: dict[str, Any] = field(default_factory=dict)
+    native_aio: bool = False
     given: set[str] = field(default_factory=set)
     activated: Sequence[tuple[int, str]] = ()
 
@@ -301,6 +307,7 @@ def _apply_image_option(settings: Settings, name: str, value: str) -> None:
                 raise UsageError("--aio can only be specified once")
             if value not in _AIO_MODES:
                 raise UsageError(f"Invalid aio mode '{value}'")
+            settings.native_aio = value == "native"
         case "discard":
             if "discard" in settings.given:
                 raise UsageError("--discard can only be specified once")
@@ -325,7 +332,6 @@ def _apply_image_option(settings: Settings, name: str, value: str) -> None:
 
 def _check(settings: Settings, operands: list[str]) -> None:
     """Judge the options together, and take the image's name."""
-    _check_tls(settings)
     if settings.list:
         if operands:
             raise UsageError("List mode is incompatible with a file name")
@@ -333,13 +339,22 @@ def _check(settings: Settings, operands: list[str]) -> None:
             raise UsageError("List mode is incompatible with per-device settings")
         if settings.fork:
             raise UsageError("List mode is incompatible with forking")
+        _check_tls(settings)
         return
     if len(operands) != 1:
         raise UsageError(
             "Invalid number of arguments\n"
             f"Try `{program_name()} --help' for more information."
         )
+    _check_tls(settings)
     (settings.filename,) = operands
+    offset = settings.open_options.get("driver_options", {}).get("offset", 0)
+    if offset >= _OFFSET_LIMIT:
+        raise UsageError(
+            "Parameter 'offset' expects a non-negative number below 2^64\n"
+            "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-,"
+            " peta-\nand exabytes, respectively."
+        )
     if settings.activated:
         _check_activation(settings)
     elif settings.device is not None and settings.socket is None:
@@ -371,11 +386,8 @@ def _check_activation(settings: Settings) -> None:
 
 
 def _parse_shared(text: str) -> int:
-    try:
-        shared = int(text, 0)
-    except ValueError:
-        shared = -1
-    if not 0 <= shared < NO_LIMIT:
+    shared = _parse_integer(text)
+    if shared is None or not 0 <= shared < NO_LIMIT:
         raise UsageError(f"Invalid shared device number '{text}'")
     return shared
 
@@ -389,20 +401,31 @@ def _parse_snapshot(text: str) -> str | tuple[str | None, str | None]:
     # A comma that belongs to a value is doubled.
     for part in text.replace(",,", "\0").split(","):
         key, equals, value = part.replace("\0", ",").partition("=")
-        if key not in ("snapshot.id", "snapshot.name") or not equals:
-            raise UsageError(f"Failed to load snapshot: Invalid parameter '{key}'")
-        found[key] = value
+        if key not in ("snapshot.id", "snapshot.name"):
+            raise UsageError(
+                f"Invalid parameter '{key}'\n"
+                f"{program_name()}: Failed in parsing snapshot param `{text}'"
+            )
+        found[key] = value if equals else "on"
     return found.get("snapshot.id"), found.get("snapshot.name")
 
 
 def _parse_offset(text: str) -> int:
-    try:
-        offset = int(text, 0)
-    except ValueError:
-        offset = -1
-    if not 0 <= offset < 1 << 63:
+    offset = _parse_integer(text)
+    if offset is None or abs(offset) >= 1 << 64:
         raise UsageError(f"Invalid offset '{text}'")
-    return offset
+    # A number below zero is one that is too large, as in C.
+    return offset % (1 << 64)
+
+
+def _parse_integer(text: str) -> int | None:
+    """Return a number in the notation of C, None if it is none."""
+    if _C_INTEGER.fullmatch(text) is None:
+        return None
+    digits = text.strip().lstrip("+-").lower()
+    base = 16 if digits.startswith("0x") else 8 if digits.startswith("0") else 10
+    number = int(digits, base)
+    return -number if "-" in text else number
 
 
 def _string(what: str, text: str) -> str:

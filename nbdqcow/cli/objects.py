@@ -4,6 +4,7 @@ import base64
 import binascii
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from nbdqcow.server.tls import ServerTls
     from nbdqcow.tls import TlsCredentials
 
+_IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _BOOLEANS: Final = {"on": True, "yes": True, "off": False, "no": False}
 
 
@@ -27,17 +29,26 @@ class Objects:
         self._objects: dict[str, object] = {}
         for text in texts:
             properties = parse_object(text)
-            kind, name = properties.take("qom-type"), properties.take("id")
+            kind = properties.take("qom-type")
             maker = _MAKERS.get(kind)
             if maker is None:
                 raise UsageError(
                     _UNSUPPORTED.get(kind)
                     or f"Parameter 'qom-type' does not accept value '{kind}'"
                 )
-            if name in self._objects:
-                raise UsageError(f"there are two objects with the id '{name}'")
+            name = properties.take("id")
+            if _IDENTIFIER.fullmatch(name) is None:
+                raise UsageError(
+                    "Parameter 'id' expects an identifier\nIdentifiers consist of"
+                    " letters, digits, '-', '.', '_', starting with a letter."
+                )
             made = maker(self, properties)
             properties.check_end()
+            if name in self._objects:
+                raise UsageError(
+                    f"attempt to add duplicate property '{name}' to object"
+                    " (type 'container')"
+                )
             self._objects[name] = made
 
     def credentials(self, name: str, *, is_server: bool) -> "TlsCredentials":

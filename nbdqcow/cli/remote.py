@@ -2,6 +2,7 @@
 
 import socket
 import ssl
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -132,7 +133,9 @@ def _list(sock: socket.socket, client: ClientHandshake) -> list[ListedExport]:
             contexts = _answer(sock, client).contexts
         exports.append(ListedExport(name, description, details, contexts))
     client.abort()
-    sock.sendall(client.data_to_send())
+    # It may be gone: all that was to be asked is answered.
+    with suppress(OSError):
+        sock.sendall(client.data_to_send())
     return exports
 
 

@@ -63,14 +63,14 @@ class RawDriver(FormatDriver):
         offset = _parse_bytes(options, "offset", 0)
         if offset > storage.length:
             raise ImageError(
-                f"the raw image's offset {offset} is past the end of"
-                f" '{storage.filename}' ({storage.length} bytes)"
+                f"Offset ({offset}) cannot be greater than size of the containing"
+                f" file ({storage.length})"
             )
         size = _parse_bytes(options, "size", storage.length - offset)
         if offset + size > storage.length:
             raise ImageError(
-                f"the raw image's {size} bytes from offset {offset} end past the"
-                f" end of '{storage.filename}' ({storage.length} bytes)"
+                f"The sum of offset ({offset}) and size ({size}) has to be smaller or"
+                f" equal to the  actual size of the containing file ({storage.length})"
             )
         return cls(storage, read_only=read_only, offset=offset, size=size)
 

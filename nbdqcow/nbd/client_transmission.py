@@ -28,6 +28,11 @@ _CAPACITY: Final = 64 * KiB
 _MAX_PAYLOAD: Final = 16 * MiB
 """Bytes of a chunk that is no data: block status of a million extents."""
 
+_SECTOR: Final = 512
+_FURTHER_CHUNKS: Final = 1024
+"""Chunks that a reply may have besides one for each sector of a read: a server
+that sends more of them does not mean to come to an end."""
+
 _HOLE: Final = Struct(">QI")
 _ERROR: Final = Struct(">IH")
 _STATUS_EXT: Final = Struct(">II")
@@ -63,7 +68,7 @@ class Call:
 
     __slots__ = (
         "command", "data", "error", "extents", "flags", "length", "offset",
-        "payload", "text", "_chunks",
+        "payload", "text", "_chunks", "_nb_chunks_left",
     )  # fmt: skip
 
     def __init__(
@@ -90,6 +95,13 @@ class Call:
         self.extents: dict[str, list[tuple[int, int]]] = {}
         # Ranges of a read that have been answered: start and end.
         self._chunks: list[tuple[int, int]] = []
+        self._nb_chunks_left = len(self.data) // _SECTOR + _FURTHER_CHUNKS
+
+    def count_chunk(self) -> None:
+        """Take note of one more chunk. Raises `ProtocolError` for too many."""
+        self._nb_chunks_left -= 1
+        if self._nb_chunks_left < 0:
+            raise ProtocolError("a reply of too many chunks")
 
     def add_chunk(self, offset: int, length: int) -> int:
         """Take note that a part of a read is answered, of the export's bytes.
@@ -315,6 +327,7 @@ class ClientTransmission:
             (offset,) = codec.U64.unpack_from(self._buffer, start)
             length -= codec.U64.size
             first = call.add_chunk(offset, length)
+            call.count_chunk()
             self._start = start + codec.U64.size
             self._receive(
                 complete, memoryview(call.data)[first : first + length], finish
@@ -322,6 +335,7 @@ class ClientTransmission:
             return True
         if length > _MAX_PAYLOAD:
             raise ProtocolError(f"a reply of type {kind} with {length} bytes")
+        call.count_chunk()
         payload = bytearray(length)
 
         def take() -> Call | None:

@@ -54,6 +54,11 @@ class NbdUri:
     username: str = ""
     parameters: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def place(self) -> str:
+        """Where the server is, without the export: for messages."""
+        return self.socket if self.transport == "unix" else f"{self.host}:{self.port}"
+
     def __str__(self) -> str:
         scheme = "nbds" if self.tls else "nbd"
         query = dict(self.parameters)

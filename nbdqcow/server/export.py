@@ -162,6 +162,7 @@ class Export:
         multi_conn: bool = True,
         meta_contexts: Sequence[str] | None = None,
         minimum_block_size: int = nbd.DEFAULT_MINIMUM_BLOCK_SIZE,
+        maximum_payload: int = nbd.DEFAULT_MAXIMUM_PAYLOAD,
         tls_only: bool = False,
         may_use: Callable[[bytes | None], bool] = lambda certificate: True,
     ) -> None:
@@ -169,7 +170,8 @@ class Export:
         writes of all: the node is shared, so it holds unless one is told
         otherwise. ``meta_contexts`` are those offered: None for all.
         ``minimum_block_size`` is what clients are told; smaller requests are
-        served all the same. Raises `ValueError` for a name that can't be sent."""
+        served all the same; larger ones than ``maximum_payload`` are not. Raises
+        `ValueError` for a name that can't be sent."""
         self.name = name
         self.node = node
         self.nb_clients = 0
@@ -187,6 +189,7 @@ class Export:
             flags,
             description,
             minimum_block_size=minimum_block_size,
+            maximum_payload=maximum_payload,
             meta_contexts=tuple(meta_contexts),
             tls_only=tls_only,
         )

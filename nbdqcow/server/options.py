@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from nbdqcow.nbd.constants import DEFAULT_MAXIMUM_PAYLOAD
 from nbdqcow.server.poller import DEFAULT_POLL_TIME
 from nbdqcow.units import KiB, MiB
 
@@ -23,6 +24,7 @@ class ServerOptions:
             that wait for it, after which it is closed; 0 for never.
         close_timeout: seconds that a client has to read its last replies.
         max_requests: requests in flight of one connection.
+        max_payload: bytes of data of one request; clients are told.
         max_bytes: bytes of data in flight of one connection; one payload more
             may be being received.
         max_total_bytes: bytes of data in flight of all connections together;
@@ -42,6 +44,7 @@ class ServerOptions:
     reply_timeout: float = 0.0
     close_timeout: float = 10.0
     max_requests: int = 128
+    max_payload: int = DEFAULT_MAXIMUM_PAYLOAD
     max_bytes: int = 64 * MiB
     max_total_bytes: int = 512 * MiB
     structured_replies: bool = True

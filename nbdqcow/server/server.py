@@ -34,6 +34,8 @@ _MAX_REFUSED: Final = 16
 _CHECK_INTERVAL: Final = 1.0
 """Seconds between two looks at who has gone quiet, at the most."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_HANGUP: Final = signal.SIGHUP
+"""Its terminal is gone: no reason to lose what clients have written."""
 _CANCEL_TIMEOUT: Final = 1.0
 """Seconds that requests have to end once they are cancelled."""
 
@@ -114,6 +116,7 @@ class Server:
             multi_conn=multi_conn,
             meta_contexts=meta_contexts,
             minimum_block_size=minimum_block_size,
+            maximum_payload=self._options.max_payload,
             tls_only=tls_only,
             may_use=may_use,
         )
@@ -202,7 +205,7 @@ class Server:
         self.stop()
 
     async def run_until_stopped(self) -> None:
-        """Serve until `stop`, SIGTERM or SIGINT, then end in order.
+        """Serve until `stop`, SIGTERM, SIGINT or SIGHUP, then end in order.
 
         No client is accepted any more, requests in flight are finished, and
         all exports are flushed. A second signal (or `abandon`) cuts this
@@ -213,6 +216,11 @@ class Server:
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
+        # nohup(1) has it ignored, and then it stays so. As a session ends it may
+        # come twice, which is no second wish.
+        hangs_up = signal.getsignal(_HANGUP) is signal.SIG_DFL
+        if hangs_up:
+            loop.add_signal_handler(_HANGUP, self.stop)
         checking = loop.create_task(self._check_quiet())
         try:
             while not self._stopping:
@@ -230,7 +238,7 @@ class Server:
                 await self._flush_exports()
         finally:
             checking.cancel()
-            for number in _SIGNALS:
+            for number in (*_SIGNALS, *((_HANGUP,) if hangs_up else ())):
                 loop.remove_signal_handler(number)
             self._close_listeners()
             await self._give_up()

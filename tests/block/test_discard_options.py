@@ -165,3 +165,29 @@ def test_cached_tables_are_given_up(tmp_path):
         assert bytes(await node.pread(0, 3)) == b"xxx"
 
     run(path, work, **{"cache-clean-interval": 1, "cache-size": MiB})
+
+
+@pytest.mark.parametrize("what", ["discard", "write_zeroes"])
+def test_a_large_request_gives_others_turns(tmp_path, what):
+    """Though there is nothing in it to wait for."""
+    path = tmp_path / "a.qcow2"
+    size = 64 << 40
+    qemu_img("create", "-qf", "qcow2", path, size)
+    nb_turns = 0
+
+    async def work():
+        nonlocal nb_turns
+        async with open_image(path, discard="unmap") as node:
+            # Tables, in memory: slices of them cost more than tables to pass over.
+            await node.pwrite(0, b"x")
+            await node.pwrite(size // 2, b"x")
+            request = asyncio.create_task(getattr(node, what)(0, size))
+            while not request.done():
+                nb_turns += 1
+                await asyncio.sleep(0)
+            await request
+
+    asyncio.run(work())
+    nb_tables = size >> 29
+    assert nb_turns > nb_tables // 1024 - 8
+    qemu_img("check", path)

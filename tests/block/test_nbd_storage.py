@@ -4,12 +4,14 @@ import asyncio
 import errno
 import random
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
 
 from nbdqcow.errors import ImageError
 from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
+from nbdqcow.nbd.client import RemoteExport
 from nbdqcow.server.options import ServerOptions
 from nbdqcow.storage.nbd import client as nbd_client
 from nbdqcow.storage.nbd.driver import NbdStorage
@@ -55,6 +57,26 @@ async def storage_on(path, **options):
         yield storage
     finally:
         await storage.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "block_sizes", "message"),
+    [
+        (MiB, (1 << 17, 1 << 17, 1 << 25), "a minimum block size of 131072"),
+        (MiB, (1 << 26, 1 << 26, 1 << 31), "a minimum block size of 67108864"),
+        (MiB, (0, 4096, 1 << 25), "a minimum block size of 0"),
+        (MiB, (3, 4096, 1 << 25), "a minimum block size of 3"),
+        (MiB, (4096, 4096, 512), "a minimum block size of 4096"),
+        ((1 << 64) - 1, None, "the export is too large"),
+        (1 << 63, None, "the export is too large"),
+    ],
+)
+async def test_exports_that_can_not_be(size, block_sizes, message):
+    """Whole blocks of them are none, or offsets in them no offsets of a file."""
+    export = RemoteExport(size, nbd.FLAG_HAS_FLAGS, block_sizes=block_sizes)
+    client = SimpleNamespace(export=export, context="base:allocation")
+    with pytest.raises(ImageError, match=message):
+        NbdStorage(client, "name", read_only=True)
 
 
 async def test_unflushed_writes_survive_the_server(tmp_path):

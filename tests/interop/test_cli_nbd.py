@@ -145,7 +145,64 @@ SAME = [
     ["--fork", "/none"],
     ["--fork", "-k", "/none/s", "IMAGE"],
     ["-k", "SOCKET", "--pid-file=/none/p", "IMAGE"],
-]
+    *(["-e", text, "-k", "SOCKET", "/none"] for text in ("010", " 1", "+1")),
+    *(["-e", text, "IMAGE"] for text in ("08", "1 ", "1_0", "0b1", "0o1", "9" * 20)),
+    *(["-o", text, "IMAGE"] for text in ("1_0", "0o7", "08", "1 ", "-1", "0x", "1k")),
+    *(["-o", str(1 << bits), "IMAGE"] for bits in (63, 64)),
+    ["-o", "1048577", "-f", "raw", "-k", "SOCKET", "RAW"],
+    ["-o", str((1 << 63) - 1), "-f", "raw", "-k", "SOCKET", "RAW"],
+    ["-o", "10485761", "-f", "qcow2", "-k", "SOCKET", "IMAGE"],
+    ["-L", "-o", "-1"],
+    ["-L", "-l", "s"],
+    ["-L", "-b", "127.0.0.1", "-p", "nonsense"],
+    ["--tls-hostname", "x"],
+    *([f"--{letter}", "x"] for letter in "dpclotfbvs"),
+    ["-l", "none", "-k", "SOCKET", "IMAGE"],
+    ["-l", "snapshot.name=none", "-k", "SOCKET", "IMAGE"],
+    ["-l", "snapshot.id=7,snapshot.name=none", "-k", "SOCKET", "IMAGE"],
+    ["-l", "snapshot.none=1", "-k", "SOCKET", "IMAGE"],
+    ["-l", "s", "-f", "raw", "-k", "SOCKET", "RAW"],
+    ["-s", "-l", "s", "-k", "SOCKET", "IMAGE"],
+    ["--aio=native", "-k", "SOCKET", "IMAGE"],
+    ["--aio=native", "--cache=unsafe", "-k", "SOCKET", "IMAGE"],
+    ["-f", "luks", "-k", "SOCKET", "IMAGE"],
+    ["-k", "SOCKET", ""],
+    ["-k", "SOCKET", "json:{}"],
+    ["-k", "SOCKET", "nbd:unix:/none"],
+    ["-k", "SOCKET", "nbd://127.0.0.1:1"],
+    ["-b", "192.0.2.1", "-p", "10899", "IMAGE"],
+    ["-b", "127.0.0.1", "-p", "-1", "IMAGE"],
+    *(
+        ["-k", "SOCKET", "--image-opts", text]
+        for text in (
+            "",
+            "driver=qcow2",
+            "driver=none,file.filename=/none",
+            "driver=qcow2,file.filename=/none",
+            "driver=qcow2,file.filename=/none,read-only=maybe",
+        )
+    ),
+    *(
+        ["-k", "SOCKET", "--object", text, "IMAGE"]
+        for text in ("none", "secret", "secret,id=1,data=x", "secret,id=s")
+    ),
+    ["--object=secret,id=s,data=x", "--object=secret,id=s,data=x", "-k", "SOCKET",
+     "IMAGE"],
+]  # fmt: skip
+
+
+def test_what_options_of_the_image_refuse(ours, theirs, image, path):
+    os.truncate(image, 1 << 20)
+    file = f'"file": {{"driver": "file", "filename": "{image}"}}'
+    for arguments in (
+        ["--image-opts", f"driver=qcow2,read-only=on,file.filename={image}"],
+        ['json:{"driver": "qcow2", "read-only": true, ' + file + "}"],
+        ["--image-opts", f"driver=raw,offset=96M,file.filename={image}"],
+        ["--image-opts", f"driver=raw,offset=512,size=96M,file.filename={image}"],
+        ["--aio=native", "--image-opts", f"driver=qcow2,file.filename={image}"],
+    ):
+        answers = [run(p, "-k", path, *arguments, status=1) for p in (ours, theirs)]
+        assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("arguments", SAME, ids=lambda a: " ".join(a)[:40] or "none")
@@ -260,10 +317,28 @@ def test_probed_raw_is_warned_of(start, tmp_path, path):
     process = start(raw)
     info(f"nbd+unix:///?socket={path}")
     assert process.wait(20) == 0
-    assert process.stderr.readline() == (
+    assert process.stderr.read() == (
         f"WARNING: Image format was not specified for '{raw}' and probing guessed "
         "raw.\n"
+        "         Automatically detecting the format is dangerous for raw images, "
+        "write operations on block 0 will be restricted.\n"
+        "         Specify the 'raw' format explicitly to remove the restrictions.\n"
     )
+
+
+def test_raw_that_is_not_guessed_is_not_warned_of(start, tmp_path, path):
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(bytes(1 << 20))
+    file = f'"file": {{"driver": "file", "filename": "{raw}"}}'
+    for arguments in (
+        [f'json:{{"driver": "raw", {file}}}'],
+        ["-r", raw],
+        ["-s", raw],
+    ):
+        process = start(*arguments)
+        info(f"nbd+unix:///?socket={path}")
+        assert process.wait(20) == 0
+        assert process.stderr.read() == ""
 
 
 def test_fork(program, image, path, tmp_path):
@@ -282,6 +357,59 @@ def test_fork(program, image, path, tmp_path):
     finally:
         os.kill(pid, signal.SIGTERM)
     wait_gone(path)
+
+
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", "<&-", ">&-", "2>&-"])
+@pytest.mark.parametrize("failing", [False, True])
+def test_fork_with_streams_closed(ours, image, path, tmp_path, streams, failing):
+    """Neither the pipe to the parent nor the image has the number of one."""
+    pid_file = tmp_path / "pid"
+    name = "/none" if failing else image
+    command = f'"{ours}" --fork -t -v --pid-file={pid_file} -k {path} {name} {streams}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60)
+    assert done.returncode == int(failing), done.stderr
+    if failing:
+        return
+    pid = int(pid_file.read_text())
+    try:
+        for fd in range(3):
+            assert os.readlink(f"/proc/{pid}/fd/{fd}") == "/dev/null"
+        assert info(f"nbd+unix:///?socket={path}")["export-size"] == 10 << 20
+    finally:
+        os.kill(pid, signal.SIGTERM)
+    wait_gone(path)
+
+
+def test_hangup_ends_in_order(start, image, path, tmp_path):
+    pid_file = tmp_path / "pid"
+    process = start("-t", "-f", "qcow2", f"--pid-file={pid_file}", image)
+    uri = f"nbd+unix:///?socket={path}"
+    run(find_tool("qemu-io"), "-f", "raw", uri, "-c", "write -P 7 0 64k")
+    assert pid_file.stat().st_mode & 0o777 == 0o600
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(20) == 0
+    assert not path.exists()
+    run(find_tool("qemu-io"), image, "-c", "read -P 7 0 64k")
+
+
+def test_nohup_is_obeyed(ours, image, path):
+    with subprocess.Popen(["nohup", ours, "-t", "-k", str(path), str(image)],
+                          stdin=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:  # fmt: skip
+        try:
+            wait_for(path)
+            process.send_signal(signal.SIGHUP)
+            assert info(f"nbd+unix:///?socket={path}")["export-size"] == 10 << 20
+        finally:
+            process.terminate()
+        assert process.wait(20) == 0
+
+
+def wait_for(path):
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_image_in_use(start, program, image, path, tmp_path):
@@ -353,7 +481,10 @@ def test_an_offset_past_the_end(ours, image, path):
     _, err = run(ours, "-o", "11M", "-f", "qcow2", "-k", path, image, status=1)
     assert err == "qemu-nbd: Invalid offset '11M'\n"
     _, err = run(ours, "-o", "99999999", "-f", "qcow2", "-k", path, image, status=1)
-    assert "offset 99999999 is past the end" in err
+    assert err == (
+        "qemu-nbd: Offset (99999999) cannot be greater than size of the containing"
+        " file (10485760)\n"
+    )
 
 
 # -- the client -------------------------------------------------------------------

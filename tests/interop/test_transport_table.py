@@ -23,6 +23,7 @@ from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
 from tests.certificates import Authority
 from tests.conftest import find_free_port
+from tests.nbd_client import NbdClient
 from tests.serving import REFERENCE, need, run, server_environment, serving
 
 pytestmark = pytest.mark.skipif(REFERENCE, reason="for our server")
@@ -240,6 +241,22 @@ def largest_payload(place: Place, client: str) -> None:
     (export,) = json.loads(done.stdout)["exports"]
     assert export["block_size_maximum"] == 32 * MiB
     assert export["block_size_minimum"] == 1
+
+
+@row("another largest payload", "raw socket", OLD)
+def another_payload(place: Place, client: str) -> None:
+    path = place.serve("--max-payload", "48M")
+    if client == OLD:
+        done = place.info(client, f"nbd+unix:///?socket={path}", "--json")
+        (export,) = json.loads(done.stdout)["exports"]
+        assert export["block_size_maximum"] == 48 * MiB
+        return
+    with NbdClient(path, "") as raw:
+        for length in (48 * MiB, 48 * MiB + 1):
+            refused = nbd.EINVAL if length > 48 * MiB else nbd.ENOSPC
+            reply = raw.request(nbd.CMD_WRITE, 0, length, bytes(length))
+            assert reply.error == refused
+        assert raw.read(0, 1)
 
 
 def closed_within(sock: socket.socket, seconds: float) -> bool:

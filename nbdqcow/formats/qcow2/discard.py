@@ -1,5 +1,6 @@
 """Discard and write-zeroes: whole clusters by metadata alone."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -24,8 +25,10 @@ _Change: TypeAlias = Callable[[int], int]
 _ChangePiece: TypeAlias = Callable[[int, int], Awaitable[None]]
 """Changes the entries of a guest range, which lies within one L2 slice."""
 
-_SLICES_PER_LOCK: Final = 16
-"""Slices changed before others get a turn at the lock."""
+_SLICE_COST: Final = 64
+_COST_PER_LOCK: Final = 16 * _SLICE_COST
+"""What is done before others get a turn at the lock, and at the event loop: 16
+slices, or 1024 missing tables passed over."""
 
 
 async def write_zeroes(
@@ -141,6 +144,7 @@ async def _discard_kept(image: "Qcow2Driver", offset: int, length: int) -> None:
             # A snapshot may show data there.
             if await image.refcounts.count(host_offset >> bits) == 1:
                 await image.data.discard(host_offset, image.cluster_size)
+        await asyncio.sleep(0)
 
 
 async def _change_clusters(
@@ -170,9 +174,8 @@ async def _change_clusters(
             image.check_writable()
             if end < image.size:
                 end = max(offset, end // unit * unit)
-            for _ in range(_SLICES_PER_LOCK):
-                if offset >= end:
-                    break
+            cost = 0
+            while offset < end and cost < _COST_PER_LOCK:
                 slice_end = ((offset >> tables.slice_shift) + 1) << tables.slice_shift
                 piece_end = min(end, slice_end)
                 busy = image.in_flight.first_overlap(
@@ -183,12 +186,18 @@ async def _change_clusters(
                 if covered or tables.table_offset(offset >> tables.l1_shift):
                     await change_piece(offset, piece_end)
                     offset = piece_end
+                    cost += _SLICE_COST
                 else:
                     table_end = ((offset >> tables.l1_shift) + 1) << tables.l1_shift
                     offset = min(end, table_end)
+                    cost += 1
         image.start_writeback_if_due()
         if busy is not None:
             await busy.wait()
+        elif offset < end:
+            # Nothing above waits where the tables are in memory and the lock is
+            # free, and a request may be about all of the largest disk.
+            await asyncio.sleep(0)
     return end
 
 

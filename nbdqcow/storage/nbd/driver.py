@@ -24,10 +24,13 @@ from nbdqcow.nbd.uri import parse_place
 from nbdqcow.storage.nbd.client import Client
 from nbdqcow.storage.nbd.connection import BASE_ALLOCATION
 from nbdqcow.types import Buffer, Buffers
-from nbdqcow.units import GiB, MiB, round_down, round_up
+from nbdqcow.units import GiB, KiB, MiB, round_down, round_up
 
 _MAX_LENGTH: Final = 1 * GiB
 """Bytes of a request without data: any server takes so many, and is back soon."""
+_MAX_BLOCK: Final = 64 * KiB
+_MAX_SIZE: Final = (1 << 63) - 1 * GiB
+"""Bytes of an export. Whatever is rounded up is an offset of a file, still."""
 _ZEROES: Final = bytes(1 * MiB)
 _ALLOCATION_DEPTH: Final = "qemu:allocation-depth"
 
@@ -51,8 +54,11 @@ class NbdStorage(StorageDriver):
             nbd.DEFAULT_PREFERRED_BLOCK_SIZE,
             nbd.DEFAULT_MAXIMUM_PAYLOAD,
         )
-        if minimum & (minimum - 1) or not 1 <= minimum <= maximum:
+        # proto.md "Size constraints" has these limits of the minimum.
+        if minimum & (minimum - 1) or not 1 <= minimum <= min(maximum, _MAX_BLOCK):
             raise ImageError(f"the server has a minimum block size of {minimum}")
+        if export.size > _MAX_SIZE:
+            raise ImageError(f"the export is too large: {export.size} bytes")
         if not read_only and export.flags & nbd.FLAG_READ_ONLY:
             raise ImageError("the export is read-only")
         self.filename = filename
@@ -103,7 +109,7 @@ class NbdStorage(StorageDriver):
         except OSError as exc:
             await client.close()
             raise ImageError(
-                f"Could not connect to '{filename}': {_reason(exc)}"
+                f"Failed to connect to '{uri.place}': {_reason(exc)}"
             ) from exc
         except BaseException:
             await client.close()

@@ -58,7 +58,8 @@ def test_image_opts(text, filename, options):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "file.filename"),
+        ("", "Must specify either driver or file"),
+        ("driver=raw", 'A block device must be specified for "file"'),
         ("=x", "key=value"),
         ("disk.qcow2", "does not support the option 'disk.qcow2'"),
         ("driver=qcow2,file=node0", "node-name='node0'"),

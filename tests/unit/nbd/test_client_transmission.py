@@ -239,6 +239,31 @@ def test_broken_servers(call, stream, negotiated, step):
         answer(call, stream, step, **negotiated)
 
 
+@pytest.mark.parametrize(
+    ("call", "piece"),
+    [
+        (read(0, 4096), data(7, b"x")),
+        (read(0, 4096), hole(7, 1)),
+        (read(0, 4096), error(5, b"no", flags=0)),
+        (Call(nbd.CMD_FLUSH), error(5, b"no", flags=0)),
+        (Call(nbd.CMD_BLOCK_STATUS, 0, 1 << 20), error(5, b"no", flags=0)),
+    ],
+)
+def test_a_reply_without_end(call, piece):
+    """Chunks of it are neither taken for ever nor kept."""
+    with pytest.raises(ProtocolError, match="a reply of too many chunks"):
+        answer(call, piece * 1100)
+
+
+def test_a_chunk_for_each_sector():
+    call = read(0, 2 << 20)
+    stream = b"".join(
+        data(at, bytes([at >> 9 & 0xFF]) * 512) for at in range(0, call.length, 512)
+    )
+    answer(call, stream + chunk(0))
+    assert call.data == b"".join(bytes([i & 0xFF]) * 512 for i in range(4096))
+
+
 def test_a_second_answer():
     transmission = ClientTransmission()
     transmission.request(Call(nbd.CMD_FLUSH))

@@ -1,0 +1,126 @@
+"""The image of ``nbdqcow-nbd``, opened as its options say, with qemu-nbd's words."""
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from nbdqcow.block.node import Node
+from nbdqcow.cli.images import open_node
+from nbdqcow.cli.nbd_options import Settings
+from nbdqcow.crypto.secrets import PassphraseRequired
+from nbdqcow.errors import ImageError
+
+if TYPE_CHECKING:
+    from nbdqcow.cli.objects import Objects
+
+_NO_SNAPSHOT = "Can't find snapshot"
+
+
+async def open_served(settings: Settings, objects: "Objects") -> Node:
+    """Open what is to be served. Raises `ImageError` and `UsageError`."""
+    filename, options = _take_options(settings, objects)
+    offset = settings.open_options.get("driver_options", {}).get("offset", 0)
+    read_only = options.get("read_only", False)
+    throwaway = settings.throwaway and not read_only
+    if settings.snapshot is not None or throwaway:
+        options["read_only"] = True
+    try:
+        node = await open_node(filename, **options)
+    except ImageError as exc:
+        _raise_as_qemu(settings, filename, exc)
+    try:
+        if node.read_only and not options.get("read_only", False):
+            # By a ``json:`` name: it says what -r is for.
+            _fail(settings.filename, "Block node is read-only")
+        if settings.throwaway and settings.snapshot is not None:
+            # The file that takes the writes has no snapshots.
+            raise ImageError(f"Failed to load snapshot: {_NO_SNAPSHOT}")
+        if offset and node.format_name != "raw":
+            # A raw image has been opened so already.
+            node = await _open_window(node, offset)
+        if throwaway:
+            from nbdqcow.cli.throwaway import open_throwaway
+
+            node = await open_throwaway(node, options.get("detect_zeroes", "off"))
+        return node
+    except BaseException:
+        await node.close()
+        raise
+
+
+def _take_options(settings: Settings, objects: "Objects") -> tuple[str, dict[str, Any]]:
+    """Return the file and the options of `open_node` that are asked for."""
+    name = filename = settings.filename
+    options: dict[str, Any] = {"discard": "ignore"}
+    options |= settings.open_options
+    options["secrets"] = lambda name: objects.secret(name).encode()
+    if settings.image_opts:
+        from nbdqcow.block.image_options import parse_pairs
+        from nbdqcow.cli.image_opts import parse_keyval
+        from nbdqcow.crypto.secrets import Secret
+
+        try:
+            filename, given = parse_pairs(parse_keyval(name))
+        except ImageError as exc:
+            _fail(name, str(exc))
+        if given.get("read_only", False) and not options.get("read_only", False):
+            _fail(name, "Block node is read-only")
+        options |= given | {"read_only": options.get("read_only", False)}
+        if (key_id := options.pop("key_secret", None)) is not None:
+            secret = Secret(objects.secret(key_id).encode())
+            given = options.get("driver_options", {})
+            options["driver_options"] = {**given, "secret": secret}
+    elif not filename:
+        _fail(name, "The 'file' block driver requires a file name")
+    if settings.native_aio and options.get("cache") not in ("none", "directsync"):
+        _fail(
+            name,
+            "aio=native was specified, but it requires cache.direct=on, which was"
+            " not specified.",
+        )
+    if settings.snapshot is not None:
+        options["driver_options"] = {
+            **options.get("driver_options", {}),
+            "snapshot": settings.snapshot,
+        }
+    return filename, options
+
+
+async def _open_window(node: Node, offset: int) -> Node:
+    """Return what is behind ``offset`` in a disk, as a disk. Raises `ImageError`."""
+    from nbdqcow.block.node_storage import NodeStorage
+    from nbdqcow.block.registry import format_driver
+
+    driver = await format_driver("raw").open(
+        NodeStorage(node), read_only=node.read_only, options={"offset": offset}
+    )
+    return Node(driver, filename=node.filename)
+
+
+def _fail(name: str, reason: str) -> NoReturn:
+    raise ImageError(f"Failed to blk_new_open '{name}': {reason}") from None
+
+
+def _raise_as_qemu(settings: Settings, filename: str, exc: ImageError) -> NoReturn:
+    """Raise why an image can't be opened, as qemu-nbd has it: the file is
+    named a second time only if the file itself is what can't be opened."""
+    opening = f"Could not open '{filename}': "
+    reason = str(exc)
+    if not isinstance(exc.__cause__, OSError) or reason.startswith(
+        f"{opening}Failed to connect to "
+    ):
+        reason = reason.removeprefix(opening)
+    if settings.snapshot is not None:
+        if reason.startswith("Can't find"):
+            raise ImageError(f"Failed to load snapshot: {_NO_SNAPSHOT}") from None
+        if (at := reason.find(" does not support temporarily loading")) >= 0:
+            raise ImageError(
+                f"Failed to load snapshot: {reason[:at]} used by device ''{reason[at:]}"
+            ) from None
+    if "o" in settings.given and reason.startswith("Offset ("):
+        # qemu-nbd's window is a disk above the image.
+        raise ImageError(reason) from None
+    if isinstance(exc, PassphraseRequired):
+        option = (
+            "encrypt.key-secret" if "image is encrypted" in reason else "key-secret"
+        )
+        reason = f"Parameter '{option}' is required for cipher"
+    _fail(settings.filename, reason)
