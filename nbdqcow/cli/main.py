@@ -4,6 +4,7 @@ import sys
 
 from nbdqcow import __version__
 from nbdqcow.cli.messages import describe, error
+from nbdqcow.cli.program import run_program
 from nbdqcow.errors import NbdQcowError
 
 
@@ -21,7 +22,7 @@ def main() -> int:
 
         sys.argv[:2] = ["nbdqcow-nbd"]
         return nbd_main()
-    return _click_main()
+    return run_program(_click_main)
 
 
 def _click_main() -> int:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nbdqcow.cli.messages import describe, error, printable, program_name, warning
 from nbdqcow.cli.nbd_options import HELP, NO_LIMIT, Settings, TryHelp, parse_arguments
+from nbdqcow.cli.program import run_program
 from nbdqcow.errors import ImageError, NbdQcowError, UsageError
 from nbdqcow.server.systemd import take_activation
 
@@ -18,6 +19,10 @@ _SECTOR: Final = 512
 
 def main() -> int:
     """Run the command; return its exit status."""
+    return run_program(_main)
+
+
+def _main() -> int:
     try:
         settings = parse_arguments(sys.argv[1:], take_activation(os.environ))
     except TryHelp as exc:
