@@ -189,6 +189,23 @@ def free_port() -> int:
     return find_free_port()
 
 
+def wait_until_listening(path: Path, process: subprocess.Popen[Any]) -> None:
+    """Wait until ``process`` listens on the unix socket ``path``.
+
+    The socket's name is there a little earlier. Trying to connect is no way to
+    find out: some programs serve one client and end.
+    """
+    listening = " 00010000 0001 01 "
+    deadline = time.monotonic() + START_SECONDS
+    while not any(
+        listening in line and line.endswith(f" {path}")
+        for line in Path("/proc/net/unix").read_text(errors="replace").splitlines()
+    ):
+        assert process.poll() is None, f"{process.args} exited {process.returncode}"
+        assert time.monotonic() < deadline, f"{process.args} does not listen"
+        time.sleep(0.01)
+
+
 class ServedProcess:
     """``python -m nbdqcow serve`` (or another command) in a process of its own.
 

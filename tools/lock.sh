@@ -12,7 +12,7 @@ compile() {
         --build-deps-for=editable --no-emit-index-url --no-emit-find-links \
         --no-emit-trusted-host --no-header "$@" --output-file "$lock" pyproject.toml
     # pip-compile's own header names indexes and paths of the machine it ran on.
-    sed -i "1i # Pinned with hashes for CPython 3.11 to 3.13; made by tools/lock.sh, not by hand." "$lock"
+    sed -i "1i # Pinned with hashes for CPython 3.11 to 3.14; made by tools/lock.sh, not by hand." "$lock"
 }
 
 compile requirements.lock

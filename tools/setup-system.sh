@@ -35,12 +35,12 @@ need_python() {
     fi
 }
 
-# What PYTHON above stands for, once the package lists are fresh: Ubuntu 22.04 has
-# 3.11 beside its python3, which is 3.10.
+# What PYTHON above stands for: Ubuntu 22.04 has 3.11 beside its python3, which is
+# 3.10. Where there are no package lists yet, what all later ones have.
 python_packages() {
     local version
     version=$(apt-cache policy python3 | sed -n 's/^ *Candidate: \([0-9.]*\).*/\1/p')
-    if dpkg --compare-versions "${version:-0}" ge 3.11; then
+    if dpkg --compare-versions "${version:-3.11}" ge 3.11; then
         echo python3 python3-venv
     else
         echo python3.11 python3.11-venv
@@ -102,7 +102,7 @@ install_missing() {
             "${packages/PYTHON/python3 (3.11 or later) python3-venv}"
     if [ "$(id -u)" != 0 ] && ! type -P sudo >/dev/null; then
         fail "not root, and no sudo; as root, run:" \
-            "apt-get install ${packages/PYTHON/$(python_packages)}"
+            "apt-get update && apt-get install ${packages/PYTHON/$(python_packages)}"
     fi
     update_lists
     packages=${packages/PYTHON/$(python_packages)}

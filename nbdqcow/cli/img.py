@@ -4,14 +4,13 @@ Each command is a module of its own, loaded when it is asked for.
 """
 
 import gc
-import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Final
 
 from nbdqcow.cli.messages import describe, error, printable, program_name
-from nbdqcow.cli.streams import open_standard_streams
+from nbdqcow.cli.program import run_program
 
 _COMMANDS: Final = {
     "amend": (
@@ -120,36 +119,24 @@ _COMMANDS: Final = {
 """Commands by name: the module, whose ``run(arguments)`` returns the exit
 status; what it is for, and its arguments for ``--help``."""
 
-_INTERRUPTED: Final = 130
 _GC_THRESHOLD: Final = 100_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that the command line names; return its exit status."""
-    open_standard_streams()
     # Modules make tens of thousands of objects that stay, and a job tuples that
     # live for a moment: neither has cycles to look for so often.
     gc.set_threshold(_GC_THRESHOLD)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # File names are any bytes, and they leave as they came.
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-    try:
-        status = _run(arguments)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader has gone; so has the wish for the rest. Python would
-        # flush again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    return status
+    return run_program(lambda: _run(arguments))
 
 
 def _run(arguments: list[str]) -> int:
     from nbdqcow.errors import NbdQcowError, UsageError
 
+    # File names are any bytes, and they leave as they came.
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     try:
         if not arguments:
             raise UsageError("Not enough arguments")

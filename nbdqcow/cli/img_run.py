@@ -32,7 +32,6 @@ class ProgressLine:
         self._percent = 0.0
         self._printed = float("-inf")
         self._started = time.monotonic()
-        self._is_asked = False
         self._watched = (
             not self._shown and not quiet and sys.stderr.isatty() and is_our_name()
         )

@@ -46,10 +46,22 @@ def _option_bytes(text: str) -> int:
     return value
 
 
+class _Seconds(click.FloatRange):
+    """A time that timers can take: not "nan", which no comparison refuses."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> float:
+        """Return the number, or say what is wrong with it."""
+        seconds = float(super().convert(value, param, ctx))
+        if not seconds <= _MAX_SECONDS:
+            self.fail(f"'{value}' is no number of seconds up to {_MAX_SECONDS}.")
+        return seconds
+
+
+_MAX_SECONDS: Final = 10**9
 _COUNT: Final = click.IntRange(min=1)
 _COUNT_OR_NONE: Final = click.IntRange(min=0)
-_SECONDS: Final = click.FloatRange(min=0, min_open=True)
-_SECONDS_OR_NONE: Final = click.FloatRange(min=0)
+_SECONDS: Final = _Seconds(min=0, min_open=True)
+_SECONDS_OR_NONE: Final = _Seconds(min=0)
 
 # Field of ServerOptions: its type, what stands for a value, the help text.
 _LIMITS: Final[dict[str, tuple[Any, str, str]]] = {

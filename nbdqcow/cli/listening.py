@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -18,18 +19,23 @@ async def run_server(server: Server, set_up: Callable[[], Awaitable[None]]) -> N
     """Run ``server`` until it is told to stop.
 
     ``set_up`` makes its listeners and says that it is ready: by then SIGTERM
-    already means an orderly end. If that raises, the listeners go away.
+    already means an orderly end. If that raises, the listeners go away. What is
+    left to do then, closing the images, is not cut short by SIGINT any more.
     """
     running = asyncio.create_task(server.run_until_stopped())
     # The task takes the signals over before it first waits.
     await asyncio.sleep(0)
     try:
-        await set_up()
-    except BaseException:
-        server.stop()
+        try:
+            await set_up()
+        except BaseException:
+            server.stop()
+            await running
+            raise
         await running
-        raise
-    await running
+    finally:
+        # One Ctrl-C too many; who means it has SIGTERM.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 async def listen_tcp(

@@ -4,14 +4,12 @@ import sys
 
 from nbdqcow import __version__
 from nbdqcow.cli.messages import describe, error
-from nbdqcow.cli.streams import open_standard_streams
+from nbdqcow.cli.program import run_program
 from nbdqcow.errors import NbdQcowError
 
 
 def main() -> int:
     """Run the command that the command line names; return its exit status."""
-    if "--stdio" not in sys.argv:
-        open_standard_streams()
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     # These read their command lines as QEMU's tools do, not as click does.
     if command == "img":
@@ -24,7 +22,7 @@ def main() -> int:
 
         sys.argv[:2] = ["nbdqcow-nbd"]
         return nbd_main()
-    return _click_main()
+    return run_program(_click_main)
 
 
 def _click_main() -> int:

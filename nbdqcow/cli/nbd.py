@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdqcow.cli.messages import describe, error, printable, program_name, warning
 from nbdqcow.cli.nbd_options import HELP, NO_LIMIT, Settings, TryHelp, parse_arguments
-from nbdqcow.cli.streams import open_standard_streams
+from nbdqcow.cli.program import run_program
 from nbdqcow.errors import ImageError, NbdQcowError, UsageError
 from nbdqcow.server.systemd import take_activation
 
@@ -20,7 +20,10 @@ _SECTOR: Final = 512
 
 def main() -> int:
     """Run the command; return its exit status."""
-    open_standard_streams()
+    return run_program(_main)
+
+
+def _main() -> int:
     try:
         settings = parse_arguments(sys.argv[1:], take_activation(os.environ))
     except TryHelp as exc:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,7 +60,8 @@ class ServeSettings:
     "-f",
     "--format",
     metavar="FORMAT",
-    help="The format of the images (raw, qcow, qcow2). Without it, it is guessed.",
+    help="The format of the images (raw, qcow, qcow2, luks). Without it, it is "
+    "guessed.",
 )
 @click.option(
     "--cache",
@@ -72,7 +74,7 @@ class ServeSettings:
     "--l2-cache-size",
     type=size,
     metavar="SIZE",
-    help="Memory for the tables of each image.",
+    help="Memory for the tables of each image.  [default: 32M]",
 )
 @click.option(
     "--discard",
@@ -206,6 +208,8 @@ async def _serve(settings: ServeSettings) -> None:
     stdio = None
     async with contextlib.AsyncExitStack() as stack:
         if settings.places.stdio:
+            if sys.__stdin__ is None or sys.__stdout__ is None:
+                raise UsageError("--stdio: standard input or output is closed")
             stdio = Stdio()
             stack.callback(stdio.finish)
         sizes = []

@@ -15,8 +15,6 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from nbdqcow.errors import UnsupportedFeature
 
-IV_LENGTH: Final = 16
-
 Words: TypeAlias = npt.NDArray[Any]
 """Little-endian unsigned 64-bit words, two for each block of a cipher."""
 

@@ -32,6 +32,14 @@ from typing import Final, Protocol
 from nbdqcow.errors import OptionError, ProtocolError
 from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
+from nbdqcow.nbd.option_data import (
+    check_string,
+    decode_string,
+    lists_context,
+    parse_info_request,
+    parse_meta_queries,
+    quote,
+)
 from nbdqcow.nbd.replies import ReplyStyle
 from nbdqcow.types import Buffer
 
@@ -39,11 +47,6 @@ _MAX_QUEUED: Final = 1 << 20
 """Bytes of replies that may wait while the client already sends more."""
 _MAX_SKIPPED: Final = 32 << 20
 """Bytes of data that a refused option may have; beyond, the client is closed."""
-_MAX_QUERIES: Final = 1024
-"""Queries in one LIST_META_CONTEXT or SET_META_CONTEXT."""
-_WILDCARDS: Final = frozenset(("base:", "qemu:", "qemu:dirty-bitmap:"))
-"""Queries of LIST_META_CONTEXT that stand for all contexts that begin so
-(proto.md "The `base:` metadata namespace"; QEMU's interop/nbd.rst)."""
 _PLAIN_AFTER_STARTTLS: Final = "unencrypted bytes after STARTTLS"
 _MAY_ASK_FOR_TLS: Final = frozenset((nbd.OPT_EXPORT_NAME, nbd.OPT_INFO, nbd.OPT_GO))
 """The options that may be answered with ERR_TLS_REQD where TLS is optional."""
@@ -101,11 +104,11 @@ class ExportInfo:
     tls_only: bool = False
 
     def __post_init__(self) -> None:
-        _check_string("export name", self.name)
-        _check_string("export name", self.canonical_name or "")
-        _check_string("export description", self.description)
+        check_string("export name", self.name)
+        check_string("export name", self.canonical_name or "")
+        check_string("export description", self.description)
         for context in self.meta_contexts:
-            _check_string("metadata context", context)
+            check_string("metadata context", context)
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,7 +388,7 @@ class ServerHandshake:
         self.state = HandshakeState.STARTTLS
 
     def _info(self, option: int, data: bytes) -> None:
-        name, infos = _parse_info_request(data)
+        name, infos = parse_info_request(data)
         export = self._find_export(option, name)
         if option == nbd.OPT_GO:
             self._check_admission(export)
@@ -410,20 +413,20 @@ class ServerHandshake:
 
     def _find_export(self, option: int, name: bytes) -> ExportInfo:
         """Return the export that ``option`` names. Raises `OptionError`."""
-        decoded = _decode_string("export name", name)
+        decoded = decode_string("export name", name)
         export = self._exports.find_export(decoded)
         if export is not None and self._must_start_tls(export):
             if option in _MAY_ASK_FOR_TLS:
                 raise OptionError(
-                    nbd.REP_ERR_TLS_REQD, f"the export {_quote(decoded)} requires TLS"
+                    nbd.REP_ERR_TLS_REQD, f"the export {quote(decoded)} requires TLS"
                 )
             export = None
         if export is None:
-            raise OptionError(nbd.REP_ERR_UNKNOWN, f"no export {_quote(decoded)}")
+            raise OptionError(nbd.REP_ERR_UNKNOWN, f"no export {quote(decoded)}")
         if not self._may_use(export):
             raise OptionError(
                 nbd.REP_ERR_POLICY,
-                f"this client is not allowed to use the export {_quote(decoded)}",
+                f"this client is not allowed to use the export {quote(decoded)}",
             )
         return export
 
@@ -462,7 +465,7 @@ class ServerHandshake:
     def _list_meta_context(self, option: int, data: bytes) -> None:
         export, queries = self._parse_meta_request(option, data)
         for name in export.meta_contexts:
-            if not queries or any(_lists(query, name) for query in queries):
+            if not queries or any(lists_context(query, name) for query in queries):
                 self._reply(option, nbd.REP_META_CONTEXT, codec.meta_context(0, name))
         self._reply(option, nbd.REP_ACK)
 
@@ -488,7 +491,7 @@ class ServerHandshake:
                 nbd.REP_ERR_INVALID,
                 f"{nbd.option_name(option)} without structured replies",
             )
-        name, queries = _parse_meta_queries(data)
+        name, queries = parse_meta_queries(data)
         return self._find_export(option, name), queries
 
     def _transmission_flags(self, export: ExportInfo) -> int:
@@ -556,108 +559,3 @@ _INFO_BUILDERS: Final[dict[int, Callable[[ExportInfo], bytes | None]]] = {
     nbd.INFO_BLOCK_SIZE: _block_size_info,
 }
 """What INFO and GO can be asked for; INFO_EXPORT is always sent."""
-
-
-def _parse_info_request(data: bytes) -> tuple[bytes, set[int]]:
-    """Return the name and the information types that INFO or GO asks for.
-
-    Raises `OptionError` unless the lengths fit the data exactly.
-    """
-    if len(data) < 6:
-        raise OptionError(nbd.REP_ERR_INVALID, "the option's data is too short")
-    (name_length,) = codec.U32.unpack_from(data)
-    if name_length > len(data) - 6:
-        raise OptionError(nbd.REP_ERR_INVALID, "the name is longer than the option")
-    infos_offset = 4 + name_length + 2
-    (nb_infos,) = codec.U16.unpack_from(data, infos_offset - 2)
-    if len(data) != infos_offset + 2 * nb_infos:
-        raise OptionError(
-            nbd.REP_ERR_INVALID,
-            f"{nb_infos} information requests do not fill the option's data",
-        )
-    infos = {
-        codec.U16.unpack_from(data, infos_offset + 2 * i)[0] for i in range(nb_infos)
-    }
-    return data[4 : 4 + name_length], infos
-
-
-def _parse_meta_queries(data: bytes) -> tuple[bytes, set[str]]:
-    """Return the export's name and the queries of a *_META_CONTEXT option.
-
-    Raises `OptionError` unless the lengths fit the data exactly, and for a
-    query that is no string or has no namespace.
-    """
-    if len(data) < 8:
-        raise OptionError(nbd.REP_ERR_INVALID, "the option's data is too short")
-    (name_length,) = codec.U32.unpack_from(data)
-    if name_length > len(data) - 8:
-        raise OptionError(nbd.REP_ERR_INVALID, "the name is longer than the option")
-    offset = 4 + name_length + 4
-    (nb_queries,) = codec.U32.unpack_from(data, offset - 4)
-    if nb_queries > _MAX_QUERIES:
-        raise OptionError(
-            nbd.REP_ERR_TOO_BIG, f"{nb_queries} queries; {_MAX_QUERIES} are allowed"
-        )
-    queries = set()
-    for _ in range(nb_queries):
-        if len(data) - offset < 4:
-            raise OptionError(nbd.REP_ERR_INVALID, "a query is missing")
-        (length,) = codec.U32.unpack_from(data, offset)
-        offset += 4
-        if length > len(data) - offset:
-            raise OptionError(nbd.REP_ERR_INVALID, "a query is longer than the option")
-        queries.add(_decode_query(data[offset : offset + length]))
-        offset += length
-    if offset != len(data):
-        raise OptionError(
-            nbd.REP_ERR_INVALID, f"{nb_queries} queries do not fill the option's data"
-        )
-    return data[4 : 4 + name_length], queries
-
-
-def _decode_query(data: bytes) -> str:
-    query = _decode_string("query", data)
-    if not query.partition(":")[1]:
-        raise OptionError(
-            nbd.REP_ERR_INVALID, f"the query {_quote(query)} has no namespace"
-        )
-    return query
-
-
-def _lists(query: str, name: str) -> bool:
-    """Tell whether a query of LIST_META_CONTEXT finds the context ``name``."""
-    return query == name or (query in _WILDCARDS and name.startswith(query))
-
-
-def _decode_string(what: str, data: bytes) -> str:
-    """Return a client's string as text (proto.md "Conventions")."""
-    if len(data) > nbd.MAX_STRING_LENGTH:
-        raise OptionError(
-            nbd.REP_ERR_TOO_BIG,
-            f"the {what} has {len(data)} bytes; {nbd.MAX_STRING_LENGTH} are allowed",
-        )
-    try:
-        text = data.decode()
-    except UnicodeDecodeError:
-        raise OptionError(nbd.REP_ERR_INVALID, f"the {what} is not UTF-8") from None
-    if "\0" in text:
-        raise OptionError(nbd.REP_ERR_INVALID, f"the {what} contains a NUL")
-    return text
-
-
-def _check_string(what: str, text: str) -> None:
-    try:
-        length = len(text.encode())
-    except UnicodeEncodeError:
-        raise ValueError(f"the {what} {text!a} is not UTF-8") from None
-    if length > nbd.MAX_STRING_LENGTH:
-        raise ValueError(f"the {what} is longer than {nbd.MAX_STRING_LENGTH} bytes")
-    if "\0" in text:
-        raise ValueError(f"the {what} {text!a} contains a NUL")
-
-
-def _quote(name: str) -> str:
-    """Return a client's name for a message: short, and safe in a log."""
-    if len(name) > 100:
-        name = name[:100] + "..."
-    return repr(name)

@@ -24,6 +24,7 @@ from nbdqcow.server.options import ServerOptions
 from nbdqcow.server.sockets import tune
 from nbdqcow.server.tls import ServerTls, TlsTransport, peer_certificate, start_tls
 from nbdqcow.tls import describe_tls_error
+from nbdqcow.transports import mend_writelines
 from nbdqcow.types import Buffer
 from nbdqcow.units import KiB, MiB
 
@@ -87,6 +88,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Let the server `start` the client, or close one too many."""
         self._transport = cast(asyncio.Transport, transport)
+        mend_writelines(self._transport)
         self._welcome = self._on_made(self)
         if not self._welcome:
             self._transport.abort()

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from nbdqcow import open_image
 from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow2.bitmap import Bitmap, BitmapInfo
+from tests.conftest import wait_until_listening
 
 MiB = 1 << 20
 SEED = int(os.environ.get("NBDQCOW_SEED", random.randrange(1 << 32)))
@@ -49,9 +49,7 @@ def qemu_nbd(path, *options):
     socket = path.with_suffix(".sock")
     process = subprocess.Popen(["qemu-nbd", *options, "-k", socket, path])
     try:
-        deadline = time.monotonic() + 20
-        while not socket.exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until_listening(socket, process)
         yield f"nbd+unix:///?socket={socket}"
     finally:
         process.terminate()

@@ -7,9 +7,10 @@ and bytes that it reads are bounded by assertions.
 import asyncio
 import contextlib
 import struct
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar
 
+from nbdqcow.block.driver import FormatDriver
 from nbdqcow.block.filter_names import innermost, shown_name
 from nbdqcow.block.node import Node
 from nbdqcow.block.tools import REPAIR_ALL, REPAIR_NONE
@@ -49,6 +50,9 @@ from nbdqcow.storage.memory import MemoryStorage
 from nbdqcow.units import parse_size
 from tests.builder import BytesFile, ImageBuilder
 from tests.crash.histories import compressed, filled
+
+D = TypeVar("D", bound=FormatDriver)
+Requests = list[Callable[[], Awaitable[Any]]]
 
 MiB: Final = 1 << 20
 MAX_READ: Final = 512 * MiB
@@ -189,28 +193,41 @@ def qcow2_image(data: bytes) -> None:
         except (ImageError, OSError):
             continue
     assert file.nb_read <= MAX_READ, file.nb_read
-    asyncio.run(_use_image(data))
+    asyncio.run(_use_image(data, Qcow2Driver, _use_qcow2))
 
 
-async def _use_image(data: bytes) -> None:
+async def _use_image(
+    data: bytes,
+    driver_class: type[D],
+    use: Callable[[Node, D], Requests],
+    **options: Any,
+) -> None:
+    """Open an image both ways; do what ``use`` says, each as far as it goes."""
     for read_only in (True, False):
         storage = MemoryStorage(data, max_length=64 * MiB)
         with contextlib.suppress(ImageError, OSError):
-            driver = await Qcow2Driver.open(storage, read_only=read_only, options={})
+            driver = await driver_class.open(
+                storage, read_only=read_only, options=options
+            )
             node = Node(driver, filename="fuzz")
-            if node.size:
-                await _use_node(node, driver)
+            for request in use(node, driver) if node.size else ():
+                with contextlib.suppress(OSError):
+                    await request()
             await node.close()
 
 
-async def _use_node(node: Node, driver: Qcow2Driver) -> None:
-    length = min(node.size, 64 << 10)
-    requests = [
+def _read(node: Node, length: int) -> Requests:
+    """Return what can be done to an image of any format."""
+    return [
         lambda: node.pread(0, length),
         lambda: node.pread(node.size - length, length),
         lambda: node.block_status(0, node.size, 1000),
-        lambda: driver.snapshot_list(),
     ]
+
+
+def _use_qcow2(node: Node, driver: Qcow2Driver) -> Requests:
+    length = min(node.size, 64 << 10)
+    requests = [*_read(node, length), lambda: driver.snapshot_list()]
     if not node.read_only:
         requests += [
             lambda: node.pwrite(0, b"w" * min(700, length)),
@@ -221,9 +238,7 @@ async def _use_node(node: Node, driver: Qcow2Driver) -> None:
             lambda: driver.snapshot_delete("1"),
             lambda: driver.snapshot_apply("new"),
         ]
-    for request in requests:
-        with contextlib.suppress(OSError):
-            await request()
+    return requests
 
 
 def qcow1_header(data: bytes) -> None:
@@ -242,30 +257,12 @@ def qcow1_image(data: bytes) -> None:
     with contextlib.suppress(ImageError, OSError):
         Qcow1Tool().describe(file)
     assert file.nb_read <= MAX_READ, file.nb_read
-    asyncio.run(_use_qcow1(data))
+    asyncio.run(_use_image(data, Qcow1Driver, _use_qcow1, secret=b"secret"))
 
 
-async def _use_qcow1(data: bytes) -> None:
-    for read_only in (True, False):
-        storage = MemoryStorage(data, max_length=64 * MiB)
-        with contextlib.suppress(ImageError, OSError):
-            options = {"secret": b"secret"}
-            driver = await Qcow1Driver.open(
-                storage, read_only=read_only, options=options
-            )
-            node = Node(driver, filename="fuzz")
-            if node.size:
-                await _use_qcow1_node(node, driver)
-            await node.close()
-
-
-async def _use_qcow1_node(node: Node, driver: Qcow1Driver) -> None:
+def _use_qcow1(node: Node, driver: Qcow1Driver) -> Requests:
     length = min(node.size, 64 << 10)
-    requests = [
-        lambda: node.pread(0, length),
-        lambda: node.pread(node.size - length, length),
-        lambda: node.block_status(0, node.size, 1000),
-    ]
+    requests = _read(node, length)
     if not node.read_only:
         clusters = node.size - node.size % driver.cluster_size
         requests += [
@@ -276,9 +273,7 @@ async def _use_qcow1_node(node: Node, driver: Qcow1Driver) -> None:
             lambda: node.flush(),
             lambda: driver.make_empty(),
         ]
-    for request in requests:
-        with contextlib.suppress(OSError):
-            await request()
+    return requests
 
 
 def luks_header(data: bytes) -> None:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.conftest import REPOSITORY, find_tool
+from tests.conftest import REPOSITORY, find_tool, wait_until_listening
 from tests.interop.test_cli_serve import info, run
 
 MAIN = "import sys; from nbdqcow.cli.nbd import main; sys.exit(main())"
@@ -75,11 +75,7 @@ def start(program, path):
             text=True,
         )
         processes.append(process)
-        deadline = time.monotonic() + 20
-        while not path.exists():
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until_listening(path, process)
         return process
 
     yield begin
@@ -500,10 +496,7 @@ def test_lists_nbdkit(ours, theirs, path, tmp_path):
     nbdkit = find_tool("nbdkit")
     with subprocess.Popen([nbdkit, "-f", "-U", path, "memory", "5M"]) as process:
         try:
-            deadline = time.monotonic() + 20
-            while not path.exists():
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
+            wait_until_listening(path, process)
             assert run(ours, "-L", "-k", path) == run(theirs, "-L", "-k", path)
         finally:
             process.terminate()

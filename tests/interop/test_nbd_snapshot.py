@@ -5,6 +5,7 @@ import subprocess
 
 import pytest
 
+from tests.conftest import wait_until_listening
 from tests.interop.test_cli_nbd import image, info, ours, path, program, start, theirs
 from tests.serving import run
 
@@ -52,8 +53,7 @@ def test_its_file_has_no_name_and_its_place_can_be_chosen(ours, image, path, tmp
     command = [ours, "-s", "-t", "-f", "qcow2", "-k", str(path), str(image)]
     environment = {**os.environ, "TMPDIR": str(place)}
     with subprocess.Popen(command, env=environment) as process:
-        while not path.exists():
-            assert process.poll() is None
+        wait_until_listening(path, process)
         run("qemu-io", "-f", "raw", "-c", "write 0 1M", f"nbd+unix:///?socket={path}")
         open_files = [
             os.readlink(entry) for entry in os.scandir(f"/proc/{process.pid}/fd")

@@ -142,3 +142,16 @@ def test_sigint_and_a_second_sigterm_end_it_as_well(tmp_path: Path) -> None:
         check_image(image)
         with serving(image) as server, NbdClient(server.socket) as client:
             assert client.read(0, 4) == b"kept"
+
+
+def test_no_number_of_interrupts_leaves_a_traceback(tmp_path: Path) -> None:
+    image = create(tmp_path / "a.qcow2", MiB)
+    for _ in range(3):
+        with serving(image) as server:
+            with NbdClient(server.socket) as client:
+                client.write(0, bytes(MiB))
+            while server.process.poll() is None:
+                server.process.send_signal(signal.SIGINT)
+            assert server.errors() == ""
+            assert server.process.returncode == 0
+        check_image(image)

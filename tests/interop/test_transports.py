@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.conftest import REPOSITORY, find_tool
+from tests.conftest import REPOSITORY, find_tool, wait_until_listening
 from tests.interop.test_cli_serve import images, info, listeners, run, short_path
 
 __all__ = ["images", "short_path"]
@@ -191,8 +191,7 @@ def test_socket_activation(images, short_path, command):
     )  # fmt: skip
     try:
         names = ["a", "b", "c"] if command == "serve" else ["a"]
-        while not (short_path / "a").exists():
-            assert process.poll() is None
+        wait_until_listening(short_path / "a", process)
         for name in names:
             uri = f"nbd+unix:///?socket={short_path}/{name}"
             assert info(uri)["export-size"] == 3 * MiB + 512

@@ -30,11 +30,27 @@ class CreateOptions:
 
 @dataclass(frozen=True, slots=True)
 class CreatePlan:
-    """The layout of a new image; ``head`` comes before the L1 table."""
+    """The layout of a new image.
+
+    Attributes:
+        header: as `Header.parse` will find it.
+        head: all that comes before the L1 table.
+        file_length: bytes, of which those behind the head are zero.
+    """
 
     header: Header
     head: bytes
     file_length: int
+
+    @property
+    def first_write(self) -> tuple[int, bytes]:
+        """Offset and bytes of what must be durable before `last_write`."""
+        return SECTOR_SIZE, self.head[SECTOR_SIZE:]
+
+    @property
+    def last_write(self) -> tuple[int, bytes]:
+        """Offset and bytes of what makes the file an image: one sector."""
+        return 0, self.head[:SECTOR_SIZE]
 
 
 def plan_create(options: CreateOptions) -> CreatePlan:
@@ -81,8 +97,6 @@ async def create(storage: StorageDriver, options: CreateOptions) -> None:
     await storage.truncate(plan.file_length)
     if not storage.zero_beyond_end:
         await storage.write_zeroes(0, plan.file_length, may_unmap=True)
-    await storage.pwritev(SECTOR_SIZE, [plan.head[SECTOR_SIZE:]])
-    # What makes it an image comes when all the rest is durable.
-    await storage.flush()
-    await storage.pwritev(0, [plan.head[:SECTOR_SIZE]])
-    await storage.flush()
+    for offset, data in (plan.first_write, plan.last_write):
+        await storage.pwritev(offset, [data])
+        await storage.flush()

@@ -18,7 +18,6 @@ from nbdqcow.block.tools import (
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow1 import header as h
 from nbdqcow.formats.qcow1.header import read_header
-from nbdqcow.units import SECTOR_SIZE
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow1.create import CreatePlan
@@ -102,8 +101,6 @@ class Qcow1Tool(FormatTool):
         file.truncate(plan.file_length)
         if file.is_device:
             file.write_zeroes(0, plan.file_length)
-        file.pwrite(SECTOR_SIZE, plan.head[SECTOR_SIZE:])
-        # What makes it an image comes when all the rest is durable.
-        file.flush()
-        file.pwrite(0, plan.head[:SECTOR_SIZE])
-        file.flush()
+        for offset, data in (plan.first_write, plan.last_write):
+            file.pwrite(offset, data)
+            file.flush()

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from nbdqcow.block.driver import WritePlan
 from nbdqcow.block.inflight import Epochs, Writers
 from nbdqcow.block.status import Kinds
-from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import BlockingSource, StorageDriver
-from nbdqcow.errors import BlockError, CorruptImage, ImageError
+from nbdqcow.errors import BlockError, CorruptImage
 from nbdqcow.formats.qcow2 import (
     compressed_write,
     discard,
     encryption,
     extents,
+    opening,
     overlap,
     write,
     write_extended,
@@ -28,20 +28,15 @@ from nbdqcow.formats.qcow2 import data_file as qcow2_data_file
 from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.formats.qcow2.bitmap import Bitmap, Bitmaps
 from nbdqcow.formats.qcow2.compress import CompressedClusters
-from nbdqcow.formats.qcow2.encryption_header import luks_range
-from nbdqcow.formats.qcow2.entries import OFFSET_MASK
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.mapping import Mapping
 from nbdqcow.formats.qcow2.mapping_extended import ExtendedMapping
 from nbdqcow.formats.qcow2.operations import Operations
 from nbdqcow.formats.qcow2.refcount import Refcounts
-from nbdqcow.formats.qcow2.repair import repair_dirty
 from nbdqcow.formats.qcow2.settings import Settings
-from nbdqcow.formats.qcow2.snapshot_table import read_snapshots, select_snapshot
 from nbdqcow.formats.qcow2.tables import Tables
 from nbdqcow.formats.qcow2.write_inline import ExtendedInlineWriter, InlineWriter
 from nbdqcow.formats.qcow2.writeback import Freed, Writeback
-from nbdqcow.formats.words import load_be64
 from nbdqcow.types import Buffer, Run
 from nbdqcow.units import MiB, round_up
 
@@ -202,100 +197,20 @@ class Qcow2Driver(Operations):
         bytes); ``open_data_file``, a coroutine function that opens the external
         data file, given its name in the image, or None. Raises `ImageError`.
         """
-        head = bytes(await storage.pread(0, qcow2_header.HEADER_READ_LENGTH))
-        wanted = qcow2_header.needed(head)
-        if wanted > len(head):
-            head = bytes(await storage.pread(0, wanted))
-        header = Header.parse(head)
-        header.check_supported(read_only=read_only)
-        settings = Settings.parse(options, header)
-        if header.dirty and not read_only:
-            header = await repair_dirty(storage, header)
-        wanted_snapshot = options.get("snapshot")
-        if wanted_snapshot is not None:
-            if not read_only:
-                raise ImageError("A snapshot can only be opened read-only")
-            await _show_snapshot(storage, header, wanted_snapshot)
-        l1 = await _read_table(storage, header.l1_table_offset, header.l1_size, "L1")
-        # Nothing below the size needs the entries behind it (VM state does),
-        # but they are references all the same and stay in the file.
-        data_file = None
-        if header.has_data_file:
-            if "open_data_file" not in options:
-                raise ImageError("the image's external data file is not to be opened")
-            data_file = await options["open_data_file"](header.data_file_name)
-        try:
-            image = cls(
-                storage,
-                header,
-                l1,
-                read_only=read_only,
-                settings=settings,
-                data=await encryption.open_data(
-                    storage, header, options.get("secret"), data_file
-                ),
-                data_file=data_file,
-            )
-            image.secret = options.get("secret")
-            image.shows_old_disk = wanted_snapshot is not None
-            if not read_only:
-                await image.prepare_for_writing()
-            if settings.clean_interval:
-                image.spawn_forever(image._drop_unused(settings.clean_interval))
-            if wanted_snapshot is None and header.bitmaps_consistent:
-                await image.bitmaps.load()
-        except BaseException:
-            if data_file is not None:
-                await data_file.close()
-            raise
-        return image
+        return await opening.open_driver(cls, storage, read_only, options)
 
     async def prepare_for_writing(self) -> None:
         """Load what only writers need, unless it was. Raises `ImageError`."""
-        header, bits, size = self.header, self.cluster_bits, self.cluster_size
-        if self._prepared:
-            return
-        if not self.refcounts.table:
-            self.storage.announce("reftable_load")
-            self.refcounts.table = await _read_table(
-                self.storage,
-                header.refcount_table_offset,
-                header.refcount_table_clusters * size // 8,
-                "refcount",
-            )
-        metadata = self.metadata
-        metadata.add(0)
-        ranges = [
-            (header.l1_table_offset, header.l1_size * 8),
-            (header.refcount_table_offset, header.refcount_table_clusters * size),
-        ]
-        if (luks := luks_range(header)) is not None:
-            ranges.append(luks)
-        for offset, length in ranges:
-            metadata.update(range(offset >> bits, (offset + length + size - 1) >> bits))
-        for table in (self.refcounts.table, self.tables.l1):
-            metadata.update((entry & OFFSET_MASK) >> bits for entry in table if entry)
-        await overlap.note_snapshots(self)
-        unknown = header.autoclear_features & ~qcow2_header.AUTOCLEAR_KNOWN_MASK
-        if unknown:
-            # "An implementation may only write to an image with unknown
-            # auto-clear features if it clears the respective bits first."
-            header.autoclear_features &= ~unknown
-            await self._write_header_field(
-                qcow2_header.AUTOCLEAR_FEATURES_OFFSET, header.autoclear_features
-            )
-        self._prepared = True
+        if not self._prepared:
+            await opening.prepare_for_writing(self)
+            self._prepared = True
 
-    async def _drop_unused(self, interval: int) -> None:
+    async def drop_unused(self, interval: int) -> None:
         """Give up cached tables that nobody used for ``interval`` seconds."""
         while True:
             await asyncio.sleep(interval)
             self.tables.turn()
             self.refcounts.turn()
-
-    async def _write_header_field(self, offset: int, value: int) -> None:
-        await self.storage.pwritev(offset, [value.to_bytes(8, "big")])
-        await self.storage.flush()
 
     # -- reading ---------------------------------------------------------
 
@@ -630,31 +545,3 @@ class Qcow2Driver(Operations):
             await self.settle()
         finally:
             await self.compressed.close()
-
-
-async def _read_table(
-    storage: StorageDriver, offset: int, nb_entries: int, what: str
-) -> "array[int]":
-    """Read a table of the header's; the header has bounded its length."""
-    # A sparse tail is legal (the table reads as zeroes there), a table that
-    # lies wholly behind the end is not.
-    if nb_entries and offset >= storage.length:
-        raise ImageError(f"Could not read {what} table: it is past the file's end")
-    return load_be64(await storage.pread(offset, nb_entries * 8))
-
-
-async def _show_snapshot(
-    storage: StorageDriver, header: Header, wanted: str | tuple[str | None, str | None]
-) -> None:
-    """Let a header that is in memory only describe a snapshot's disk.
-
-    Raises `ImageError` if there is no such snapshot, or it can't be right.
-    """
-    snapshots, _ = await run_steps(read_snapshots(header), storage)
-    chosen = select_snapshot(snapshots, wanted)
-    if chosen.disk_size is not None:
-        header.size = chosen.disk_size
-    header.l1_size, header.l1_table_offset = chosen.l1_size, chosen.l1_table_offset
-    chosen.check_l1_table(header.cluster_size)
-    if header.l1_size < header.l1_entries_needed:
-        raise ImageError("Snapshot L1 table is too small")

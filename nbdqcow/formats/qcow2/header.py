@@ -64,8 +64,6 @@ _EXTENSION_RANKS: Final = {
 
 # Where fields lie that change while an image is open, so that each can be
 # rewritten alone in one write.
-L1_FIELDS_OFFSET: Final = 36
-"""``l1_size`` (u32), ``l1_table_offset`` (u64)."""
 REFTABLE_FIELDS_OFFSET: Final = 48
 """``refcount_table_offset`` (u64), ``refcount_table_clusters`` (u32)."""
 SNAPSHOT_FIELDS_OFFSET: Final = 60

@@ -18,6 +18,7 @@ from nbdqcow.nbd.client_transmission import Call, ClientTransmission
 from nbdqcow.nbd.uri import NbdUri
 from nbdqcow.storage.nbd.tls import client_context_blocking
 from nbdqcow.tls import describe_tls_error
+from nbdqcow.transports import mend_writelines
 from nbdqcow.types import Buffer
 from nbdqcow.units import KiB, MiB
 
@@ -62,6 +63,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Set what a connection of ours has."""
         self._transport = cast(asyncio.Transport, transport)
+        mend_writelines(self._transport)
         sock = transport.get_extra_info("socket")
         with suppress(OSError):
             if sock.family in (socket.AF_INET, socket.AF_INET6):

@@ -103,6 +103,8 @@ def test_announcement(monkeypatch):
         (["serve", "--listen", "h:x", "a"], 2, "a port is a number"),
         (["serve", "--l2-cache-size", "x", "a"], 2, "invalid size 'x'"),
         (["serve", "--max-connections", "0", "a"], 2, "max-connections"),
+        (["serve", "--idle-timeout", "nan", "a"], 2, "no number of seconds"),
+        (["serve", "--reply-timeout", "inf", "a"], 2, "no number of seconds"),
         (["serve", "--detect-zeroes=unmap", "--discard=ignore", "a"], 2, "needs"),
         (["serve", "a", "a"], 1, "nbdqcow: there are two exports named 'a'"),
     ],

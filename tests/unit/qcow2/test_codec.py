@@ -1,10 +1,10 @@
 """Streams of compressed clusters: right, bounded, and whatever was done to them."""
 
 import random
+import sys
 import zlib
 
 import pytest
-from backports import zstd
 
 from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow2 import codec
@@ -16,6 +16,11 @@ from nbdqcow.formats.qcow2.entries import (
     max_compressed_offset,
 )
 from nbdqcow.formats.qcow2.header import COMPRESSION_ZLIB, COMPRESSION_ZSTD
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 CLUSTER = 65536
 TYPES = pytest.mark.parametrize("type_", [COMPRESSION_ZLIB, COMPRESSION_ZSTD])
