@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import signal
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -22,20 +21,16 @@ async def run_server(server: Server, set_up: Callable[[], Awaitable[None]]) -> N
     already means an orderly end. If that raises, the listeners go away. What is
     left to do then, closing the images, is not cut short by SIGINT any more.
     """
-    running = asyncio.create_task(server.run_until_stopped())
+    running = asyncio.create_task(server.run_until_stopped(last=True))
     # The task takes the signals over before it first waits.
     await asyncio.sleep(0)
     try:
-        try:
-            await set_up()
-        except BaseException:
-            server.stop()
-            await running
-            raise
+        await set_up()
+    except BaseException:
+        server.stop()
         await running
-    finally:
-        # One Ctrl-C too many; who means it has SIGTERM.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise
+    await running
 
 
 async def listen_tcp(

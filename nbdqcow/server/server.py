@@ -204,13 +204,16 @@ class Server:
         self._abandoned = True
         self.stop()
 
-    async def run_until_stopped(self) -> None:
+    async def run_until_stopped(self, *, last: bool = False) -> None:
         """Serve until `stop`, SIGTERM, SIGINT or SIGHUP, then end in order.
 
         No client is accepted any more, requests in flight are finished, and
         all exports are flushed. A second signal (or `abandon`) cuts this
         short: requests in flight are given up and nothing is flushed. Raises
         `OSError` if an export could not be flushed.
+
+        ``last``: only the closing of images comes after this, and one Ctrl-C too
+        many must not cut that short: SIGINT and SIGHUP are ignored from then on.
         """
         keep_freed_memory()
         loop = asyncio.get_running_loop()
@@ -238,10 +241,10 @@ class Server:
                 await self._flush_exports()
         finally:
             checking.cancel()
-            for number in (*_SIGNALS, *((_HANGUP,) if hangs_up else ())):
-                loop.remove_signal_handler(number)
             self._close_listeners()
             await self._give_up()
+            for number in (*_SIGNALS, *((_HANGUP,) if hangs_up else ())):
+                _release_signal(loop, number, ignore=last and number != signal.SIGTERM)
 
     async def _prepare_to_stop(self, prepare: Callable[[], Awaitable[None]]) -> None:
         preparing = asyncio.ensure_future(prepare())
@@ -405,3 +408,18 @@ class _Exports:
         ):
             (export,) = self._exports.values()
         return None if export is None else export.info
+
+
+def _release_signal(
+    loop: asyncio.AbstractEventLoop, number: signal.Signals, *, ignore: bool
+) -> None:
+    while True:
+        try:
+            loop.remove_signal_handler(number)
+            if ignore:
+                signal.signal(number, signal.SIG_IGN)
+            return
+        except KeyboardInterrupt:
+            # Between the two it is Python's own.
+            if not ignore:
+                raise
