@@ -139,3 +139,30 @@ def test_a_single_class(image, wanted):
             write_ours(name_of(path, **{"overlap-check": checks}))
     else:
         write_ours(name_of(path, **{"overlap-check": checks}))
+
+
+def test_an_inline_write_that_reaches_into_metadata(image, caplog):
+    """The second of two clusters in a row is one of metadata."""
+    path, places = image
+    others = {*places.values()}
+    checked = {
+        k: v for k, v in places.items() if k not in ("main-header", "inactive-l2")
+    }
+    place = next(v for v in checked.values() if v - CLUSTER not in others)
+    data = bytearray(path.read_bytes())
+    l2 = word(data, Header.parse(bytes(data)).l1_table_offset)
+    for index in range(2):
+        entry = place + (index - 1) * CLUSTER | COPIED
+        data[l2 + 8 * index : l2 + 8 * index + 8] = entry.to_bytes(8, "big")
+    path.write_bytes(data)
+
+    async def run():
+        async with open_image(path) as node:
+            # Its table is in memory from here on.
+            await node.pread(0, 512)
+            assert not node.try_pwrite(CLUSTER - 512, b"x" * 1024)
+            with pytest.raises(BlockError):
+                await node.pwrite(CLUSTER - 512, b"x" * 1024)
+
+    asyncio.run(run())
+    assert Header.parse(path.read_bytes()).corrupt

@@ -89,11 +89,13 @@ class Mapping:
         if host_offset >> self._cluster_bits in self._metadata:
             return -1
         in_cluster = offset & self._cluster_mask
-        if (
-            in_cluster + length > self._cluster_size
-            and self.in_place_length(found, index, in_cluster, length) < length
-        ):
-            return -1
+        if in_cluster + length > self._cluster_size:
+            try:
+                if self.in_place_length(found, index, in_cluster, length) < length:
+                    return -1
+            except CorruptImage:
+                # The coroutine finds the same, and marks the image.
+                return -1
         return host_offset + in_cluster
 
     def freeze(self, frozen: bool) -> None:
