@@ -12,16 +12,10 @@ import pytest
 from nbdqcow import open_image
 from nbdqcow.errors import BlockError, ImageError, ImageInUse
 from nbdqcow.storage.file import FileStorage
+from tests.block.qemu import qemu_img
 
 MIB = 1 << 20
 SEED = int(os.environ.get("NBDQCOW_SEED", "0")) or random.randrange(1 << 32)
-
-
-def qemu_img(*arguments):
-    done = subprocess.run(
-        ["qemu-img", *map(str, arguments)], check=True, capture_output=True, text=True
-    )
-    return done.stdout
 
 
 def create(path, size=8 * MIB, **options):
