@@ -155,13 +155,16 @@ async def test_opened_read_only_and_allowed_to_write_later(tmp_path, lazy):
 
 
 @pytest.mark.asyncio
-async def test_locks_follow(tmp_path):
-    path = create(tmp_path / "image")
-    async with open_image(path, format="qcow2") as node:
+@pytest.mark.parametrize("format_", ["qcow2", "qcow"])
+async def test_locks_follow(tmp_path, format_):
+    path = tmp_path / "image"
+    qemu_img("create", "-qf", format_, path, 8 * MIB)
+    async with open_image(path, format=format_) as node:
         with pytest.raises(ImageInUse):
             await FileStorage.open(str(path), read_only=True)
         await node.reopen(read_only=True)
-        async with open_image(path, format="qcow2", read_only=True):
+        # Somebody else may read it now, and nobody write.
+        async with open_image(path, format=format_, read_only=True):
             with pytest.raises(ImageInUse):
                 await node.reopen(read_only=False)
             assert node.read_only
@@ -172,7 +175,8 @@ async def test_locks_follow(tmp_path):
             await FileStorage.open(str(path), read_only=True)
         await asyncio.gather(*[node.reopen(read_only=bool(i % 2)) for i in range(9)])
         await node.pwrite(0, b"written")
-    sound(path)
+    if format_ == "qcow2":
+        sound(path)
 
 
 @pytest.mark.asyncio
