@@ -1,5 +1,6 @@
 """``nbdqcow-img create``: new images."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -188,14 +189,25 @@ def _create(
         _print_formatting(filename, format_, specs, values, texts)
     plan = tool.prepare(values, secrets=secrets)
     create_data_file(tool, plan, path)
+    write_image(tool, plan, path, path)
+
+
+def write_image(tool: FormatTool, plan: Any, path: str, shown: str) -> None:
+    """Write a planned image to ``path``, ``shown`` in messages.
+
+    One that can't be completed is removed, as with QEMU. Raises `ImageError`.
+    """
     try:
         file = open_new(path)
     except OSError as exc:
-        raise ImageError(f"Could not create '{path}': {exc.strerror}") from None
+        raise ImageError(f"Could not create '{shown}': {exc.strerror}") from None
     try:
         tool.create(file, plan)
     except OSError as exc:
-        raise ImageError(f"Could not write '{path}': {exc.strerror}") from None
+        if os.path.isfile(path):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        raise ImageError(f"Could not write '{shown}': {exc.strerror}") from None
     finally:
         file.close()
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from nbdqcow.block.registry import blocking_file, is_remote
 from nbdqcow.block.tools import FormatTool, OptionValue, Secrets, no_secrets
-from nbdqcow.cli.img_create import create_data_file, open_new, option_specs
+from nbdqcow.cli.img_create import create_data_file, option_specs, write_image
 from nbdqcow.cli.img_open import local_path
 from nbdqcow.cli.img_options import convert_option, split_options
 from nbdqcow.errors import ImageError
@@ -110,20 +110,7 @@ class NewImage:
         """Write an empty image. Raises `ImageError`."""
         plan = tool.prepare(values, secrets=secrets)
         create_data_file(tool, plan, self._final or self.path)
-        try:
-            file = open_new(self.path)
-        except OSError as exc:
-            raise ImageError(
-                f"Could not create '{self.filename}': {exc.strerror}"
-            ) from None
-        try:
-            tool.create(file, plan)
-        except OSError as exc:
-            raise ImageError(
-                f"Could not write '{self.filename}': {exc.strerror}"
-            ) from None
-        finally:
-            file.close()
+        write_image(tool, plan, self.path, self.filename)
 
     def rename_in(self, text: str) -> str:
         """Return a message with the name that people know."""

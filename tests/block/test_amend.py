@@ -11,14 +11,10 @@ import pytest
 
 from nbdqcow import open_image
 from nbdqcow.errors import BlockError
+from tests.block.qemu import check, create
+from tests.block.qemu import run_qemu_img as qemu_img
 
 KiB, MiB = 1 << 10, 1 << 20
-
-
-def qemu_img(*arguments, check=True):
-    return subprocess.run(
-        ["qemu-img", *map(str, arguments)], check=check, capture_output=True, text=True
-    )
 
 
 def qemu_io(path, *commands):
@@ -26,20 +22,6 @@ def qemu_io(path, *commands):
     subprocess.run(
         ["qemu-io", "-f", "qcow2", *words, path], check=True, stdout=subprocess.DEVNULL
     )
-
-
-def create(path, size=4 * MiB, *, backing=None, **options):
-    text = ",".join(f"{k}={v}" for k, v in options.items())
-    below = ["-b", backing, "-F", "raw"] if backing else []
-    qemu_img(
-        "create", "-qf", "qcow2", *(["-o", text] if text else []), *below, path, size
-    )
-    return path
-
-
-def check(path):
-    """No corruption and no leak, says QEMU."""
-    return json.loads(qemu_img("check", "--output=json", path).stdout)
 
 
 def specific(path):

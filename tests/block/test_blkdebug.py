@@ -12,14 +12,9 @@ import pytest
 from nbdqcow import open_image
 from nbdqcow.errors import ImageError
 from nbdqcow.filters.blkdebug import BlkdebugStorage
+from tests.block.qemu import run_qemu_img as qemu_img
 
 KiB, MiB = 1 << 10, 1 << 20
-
-
-def qemu_img(*arguments, check=True):
-    return subprocess.run(
-        ["qemu-img", *map(str, arguments)], check=check, capture_output=True, text=True
-    )
 
 
 def create(path, size=16 * MiB, format_="qcow2", **options):

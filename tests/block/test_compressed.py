@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import json
 import random
 import subprocess
 
@@ -12,25 +11,9 @@ from nbdqcow import open_image
 from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.formats.qcow2 import codec
 from nbdqcow.formats.qcow2.compress import CompressedClusters
+from tests.block.qemu import check, create, qemu_img
 
 MiB = 1 << 20
-
-
-def qemu_img(*arguments):
-    return subprocess.run(
-        ["qemu-img", *map(str, arguments)], check=True, capture_output=True, text=True
-    ).stdout
-
-
-def create(path, size, **options):
-    text = ",".join(f"{k}={v}" for k, v in options.items())
-    qemu_img("create", "-qf", "qcow2", *(["-o", text] if text else []), path, size)
-    return path
-
-
-def check(path):
-    """No corruption and no leak, says QEMU; return its figures."""
-    return json.loads(qemu_img("check", "--output=json", path))
 
 
 def content(rnd, length):

@@ -3,20 +3,16 @@
 import asyncio
 import os
 import random
-import subprocess
 
 import pytest
 
 from nbdqcow import open_image
 from nbdqcow.errors import BlockError
+from tests.block.qemu import qemu_img
 
 CLUSTER = 65536
 SIZE = 12 * CLUSTER + 5120
 """The last cluster is only partly the guest's."""
-
-
-def qemu_img(*arguments):
-    subprocess.run(["qemu-img", *map(str, arguments)], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("extended", ["on", "off"])

@@ -13,28 +13,14 @@ from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.storage.memory import MemoryStorage
+from tests.block.qemu import check, create
+from tests.block.qemu import run_qemu_img as qemu_img
 
 KiB, MiB = 1 << 10, 1 << 20
 
 
-def qemu_img(*arguments, check=True):
-    return subprocess.run(
-        ["qemu-img", *map(str, arguments)], check=check, capture_output=True, text=True
-    )
-
-
-def create(path, size=4 * MiB, **options):
-    text = ",".join(f"{k}={v}" for k, v in options.items())
-    qemu_img("create", "-qf", "qcow2", "-o", text, path, size)
-    return path
-
-
 def header(path):
     return Header.parse(path.read_bytes()[:65536])
-
-
-def check(path, *options):
-    return json.loads(qemu_img("check", "--output=json", *options, path).stdout)
 
 
 def crash(path, work):

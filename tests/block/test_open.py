@@ -1,16 +1,12 @@
 """Opening images: probing, chains, and what is refused."""
 
 import asyncio
-import subprocess
 
 import pytest
 
 from nbdqcow import open_image
 from nbdqcow.errors import BlockError, ImageError
-
-
-def qemu_img(*arguments):
-    subprocess.run(["qemu-img", *arguments], check=True, stdout=subprocess.DEVNULL)
+from tests.block.qemu import qemu_img
 
 
 async def attempt(path, **options):

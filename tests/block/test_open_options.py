@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import subprocess
 
 import pytest
 
@@ -10,14 +9,9 @@ from nbdqcow import open_image
 from nbdqcow.block.image_options import BackingOverride
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2.header import Header
+from tests.block.qemu import qemu_img
 
 MiB = 1 << 20
-
-
-def qemu_img(*arguments):
-    return subprocess.run(
-        ["qemu-img", *map(str, arguments)], check=True, capture_output=True, text=True
-    ).stdout
 
 
 def named(**given):

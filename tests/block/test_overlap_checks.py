@@ -10,16 +10,11 @@ import pytest
 from nbdqcow import open_image
 from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow2.header import Header
+from tests.block.qemu import qemu_img
 
 MiB = 1 << 20
 CLUSTER = 65536
 COPIED = 1 << 63
-
-
-def qemu_img(*arguments):
-    subprocess.run(
-        ["qemu-img", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL
-    )
 
 
 def word(data, offset):

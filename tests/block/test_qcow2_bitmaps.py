@@ -13,27 +13,11 @@ import pytest
 from nbdqcow import open_image
 from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow2.bitmap import Bitmap, BitmapInfo
+from tests.block.qemu import check, create, qemu_img
 from tests.conftest import wait_until_listening
 
 MiB = 1 << 20
 SEED = int(os.environ.get("NBDQCOW_SEED", random.randrange(1 << 32)))
-
-
-def qemu_img(*arguments):
-    return subprocess.run(
-        ["qemu-img", *map(str, arguments)], check=True, capture_output=True, text=True
-    ).stdout
-
-
-def create(path, size=4 * MiB, **options):
-    text = ",".join(f"{k}={v}" for k, v in options.items())
-    qemu_img("create", "-qf", "qcow2", *(["-o", text] if text else []), path, size)
-    return path
-
-
-def check(path):
-    """No corruption and no leak, says QEMU."""
-    qemu_img("check", "-q", path)
 
 
 def listed(path):

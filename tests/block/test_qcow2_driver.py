@@ -10,25 +10,9 @@ import pytest
 from nbdqcow import open_image
 from nbdqcow.errors import BlockError, ImageError, NotSupported
 from nbdqcow.types import DATA
+from tests.block.qemu import check, create, qemu_img
 
 MiB = 1 << 20
-
-
-def qemu_img(*arguments):
-    return subprocess.run(
-        ["qemu-img", *map(str, arguments)], check=True, capture_output=True, text=True
-    ).stdout
-
-
-def create(path, size=4 * MiB, **options):
-    text = ",".join(f"{k}={v}" for k, v in options.items())
-    qemu_img("create", "-qf", "qcow2", *(["-o", text] if text else []), path, size)
-    return path
-
-
-def check(path):
-    """No corruption and no leak, says QEMU; return its figures."""
-    return json.loads(qemu_img("check", "--output=json", path))
 
 
 def patch(path, offset, data):

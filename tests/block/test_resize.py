@@ -15,28 +15,11 @@ from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.server.server import Server
 from nbdqcow.storage.holes import Holes
+from tests.block.qemu import check, create
+from tests.block.qemu import run_qemu_img as qemu_img
 
 KiB, MiB = 1 << 10, 1 << 20
 SEED = int(os.environ.get("NBDQCOW_SEED", random.randrange(1 << 32)))
-
-
-def qemu_img(*arguments, check=True):
-    return subprocess.run(
-        ["qemu-img", *map(str, arguments)], check=check, capture_output=True, text=True
-    )
-
-
-def create(path, size, *, backing=None, **options):
-    text = ",".join(f"{k}={v}" for k, v in options.items())
-    below = ["-b", backing, "-F", "raw"] if backing else []
-    qemu_img(
-        "create", "-qf", "qcow2", *(["-o", text] if text else []), *below, path, size
-    )
-    return path
-
-
-def check(path):
-    return json.loads(qemu_img("check", "--output=json", path).stdout)
 
 
 def info(path):

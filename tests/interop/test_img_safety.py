@@ -162,3 +162,17 @@ def test_a_small_command_loads_no_event_loop(directory):
             timeout=60,
         )
         assert done.stdout.splitlines()[-1] == b"[] 0", line
+
+
+def test_an_image_that_has_no_room_is_removed(tmp_path: Path) -> None:
+    """A full disk, as far as the program can tell: files have a limit."""
+    process = start(
+        tmp_path,
+        *("create", "-q", "-f", "qcow2", "-o", "preallocation=full", "new", "1M"),
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (MiB, MiB)),
+    )
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors == b"qemu-img: new: Could not write 'new': File too large\n"
+    assert os.listdir(tmp_path) == []

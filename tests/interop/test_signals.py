@@ -3,8 +3,8 @@
 import contextlib
 import random
 import signal
-import time
 import threading
+import time
 from pathlib import Path
 
 import pytest
