@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Final
 
-from nbdqcow.cli.messages import describe, error, printable, program_name
+from nbdqcow.cli.messages import (
+    describe,
+    error,
+    is_our_name,
+    output_failure,
+    printable,
+    program_name,
+    secure_standard_files,
+)
 
 _COMMANDS: Final = {
     "amend": (
@@ -129,12 +137,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # live for a moment: neither has cycles to look for so often.
     gc.set_threshold(_GC_THRESHOLD)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # File names are any bytes, and they leave as they came.
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+    secure_standard_files()
     try:
         status = _run(arguments)
-        sys.stdout.flush()
+        failure = output_failure()
     except BrokenPipeError:
         # The reader has gone; so has the wish for the rest. Python would
         # flush again at exit.
@@ -142,7 +148,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return _INTERRUPTED
-    return status
+    if failure is None or not is_our_name():
+        # QEMU's tool does not look.
+        return status
+    if not isinstance(failure, BrokenPipeError):
+        error(describe(failure))
+    return status or 1
 
 
 def _run(arguments: list[str]) -> int:
