@@ -35,7 +35,10 @@ class Objects:
                     or f"Parameter 'qom-type' does not accept value '{kind}'"
                 )
             if name in self._objects:
-                raise UsageError(f"there are two objects with the id '{name}'")
+                raise UsageError(
+                    f"attempt to add duplicate property '{name}' to object (type "
+                    "'container')"
+                )
             made = maker(self, properties)
             properties.check_end()
             self._objects[name] = made

@@ -12,7 +12,8 @@ from nbdqcow.errors import UsageError
         ("a=b,c.d=e", {"a": "b", "c.d": "e"}),
         ("a=b,,c,d=e", {"a": "b,c", "d": "e"}),
         ("a=b=c", {"a": "b=c"}),
-        ("a", {"a": "on"}),
+        ("a", {"file": "a"}),
+        ("x=1,a", {"x": "1", "a": "on"}),
         ("a=1,a=2,", {"a": "2"}),
         ("a=", {"a": ""}),
     ],
@@ -58,9 +59,11 @@ def test_image_opts(text, filename, options):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "file.filename"),
+        ("", "Must specify either driver or file"),
+        ("driver=qcow2", 'A block device must be specified for "file"'),
         ("=x", "key=value"),
-        ("disk.qcow2", "does not support the option 'disk.qcow2'"),
+        ("disk.qcow2", "Cannot find device='disk.qcow2' nor node-name='disk.qcow2'"),
+        ("disk,file.filename=x", "Cannot reference an existing block device"),
         ("driver=qcow2,file=node0", "node-name='node0'"),
         ("filename=x,file.driver=nbd", "'file.filename' is not supported"),
         ("filename=x,backing.some=raw", "does not support the option 'some'"),
