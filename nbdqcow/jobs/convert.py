@@ -434,7 +434,9 @@ class _Conversion:
         for has_data, length in data_runs(data, unit):
             chunk = memoryview(data)[position : position + length]
             if has_data or not self._options.sparse:
-                await target.pwrite_compressed(offset + position, chunk)
+                await target.pwrite_compressed(
+                    offset + position, chunk, store_zeroes=not self._options.sparse
+                )
             elif not self._skip_zeroes:
                 await self._write_zeroes(offset + position, length)
             position += length

@@ -42,6 +42,7 @@ async def write_zeroes(
     covered = image.is_covering
     if version2 and (covered or not may_unmap):
         raise NotSupported("version 2 images have no zero clusters")
+    covered = covered or (image.settings.explicit_zeroes and not version2)
     if image.header.extended_l2:
         zero_piece = discard_extended.zeroing(
             image, covered=covered, may_unmap=may_unmap
