@@ -93,6 +93,12 @@ def prepare(directory: Path) -> None:
         length = 4 if field else 8
         image[entry + field : entry + field + length] = value.to_bytes(length, "big")
         (directory / f"bad-{name}.qcow2").write_bytes(image)
+    create("-o", "lazy_refcounts=on", "unclosed.qcow2", "1M")
+    subprocess.run(
+        ["qemu-io", "-c", "write -P 3 0 64k", "-c", "abort", "unclosed.qcow2"],
+        cwd=directory,
+        capture_output=True,
+    )
     (directory / "sub").mkdir()
     create("-u", "-b", "../base.qcow2", "-F", "qcow2", "sub/overlay.qcow2", "4M")
 

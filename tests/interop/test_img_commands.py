@@ -478,6 +478,7 @@ RESIZE = [
     "resize bitmaps.qcow2 8M",
     "resize --shrink bitmaps.qcow2 1M",
     "resize v2.qcow2 8M",
+    "resize unclosed.qcow2 2M",
     "resize compressed.qcow2 8M",
     "resize --shrink compressed.qcow2 1100k",
     "resize full.qcow2 8M",
