@@ -67,7 +67,9 @@ class CopyError(NbdQcowError):
     status`` or ``writing``, ``reason`` what was said of it."""
 
     def __init__(self, action: str, offset: int, reason: str) -> None:
-        super().__init__(f"error while {action} at byte {offset}: {reason}")
+        # QEMU's words.
+        unit = "offset" if action == "reading block status" else "byte"
+        super().__init__(f"error while {action} at {unit} {offset}: {reason}")
         self.action = action
         self.reason = reason
         self.offset = offset

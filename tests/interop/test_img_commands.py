@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.img_beside_qemu import compare, lines, prepare
+from tests.interop.img_beside_qemu import compare, lines, prepare, qemu_io
 from tests.interop.test_img_conformance import run_ours, run_theirs
 
 
@@ -626,6 +626,25 @@ def test_compare(line: str, disks: Path, tmp_path: Path) -> None:
 @lines(*CONVERT)
 def test_convert(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("offset", "entry"), [(3 << 16, 1 << 63 | 0x42A00), (4 << 16, 1 << 63 | 0x52A01)]
+)
+def test_a_downgrade_of_a_damaged_image(offset, entry, tmp_path):
+    """In an L1 entry, and in one of the L2 table."""
+    results = []
+    for name, run in (("theirs", run_theirs), ("ours", run_ours)):
+        directory = tmp_path / name
+        directory.mkdir()
+        assert run_theirs("create -f qcow2 image 1M", directory)[0] == 0
+        qemu_io(directory, "image", "write -z 0 64k")
+        with open(directory / "image", "r+b") as file:
+            file.seek(offset)
+            file.write(entry.to_bytes(8, "big"))
+        results.append(run("amend -o compat=0.10 image", directory))
+        assert b"corrupt: true" in run_theirs("info image", directory)[1]
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("size", ["0", "512", "5k", "1M"])
