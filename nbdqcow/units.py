@@ -65,6 +65,11 @@ def format_size(size: int) -> str:
     return f"{size / (1 << (10 * index)):.3g} {units[index]}"
 
 
+def format_hex(number: int) -> str:
+    """Return ``number`` as C's ``%#x`` prints it: zero has no prefix."""
+    return f"{number:#x}" if number else "0"
+
+
 def round_down(value: int, alignment: int) -> int:
     """Return the greatest multiple of ``alignment`` not above ``value``."""
     return value // alignment * alignment

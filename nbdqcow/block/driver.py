@@ -225,9 +225,12 @@ class FormatDriver(ABC):
     def abort_write(self, plan: WritePlan) -> None:
         """The data could not be written: the old mapping stays."""
 
-    async def write_compressed(self, offset: int, data: Buffer) -> None:
+    async def write_compressed(
+        self, offset: int, data: Buffer, *, store_zeroes: bool = False
+    ) -> None:
         """Write one whole cluster, or the image's last part of one, compressed;
-        plain if it gets no shorter.
+        plain if it gets no shorter. A cluster of zeroes becomes a zero cluster
+        unless it is to be stored, too.
 
         Calls may overlap: compressing takes all processors, and what is
         compressed is stored in the order of the calls. Raises `NotSupported`

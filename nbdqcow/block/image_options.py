@@ -63,6 +63,11 @@ def parse_json_name(name: str) -> tuple[str, dict[str, Any]]:
 
     Raises `ImageError`.
     """
+    return parse_pairs(json_pairs(name))
+
+
+def json_pairs(name: str) -> Pairs:
+    """Return the pairs of a name that begins with ``json:``. Raises `ImageError`."""
     # Most names have none, and small commands feel what it takes to load.
     import json
 
@@ -70,7 +75,7 @@ def parse_json_name(name: str) -> tuple[str, dict[str, Any]]:
         given = json.loads(_double_quoted(name.removeprefix(JSON_PREFIX)))
         if not isinstance(given, dict):
             raise ImageError("Invalid JSON object given")
-        return parse_pairs(flatten(given))
+        return flatten(given)
     except (ValueError, RecursionError):
         raise ImageError("Could not parse the JSON options") from None
 
@@ -123,9 +128,14 @@ def parse_pairs(pairs: Pairs) -> tuple[str, dict[str, Any]]:
     """
     filename, options = _parse(pairs)
     if filename is None:
-        if pairs.get("driver") is None:
-            raise ImageError("Must specify either driver or file")
-        raise ImageError('A block device must be specified for "file"')
+        driver = pairs.get("driver")
+        if driver in _FILE_DRIVERS:
+            raise ImageError(f"The '{driver}' block driver requires a file name")
+        raise ImageError(
+            "Must specify either driver or file"
+            if driver is None
+            else 'A block device must be specified for "file"'
+        )
     return filename, options
 
 
@@ -259,6 +269,10 @@ def _take_overlap_checks(own: Pairs, more: dict[str, Any]) -> None:
         more["overlap_check"] = (template or "cached", switches)
 
 
+def _no_such_node(name: str | None) -> str:
+    return f"Cannot find device='{name}' nor node-name='{name}'"
+
+
 # -- files -----------------------------------------------------------------
 
 _NBD: Final = ("host", "port", "path", "export", "tls-creds", "x-dirty-bitmap")
@@ -269,7 +283,12 @@ _NULL_DRIVERS: Final = ("null-co", "null-aio")
 def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
     """Return the name of the file that ``file.*`` options describe."""
     if "" in file:
-        raise ImageError(f"Cannot find device='' nor node-name='{file['']}'")
+        if len(file) > 1:
+            raise ImageError(
+                "Cannot reference an existing block device with additional options or "
+                "a new filename"
+            )
+        raise ImageError(_no_such_node(file[""]))
     driver = file.pop("driver", None) or "file"
     if driver == "nbd":
         return _nbd_uri(file)
@@ -290,7 +309,9 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
                 # What they say to QEMU's driver, ours finds out by itself.
                 pass
             case _:
-                raise ImageError(f"image option 'file.{key}' is not supported")
+                raise ImageError(
+                    f"Block protocol '{driver}' doesn't support the option '{key}'"
+                )
     # A path all the same, whatever stands before a colon.
     return f"./{filename}" if ":" in filename.partition("/")[0] else filename
 
@@ -347,7 +368,7 @@ def _data_file_name(pairs: dict[str, str | None]) -> str:
 def _backing(pairs: dict[str, str | None]) -> BackingOverride:
     if "" in pairs:
         if pairs[""]:
-            raise ImageError(f"Cannot find device='' nor node-name='{pairs['']}'")
+            raise ImageError(_no_such_node(pairs[""]))
         return BackingOverride(none=True)
     filename, options = _parse(pairs)
     return BackingOverride(filename, options=options)

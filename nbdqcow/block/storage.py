@@ -40,6 +40,8 @@ class StorageDriver(ABC):
             date by our own writes, no system call to read it.
         zero_beyond_end: True if bytes past the end are certain to read as
             zeroes once the file grows over them (a regular file; not a disk).
+        read_alignment: what is read begins and ends with a multiple of so many
+            bytes in the file: it is open past the page cache.
         inner: the file that this one is a filter over, if it is one.
         shows_context: True if a map of the file is to show a metadata context
             of the server's, `context_extents`, in the place of what is where.
@@ -54,6 +56,7 @@ class StorageDriver(ABC):
     zero_beyond_end: bool
     defers_reads: ClassVar[bool] = False
     shows_context: bool = False
+    read_alignment: int = 1
     inner: "StorageDriver | None" = None
 
     def announce(self, event: str) -> None:

@@ -252,9 +252,12 @@ class WriteRequests(ReadRequests):
         old = await self.pread(offset, inside)
         return old if inside == length else bytes(old) + bytes(length - inside)
 
-    async def pwrite_compressed(self, offset: int, data: Buffer) -> None:
+    async def pwrite_compressed(
+        self, offset: int, data: Buffer, *, store_zeroes: bool = False
+    ) -> None:
         """Write whole clusters (the end of the image counts as such), stored
-        compressed where that saves space.
+        compressed where that saves space. ``store_zeroes``: also those that
+        hold nothing but zeroes.
 
         Raises `NotSupported` if the image can't have compressed clusters.
         """
@@ -267,7 +270,11 @@ class WriteRequests(ReadRequests):
         for group in range(0, len(view), size * _MAX_COMPRESSING):
             starts = range(group, len(view), size)[:_MAX_COMPRESSING]
             writes = (
-                self.driver.write_compressed(offset + start, view[start : start + size])
+                self.driver.write_compressed(
+                    offset + start,
+                    view[start : start + size],
+                    store_zeroes=store_zeroes,
+                )
                 for start in starts
             )
             done = await asyncio.gather(*writes, return_exceptions=True)

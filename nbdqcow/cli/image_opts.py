@@ -10,13 +10,17 @@ from nbdqcow.errors import ImageError, UsageError
 def parse_keyval(text: str) -> dict[str, str]:
     """Return the pairs of ``key=value,...``; ``,,`` is a comma in a value.
 
-    A key without ``=`` is ``on``. Raises `UsageError`.
+    A key without ``=`` is ``on``; the first one is ``file`` with that value.
+    Raises `UsageError`.
     """
     pairs: dict[str, str] = {}
-    for item in text.replace(",,", "\0").split(","):
+    for index, item in enumerate(text.replace(",,", "\0").split(",")):
         if not item:
             continue
         key, equals, value = item.replace("\0", ",").partition("=")
+        if not equals and index == 0:
+            pairs["file"] = key
+            continue
         if not key:
             raise UsageError(f"'{text}' is not key=value,...")
         pairs[key] = value if equals else "on"

@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # live for a moment: neither has cycles to look for so often.
     gc.set_threshold(_GC_THRESHOLD)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_program(lambda: _run(arguments))
+    return run_program(lambda: _run(arguments), print_failures_last=True)
 
 
 def _run(arguments: list[str]) -> int:

@@ -1,5 +1,7 @@
 """``nbdqcow-img amend``: another format version, other options."""
 
+import errno
+import os
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -16,7 +18,7 @@ from nbdqcow.cli.img_options import (
     wants_help,
 )
 from nbdqcow.cli.img_run import ProgressLine, run_command
-from nbdqcow.errors import BlockError, ImageError, UsageError
+from nbdqcow.errors import BlockError, CorruptImage, ImageError, UsageError
 
 _LONG: Final = {
     "help": "-h",
@@ -123,6 +125,12 @@ async def _amend_format(
 ) -> None:
     try:
         await node.amend(values, progress)
+    except CorruptImage as exc:
+        if "compat" not in values:
+            raise
+        # Where exactly was said when the image was marked.
+        text = f"Failed to turn zero into data clusters: {os.strerror(errno.EIO)}"
+        raise ImageError(text) from exc
     except BlockError as exc:
         if str(exc) != "Cannot amend the backing file":
             raise

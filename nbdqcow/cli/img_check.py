@@ -84,6 +84,8 @@ def run(arguments: Sequence[str]) -> int:
         )
     except ImageError as exc:
         if str(exc).startswith("Check failed"):
+            if exc.__cause__ is not None:
+                error(str(exc.__cause__))
             raise
         raise type(exc)(f"Could not open '{operands[0]}': {exc}") from None
 

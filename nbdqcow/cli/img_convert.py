@@ -334,6 +334,8 @@ async def _convert_to_target(
                 writable=True,
                 cache=target_cache,
                 secret=_secret_of(values, settings.images),
+                # Nobody knows what else is to be seen in an image that was there.
+                explicit_zeroes=settings.no_create,
             )
         except ImageError as exc:
             shown = str(exc) if new is None else new.rename_in(str(exc))

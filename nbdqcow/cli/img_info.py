@@ -58,6 +58,14 @@ def run(arguments: Sequence[str]) -> int:
     json = wants_json(output)
     take_secrets(objects)
     named = image_name(operands[0], format_, image_opts=image_opts)
+    for key in named.pairs:
+        if key.startswith("backing."):
+            # It is not opened.
+            format_ = named.format or "raw"
+            raise ImageError(
+                f"Could not open '{named.text}': Block format '{format_}' does not "
+                f"support the option '{key}'"
+            )
     shown: list[tuple[ImageInfo, dict[str, Any]]] = []
     for image, info in describe_chain(
         named, force_share=force_share, whole_chain=whole_chain
@@ -178,7 +186,12 @@ def print_snapshots(snapshots: Sequence[SnapshotInfo]) -> None:
 def _print_snapshot(
     id_: str, tag: str, vm_size: str, date: str, clock: str, icount: str
 ) -> None:
-    print(f"{id_:<9} {tag:<16} {vm_size:>8}{date:>20}{clock:>13}{icount:>11}")
+    # As wide as C counts, which is in bytes.
+    id_, tag = (
+        text + " " * (width - len(text.encode("utf-8", "surrogateescape")))
+        for text, width in ((id_, 9), (tag, 16))
+    )
+    print(f"{id_} {tag} {vm_size:>8}{date:>20}{clock:>13}{icount:>11}")
 
 
 def _snapshot_columns(snapshot: SnapshotInfo) -> tuple[str, str, str, str, str, str]:

@@ -19,6 +19,7 @@ from nbdqcow.cli.messages import is_our_name
 from nbdqcow.errors import ImageError, UsageError
 from nbdqcow.jobs.map import HAS_DATA, HAS_OFFSET, IS_PRESENT, IS_ZERO, Row, map_disk
 from nbdqcow.jobs.status import disk_size
+from nbdqcow.units import format_hex
 
 _LONG: Final = {
     "help": "-h",
@@ -162,13 +163,9 @@ def human_lines(rows: Sequence[Row]) -> list[str]:
             raise ImageError(
                 "File contains external, encrypted or compressed clusters."
             )
-        numbers = "".join(f"{_hex(n):16}" for n in (start, length, host_offset))
+        numbers = "".join(f"{format_hex(n):16}" for n in (start, length, host_offset))
         file = node.driver.data
         while file.inner is not None:
             file = file.inner
         lines.append(f"{numbers}{file.filename}\n")
     return lines
-
-
-def _hex(number: int) -> str:
-    return f"{number:#x}" if number else "0"

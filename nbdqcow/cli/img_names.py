@@ -1,15 +1,18 @@
 """What a command line of ``nbdqcow-img`` says of an image and its secrets."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from nbdqcow.block.image_options import JSON_PREFIX, json_pairs, parse_json_name
 from nbdqcow.block.tools import Secrets, no_secrets
 from nbdqcow.errors import ImageError, UsageError
 
 _IDENTIFYING: Final = ("encrypt.key-secret", "key-secret", "offset", "size")
 """Options without which an image would read otherwise; the others are about how
 it is opened."""
+_NUMBERS: Final = frozenset(("offset", "size"))
 _ORDER: Final = (
     *("encrypt.key-secret", "offset", "driver", "size", "file", "key-secret"),
 )
@@ -62,9 +65,14 @@ class ImageName:
             return None
         import json
 
+        pairs: dict[str, Any] = dict(self.pairs)
+        if self.text.startswith(JSON_PREFIX):
+            for key in pairs.keys() & _NUMBERS:
+                with contextlib.suppress(ValueError):
+                    pairs[key] = int(pairs[key])
         values: dict[str, Any] = {
             "driver": format_,
-            **self.pairs,
+            **pairs,
             "file": {"driver": "file", "filename": self.filename},
         }
         return "json:" + json.dumps({k: values[k] for k in _ORDER if k in values})
@@ -73,6 +81,19 @@ class ImageName:
 def image_name(text: str, format_: str | None, *, image_opts: bool) -> ImageName:
     """Return what an argument means: a file name, or with ``image_opts`` a set
     of options. Raises `UsageError` and `ImageError`."""
+    if not image_opts and text.startswith(JSON_PREFIX):
+        try:
+            filename, options = parse_json_name(text)
+            pairs = json_pairs(text)
+        except ImageError as exc:
+            raise ImageError(f"Could not open '{text}': {exc}") from None
+        return ImageName(
+            text,
+            filename,
+            format_ or options.get("format"),
+            options.get("key_secret"),
+            {key: value for key, value in pairs.items() if value is not None},
+        )
     if not image_opts:
         return ImageName(text, text, format_)
     if format_ is not None:

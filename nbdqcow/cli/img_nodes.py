@@ -92,12 +92,14 @@ async def open_node(
     shown: str | None = None,
     with_backing: bool = True,
     secret: "Secret | bytes | None" = None,
+    explicit_zeroes: bool = False,
 ) -> Node:
     """Open an image with its backing chain.
 
     ``format_`` and ``cache`` go before those of ``arguments``; ``shown`` is
     what messages call it; ``with_backing``: see `OpenOptions`;
-    ``secret`` opens it if it is encrypted, and ``name`` does not say what does.
+    ``secret`` opens it if it is encrypted, and ``name`` does not say what does;
+    ``explicit_zeroes``: see the `Settings` of qcow2.
     Raises `ImageError` in qemu-img's words.
     """
     filename, options = _parse_name(name, arguments)
@@ -113,6 +115,8 @@ async def open_node(
         )
     driver_options: dict[str, Any] = {} if secret is None else {"secret": secret}
     driver_options |= options.pop("driver_options", {})
+    if explicit_zeroes:
+        driver_options["explicit_zeroes"] = True
     try:
         if (key := options.pop("key_secret", None)) is not None:
             driver_options["secret"] = arguments.secret(key)

@@ -49,7 +49,7 @@ def open_image_file(
     data_file = None
     if filename.startswith(JSON_PREFIX):
         filename, options = parse_json_name(filename)
-        format_ = options.get("format", format_)
+        format_ = format_ or options.get("format")
         data_file = options.get("driver_options", {}).get("data_file")
     remote = bool(filename) and is_remote(filename)
     path = filename if remote else local_path(filename)

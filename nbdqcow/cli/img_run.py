@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
+import logging
 import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-from nbdqcow.cli.messages import is_our_name
+from nbdqcow.cli.messages import is_our_name, printable
 
 _PATIENCE: Final = 1.0
 """Seconds that a command may take before a terminal hears how far it is."""
@@ -73,6 +74,19 @@ class ProgressLine:
         self._shown = self._watched = False
 
 
+class _Shown(logging.Handler):
+    """Shows what is logged of an image; a record's ``shown`` is its text here,
+    where there is one image and no need to name it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record, wherever standard error is now."""
+        text = getattr(record, "shown", None) or record.getMessage()
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+_SHOWN: Final = _Shown(logging.WARNING)
+
+
 def run_command(
     main: Callable[[], Coroutine[Any, Any, int]], progress: ProgressLine | None = None
 ) -> int:
@@ -85,6 +99,7 @@ def run_command(
     from nbdqcow.buffers import keep_much_freed_memory
 
     keep_much_freed_memory()
+    logging.getLogger("nbdqcow").addHandler(_SHOWN)
     # The loop has little to do, and must not wait long to do it.
     sys.setswitchinterval(_SWITCH_INTERVAL)
     terminated = False

@@ -18,6 +18,7 @@ _LONG: Final = {
     "image-opts": "--image-opts",
     "force-share": "-U",
 }
+_MAX_NAME_BYTES: Final = 255
 _VERBS: Final = {"-a": "apply", "-c": "create", "-d": "delete"}
 
 
@@ -55,7 +56,13 @@ def parse_snapshot(text: str) -> Any:
         return text
     found: dict[str, str] = {}
     for item in text.split(","):
-        key, _, value = item.partition("=")
+        key, equals, value = item.partition("=")
+        if not equals:
+            error(
+                f"warning: short-form boolean option '{key}' deprecated\n"
+                f"Please use {key}=on instead"
+            )
+            value = "on"
         if key not in ("snapshot.id", "snapshot.name"):
             error(f"Invalid parameter '{key}'")
             raise ImageError(f"Failed in parsing snapshot param '{text}'")
@@ -82,6 +89,7 @@ def _operate(
 ) -> int:
     from nbdqcow.cli.img_nodes import ImageArguments, open_node
     from nbdqcow.cli.img_run import run_command
+    from nbdqcow.cli.messages import warn_of_guess
 
     images = ImageArguments()
     for name, value in common:
@@ -94,6 +102,9 @@ def _operate(
             driver: Any = node.driver
             if not hasattr(driver, "snapshot_list"):
                 if action in _VERBS:
+                    if action == "-a" and images.format is None:
+                        # It is opened anew.
+                        warn_of_guess(filename)
                     raise ImageError(_no_snapshots(action, snapshot))
             elif action == "-l":
                 if snapshots := await driver.snapshot_list():
@@ -122,8 +133,9 @@ async def _change(driver: Any, action: str, snapshot: str) -> None:
     prefix = f"Could not {_VERBS[action]} snapshot '{snapshot}': "
     try:
         if action == "-c":
-            # QEMU's command writes this number, too.
-            await driver.snapshot_create(snapshot, icount=0)
+            # QEMU's command cuts names, and writes this number.
+            name = os.fsdecode(os.fsencode(snapshot)[:_MAX_NAME_BYTES])
+            await driver.snapshot_create(name, icount=0)
         elif action == "-a":
             await driver.snapshot_apply(snapshot)
         else:

@@ -42,13 +42,13 @@ class Objects:
                     "Parameter 'id' expects an identifier\nIdentifiers consist of"
                     " letters, digits, '-', '.', '_', starting with a letter."
                 )
-            made = maker(self, properties)
-            properties.check_end()
             if name in self._objects:
                 raise UsageError(
-                    f"attempt to add duplicate property '{name}' to object"
-                    " (type 'container')"
+                    f"attempt to add duplicate property '{name}' to object (type "
+                    "'container')"
                 )
+            made = maker(self, properties)
+            properties.check_end()
             self._objects[name] = made
 
     def credentials(self, name: str, *, is_server: bool) -> "TlsCredentials":

@@ -3,20 +3,40 @@
 Like `nbdqcow.cli.messages` it imports nothing that ``--version`` need wait for.
 """
 
+import io
 import os
 import sys
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
-from nbdqcow.cli.messages import describe, error
+from nbdqcow.cli.messages import describe, error, is_our_name
 
 _INTERRUPTED: Final = 130
 
 
-def run_program(main: Callable[[], int]) -> int:
+class _Output(io.FileIO):
+    """Standard output or error. That nobody can read what is printed ends no
+    work on an image; `failure` says so when the work is done."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int | None:  # type: ignore[override]
+        """Write, or remember why that failed."""
+        try:
+            return super().write(data)
+        except OSError as exc:
+            self.failure = exc
+            return len(data)
+
+
+def run_program(main: Callable[[], int], *, print_failures_last: bool = False) -> int:
     """Return the exit status of ``main``; output that can't be written, and an
-    interrupt, are failures in one line at most."""
+    interrupt, are failures in one line at most.
+
+    ``print_failures_last``: the work is done although nobody reads about it.
+    """
     open_standard_streams()
+    outputs = _remember_failures() if print_failures_last else []
     try:
         status = main()
         sys.stdout.flush()
@@ -30,7 +50,13 @@ def run_program(main: Callable[[], int]) -> int:
         return 1
     except KeyboardInterrupt:
         return _INTERRUPTED
-    return status
+    failure = next((raw.failure for raw in outputs if raw.failure is not None), None)
+    if failure is None or not is_our_name():
+        # QEMU's tool does not look.
+        return status
+    if not isinstance(failure, BrokenPipeError):
+        error(describe(failure))
+    return status or 1
 
 
 def open_standard_streams() -> None:
@@ -50,6 +76,23 @@ def open_standard_streams() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _remember_failures() -> list[_Output]:
+    """Put an `_Output` below standard output and error, unless a caller of ours
+    has put something else there."""
+    outputs = []
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):
+            raw = _Output(number, "wb", closefd=False)
+            outputs.append(raw)
+            line_buffering = number == 2 or stream.isatty()
+            stream = io.TextIOWrapper(
+                io.BufferedWriter(raw), stream.encoding, line_buffering=line_buffering
+            )
+            setattr(sys, name, stream)
+    return outputs
 
 
 def _drop_output() -> None:

@@ -18,7 +18,8 @@ def bitmap_driver(node: Node) -> Any:
 
 def check_bitmaps(node: Node) -> None:
     """See that an image can have bitmaps. Raises `ImageError`."""
-    bitmap_driver(node)
+    if bitmap_driver(node).header.version < 3:
+        raise ImageError(f"Format driver '{node.format_name}' does not support bitmaps")
 
 
 def inconsistent_bitmaps(node: Node) -> list[str]:
@@ -37,7 +38,15 @@ def copy_bitmaps(source: Node, target: Node) -> None:
     if not hasattr(source.driver, "bitmap_list"):
         return
     there = bitmap_driver(target)
-    for info in bitmap_driver(source).bitmap_list():
+    infos = bitmap_driver(source).bitmap_list()
+    names = {info.name for info in there.bitmap_list()}
+    for info in reversed(infos):
+        if info.name in names and not info.inconsistent:
+            raise ImageError(
+                f"Failed to create bitmap {info.name}: Bitmap already exists: "
+                f"{info.name}"
+            )
+    for info in infos:
         if info.inconsistent:
             continue
         try:

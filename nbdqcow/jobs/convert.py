@@ -67,7 +67,9 @@ class CopyError(NbdQcowError):
     status`` or ``writing``, ``reason`` what was said of it."""
 
     def __init__(self, action: str, offset: int, reason: str) -> None:
-        super().__init__(f"error while {action} at byte {offset}: {reason}")
+        # QEMU's words.
+        unit = "offset" if action == "reading block status" else "byte"
+        super().__init__(f"error while {action} at {unit} {offset}: {reason}")
         self.action = action
         self.reason = reason
         self.offset = offset
@@ -434,7 +436,9 @@ class _Conversion:
         for has_data, length in data_runs(data, unit):
             chunk = memoryview(data)[position : position + length]
             if has_data or not self._options.sparse:
-                await target.pwrite_compressed(offset + position, chunk)
+                await target.pwrite_compressed(
+                    offset + position, chunk, store_zeroes=not self._options.sparse
+                )
             elif not self._skip_zeroes:
                 await self._write_zeroes(offset + position, length)
             position += length

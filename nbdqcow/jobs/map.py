@@ -45,10 +45,13 @@ async def map_disk(node: Node, start: int, end: int) -> AsyncIterator[list[Row]]
         if rows:
             yield rows
     if (start := max(start, node.size)) < min(end, disk_size(node)):
-        # The rest of the last sector.
+        # The rest of the last sector. Past the page cache it is read with what is
+        # before it, and QEMU takes it for the same.
         flags = IS_ZERO | IS_PRESENT
         if node.driver.cluster_size == 1:
             flags |= HAS_OFFSET
+            if node.driver.data.read_alignment > 1 and last and last[0][4] == 0:
+                flags = last[0][2]
         last = _join([*last, (start, end - start, flags, start, 0, node)])
     if last:
         yield last

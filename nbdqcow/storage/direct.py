@@ -32,7 +32,7 @@ class DirectFileStorage(FileStorage):
 
     def __init__(self, fd: int, filename: str, **options: Any) -> None:
         super().__init__(fd, filename, **options)
-        self._alignment = self._probe_alignment()
+        self.read_alignment = self._probe_alignment()
         self._changing = InFlightRanges()
 
     def _probe_alignment(self) -> int:
@@ -66,7 +66,7 @@ class DirectFileStorage(FileStorage):
         """Fill a zeroed buffer; what is past the end of the file stays zero."""
         nb_read = 0
         # Part of a block is all there is before the end.
-        while nb_read < len(buffer) and nb_read % self._alignment == 0:
+        while nb_read < len(buffer) and nb_read % self.read_alignment == 0:
             count = os.preadv(self._fd, (buffer[nb_read:],), start + nb_read)
             if not count:
                 return
@@ -76,7 +76,7 @@ class DirectFileStorage(FileStorage):
         end = offset + sum(map(len, buffers))
         start, stop = self._align(offset, end)
         bounce = _make_buffer(stop - start)
-        size = self._alignment
+        size = self.read_alignment
         if offset != start:
             self._read_blocks(start, bounce[:size])
         if end != stop and (offset == start or stop - start > size):
@@ -123,8 +123,8 @@ class DirectFileStorage(FileStorage):
 
     def _align(self, offset: int, end: int) -> tuple[int, int]:
         """Return the blocks around a range."""
-        return offset // self._alignment * self._alignment, round_up(
-            end, self._alignment
+        return offset // self.read_alignment * self.read_alignment, round_up(
+            end, self.read_alignment
         )
 
 

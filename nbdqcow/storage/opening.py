@@ -82,5 +82,6 @@ def open_blocking(filename: str, flags: int) -> int:
 def _check_kind(filename: str, status: os.stat_result) -> None:
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
         raise ImageError(
-            f"Could not open '{filename}': not a regular file or block device"
+            f"Could not open '{filename}': 'file' driver requires '{filename}' to be a"
+            " regular file"
         )

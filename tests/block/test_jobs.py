@@ -199,7 +199,7 @@ async def test_salvage_goes_on_where_the_map_fails(monkeypatch):
     )
     assert salvaged == [("block status at offset", bad, "bad map")]
     assert bytes(await target.pread(0, MiB)) == b"x" * MiB
-    with pytest.raises(CopyError, match="reading block status at byte 0: bad map"):
+    with pytest.raises(CopyError, match="reading block status at offset 0: bad map"):
         await convert([source], target, ConvertOptions(), JobControl())
 
 

@@ -64,6 +64,9 @@ def prepare(directory: Path) -> None:
     qemu_io(directory, "bitmaps.qcow2", "write -P 2 300k 200k")
     shutil.copy(directory / "bitmaps.qcow2", directory / "broken.qcow2")
     subprocess.run(["qemu-io", "-c", "abort", "broken.qcow2"], cwd=directory)
+    shutil.copy(directory / "bitmaps.qcow2", directory / "twice.qcow2")
+    create("lettered.qcow2", "1M")
+    img("snapshot", "-c", "n\u00e4me", "lettered.qcow2")
     create("-o", "cluster_size=4k,compat=0.10", "v2.qcow2", "1M")
     qemu_io(directory, "v2.qcow2", "write -P 4 100k 30k")
     create("-o", "preallocation=metadata", "full.qcow2", "1M")
@@ -90,6 +93,12 @@ def prepare(directory: Path) -> None:
         length = 4 if field else 8
         image[entry + field : entry + field + length] = value.to_bytes(length, "big")
         (directory / f"bad-{name}.qcow2").write_bytes(image)
+    create("-o", "lazy_refcounts=on", "unclosed.qcow2", "1M")
+    subprocess.run(
+        ["qemu-io", "-c", "write -P 3 0 64k", "-c", "abort", "unclosed.qcow2"],
+        cwd=directory,
+        capture_output=True,
+    )
     (directory / "sub").mkdir()
     create("-u", "-b", "../base.qcow2", "-F", "qcow2", "sub/overlay.qcow2", "4M")
 

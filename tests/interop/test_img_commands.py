@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.img_beside_qemu import compare, lines, prepare
+from tests.interop.img_beside_qemu import compare, lines, prepare, qemu_io
 from tests.interop.test_img_conformance import run_ours, run_theirs
 
 
@@ -59,7 +59,7 @@ CONVERT = [
     *(f"convert -l {what} -O qcow2 snap.qcow2 out" for what in
       ("one", "two", "2", "foo", "snapshot.name=one", "snapshot.id=2",
        "snapshot.id=1,snapshot.name=one", "snapshot.id=1,snapshot.name=two",
-       "snapshot.foo=1")),
+       "snapshot.foo=1", "snapshot.id")),
     "convert -l one bad-l1-offset.qcow2 out",
     "convert -l one bad-l1-size.qcow2 out",
     "convert -l one base.qcow2 snap.qcow2 out",
@@ -141,6 +141,8 @@ CONVERT = [
     "convert -n empty.qcow2 base.raw",
     "convert -n -O qcow2 base.qcow2 empty.qcow2",
     "convert -n -O qcow2 base.qcow2 snap.qcow2",
+    "convert -n -O qcow2 empty.qcow2 v2.qcow2",
+    "convert -c -S 0 -O qcow2 base.qcow2 out",
     "convert -n -O qcow2 base.qcow2 bitmaps.qcow2",
     "convert -n -O qcow2 base.qcow2 top.qcow2",
     "convert -n -O qcow2 v2.qcow2 overlay.qcow2",
@@ -174,6 +176,8 @@ CONVERT = [
     "convert --bitmaps -O qcow2 broken.qcow2 out",
     "convert --bitmaps --skip-broken-bitmaps -O qcow2 broken.qcow2 out",
     "convert --skip-broken-bitmaps base.qcow2 out",
+    "convert --bitmaps -O qcow2 -o compat=0.10 bitmaps.qcow2 out",
+    "convert --bitmaps -n -O qcow2 bitmaps.qcow2 twice.qcow2",
     "convert --bitmaps -O qcow2 bitmaps.qcow2 base.qcow2 out",
     "convert -x",
     "convert --foo base.qcow2 out",
@@ -353,6 +357,12 @@ SNAPSHOT = [
     "snapshot -c x bitmaps.qcow2",
     "snapshot -c x v2.qcow2",
     "snapshot -c x compressed.qcow2",
+    f"snapshot -c {'x' * 300} snap.qcow2",
+    "snapshot -c 'n\u00e4me' snap.qcow2",
+    "snapshot -l lettered.qcow2",
+    "snapshot -a one bitmaps.qcow2",
+    "snapshot -a nope x.raw",
+    "snapshot -l sub",
     "snapshot --image-opts driver=qcow2,file.filename=snap.qcow2",
     "snapshot --image-opts -l driver=qcow2,file.filename=snap.qcow2",
     "snapshot --image-opts -d one driver=qcow2,file.filename=snap.qcow2",
@@ -468,6 +478,7 @@ RESIZE = [
     "resize bitmaps.qcow2 8M",
     "resize --shrink bitmaps.qcow2 1M",
     "resize v2.qcow2 8M",
+    "resize unclosed.qcow2 2M",
     "resize compressed.qcow2 8M",
     "resize --shrink compressed.qcow2 1100k",
     "resize full.qcow2 8M",
@@ -615,6 +626,25 @@ def test_compare(line: str, disks: Path, tmp_path: Path) -> None:
 @lines(*CONVERT)
 def test_convert(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("offset", "entry"), [(3 << 16, 1 << 63 | 0x42A00), (4 << 16, 1 << 63 | 0x52A01)]
+)
+def test_a_downgrade_of_a_damaged_image(offset, entry, tmp_path):
+    """In an L1 entry, and in one of the L2 table."""
+    results = []
+    for name, run in (("theirs", run_theirs), ("ours", run_ours)):
+        directory = tmp_path / name
+        directory.mkdir()
+        assert run_theirs("create -f qcow2 image 1M", directory)[0] == 0
+        qemu_io(directory, "image", "write -z 0 64k")
+        with open(directory / "image", "r+b") as file:
+            file.seek(offset)
+            file.write(entry.to_bytes(8, "big"))
+        results.append(run("amend -o compat=0.10 image", directory))
+        assert b"corrupt: true" in run_theirs("info image", directory)[1]
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("size", ["0", "512", "5k", "1M"])

@@ -398,6 +398,18 @@ INFO = [
     "info ./base.qcow2",
     "info foo:bar",
     "info -f raw base.qcow2",
+    "info sub",
+    "info --image-opts base.qcow2",
+    "info --image-opts ''",
+    "info --image-opts driver=qcow2",
+    "info --image-opts file=base.qcow2",
+    "info --image-opts x,file.filename=base.qcow2",
+    "info --image-opts driver=qcow2,file.filename=base.qcow2,file.foo=1",
+    "info --image-opts driver=qcow2,backing.driver=raw,file.filename=overlay.qcow2",
+    'info -f raw \'json:{"driver": "qcow2", "file.filename": "base.qcow2"}\'',
+    'info \'json:{"driver": "raw", "offset": 512, "size": 1024, '
+    '"file": {"driver": "file", "filename": "base.qcow2"}}\'',
+    "info 'json:{}'",
     "info -fqcow2 base.qcow2",
     "info base.qcow2 -f qcow2",
     "info -f qcow2 x.raw",
@@ -624,6 +636,24 @@ def test_version_and_help():
         assert b"usage: qemu-img" in out
         for name in COMMANDS.split():
             assert re.search(rf"^  {name} .*\n      [a-z]", out.decode(), re.M)
+
+
+@pytest.mark.parametrize("end", [">&-", "> /dev/full", ">&- 2>&- <&-", "| true"])
+def test_work_is_done_though_nobody_reads_of_it(end, pristine, tmp_path):
+    """As with qemu-img; and nothing is printed into an image that got the number
+    of a closed descriptor."""
+    subprocess.run(["cp", pristine / "kinds.qcow2", tmp_path], check=True)
+    for line in ("create -f qcow2 new 1M", "convert -p kinds.qcow2 new.raw"):
+        done = subprocess.run(
+            ["sh", "-c", f'"$@" {line} {end}', "sh", *IN_A_PROCESS],
+            cwd=tmp_path,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+    assert run_theirs("check new", tmp_path)[0] == 0
+    assert run_theirs("compare kinds.qcow2 new.raw", tmp_path)[0] == 0
 
 
 def test_a_closed_pipe_is_no_traceback(pristine):

@@ -203,7 +203,9 @@ class Qcow1Driver(FormatDriver):
                 with contextlib.suppress(OSError):
                     await self.storage.truncate(self.file_end.offset)
 
-    async def write_compressed(self, offset: int, data: Buffer) -> None:
+    async def write_compressed(
+        self, offset: int, data: Buffer, *, store_zeroes: bool = False
+    ) -> None:
         """Store one whole cluster, or the image's last partial one, compressed;
         plain if that is no shorter.
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from nbdqcow.block.storage import StorageDriver
-from nbdqcow.errors import ImageError
+from nbdqcow.crypto.secrets import PassphraseRequired
 
 if TYPE_CHECKING:
     from nbdqcow.block.driver import WritePlan
@@ -26,7 +26,7 @@ def open_data(
     from nbdqcow.formats.encrypted import EncryptedStorage
 
     if secret is None:
-        raise ImageError("the image is encrypted: a passphrase is required")
+        raise PassphraseRequired("the image is encrypted: a passphrase is required")
     return EncryptedStorage(storage, LEGACY_AES.make(legacy_key(reveal(secret))))
 
 

@@ -143,9 +143,6 @@ async def amend(
     header = image.header
     wishes = _Wishes.parse(options, header)
     wishes.check(header)
-    if wishes.version < header.version:
-        size = image.size if wishes.size is None else wishes.size
-        await _check_snapshots(image, size)
     # Some of what is wanted may need the newer version.
     if wishes.version > header.version:
         await _upgrade(image)

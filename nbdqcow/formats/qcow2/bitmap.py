@@ -457,7 +457,7 @@ class Bitmaps:
             elif piece == b"\xff" * len(piece):
                 table.append(_ALL_ONES)
             else:
-                table.append(await self._write_new(piece))
+                table.append(await self._write_new(piece.ljust(size, b"\0")))
         words = load_be64(b"")
         words.extend(table)
         offset = await self._write_new(dump_be64(words))
@@ -474,8 +474,8 @@ class Bitmaps:
             first = await image.refcounts.allocate_contiguous(nb_clusters)
         image.metadata.update(range(first, first + nb_clusters))
         image.note_used((first + nb_clusters) * size)
-        padded = data.ljust(nb_clusters * size, b"\0")
-        await image.storage.pwritev(first * size, [padded])
+        # Nobody reads the rest of the last cluster, nor need the file have it.
+        await image.storage.pwritev(first * size, [data])
         return first * size
 
     async def _switch(

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
 
-async def write_compressed(image: "Qcow2Driver", offset: int, data: Buffer) -> None:
+async def write_compressed(
+    image: "Qcow2Driver", offset: int, data: Buffer, *, store_zeroes: bool
+) -> None:
     """See `FormatDriver.write_compressed`."""
     header = image.header
     if header.crypt_method != CRYPT_NONE:
@@ -34,7 +36,8 @@ async def write_compressed(image: "Qcow2Driver", offset: int, data: Buffer) -> N
     if header.has_data_file:
         raise NotSupported("an external data file can't hold compressed clusters")
     length, cluster_size = len(data), image.cluster_size
-    if bytes(data) == (ZEROES[:length] if length <= MiB else bytes(length)):
+    zeroes = ZEROES[:length] if length <= MiB else bytes(length)
+    if not store_zeroes and bytes(data) == zeroes:
         with contextlib.suppress(NotSupported):
             await image.write_zeroes(offset, length, may_unmap=True, no_fallback=True)
             return

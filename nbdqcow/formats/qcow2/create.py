@@ -150,15 +150,16 @@ class CreatePlan:
     data_file: str | None
 
     def writes(self) -> Iterator[tuple[int, bytes]]:
-        """Yield ``(offset, bytes)`` for all that is not zero, but the header's
-        first sector: `magic_write`."""
+        """Yield ``(offset, bytes)`` for all metadata but the header's first
+        sector, see `magic_write`. Whole clusters: a new image is as long on the
+        disk as QEMU's, which `info` shows."""
         yield from self._refcount_writes()
         yield from self._mapping_writes()
         if self.luks_area:
             # The slots that are not in use are zero.
             yield self.luks_offset, self.luks_area.rstrip(b"\0")
-        if len(self.packed_header) > SECTOR_SIZE:
-            yield SECTOR_SIZE, self.packed_header[SECTOR_SIZE:]
+        if (rest := self.header.cluster_size - SECTOR_SIZE) > 0:
+            yield SECTOR_SIZE, self.packed_header[SECTOR_SIZE:].ljust(rest, b"\0")
 
     @property
     def magic_write(self) -> tuple[int, bytes]:
@@ -186,10 +187,9 @@ class CreatePlan:
         for index, offset in enumerate(offsets):
             nb_used = min(per_block, nb_clusters - index * per_block)
             yield offset, filled_block(cluster_size, header.refcount_order, nb_used)
-        yield (
-            header.refcount_table_offset,
-            struct.pack(f">{len(offsets)}Q", *offsets),
-        )
+        table = struct.pack(f">{len(offsets)}Q", *offsets)
+        nb_bytes = header.refcount_table_clusters * cluster_size
+        yield header.refcount_table_offset, table.ljust(nb_bytes, b"\0")
 
     def _mapping_writes(self) -> Iterator[tuple[int, bytes]]:
         header = self.header
@@ -212,13 +212,14 @@ class CreatePlan:
             if is_raw and nb_words > 1:
                 # What is in a raw data file must be seen.
                 table[1::nb_words] = array("Q", [ALL_ALLOCATED]) * nb
-            yield offset, _big_endian(table)
+            yield offset, _big_endian(table).ljust(step, b"\0")
             l1.append(offset | OFLAG_COPIED)
             offset += step if self.data_file is not None else (nb + 1) * step
             nb_before += nb
             remaining -= nb
-        if l1:
-            yield header.l1_table_offset, _big_endian(l1)
+        if header.l1_size:
+            table_bytes = _big_endian(l1).ljust(header.l1_size * 8, b"\0")
+            yield header.l1_table_offset, table_bytes
 
 
 def plan_create(options: CreateOptions) -> CreatePlan:

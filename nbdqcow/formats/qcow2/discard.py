@@ -45,6 +45,7 @@ async def write_zeroes(
     covered = image.is_covering
     if version2 and (covered or not may_unmap):
         raise NotSupported("version 2 images have no zero clusters")
+    covered = covered or (image.settings.explicit_zeroes and not version2)
 
     def change(entry: int) -> int:
         if version2:

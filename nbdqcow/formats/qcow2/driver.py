@@ -322,11 +322,15 @@ class Qcow2Driver(Operations):
         for bitmap in self._tracked:
             bitmap.mark(plan.guest_offset, plan.length)
 
-    async def write_compressed(self, offset: int, data: Buffer) -> None:
+    async def write_compressed(
+        self, offset: int, data: Buffer, *, store_zeroes: bool = False
+    ) -> None:
         """See `FormatDriver.write_compressed`."""
         self.check_writable()
         try:
-            await compressed_write.write_compressed(self, offset, data)
+            await compressed_write.write_compressed(
+                self, offset, data, store_zeroes=store_zeroes
+            )
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
             raise
@@ -403,12 +407,11 @@ class Qcow2Driver(Operations):
         """
         if self.header.corrupt or self.read_only:
             return
-        log.error(
-            "%s: qcow2: Marking image as corrupt: %s; further corruption events will"
-            " be suppressed",
-            self.storage.filename,
-            text,
+        shown = (
+            f"qcow2: Marking image as corrupt: {text}; further corruption events will"
+            " be suppressed"
         )
+        log.error("%s: %s", self.storage.filename, shown, extra={"shown": shown})
         self.read_only = True
         self.mapping.freeze(True)
         if self.header.version >= 3:

@@ -7,6 +7,7 @@ Source: qcow2.txt, "Standard Cluster Descriptor".
 """
 
 import asyncio
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from nbdqcow.block.tools import Progress
@@ -20,6 +21,7 @@ from nbdqcow.formats.qcow2.entries import (
 )
 from nbdqcow.formats.qcow2.snapshot import read, read_l1
 from nbdqcow.formats.words import dump_be64, load_be64
+from nbdqcow.units import format_hex
 
 if TYPE_CHECKING:
     from array import array
@@ -35,23 +37,28 @@ async def expand_zero_clusters(image: "Qcow2Driver", progress: Progress) -> None
     places: dict[int, tuple[int, bool]] = {}
     snapshots, _ = await read(image)
     l1_tables = [await read_l1(image, one) for one in snapshots]
-    for l1 in (*l1_tables, tables.l1):
+    for l1 in (tables.l1, *l1_tables):
         for index, entry in enumerate(l1):
             offset = entry & OFFSET_MASK
             if offset % image.cluster_size:
                 raise CorruptImage(
-                    f"L2 table offset {offset:#x} unaligned (L1 index: {index:#x})"
+                    f"L2 table offset {offset:#x} unaligned"
+                    f" (L1 index: {format_hex(index)})"
                 )
             if offset:
-                places[offset] = index, l1 is tables.l1
+                places.setdefault(offset, (index, l1 is tables.l1))
+    nb_entries = sum(map(len, (tables.l1, *l1_tables)))
     try:
-        for nb_done, (offset, (index, active)) in enumerate(places.items()):
-            progress(nb_done, len(places))
-            await _expand_table(image, offset, index << tables.l1_shift, active)
+        # Told by the L1 entry, as QEMU does.
+        for nb_done, entry in enumerate(chain(tables.l1, *l1_tables), 1):
+            if (place := places.pop(entry & OFFSET_MASK, None)) is not None:
+                index, active = place
+                guest_offset = index << tables.l1_shift
+                await _expand_table(image, entry & OFFSET_MASK, guest_offset, active)
+            progress(nb_done, nb_entries)
         await image.writeback.commit_alone()
     finally:
         tables.replace(tables.l1, tables.l1_offset)
-    progress(len(places), len(places))
 
 
 async def _expand_table(
@@ -65,6 +72,11 @@ async def _expand_table(
     for index, entry in enumerate(words):
         if entry & OFLAG_ZERO and not entry & OFLAG_COMPRESSED:
             place = guest_offset + index * size
+            if entry & OFFSET_MASK & (size - 1):
+                raise CorruptImage(
+                    f"Cluster allocation offset {entry & OFFSET_MASK:#x} unaligned (L2"
+                    f" offset: {offset:#x}, L2 index: {format_hex(index)})"
+                )
             words[index] = await _expand(image, entry, place, nb_users, active)
             changed = True
             if index % 16 == 0:
@@ -93,11 +105,6 @@ async def _expand(
     ``nb_users``: how many L1 tables name the table that it is in.
     """
     bits, refcounts = image.cluster_bits, image.refcounts
-    if entry & OFFSET_MASK & (image.cluster_size - 1):
-        raise CorruptImage(
-            f"Cluster allocation offset {entry & OFFSET_MASK:#x} unaligned (guest"
-            f" offset {guest_offset:#x})"
-        )
     cluster_index = (entry & OFFSET_MASK) >> bits
     if cluster_index:
         if await refcounts.count(cluster_index) == nb_users:

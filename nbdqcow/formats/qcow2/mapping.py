@@ -16,6 +16,7 @@ from nbdqcow.formats.qcow2.entries import (
 )
 from nbdqcow.formats.qcow2.tables import L2Slice, Tables
 from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO_ALLOCATED, Run
+from nbdqcow.units import format_hex
 
 
 class Mapping:
@@ -174,9 +175,11 @@ class Mapping:
             return kind, words[index], min(covered, length)
         host_offset = entry & OFFSET_MASK
         if host_offset & self._cluster_mask:
+            table = tables.table_offset(tables.l1_index(key))
+            in_table = (offset >> self._cluster_bits) & (self._cluster_size // 8 - 1)
             raise CorruptImage(
-                f"Cluster allocation offset {host_offset:#x} unaligned (L2 entry for"
-                f" guest offset {offset & ~self._cluster_mask:#x})"
+                f"Cluster allocation offset {host_offset:#x} unaligned (L2 offset:"
+                f" {table:#x}, L2 index: {format_hex(in_table)})"
             )
         step = self._cluster_size if kind in (DATA, ZERO_ALLOCATED) else 0
         while covered < length and (index := index + 1) <= self._index_mask:

@@ -114,10 +114,8 @@ def _lay_out(
         if table_clusters * header.cluster_size > MAX_REFTABLE_BYTES:
             raise ImageError("The file is too long for a refcount table")
         if free is None:
-            table = first
-            places = list(
-                range(first + table_clusters, first + table_clusters + len(blocks))
-            )
+            table = first + len(blocks)
+            places = list(range(first, table))
         else:
             table, places = choose_clusters(free, table_clusters, len(blocks))
         clusters = (*range(table, table + table_clusters), *places)

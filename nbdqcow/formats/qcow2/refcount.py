@@ -28,7 +28,7 @@ from nbdqcow.formats.qcow2.refcount_codec import (
     zero_counts,
 )
 from nbdqcow.formats.words import dump_be64
-from nbdqcow.units import SECTOR_SIZE
+from nbdqcow.units import SECTOR_SIZE, format_hex
 
 _MAX_FREE_RUNS: Final = 1 << 16
 
@@ -140,7 +140,7 @@ class Refcounts:
         if offset & REFTABLE_RESERVED_MASK or offset & (self.cluster_size - 1):
             raise CorruptImage(
                 f"Refblock offset {offset:#x} unaligned"
-                f" (reftable index: {block_index:#x})"
+                f" (reftable index: {format_hex(block_index)})"
             )
         self.storage.announce("refblock_load")
         data = await self.storage.pread(

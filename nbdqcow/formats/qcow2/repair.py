@@ -26,14 +26,19 @@ async def repair_dirty(storage: StorageDriver, header: Header) -> Header:
 
     # One that can't be read whole must not be shortened by just opening an image.
     await run_steps(read_snapshots(header), storage)
-    log.warning("%s: it was not closed: repairing refcounts", storage.filename)
+    log.info("%s: it was not closed: repairing refcounts", storage.filename)
+
+    def report(text: str) -> None:
+        # QEMU's programs show it without the name.
+        log.warning("%s: %s", storage.filename, text, extra={"shown": text})
+
     steps = check_image(
-        storage.length, REPAIR_ALL, log.debug, can_grow=storage.zero_beyond_end
+        storage.length, REPAIR_ALL, report, can_grow=storage.zero_beyond_end
     )
     result = await run_steps(steps, storage)
     if result.corruptions or result.check_errors:
         raise ImageError("Could not repair dirty image: Input/output error")
-    log.warning(
+    log.info(
         "%s: repaired %d refcounts that were too low and %d that were too high",
         storage.filename,
         result.corruptions_fixed,

@@ -39,6 +39,8 @@ class Settings:
             the file system that a guest's discard, the removal of a snapshot,
             anything else has freed.
         keep_discarded: a discarded cluster stays the guest's, as a zero one.
+        explicit_zeroes: what is to read as zeroes gets a zero cluster also where
+            nothing is stored and no backing file shows through.
         overlap_checks: kinds of metadata that no data may be written over.
     """
 
@@ -50,6 +52,7 @@ class Settings:
     discard_snapshot: bool = True
     discard_other: bool = False
     keep_discarded: bool = False
+    explicit_zeroes: bool = False
     overlap_checks: frozenset[str] = _CACHED
 
     @classmethod
@@ -81,6 +84,7 @@ class Settings:
             discard_snapshot=options.get("pass_discard_snapshot", True),
             discard_other=options.get("pass_discard_other", False),
             keep_discarded=keep,
+            explicit_zeroes=bool(options.get("explicit_zeroes", False)),
             overlap_checks=frozenset(checks),
         )
 

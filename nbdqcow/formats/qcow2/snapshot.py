@@ -106,7 +106,7 @@ async def apply(image: "Qcow2Driver", id_or_name: str) -> None:
     """See `Qcow2Driver.snapshot_apply`."""
     _check_possible(image)
     if image.bitmaps.infos:
-        raise BlockError(errno.EBUSY, "an image with bitmaps can't go to a snapshot")
+        raise BlockError(errno.EBUSY, "Device has active dirty bitmaps")
     async with alone(image):
         header, old_l1 = image.header, image.tables.l1
         snapshots, old_length = await read(image)

@@ -38,20 +38,20 @@ def load_snapshots(
     the file's end.
 
     Changes ``header`` if snapshots are left out, in the file, too. Raises
-    `ImageError` for a table that can't be read, when that was reported.
+    `ImageError` for a table that can't be read; its cause is an error that says why.
     """
     discards = Discards(report, file_length) if repair == REPAIR_ALL else None
     nb_beyond = max(header.nb_snapshots - h.MAX_SNAPSHOTS, 0)
     if header.snapshots_offset % header.cluster_size:
-        report("ERROR snapshot table offset invalid")
-        raise ImageError("Check failed: Invalid argument")
+        raise ImageError("Check failed: Invalid argument") from ImageError(
+            "ERROR snapshot table offset invalid"
+        )
     if nb_beyond and discards is None:
-        report("ERROR snapshot table too large")
-        report(
+        raise ImageError("Check failed: File too large") from ImageError(
+            "ERROR snapshot table too large\n"
             f"You can force-remove all {nb_beyond} overhanging snapshots with qemu-img "
             "check -r all"
         )
-        raise ImageError("Check failed: File too large")
     if nb_beyond and discards is not None:
         report(f"Discarding {nb_beyond} overhanging snapshots")
         header.nb_snapshots = h.MAX_SNAPSHOTS
@@ -59,8 +59,9 @@ def load_snapshots(
     try:
         entries, length = yield from read_snapshots(header, discards)
     except ImageError as error:
-        report(f"ERROR failed to read the snapshot table: {error}")
-        raise ImageError("Check failed: File too large") from None
+        raise ImageError("Check failed: File too large") from ImageError(
+            f"ERROR failed to read the snapshot table: {error}"
+        )
     loaded = LoadedSnapshots(entries, length)
     if discards is not None:
         loaded.nb_bad, loaded.nb_fixed = discards.nb_extras, discards.nb_snapshots

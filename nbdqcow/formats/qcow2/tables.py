@@ -16,6 +16,7 @@ from nbdqcow.errors import CorruptImage
 from nbdqcow.formats.qcow2.entries import OFFSET_MASK
 from nbdqcow.formats.words import dump_be64, load_be64
 from nbdqcow.types import Buffer
+from nbdqcow.units import format_hex
 
 SLICE_BYTES: Final = 4096
 
@@ -116,7 +117,8 @@ class Tables:
         offset = self.l1[l1_index] & OFFSET_MASK
         if offset & (self.cluster_size - 1):
             raise CorruptImage(
-                f"L2 table offset {offset:#x} unaligned (L1 index: {l1_index:#x})"
+                f"L2 table offset {offset:#x} unaligned"
+                f" (L1 index: {format_hex(l1_index)})"
             )
         return offset
 

@@ -57,7 +57,8 @@ async def test_says_why_it_can_not_open(tmp_path: Path, cache: str):
             with pytest.raises(ImageError) as caught:
                 await FileStorage.open(str(special), cache=cache, read_only=read_only)
             assert str(caught.value) == (
-                f"Could not open '{special}': not a regular file or block device"
+                f"Could not open '{special}': 'file' driver requires '{special}' to be"
+                " a regular file"
             )
     with pytest.raises(ImageError, match="embedded null"):
         await FileStorage.open("a\0b", cache=cache)
