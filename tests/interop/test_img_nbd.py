@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,17 @@ def exported(image: Path, format_: str, *options: str) -> Iterator[str]:
         yield f"nbd+unix:///?socket={socket}"
     finally:
         os.kill(process, 15)
+        # Until then it has the image locked.
+        while is_running(process):
+            time.sleep(0.01)
+
+
+def is_running(process: int) -> bool:
+    try:
+        text = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return text.rpartition(") ")[2][0] != "Z"
 
 
 @pytest.fixture

@@ -468,7 +468,7 @@ def test_refused_by_serve(pki, image, socket, arguments, message):
         (["--object", "tls-creds-anon,id=t,endpoint=server"], "nobody knows who"),
         (["--object", "authz-pam,id=t,service=x"], "use authz-list"),
         (["--object", "authz-simple,id=a,identity=x", "--object=secret,id=a,data=x"],
-         "two objects"),
+         "duplicate property 'a'"),
         (["--object", "{"], "not JSON"),
         (
             ["--object", "tls-creds-x509,id=t,dir=DIR,endpoint=server,priority=X"],
