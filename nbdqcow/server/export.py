@@ -18,6 +18,10 @@ class ExportedNode(Protocol):
     """
 
     @property
+    def filename(self) -> str:
+        """What messages call the image."""
+
+    @property
     def size(self) -> int:
         """Bytes of the image."""
 

@@ -1,6 +1,7 @@
 """Listeners, exports, and an orderly end."""
 
 import asyncio
+import errno
 import logging
 import signal
 import socket
@@ -9,6 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from nbdqcow.buffers import BufferPool, keep_freed_memory
+from nbdqcow.errors import BlockError
 from nbdqcow.nbd import constants as nbd
 from nbdqcow.nbd.handshake import ExportInfo
 from nbdqcow.server.connection import Connection
@@ -296,7 +298,7 @@ class Server:
             try:
                 await node.flush()
             except OSError as exc:
-                failure = failure or exc
+                failure = failure or _flush_error(node, exc)
         if failure is not None:
             raise failure
 
@@ -408,6 +410,14 @@ class _Exports:
         ):
             (export,) = self._exports.values()
         return None if export is None else export.info
+
+
+def _flush_error(node: ExportedNode, exc: OSError) -> OSError:
+    """Return an error of a last flush with words that name the image."""
+    text = exc.strerror or str(exc)
+    if node.filename in text:
+        return exc
+    return BlockError(exc.errno or errno.EIO, f"'{node.filename}': {text}")
 
 
 def _release_signal(

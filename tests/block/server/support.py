@@ -53,6 +53,8 @@ class FakeNode:
         self.status: list[tuple[int, int, int]] = []
         self.broken_from: int | None = None
 
+    filename = "disk.img"
+
     @property
     def size(self) -> int:
         return len(self.data)

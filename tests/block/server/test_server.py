@@ -174,6 +174,26 @@ async def test_last_client_without_listeners(tmp_path):
     await asyncio.wait_for(running, 20)
 
 
+async def test_a_last_flush_that_fails_names_the_image():
+    for failure, text in (
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "'disk.img': No space left on device",
+        ),
+        (
+            OSError(errno.EIO, "'disk.img': written data may be lost"),
+            "'disk.img': written data may be lost",
+        ),
+    ):
+        server, node = Server(), FakeNode()
+        node.failure = failure
+        server.add_export("", node)
+        server.stop()
+        with pytest.raises(OSError) as raised:
+            await server.run_until_stopped()
+        assert (raised.value.errno, raised.value.strerror) == (failure.errno, text)
+
+
 async def test_too_many_connections(tmp_path, caplog):
     options = ServerOptions(max_connections=2)
     async with serving(tmp_path, FakeNode(), options=options) as served:
