@@ -37,6 +37,7 @@ def run_program(main: Callable[[], int], *, print_failures_last: bool = False) -
     """
     open_standard_streams()
     outputs = _remember_failures() if print_failures_last else []
+    status = 0
     try:
         status = main()
         sys.stdout.flush()
@@ -45,9 +46,11 @@ def run_program(main: Callable[[], int], *, print_failures_last: bool = False) -
         _drop_output()
         return 1
     except OSError as exc:
-        error(describe(exc))
+        if not status:
+            # Otherwise the command has said so itself.
+            error(describe(exc))
         _drop_output()
-        return 1
+        return status or 1
     except KeyboardInterrupt:
         return _INTERRUPTED
     failure = next((raw.failure for raw in outputs if raw.failure is not None), None)

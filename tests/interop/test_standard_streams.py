@@ -31,13 +31,16 @@ def start(program: str, *words: str | Path, streams: str) -> subprocess.Popen[st
     code = f"import sys; sys.argv[0] = '{program}'; {PROGRAMS[program]}; "
     shell = ["sh", "-c", f'exec "$@" {streams}', "sh"]
     command = [sys.executable, "-c", code + "sys.exit(main())", *map(str, words)]
+    environment = server_environment()
+    # Mostly it is not set, and what is printed waits for the end.
+    environment.pop("PYTHONUNBUFFERED", None)
     return subprocess.Popen(
         shell + command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=server_environment(),
+        env=environment,
     )
 
 
