@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from nbdqcow.block.image_options import JSON_PREFIX, json_pairs, parse_json_name
+from nbdqcow.block.image_options import JSON_PREFIX, json_pairs, parse_pairs
 from nbdqcow.block.tools import Secrets, no_secrets
 from nbdqcow.errors import ImageError, UsageError
 
@@ -83,8 +83,8 @@ def image_name(text: str, format_: str | None, *, image_opts: bool) -> ImageName
     of options. Raises `UsageError` and `ImageError`."""
     if not image_opts and text.startswith(JSON_PREFIX):
         try:
-            filename, options = parse_json_name(text)
             pairs = json_pairs(text)
+            filename, options = parse_pairs(pairs)
         except ImageError as exc:
             raise ImageError(f"Could not open '{text}': {exc}") from None
         return ImageName(

@@ -22,13 +22,9 @@ def parse_info_request(data: bytes) -> tuple[bytes, set[int]]:
 
     Raises `OptionError` unless the lengths fit the data exactly.
     """
-    if len(data) < 6:
-        raise OptionError(nbd.REP_ERR_INVALID, "the option's data is too short")
-    (name_length,) = codec.U32.unpack_from(data)
-    if name_length > len(data) - 6:
-        raise OptionError(nbd.REP_ERR_INVALID, "the name is longer than the option")
-    infos_offset = 4 + name_length + 2
-    (nb_infos,) = codec.U16.unpack_from(data, infos_offset - 2)
+    name, offset = _take_name(data, codec.U16.size)
+    (nb_infos,) = codec.U16.unpack_from(data, offset)
+    infos_offset = offset + codec.U16.size
     if len(data) != infos_offset + 2 * nb_infos:
         raise OptionError(
             nbd.REP_ERR_INVALID,
@@ -37,7 +33,7 @@ def parse_info_request(data: bytes) -> tuple[bytes, set[int]]:
     infos = {
         codec.U16.unpack_from(data, infos_offset + 2 * i)[0] for i in range(nb_infos)
     }
-    return data[4 : 4 + name_length], infos
+    return name, infos
 
 
 def parse_meta_queries(data: bytes) -> tuple[bytes, set[str]]:
@@ -46,13 +42,9 @@ def parse_meta_queries(data: bytes) -> tuple[bytes, set[str]]:
     Raises `OptionError` unless the lengths fit the data exactly, and for a
     query that is no string or has no namespace.
     """
-    if len(data) < 8:
-        raise OptionError(nbd.REP_ERR_INVALID, "the option's data is too short")
-    (name_length,) = codec.U32.unpack_from(data)
-    if name_length > len(data) - 8:
-        raise OptionError(nbd.REP_ERR_INVALID, "the name is longer than the option")
-    offset = 4 + name_length + 4
-    (nb_queries,) = codec.U32.unpack_from(data, offset - 4)
+    name, offset = _take_name(data, codec.U32.size)
+    (nb_queries,) = codec.U32.unpack_from(data, offset)
+    offset += codec.U32.size
     if nb_queries > _MAX_QUERIES:
         raise OptionError(
             nbd.REP_ERR_TOO_BIG, f"{nb_queries} queries; {_MAX_QUERIES} are allowed"
@@ -71,7 +63,19 @@ def parse_meta_queries(data: bytes) -> tuple[bytes, set[str]]:
         raise OptionError(
             nbd.REP_ERR_INVALID, f"{nb_queries} queries do not fill the option's data"
         )
-    return data[4 : 4 + name_length], queries
+    return name, queries
+
+
+def _take_name(data: bytes, nb_behind: int) -> tuple[bytes, int]:
+    """Return the export's name that an option's data begins with, and the offset
+    behind it, where there are ``nb_behind`` bytes at least."""
+    start = codec.U32.size
+    if len(data) < start + nb_behind:
+        raise OptionError(nbd.REP_ERR_INVALID, "the option's data is too short")
+    (length,) = codec.U32.unpack_from(data)
+    if length > len(data) - start - nb_behind:
+        raise OptionError(nbd.REP_ERR_INVALID, "the name is longer than the option")
+    return data[start : start + length], start + length
 
 
 def _decode_query(data: bytes) -> str:
