@@ -148,10 +148,10 @@ class Pool:
         self._idle_waiters: list[asyncio.Future[None]] = []
         self._closed = False
 
-    def is_saturated(self, nb_more: int = 0) -> bool:
-        """Whether the threads have enough to compute, with ``nb_more`` calls to
-        come: each processor beside the loop's has one, and one more waits."""
-        return self._workers.nb_unfinished + nb_more > _NB_SPARE
+    def is_saturated(self) -> bool:
+        """Whether the threads have enough to compute: each processor beside the
+        loop's has a call, and one more waits."""
+        return self._workers.nb_unfinished > _NB_SPARE
 
     async def run(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
         """Call ``function`` in a worker thread; return or raise what it does.
@@ -177,9 +177,7 @@ class Pool:
                     continue
             raise
         finally:
-            self._nb_running -= 1
-            if not self._nb_running:
-                self._wake_idle_waiters()
+            self._end_call()
         if job.error is not None:
             try:
                 raise job.error
@@ -187,6 +185,31 @@ class Pool:
                 # The traceback holds this frame, and with it the job.
                 del job
         return job.result  # type: ignore[no-any-return]
+
+    def start(
+        self,
+        on_end: Callable[[T | None], None],
+        function: Callable[[*Ts], T],
+        *arguments: *Ts,
+    ) -> None:
+        """Call ``function`` in a worker thread, and ``on_end`` in the loop with
+        what it returned, or with None if it failed."""
+        if self._closed:
+            raise RuntimeError("the pool is closed")
+        job = _Job(self._workers.loop.create_future(), function, arguments)
+
+        def end(_: asyncio.Future[None]) -> None:
+            self._end_call()
+            on_end(None if job.error is not None else job.result)
+
+        job.waiter.add_done_callback(end)
+        self._workers.submit(job)
+        self._nb_running += 1
+
+    def _end_call(self) -> None:
+        self._nb_running -= 1
+        if not self._nb_running:
+            self._wake_idle_waiters()
 
     def _wake_idle_waiters(self) -> None:
         for waiter in self._idle_waiters:

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import random
 import subprocess
+import threading
 
 import pytest
 
@@ -259,6 +260,51 @@ def test_cancelled_readers_leave_the_cluster_to_others(tmp_path, seed):
             await asyncio.gather(*readers[:3], return_exceptions=True)
             assert not node.driver.compressed._loading
             assert not node.driver.epochs.busy
+
+    asyncio.run(run())
+
+
+def test_space_that_changes_hands_while_a_thread_is_at_it(tmp_path, seed):
+    """What was read of it before must not be kept as what is there now."""
+    rnd = random.Random(seed)
+    data = compressible(rnd, MiB)
+    raw, path = tmp_path / "raw", tmp_path / "a"
+    raw.write_bytes(data)
+    qemu_img("convert", "-cf", "raw", "-O", "qcow2", raw, path)
+
+    async def run():
+        async with open_image(path) as node:
+            clusters = node.driver.compressed
+            await node.pread(15 << 16, 1)
+            gate = threading.Event()
+            decompress = clusters._decompress
+
+            def waits(*arguments):
+                assert threading.get_ident() == main or gate.wait(20)
+                return decompress(*arguments)
+
+            main = threading.get_ident()
+            clusters._decompress = waits
+            # The loop takes the first one, a thread the second.
+            assert bytes(node.try_pread(0, 4096)) == data[:4096]
+            assert node.try_pread(1 << 16, 4096) is None
+            descriptor = node.driver.try_map(1 << 16, 1)[1]
+            assert descriptor in clusters._loading
+            reader = asyncio.create_task(node.pread(1 << 16, 4096))
+            await asyncio.sleep(0)
+            clusters.drop(descriptor)
+            gate.set()
+            assert bytes(await reader) == data[1 << 16 :][:4096]
+            assert not clusters._loading
+            gate.clear()
+            clusters.drop(descriptor)
+            assert bytes(node.try_pread(2 << 16, 4096)) == data[2 << 16 :][:4096]
+            assert node.try_pread(1 << 16, 4096) is None
+            clusters.drop(descriptor)
+            gate.set()
+            await clusters.threads.wait_idle()
+            await asyncio.sleep(0)
+            assert descriptor not in clusters._cache
 
     asyncio.run(run())
 

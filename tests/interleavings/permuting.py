@@ -157,8 +157,17 @@ class PermutedStorage(StorageDriver):
 class InlinePool:
     """Stands in for `nbdqcow.pool.Pool`: no threads, but turns of the loop."""
 
-    def is_saturated(self, nb_more: int = 0) -> bool:
+    def is_saturated(self) -> bool:
         return False
+
+    def start(
+        self,
+        on_end: Callable[[object], None],
+        function: Callable[..., object],
+        *arguments: object,
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        loop.call_soon(lambda: loop.call_soon(on_end, function(*arguments)))
 
     async def run(self, function: Callable[..., object], *arguments: object) -> object:
         await asyncio.sleep(0)

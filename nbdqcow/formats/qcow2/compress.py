@@ -5,6 +5,7 @@ Source: qcow2.txt, "Compressed Clusters Descriptor".
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from nbdqcow.block.storage import StorageDriver
@@ -61,8 +62,6 @@ class CompressedClusters:
         self._turn: asyncio.Handle | None = None
         self._inline_bytes = _INLINE_BYTES if size <= _MAX_INLINE else 0
         self._inline_left = self._inline_bytes
-        # What this turn has left to the threads, and has not reached them yet.
-        self._nb_for_threads = 0
         self._group = max(1, _GROUP_BYTES // size)
         self.compress, self._decompress = codec(image.header.compression_type)
         self.placing = asyncio.Lock()
@@ -182,7 +181,6 @@ class CompressedClusters:
             loading[descriptor] = ticket
         try:
             streams = [await self._read_stream(one) for one in descriptors]
-            self._nb_for_threads = max(0, self._nb_for_threads - 1)
             if inline:
                 clusters = self._decompress_all_blocking(streams)
             else:
@@ -225,13 +223,20 @@ class CompressedClusters:
 
     def _try_load(self, descriptor: int) -> Buffer | None:
         """Return a cluster that was decompressed right here, and keep it; None
-        if a thread should do that."""
+        if a thread should do that. One that is free begins at once: by the time
+        that a coroutine came to it, the loop might have done its own share."""
         image = self._image
-        if descriptor in self._loading or not self._take_inline(1):
+        if descriptor in self._loading or self._loop is None:
+            return None
+        inline = self._take_inline(1)
+        if not inline and self.threads.is_saturated():
             return None
         offset, length = compressed_range(descriptor, image.cluster_bits)
         data = image.storage.try_pread(offset, length)
         if data is None:
+            return None
+        if not inline:
+            self._start_load(descriptor, data)
             return None
         try:
             plain = self._decompress(data, image.cluster_size)
@@ -240,6 +245,30 @@ class CompressedClusters:
             return None
         self._keep(descriptor, plain)
         return plain
+
+    def _start_load(self, descriptor: int, stream: Buffer) -> None:
+        """Have a thread decompress a cluster, to be kept; `read` waits for that."""
+        assert self._loop is not None
+        ticket = self._loading[descriptor] = self._loop.create_future()
+        self.threads.start(
+            partial(self._end_load, descriptor, ticket),
+            self._decompress_all_blocking,
+            (stream,),
+        )
+
+    def _end_load(
+        self,
+        descriptor: int,
+        ticket: "asyncio.Future[None]",
+        clusters: Sequence[Buffer | BlockError] | None,
+    ) -> None:
+        # Without the ticket, the space has changed hands meanwhile.
+        if self._loading.get(descriptor) is ticket:
+            del self._loading[descriptor]
+            # Of what is not kept `read` finds out by itself what is wrong.
+            if clusters is not None and not isinstance(clusters[0], BlockError):
+                self._keep(descriptor, clusters[0])
+        ticket.set_result(None)
 
     def _take_inline(self, nb_clusters: int) -> bool:
         """Whether the loop should decompress so many clusters by itself.
@@ -252,8 +281,7 @@ class CompressedClusters:
             return False
         if self._turn is None:
             self._turn = self._loop.call_soon(self._next_turn)
-        elif not self.threads.is_saturated(self._nb_for_threads):
-            self._nb_for_threads += 1
+        elif not self.threads.is_saturated():
             return False
         if self._inline_left <= 0:
             return False
@@ -263,7 +291,6 @@ class CompressedClusters:
     def _next_turn(self) -> None:
         self._turn = None
         self._inline_left = self._inline_bytes
-        self._nb_for_threads = 0
 
     def _keep(self, descriptor: int, plain: Buffer) -> None:
         cache = self._cache
