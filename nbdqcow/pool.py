@@ -13,7 +13,7 @@ import asyncio
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar, TypeVarTuple
 
@@ -28,20 +28,52 @@ Ts = TypeVarTuple("Ts")
 class _Job:
     """A call on its way through a thread."""
 
-    __slots__ = ("arguments", "ended", "error", "function", "result", "waiter")
+    __slots__ = ("arguments", "ended", "error", "function", "lane", "result", "waiter")
 
     def __init__(
         self,
         waiter: asyncio.Future[None],
         function: Callable[..., Any],
         arguments: tuple[Any, ...],
+        lane: "Lane | None" = None,
     ) -> None:
         self.waiter = waiter
         self.function = function
         self.arguments = arguments
+        self.lane = lane
         self.ended = False
         self.result: Any = None
         self.error: BaseException | None = None
+
+
+class Lane:
+    """Calls that go one after the other, in the order in which they came.
+
+    For what would wait for each other in the kernel anyway: the thread that has
+    ended one goes on with the next, and nobody has to be woken.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._busy = False
+        self._waiting: deque[_Job] = deque()
+
+    def enter(self, job: _Job) -> bool:
+        """Whether ``job`` can go now. If not, `leave` returns it later."""
+        with self._lock:
+            if self._busy:
+                self._waiting.append(job)
+                return False
+            self._busy = True
+            return True
+
+    def leave(self) -> _Job | None:
+        """Return what goes next, at the end of a call."""
+        with self._lock:
+            if self._waiting:
+                return self._waiting.popleft()
+            self._busy = False
+            return None
 
 
 class _Workers:
@@ -63,7 +95,8 @@ class _Workers:
         if self._nb_outstanding >= len(self._threads) < NB_THREADS:
             self._start_thread()
         self._nb_outstanding += 1
-        self._queue.put(job)
+        if job.lane is None or job.lane.enter(job):
+            self._queue.put(job)
 
     @property
     def nb_unfinished(self) -> int:
@@ -88,22 +121,24 @@ class _Workers:
             job = self._queue.get()
             if job is None:
                 return
-            try:
-                job.result = job.function(*job.arguments)
-            except BaseException as error:
-                # Without this frame the traceback makes no cycle through the
-                # job, so that its buffers go as soon as it is answered.
-                traceback = error.__traceback__
-                job.error = error.with_traceback(traceback and traceback.tb_next)
-                del traceback
-            self._ended.append(job)
-            # An idle thread must not keep the last request's buffers.
-            del job
-            # The loop clears the flag before it empties the deque, so a flag
-            # that is set here means that it will still see the job.
-            if not self._woken:
-                self._woken = True
-                os.eventfd_write(self._eventfd, 1)
+            while job is not None:
+                lane = job.lane
+                try:
+                    job.result = job.function(*job.arguments)
+                except BaseException as error:
+                    # Without this frame the traceback makes no cycle through the
+                    # job, so that its buffers go as soon as it is answered.
+                    traceback = error.__traceback__
+                    job.error = error.with_traceback(traceback and traceback.tb_next)
+                    del traceback
+                self._ended.append(job)
+                # An idle thread must not keep the last request's buffers.
+                job = None if lane is None else lane.leave()
+                # The loop clears the flag before it empties the deque, so a flag
+                # that is set here means that it will still see the job.
+                if not self._woken:
+                    self._woken = True
+                    os.eventfd_write(self._eventfd, 1)
 
     def _take_ended(self) -> None:
         """Wake the tasks whose jobs have ended. Called by the loop."""
@@ -153,7 +188,9 @@ class Pool:
         loop's has a call, and one more waits."""
         return self._workers.nb_unfinished > _NB_SPARE
 
-    async def run(self, function: Callable[[*Ts], T], *arguments: *Ts) -> T:
+    def run(
+        self, function: Callable[[*Ts], T], *arguments: *Ts
+    ) -> Coroutine[Any, Any, T]:
         """Call ``function`` in a worker thread; return or raise what it does.
 
         A call that has begun can't be stopped. If the waiting task is
@@ -161,9 +198,15 @@ class Pool:
         result is lost): whoever sees it may reuse the buffers, and nothing
         still writes to the place that it was writing to.
         """
+        return self.run_in(None, function, *arguments)
+
+    async def run_in(
+        self, lane: Lane | None, function: Callable[[*Ts], T], *arguments: *Ts
+    ) -> T:
+        """Do as `run` does, once the calls that came to ``lane`` before have ended."""
         if self._closed:
             raise RuntimeError("the pool is closed")
-        job = _Job(self._workers.loop.create_future(), function, arguments)
+        job = _Job(self._workers.loop.create_future(), function, arguments, lane)
         self._workers.submit(job)
         self._nb_running += 1
         try:

@@ -153,6 +153,11 @@ class StorageDriver(ABC):
     async def discard(self, offset: int, length: int) -> None:
         """Free the space of a range; what it reads as is undefined. A hint."""
 
+    def copies_plainly(self, source: "StorageDriver") -> bool:
+        """Whether `copy_from` copies from ``source`` as reading and writing would,
+        the copy sharing no blocks with it, at less cost than that."""
+        return False
+
     async def copy_from(
         self, source: "StorageDriver", source_offset: int, offset: int, length: int
     ) -> None:

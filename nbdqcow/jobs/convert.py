@@ -317,7 +317,7 @@ class _Conversion:
             return None
         transfer = Transfer(places)
         if not self._options.sparse:
-            return partial(self._move, transfer, start, [(True, length)])
+            return partial(self._move, transfer, disk, start, [(True, length)])
         if start % self._unit:
             return None
         if self._target.driver.cluster_size == 1:
@@ -325,20 +325,40 @@ class _Conversion:
         if self._unit < _MIN_LOOK:
             return None
         runs = transfer.try_find_runs(self._unit)
-        return None if runs is None else partial(self._move, transfer, start, runs)
+        if runs is None:
+            return None
+        return partial(self._move, transfer, disk, start, runs)
 
     async def _move(
-        self, transfer: Transfer, offset: int, runs: Sequence[tuple[bool, int]]
+        self,
+        transfer: Transfer,
+        disk: _Disk,
+        offset: int,
+        runs: Sequence[tuple[bool, int]],
     ) -> None:
         """Write the runs that hold data, and zero the others."""
+        target = self._target
+        plain = transfer.is_plain_copy(target.driver.data)
         position = 0
         for has_data, length in runs:
-            if has_data:
+            start = offset + position
+            if not has_data:
+                await self._write_zeroes(start, length)
+            elif not (plain and await self._copy_plain(disk, start, length)):
                 work = partial(transfer.write_blocking, position)
-                await self._target.pwrite_by(offset + position, length, work)
-            else:
-                await self._write_zeroes(offset + position, length)
+                await target.pwrite_by(start, length, work)
             position += length
+
+    async def _copy_plain(self, disk: _Disk, offset: int, length: int) -> bool:
+        """Have the kernel copy data; whether that went well. Where it did not,
+        reading and writing will find out what is wrong with which file."""
+        try:
+            await self._target.copy_range(
+                offset, disk.node, offset - disk.start, length
+            )
+        except OSError:
+            return False
+        return True
 
     async def _move_sparse(self, transfer: Transfer, offset: int, length: int) -> None:
         """Write data, and zero the rest, in an image where all has its place."""

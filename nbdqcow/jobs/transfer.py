@@ -48,6 +48,14 @@ class Transfer:
         self._places = places
         self.zeroes: list[tuple[int, int]] = []
 
+    def is_plain_copy(self, target: StorageDriver) -> bool:
+        """Whether the kernel can copy all of it, at less cost; see
+        `StorageDriver.copies_plainly`."""
+        return all(
+            isinstance(source, StorageDriver) and target.copies_plainly(source)
+            for source, _, _ in self._places
+        )
+
     def try_find_runs(self, unit: int) -> list[tuple[bool, int]] | None:
         """Return what `data_runs` would say of all the bytes, from a look at
         page cache alone; None if that is not to be had.

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Final, TypeVar, TypeVarTuple
 
 from nbdqcow.block.inflight import InFlightRange, InFlightRanges
+from nbdqcow.pool import Lane
 from nbdqcow.storage.file import FileStorage
 from nbdqcow.types import Buffer, Buffers
 from nbdqcow.units import round_up
@@ -102,10 +103,13 @@ class DirectFileStorage(FileStorage):
         durable: bool,
         function: Callable[[*Ts], T],
         *arguments: *Ts,
+        lane: Lane | None = None,
     ) -> T:
         changing = await self._enter(offset, end)
         try:
-            return await super()._change(offset, end, durable, function, *arguments)
+            return await super()._change(
+                offset, end, durable, function, *arguments, lane=lane
+            )
         finally:
             self._changing.remove(changing)
 

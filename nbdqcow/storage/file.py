@@ -17,12 +17,15 @@ from nbdqcow.block.inflight import Epochs
 from nbdqcow.block.storage import StorageDriver, WriteBlocking
 from nbdqcow.buffers import zero_views
 from nbdqcow.errors import BlockError, ImageError, NotSupported, UsageError
-from nbdqcow.pool import Pool
+from nbdqcow.pool import Lane, Pool
 from nbdqcow.storage import locks
 from nbdqcow.storage.holes import Holes
 from nbdqcow.storage.inline_file import InlineFile
 from nbdqcow.storage.linux import (
+    EXT4_MAGIC,
+    TMPFS_MAGIC,
     copy_file_range,
+    filesystem_type,
     pread_all,
     pread_into,
     pwrite_all,
@@ -82,6 +85,9 @@ class FileStorage(InlineFile):
         self._unmap = unmap
 
         self._set_up_inline(status)
+        self._plain_copies_on = self._find_plain_copies(status)
+        # The kernel has one writer to a file at a time.
+        self._copying = Lane()
         self.permissions: locks.Permissions | None = None
 
         self._holes = Holes(fd, self._is_device, self._pwritev_blocking)
@@ -231,16 +237,17 @@ class FileStorage(InlineFile):
         durable: bool,
         function: Callable[[*Ts], T],
         *arguments: *Ts,
+        lane: Lane | None = None,
     ) -> T:
         """Run a call that changes ``[offset, end)``, keeping account of it.
 
-        ``durable``: nothing is left for `flush` to do.
+        ``durable``: nothing is left for `flush` to do. ``lane``: see `Pool.run_in`.
         """
         if self.read_only:
             raise BlockError(errno.EBADF, f"'{self.filename}' is open read-only")
         epoch = self._durable_changes.enter() if durable else -1
         try:
-            result = await self._pool.run(function, *arguments)
+            result = await self._pool.run_in(lane, function, *arguments)
         except OSError:
             if end > self.length:
                 # Some of it may be there.
@@ -268,6 +275,25 @@ class FileStorage(InlineFile):
     def _find_length(self) -> int:
         return os.lseek(self._fd, 0, os.SEEK_END)
 
+    def copies_plainly(self, source: StorageDriver) -> bool:
+        """See `StorageDriver.copies_plainly`."""
+        return (
+            isinstance(source, FileStorage)
+            and self._plain_copies_on is not None
+            and self._plain_copies_on == source._plain_copies_on
+        )
+
+    def _find_plain_copies(self, status: os.stat_result) -> int | None:
+        """Return on which device the kernel copies page cache to page cache, if
+        on any: other file systems may share the blocks, or ask their server."""
+        cache = self._cache
+        if self._is_device or cache.direct or cache.write_through:
+            return None
+        with contextlib.suppress(OSError):
+            if filesystem_type(self._fd) in (EXT4_MAGIC, TMPFS_MAGIC):
+                return status.st_dev
+        return None
+
     async def copy_from(
         self, source: StorageDriver, source_offset: int, offset: int, length: int
     ) -> None:
@@ -276,7 +302,7 @@ class FileStorage(InlineFile):
             raise NotSupported("the kernel copies between files only")
         await self._change(
             offset, offset + length, False, copy_file_range,
-            source._fd, source_offset, self._fd, offset, length,
+            source._fd, source_offset, self._fd, offset, length, lane=self._copying,
         )  # fmt: skip
 
     # -- durability ----------------------------------------------------------

@@ -10,13 +10,16 @@ import pytest
 
 from nbdqcow import open_image
 from nbdqcow.cli.img import main
+from nbdqcow.errors import NotSupported
 from nbdqcow.jobs import convert as convert_module
 from nbdqcow.jobs.control import JobCancelled, JobControl
 from nbdqcow.jobs.convert import ConvertOptions, CopyError, convert
 from nbdqcow.jobs.status import Place
 from nbdqcow.jobs.transfer import CHUNK, Transfer
 from nbdqcow.jobs.zeroes import data_runs
+from nbdqcow.storage import file as file_module
 from nbdqcow.storage.file import FileStorage
+from nbdqcow.storage.linux import copy_file_range
 from tests.conftest import SEED
 
 KiB, MiB = 1 << 10, 1 << 20
@@ -97,6 +100,15 @@ def see(monkeypatch):
     return seen
 
 
+def copy_plainly(monkeypatch, allowed=True):
+    """Have the kernel copy, whatever the file system is, or never."""
+    monkeypatch.setattr(
+        FileStorage,
+        "_find_plain_copies",
+        lambda self, status: status.st_dev if allowed else None,
+    )
+
+
 @pytest.mark.parametrize("sparse", [0, 4096, 65536])
 @pytest.mark.parametrize("format_", ["raw", "qcow2"])
 @pytest.mark.parametrize("is_zero", [True, False])
@@ -108,12 +120,13 @@ async def test_same_bytes_as_by_reading(
     async for names, disk in make_sources(tmp_path, rng):
         sources = [(tmp_path / name, kind) for name, kind in names]
         made = []
-        for way in ("moved", "read"):
+        for way in ("copied", "moved", "read"):
             path = tmp_path / way
             img("create", "-q", "-f", format_, path, len(disk))
             if not is_zero and format_ == "raw":
                 path.write_bytes(rng.randbytes(1) * len(disk))
             with monkeypatch.context() as patch:
+                copy_plainly(patch, way == "copied")
                 if way == "read":
                     patch.setattr(FileStorage, "writes_in_threads", False)
                 options = {"sparse": sparse, "target_is_zero": is_zero} | {
@@ -122,7 +135,7 @@ async def test_same_bytes_as_by_reading(
                 made.append(await convert_file(sources, path, format_, **options))
             async with open_image(path, format=format_) as node:
                 assert bytes(await node.pread(0, len(disk))) == disk
-        assert made[0] == made[1]
+        assert made[0] == made[1] == made[2]
     assert seen["moved"] or (format_ == "qcow2" and 0 < sparse < 16 * KiB)
 
 
@@ -141,7 +154,66 @@ async def test_cold_pages_are_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("format_", ["raw", "qcow2"])
+@pytest.mark.parametrize("sparse", [0, 65536])
+async def test_what_the_kernel_can_not_copy_is_moved(
+    tmp_path, monkeypatch, format_, sparse
+):
+    rng = random.Random(SEED)
+    copy_plainly(monkeypatch)
+    copied = {"all": 0, "some": 0, "none": 0}
+
+    def copy(source_fd, source_offset, fd, offset, length):
+        way = rng.choice(list(copied))
+        copied[way] += 1
+        if way != "none":
+            part = length if way == "all" else length // 2
+            copy_file_range(source_fd, source_offset, fd, offset, part)
+        if way != "all":
+            raise rng.choice(
+                [
+                    NotSupported("ends here"),
+                    OSError(errno.EIO, "bad"),
+                    BlockingIOError(),
+                ]
+            )
+
+    monkeypatch.setattr(file_module, "copy_file_range", copy)
+    async for names, disk in make_sources(tmp_path, rng):
+        sources = [(tmp_path / name, kind) for name, kind in names]
+        path = tmp_path / "out"
+        img("create", "-q", "-f", format_, path, len(disk))
+        await convert_file(sources, path, format_, sparse=sparse, target_is_zero=True)
+        async with open_image(path, format=format_) as node:
+            assert bytes(await node.pread(0, len(disk))) == disk
+        img("check", "-q", path) if format_ == "qcow2" else None
+    assert all(copied.values()) or (format_ == "raw" and sparse)
+
+
+@pytest.mark.parametrize("format_", ["raw", "qcow2"])
+async def test_the_kernel_copies_what_is_left_of_a_source(
+    tmp_path, monkeypatch, format_
+):
+    disk = random.Random(SEED).randbytes(5 * MiB)
+    (tmp_path / "disk").write_bytes(disk)
+    img("create", "-q", "-f", format_, tmp_path / "out", len(disk))
+    left = 2 * MiB + 700
+    copy_plainly(monkeypatch)
+
+    def shrink_and_copy(*arguments):
+        os.truncate(tmp_path / "disk", left)
+        copy_file_range(*arguments)
+
+    monkeypatch.setattr(file_module, "copy_file_range", shrink_and_copy)
+    sources = [(tmp_path / "disk", "raw")]
+    await convert_file(sources, tmp_path / "out", format_, sparse=0)
+    async with open_image(tmp_path / "out", format=format_) as node:
+        found = bytes(await node.pread(0, len(disk)))
+    assert found == disk[:left] + bytes(len(disk) - left)
+
+
+@pytest.mark.parametrize("format_", ["raw", "qcow2"])
 async def test_source_shrinks(tmp_path, monkeypatch, format_):
+    copy_plainly(monkeypatch, allowed=False)
     disk = random.Random(SEED).randbytes(5 * MiB)
     (tmp_path / "disk").write_bytes(disk)
     img("create", "-q", "-f", format_, tmp_path / "out", len(disk))
@@ -167,6 +239,7 @@ async def test_errors(tmp_path, monkeypatch, action, format_):
     disk = random.Random(SEED).randbytes(5 * MiB)
     (tmp_path / "disk").write_bytes(disk)
     img("create", "-q", "-f", format_, tmp_path / "out", len(disk))
+    copy_plainly(monkeypatch, allowed=False)
 
     def fail(*arguments):
         raise OSError(errno.EIO, "as bad as can be")

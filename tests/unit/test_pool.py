@@ -10,7 +10,7 @@ import weakref
 import pytest
 
 from nbdqcow import pool as pool_module
-from nbdqcow.pool import NB_THREADS, Pool
+from nbdqcow.pool import NB_THREADS, Lane, Pool
 
 
 def nb_io_threads() -> int:
@@ -46,6 +46,40 @@ async def test_a_call_begins_before_anyone_waits_for_it():
     ident, failed = sorted(results, key=lambda result: result is None)
     assert ident not in (None, threading.get_ident())
     assert failed is None
+
+
+@pytest.mark.asyncio
+async def test_calls_of_a_lane_go_one_after_the_other():
+    pool = Pool()
+    lane = Lane()
+    gate = threading.Event()
+    running: list[int] = []
+    order: list[int] = []
+
+    def call(number: int) -> None:
+        assert not running
+        running.append(number)
+        assert gate.wait(20)
+        order.append(number)
+        running.pop()
+        if number == 3:
+            raise OSError(5, "broken")
+
+    calls = [asyncio.create_task(pool.run_in(lane, call, n)) for n in range(8)]
+    await asyncio.sleep(0)
+    calls[5].cancel()
+    # Others are not held up.
+    assert await pool.run(int, "7") == 7
+    gate.set()
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert order == list(range(8))
+    assert [type(result) for result in results if result is not None] == [
+        OSError,
+        asyncio.CancelledError,
+    ]
+    # It is free again.
+    await pool.run_in(lane, call, 9)
+    await pool.close()
 
 
 @pytest.mark.asyncio
