@@ -258,6 +258,10 @@ class L2Tables:
             self.references.bad(
                 f"ERROR found L1 entry with reserved bits set: {entry:x}"
             )
+        nameless = (l1 & np.uint64(OFFSET_MASK | L1_RESERVED_MASK) == 0) & (l1 != 0)
+        for entry in map(int, l1[nameless]):
+            # It had a table: what that one maps may be all that leaks.
+            self.references.bad(f"ERROR found L1 entry without a table: {entry:x}")
         offsets, first, times = np.unique(
             l1 & np.uint64(OFFSET_MASK), return_index=True, return_counts=True
         )

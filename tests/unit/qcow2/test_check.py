@@ -296,11 +296,13 @@ def test_data_across_two_clusters_that_an_l1_entry_names_is_not_repaired():
     assert after[place : place + 8192] == data * 2
 
 
-def test_nothing_is_freed_if_a_table_is_damaged():
+@pytest.mark.parametrize("entry", [0x7000000000, OFLAG_COPIED])
+def test_nothing_is_freed_if_a_table_is_damaged(entry):
     builder = build()
     builder.add_data(1000)
     lost = builder.l1[1] & ~OFLAG_COPIED
-    builder.l1[1] = 0x7000000000
+    builder.l1[1] = entry
+    del builder.l2[1]
     builder.clusters[lost] = b"the table of guest cluster 1000"
     image = builder.build()
     for repair in (REPAIR_LEAKS, REPAIR_ALL):
