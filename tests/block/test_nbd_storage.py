@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nbdqcow.errors import ImageError
+from nbdqcow.errors import ImageError, NotSupported
 from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
 from nbdqcow.nbd.client import RemoteExport
@@ -175,6 +175,29 @@ async def test_refused_again_is_lost_for_good(tmp_path):
         with pytest.raises(OSError, match="sent again"):
             await storage.pwritev(0, [b"y"], fua=True)
         await storage.pwritev(0, [b"y"])
+        await storage.close()
+
+
+async def test_fast_zeroes_need_not_be_fast_again(tmp_path):
+    """The server kept a later write to their place, and would have to write."""
+    node = VolatileNode()
+    write_zeroes = node.write_zeroes
+
+    async def write_zeroes_slowly(offset, length, *, no_fallback=False, **how):
+        if no_fallback:
+            raise NotSupported("there is data")
+        await write_zeroes(offset, length, **how)
+
+    async with serving(tmp_path, node):
+        storage = await NbdStorage.open(uri(tmp_path))
+        await storage.write_zeroes(512, 512, may_unmap=True, no_fallback=True)
+        await storage.pwritev(600, [b"x" * 8])
+        node.crash()
+        node.data[600:608] = b"x" * 8
+        node.write_zeroes = write_zeroes_slowly
+    async with serving(tmp_path, node):
+        await storage.flush()
+        assert node.durable[512:1024] == bytes(88) + b"x" * 8 + bytes(416)
         await storage.close()
 
 

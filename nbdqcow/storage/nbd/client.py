@@ -427,9 +427,11 @@ def _overlap(a: Call, b: Call) -> bool:
 
 
 def _copy(call: Call, data: bytes) -> Call:
+    """Return a call to be sent again. Zeroes that were fast need not be so then:
+    the server may have kept some of what was written afterwards."""
     return Call(
         call.command, call.offset, call.length,
-        flags=call.flags, payload=(data,) if data else (),
+        flags=call.flags & ~nbd.CMD_FLAG_FAST_ZERO, payload=(data,) if data else (),
     )  # fmt: skip
 
 
