@@ -422,7 +422,7 @@ class L2Tables:
                 (offsets[straddling] >> bits) + np.uint64(1), row_times[straddling]
             )
         self._count_statistics(offsets, is_standard, is_compressed, nb_active)
-        return bad
+        return np.asarray(bad)
 
     def _count_compressed(
         self, entries: "Entries", sound: "npt.NDArray[np.bool_]", times: "Entries"
