@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nbdqcow.errors import ImageError
+from nbdqcow.errors import ImageError, NotSupported
 from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
 from nbdqcow.nbd.client import RemoteExport
@@ -178,6 +178,29 @@ async def test_refused_again_is_lost_for_good(tmp_path):
         await storage.close()
 
 
+async def test_fast_zeroes_need_not_be_fast_again(tmp_path):
+    """The server kept a later write to their place, and would have to write."""
+    node = VolatileNode()
+    write_zeroes = node.write_zeroes
+
+    async def write_zeroes_slowly(offset, length, *, no_fallback=False, **how):
+        if no_fallback:
+            raise NotSupported("there is data")
+        await write_zeroes(offset, length, **how)
+
+    async with serving(tmp_path, node):
+        storage = await NbdStorage.open(uri(tmp_path))
+        await storage.write_zeroes(512, 512, may_unmap=True, no_fallback=True)
+        await storage.pwritev(600, [b"x" * 8])
+        node.crash()
+        node.data[600:608] = b"x" * 8
+        node.write_zeroes = write_zeroes_slowly
+    async with serving(tmp_path, node):
+        await storage.flush()
+        assert node.durable[512:1024] == bytes(88) + b"x" * 8 + bytes(416)
+        await storage.close()
+
+
 async def test_failed_flush_stays_failed(tmp_path):
     node = VolatileNode()
     async with serving(tmp_path, node), storage_on(tmp_path) as storage:
@@ -279,6 +302,97 @@ async def test_cancelled_request(tmp_path):
         node.gate.set()
         assert await storage.pread(1, 1) == b"\1"
         assert not storage._client._requests
+
+
+async def begun_and_cancelled(node, coroutine):
+    """Begin a request that the server keeps back, and cancel it."""
+    node.gate.clear()
+    task = asyncio.create_task(coroutine)
+    await settle(lambda: node.nb_waiting == 1)
+    for _ in range(3):
+        task.cancel()
+        for _ in range(20):
+            await asyncio.sleep(0)
+    return task
+
+
+@pytest.mark.parametrize("way", ["pwritev", "write_zeroes", "discard"])
+async def test_a_cancelled_change_has_ended(tmp_path, way):
+    """Or what is written to its place afterwards might be overwritten by it."""
+    node = VolatileNode()
+    async with serving(tmp_path, node), storage_on(tmp_path) as storage:
+        changes = {
+            "pwritev": lambda: storage.pwritev(0, [b"x" * 512]),
+            "write_zeroes": lambda: storage.write_zeroes(0, 512, may_unmap=True),
+            "discard": lambda: storage.discard(0, 512),
+        }
+        task = await begun_and_cancelled(node, changes[way]())
+        assert not task.done()
+        node.gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not node.nb_waiting
+        assert not storage._client._requests
+        assert storage._client._nb_written == (way != "discard")
+
+
+async def test_a_cancelled_write_does_not_come_after_others(tmp_path):
+    """The server takes its time with it, not with the next one to its place."""
+    node = VolatileNode()
+    late = asyncio.Event()
+    pwrite = node.pwrite
+
+    async def pwrite_later(offset, data, *, fua=False):
+        kept = bytes(data)
+        if kept == b"x" * 512:
+            await late.wait()
+        await pwrite(offset, kept, fua=fua)
+
+    node.pwrite = pwrite_later
+    async with serving(tmp_path, node), storage_on(tmp_path) as storage:
+        first = asyncio.create_task(storage.pwritev(0, [b"x" * 512]))
+        assert await storage.pread(0, 1) == b"\0"
+        first.cancel()
+
+        async def then():
+            await asyncio.wait((first,))
+            await storage.pwritev(0, [b"y" * 512])
+
+        second = asyncio.create_task(then())
+        for _ in range(20):
+            assert await storage.pread(1024, 1) == node.data[1024:1025]
+        late.set()
+        await second
+        await settle(lambda: ("pwrite", 0, 512, False) in node.log)
+        await storage.flush()
+        assert node.data[:512] == b"y" * 512
+
+
+async def test_a_cancelled_write_ends_with_its_connection(tmp_path):
+    node = VolatileNode()
+    async with serving(tmp_path, node) as served, storage_on(tmp_path) as storage:
+        task = await begun_and_cancelled(node, storage.pwritev(0, [b"x" * 512]))
+        for connection in tuple(served.server._connections):
+            connection.abort()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        node.gate.set()
+        await settle(lambda: not node.nb_waiting)
+        # It is not among those that are asked again.
+        before = len(node.log)
+        assert await storage.pread(1024, 1) == node.data[1024:1025]
+        assert not [what for what in node.log[before:] if what[0] == "pwrite"]
+
+
+async def test_a_cancelled_write_does_not_wait_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(nbd_client, "_CANCEL_DELAY", 0.05)
+    node = VolatileNode()
+    async with serving(tmp_path, node), storage_on(tmp_path) as storage:
+        task = await begun_and_cancelled(node, storage.pwritev(0, [b"x" * 512]))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        node.gate.set()
+        assert await storage.pread(1024, 1) == node.data[1024:1025]
 
 
 async def test_close_fails_what_waits(tmp_path):

@@ -161,3 +161,47 @@ def test_an_inline_write_that_reaches_into_metadata(image, caplog):
 
     asyncio.run(run())
     assert Header.parse(path.read_bytes()).corrupt
+
+
+def damage_entry(path, level):
+    """Let an entry on the way to the guest's first cluster be unaligned."""
+    data = bytearray(path.read_bytes())
+    l1 = Header.parse(bytes(data)).l1_table_offset
+    at = l1 if level == "l1" else word(data, l1)
+    data[at : at + 8] = ((word(data, at) + 512) | COPIED).to_bytes(8, "big")
+    path.write_bytes(data)
+
+
+async def read_ours(path):
+    async with open_image(str(path)) as node:
+        assert node.try_pread(0, 512) is None
+        assert not node.try_pwrite(0, b"x" * 512)
+        with pytest.raises(BlockError):
+            await node.pread(0, 512)
+
+
+@pytest.mark.parametrize("level", ["l1", "l2"])
+def test_an_unaligned_entry_that_is_read_marks_the_image(image, tmp_path, level):
+    path, _ = image
+    damage_entry(path, level)
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(path.read_bytes())
+    subprocess.run(
+        ["qemu-io", "-f", "qcow2", "-c", "read 0 512", theirs], capture_output=True
+    )
+    assert Header.parse(theirs.read_bytes()).corrupt
+    asyncio.run(read_ours(path))
+    assert Header.parse(path.read_bytes()).corrupt
+
+
+def test_zeroes_over_an_unaligned_entry_mark_the_image(image):
+    path, _ = image
+    damage_entry(path, "l2")
+
+    async def zero():
+        async with open_image(str(path)) as node:
+            with pytest.raises(BlockError):
+                await node.write_zeroes(512, 512)
+
+    asyncio.run(zero())
+    assert Header.parse(path.read_bytes()).corrupt

@@ -150,6 +150,12 @@ class PermutedStorage(StorageDriver):
 
         await self._carry_out([cut])
 
+    async def grow(self, length: int) -> None:
+        def longer() -> None:
+            self.length = max(self.length, length)
+
+        await self._carry_out([longer])
+
     async def close(self) -> None:
         pass
 

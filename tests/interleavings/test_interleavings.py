@@ -7,6 +7,7 @@ requests are cancelled: they may have happened or not, and nothing else.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import random
@@ -18,12 +19,15 @@ import pytest
 
 from nbdqcow.block.inflight import Epochs, InFlightRanges
 from nbdqcow.block.node import Node
+from nbdqcow.errors import NotSupported
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED
 from tests.crash.histories import (
+    BACKING,
     HISTORIES,
     SECTOR,
     History,
+    KiB,
     created,
     filled,
 )
@@ -39,6 +43,9 @@ WEIGHTS = Weights(read=30, write=40, zero=8, trim=20, flush=16, cache=2)
 
 # So small that what is freed is soon used again.
 TINY = History("tiny", lambda: created(size=4096), [])
+# So few tables in memory that they come and go all the time.
+SMALL_CACHES = {"l2_cache_size": 1, "refcount_cache_size": 1}
+SUBCLUSTERS = {"size": 96 * KiB, "cluster_size": 16 * KiB, "extended_l2": True}
 IMAGES = [
     *HISTORIES[:1],
     *(h for h in HISTORIES if h.name in ("copy-on-write", "compressed", "discard")),
@@ -46,6 +53,27 @@ IMAGES = [
     History("version-2", lambda: filled(20, version=2), []),
     *[TINY] * 4,
     History("large-clusters", lambda: created(cluster_size=4096), []),
+    History("subclusters", lambda: created(**SUBCLUSTERS), [], options=SMALL_CACHES),
+    History(
+        "subclusters over a base",
+        lambda: created(**SUBCLUSTERS, refcount_bits=8),
+        [],
+        backing=BACKING[: 70 * KiB],
+        options={"lazy_refcounts": True, "pass_discard_other": True, **SMALL_CACHES},
+    ),
+    History(
+        "kept-clusters",
+        lambda: created(size=20 * KiB, refcount_bits=64),
+        [],
+        options={"discard_no_unref": True, **SMALL_CACHES},
+    ),
+    History(
+        "lazy-refcounts",
+        lambda: created(size=40 * KiB, refcount_bits=8),
+        [],
+        backing=BACKING[: 33 * KiB],
+        options={"lazy_refcounts": True, "explicit_zeroes": True, **SMALL_CACHES},
+    ),
 ]
 
 
@@ -162,9 +190,35 @@ class Clients:
             if self.rnd.random() < 0.6:
                 await self.node.driver.snapshot_delete(f"s{number}")
 
+    async def resizer(self) -> None:
+        """Let the disk grow and shrink behind what the others use of it."""
+        for _ in range(self.rnd.randrange(1, 5)):
+            for _ in range(self.rnd.randrange(60)):
+                await asyncio.sleep(0)
+            size = self.model.size + SECTOR * self.rnd.choice((0, 1, 7, 40, 300))
+            ways = ("off", "metadata", "falloc") if size > self.node.size else ("off",)
+            with contextlib.suppress(NotSupported):
+                # Some growth of version 2 is impossible.
+                await self.node.resize(size, preallocation=self.rnd.choice(ways))
 
-def interleave(seed: int, figures: Figures, images: Sequence[History] = IMAGES) -> None:
-    """Do one run on one of the images."""
+    def check_bitmap(self, before: bytes, after: bytes) -> None:
+        """See that a bitmap of the first moment knows what has changed."""
+        bits = self.node.driver.dirty_bitmaps["all"].bits
+        for sector in range(len(before) // SECTOR):
+            part = slice(sector * SECTOR, (sector + 1) * SECTOR)
+            if before[part] != after[part]:
+                assert bits[sector >> 3] >> (sector & 7) & 1, f"sector {sector:#x}"
+
+
+def interleave(
+    seed: int,
+    figures: Figures,
+    images: Sequence[History] = IMAGES,
+    *,
+    resizes: bool = True,
+) -> None:
+    """Do one run on one of the images. ``resizes``: some disks change their size;
+    what does that puts things right when it is dropped, which takes a loop."""
     rnd = random.Random(seed)
     image = rnd.choice(images)
     loop = PermutingLoop(seed)
@@ -174,13 +228,24 @@ def interleave(seed: int, figures: Figures, images: Sequence[History] = IMAGES) 
         content = loop.run_until_complete(node.pread(0, node.size))
         model = DiskModel(np.frombuffer(content, np.uint8).copy())
         clients = Clients(node, model, rnd)
+        tracked = node.driver.header.version >= 3 and rnd.random() < 0.3
+        if tracked:
+            node.driver.bitmap_add("all", granularity=SECTOR)
         tasks = [clients.client(rnd.randrange(4, 14)) for _ in range(NB_CLIENTS)]
         if rnd.random() < 0.25:
             tasks.append(clients.snapshot_keeper())
+        elif resizes and rnd.random() < 0.3:
+            tasks.append(clients.resizer())
         loop.run_until_complete(_all(tasks))
         submitted_at = model.tick()
-        content = bytes(loop.run_until_complete(node.pread(0, node.size)))
-        model.check_read(0, content, submitted_at)
+        before, content = (
+            content,
+            bytes(loop.run_until_complete(node.pread(0, node.size))),
+        )
+        model.check_read(0, content[: model.size], submitted_at)
+        assert not any(content[model.size :]), "what is new is not zero"
+        if tracked:
+            clients.check_bitmap(bytes(before), content)
         loop.run_until_complete(node.close())
         result, text = check_by_us(storage.content)
         assert is_sound(result, leaks=False), text
@@ -326,4 +391,4 @@ def test_a_broken_driver_is_caught(mutate, monkeypatch, seed, caplog):
     mutate(monkeypatch)
     with pytest.raises(AssertionError):
         for number in range(2000):
-            interleave(seed + number, Figures(), [TINY])
+            interleave(seed + number, Figures(), [TINY], resizes=False)

@@ -138,12 +138,14 @@ class _Check:
     def run(self, snapshots: LoadedSnapshots) -> Steps[CheckResult]:
         result = self.result
         result.total_clusters = -(-self.header.size // self.header.cluster_size)
-        l1 = yield from count_references(
+        l1, tables = yield from count_references(
             self.header, self.references, snapshots.entries, snapshots.table_length
         )
         found_in_tables = result.corruptions
         yield from self._load_refcounts()
         self._count_refcount_structures()
+        doubtful = tables.doubtful()
+        found_in_tables += yield from tables.repair_zero_clusters(doubtful)
         self._compare()
         if self.repair and self.rebuild:
             if self.repair < REPAIR_ALL:
@@ -157,7 +159,7 @@ class _Check:
             self.repair != REPAIR_NONE and not (result.corruptions or result.leaks)
         )
         yield from check_copied_flags(
-            self.header, l1, self.refcounts, repair_flags, self.report, result
+            self.header, l1, self.refcounts, repair_flags, self.report, result, doubtful
         )
         wrong = result.corruptions or result.check_errors
         if snapshots.nb_bad and self.repair != REPAIR_ALL:
@@ -358,8 +360,10 @@ class _Check:
         """Write new refcount structures; those found in tables stay wrong."""
         result = self.result
         self.report("Rebuilding refcount structure")
-        first = self.references.nb_clusters
-        if self.references.counts[first]:
+        # Not where a file that was cut short had what tables still name: it
+        # would be taken for that, and freed as that.
+        first = self.references.named_end
+        if first < len(self.references.counts) and self.references.counts[first]:
             first += 1
         free = self._free_clusters()
         counts, places = self.references.without_refcount_structures()

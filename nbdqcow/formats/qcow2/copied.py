@@ -25,9 +25,13 @@ def check_copied_flags(
     repair: bool,
     report: Report,
     result: CheckResult,
+    doubtful: set[int],
 ) -> Steps[None]:
-    """Check, and repair, the flags of the active L1 table and its L2 tables."""
-    checker = _Flags(header, refcounts, repair, report, result)
+    """Check, and repair, the flags of the active L1 table and its L2 tables.
+
+    Nothing is written to the tables at ``doubtful`` offsets, which may be data.
+    """
+    checker = _Flags(header, refcounts, repair, report, result, doubtful)
     used = np.flatnonzero(l1 & OFFSET_MASK)
     nb = max(1, BATCH_BYTES // header.cluster_size)
     for start in range(0, len(used), nb):
@@ -47,12 +51,14 @@ class _Flags:
         repair: bool,
         report: Report,
         result: CheckResult,
+        doubtful: set[int],
     ) -> None:
         self.header = header
         self.refcounts = refcounts
         self.repair = repair
         self.report = report
         self.result = result
+        self._doubtful = doubtful
         self.wrote = False
         self._repaired: set[int] = set()
 
@@ -75,16 +81,17 @@ class _Flags:
             index, offset = int(indices[row]), int(offsets[row])
             if l1_wrong[row]:
                 entry = int(l1[index])
-                self._note(f"L2 cluster: l1_index={index} l1_entry={entry:x}", offset)
+                text = f"L2 cluster: l1_index={index} l1_entry={entry:x}"
+                self._note(text, offset, self.repair)
                 l1[index] = entry ^ OFLAG_COPIED
+            repair = self.repair and offset not in self._doubtful
             for column in map(int, np.flatnonzero(wrong[row])):
                 entry = int(entries[row, column])
-                self._note(
-                    f"data cluster: l2_entry={entry:x}", int(data_offsets[row, column])
-                )
+                text = f"data cluster: l2_entry={entry:x}"
+                self._note(text, int(data_offsets[row, column]), repair)
                 entries[row, column] = entry ^ OFLAG_COPIED
             if self.repair:
-                if wrong[row].any():
+                if repair and wrong[row].any():
                     table = entries[row]
                     if bitmaps is not None:
                         table = np.stack((table, bitmaps[row]), axis=1).reshape(-1)
@@ -117,12 +124,12 @@ class _Flags:
         copied = (entries & OFLAG_COPIED) != 0
         return np.asarray(once != copied)
 
-    def _note(self, text: str, offset: int) -> None:
+    def _note(self, text: str, offset: int, repair: bool) -> None:
         cluster = offset >> self.header.cluster_bits
         refcount = int(self.refcounts[cluster]) if cluster < len(self.refcounts) else 0
-        done = "Repairing" if self.repair else "ERROR"
+        done = "Repairing" if repair else "ERROR"
         self.report(f"{done} OFLAG_COPIED {text} refcount={refcount}")
-        if self.repair:
+        if repair:
             self.result.corruptions_fixed += 1
         else:
             self.result.corruptions += 1

@@ -166,8 +166,7 @@ class Qcow2Driver(Operations):
             begin_any = partial(type(self).try_begin_write, self)
             self.try_begin_write = inline_writer(self, begin_any).try_begin_write  # type: ignore[method-assign]
         self.try_map = self.mapping.try_map  # type: ignore[method-assign]
-        if not header.extended_l2:
-            self.map = self.mapping.map  # type: ignore[method-assign]
+        self.map = partial(type(self).map, self)  # type: ignore[method-assign]
         self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
         if header.has_data_file:
             qcow2_data_file.attach(self)
@@ -219,8 +218,7 @@ class Qcow2Driver(Operations):
         return self.mapping.try_map(offset, length)
 
     async def map(self, offset: int, length: int) -> Run:
-        """See `FormatDriver.map`; `Mapping.map` takes its place, where
-        entries have no bitmaps that could be wrong."""
+        """See `FormatDriver.map`."""
         try:
             return await self.mapping.map(offset, length)
         except CorruptImage as error:
@@ -356,7 +354,11 @@ class Qcow2Driver(Operations):
     async def claim_zero(self, offset: int, backing_zero: bool) -> bool:
         """See `FormatDriver.claim_zero`."""
         self.check_writable()
-        return await discard.claim_zero(self, offset, backing_zero)
+        try:
+            return await discard.claim_zero(self, offset, backing_zero)
+        except CorruptImage as error:
+            await self.mark_corrupt(str(error))
+            raise
 
     async def discard(self, offset: int, length: int) -> None:
         """See `FormatDriver.discard`."""

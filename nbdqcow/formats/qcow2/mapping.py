@@ -63,25 +63,27 @@ class Mapping:
                     return DATA, host_offset + in_cluster, length
                 if not entry:
                     return UNALLOCATED, 0, length
-        elif not self._reach(offset):
+        try:
+            if found is None and not self._reach(offset):
+                return None
+            return self._run(offset, length)
+        except CorruptImage:
+            # The coroutine finds the same, and marks the image.
             return None
-        return self._run(offset, length)
 
     async def map(self, offset: int, length: int) -> Run:
-        """See `FormatDriver.map`."""
-        while (run := self.try_map(offset, length)) is None:
+        """See `FormatDriver.map`. Raises `CorruptImage`."""
+        while not self._reach(offset):
             await self._tables.load(offset >> self._slice_shift)
+        run = self._run(offset, length)
+        assert run is not None
         return run
 
     def try_map_write(self, offset: int, length: int) -> int:
         """See `FormatDriver.try_map_write`."""
         found = self._young.get(offset >> self._slice_shift)
-        if found is None:
-            if not self._reach(offset):
-                return -1
-            found = self._young.get(offset >> self._slice_shift)
-            if found is None:
-                return -1
+        if found is None and (found := self._try_reach(offset)) is None:
+            return -1
         index = (offset >> self._cluster_bits) & self._index_mask
         entry = found.words[index]
         host_offset = entry & OFFSET_MASK
@@ -140,6 +142,14 @@ class Mapping:
         if not tables.table_offset(tables.l1_index(key)):
             return True
         return tables.try_load(key) is not None
+
+    def _try_reach(self, offset: int) -> L2Slice | None:
+        """Return the slice of a guest offset if that needs no waiting."""
+        try:
+            self._reach(offset)
+        except CorruptImage:
+            return None
+        return self._young.get(offset >> self._slice_shift)
 
     def _run(self, offset: int, length: int) -> Run | None:
         """Return the longest run that is in reach; None if nothing is."""

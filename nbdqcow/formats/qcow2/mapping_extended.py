@@ -89,14 +89,6 @@ class ExtendedMapping(Mapping):
         except CorruptImage:
             return None
 
-    async def map(self, offset: int, length: int) -> Run:
-        """See `FormatDriver.map`."""
-        while not self._reach(offset):
-            await self._tables.load(offset >> self._slice_shift)
-        run = self._run(offset, length)
-        assert run is not None
-        return run
-
     def try_map_write(self, offset: int, length: int) -> int:
         """See `FormatDriver.try_map_write`."""
         found = self._young.get(offset >> self._slice_shift)
@@ -125,14 +117,6 @@ class ExtendedMapping(Mapping):
             except CorruptImage:
                 return -1
         return host_offset + in_cluster
-
-    def _try_reach(self, offset: int) -> L2Slice | None:
-        """Return the slice of a guest offset if that needs no waiting."""
-        try:
-            self._reach(offset)
-        except CorruptImage:
-            return None
-        return self._young.get(offset >> self._slice_shift)
 
     def in_place_length(
         self, found: L2Slice, index: int, in_cluster: int, length: int

@@ -45,6 +45,8 @@ MAX_TABLE_ENTRIES: Final = 1 << 27
 upon each other, so that the file's length does not bound them."""
 
 _MAX_REFERENCES: Final = (1 << 32) - 1
+_MAX_CUT_OFF: Final = 1 << 20
+"""Clusters that a file may have lost at its end; what names more is wrong."""
 _MAX_COMPRESSED_CLUSTERS: Final = 3
 """A compressed cluster may begin within one, fill one, and end within one."""
 
@@ -56,6 +58,8 @@ class References:
         nb_clusters: of the file, the last one perhaps incomplete.
         counts: by cluster; one more than the file has, for a table whose
             last bytes lie beyond the end.
+        named_end: the first cluster behind those of the file, and behind what
+            tables name of those that it may have lost at its end.
         repair: table entries may be repaired while they are counted.
         incomplete: a table that names tables is damaged, so clusters may be
             in use that nothing is known to refer to.
@@ -78,6 +82,7 @@ class References:
         self.result = result
         self.nb_clusters = -(-file_length // header.cluster_size)
         self.counts: Counts = np.zeros(self.nb_clusters + 1, np.uint32)
+        self.named_end = self.nb_clusters
         self._total = 0
         self._nb_entries_left = MAX_TABLE_ENTRIES
         self._structures: list[tuple[int, int]] | None = None
@@ -103,6 +108,9 @@ class References:
     def _is_inside(self, offset: int, length: int, times: int) -> bool:
         if offset + length - self.file_length < self.header.cluster_size:
             return True
+        end = ((offset + length - 1) >> self.header.cluster_bits) + 1
+        if end <= self.nb_clusters + _MAX_CUT_OFF:
+            self.named_end = max(self.named_end, end)
         self.bad(
             "ERROR: counting reference for region exceeding the end of the file by "
             f"one cluster or more: offset {offset:#x} size {length:#x}",
@@ -147,16 +155,16 @@ def count_references(
     references: References,
     snapshots: Sequence[Snapshot],
     snapshots_length: int,
-) -> Steps["Entries"]:
+) -> Steps[tuple["Entries", "L2Tables"]]:
     """Count all references but those to refcount structures.
 
     ``snapshots_length`` is that of their table in bytes.
-    Returns the active L1 table.
+    Returns the active L1 table, and what is known of all L2 tables.
     """
     references.count_range(0, header.cluster_size)
     references.count_range(header.l1_table_offset, header.l1_size * 8)
     l1 = yield from read_table(header.l1_table_offset, header.l1_size)
-    tables = _L2Tables(header, references)
+    tables = L2Tables(header, references)
     active = tables.add_l1(l1)
     before = references.result.corruptions
     for snapshot in snapshots:
@@ -171,7 +179,7 @@ def count_references(
             int.from_bytes(crypto[:8], "big"), int.from_bytes(crypto[8:16], "big")
         )
     yield from _count_bitmaps(header, references)
-    return l1
+    return l1, tables
 
 
 def read_table(offset: int, nb_entries: int) -> Steps["Entries"]:
@@ -183,7 +191,7 @@ def read_table(offset: int, nb_entries: int) -> Steps["Entries"]:
 
 
 def _add_snapshot(
-    header: Header, references: References, tables: "_L2Tables", snapshot: Snapshot
+    header: Header, references: References, tables: "L2Tables", snapshot: Snapshot
 ) -> Steps[None]:
     label = f"snapshot {snapshot.info.id} ({snapshot.info.name})"
     if snapshot.l1_table_offset % header.cluster_size:
@@ -227,7 +235,7 @@ def _count_bitmaps(header: Header, references: References) -> Steps[None]:
                     references.count_range(offset, header.cluster_size)
 
 
-class _L2Tables:
+class L2Tables:
     """The L2 tables that L1 tables refer to, and how often."""
 
     def __init__(self, header: Header, references: References) -> None:
@@ -235,6 +243,9 @@ class _L2Tables:
         self.references = references
         self._offsets: Entries = np.zeros(0, np.uint64)
         self._times: Entries = np.zeros(0, np.uint64)
+        # Tables that are mostly wrong, and those with zero clusters to repair.
+        self._damaged: list[int] = []
+        self._to_repair: list[int] = []
 
     def add_l1(self, l1: "Entries") -> "Entries":
         """Note the tables of one L1 table, and count references to them.
@@ -247,6 +258,10 @@ class _L2Tables:
             self.references.bad(
                 f"ERROR found L1 entry with reserved bits set: {entry:x}"
             )
+        nameless = (l1 & np.uint64(OFFSET_MASK | L1_RESERVED_MASK) == 0) & (l1 != 0)
+        for entry in map(int, l1[nameless]):
+            # It had a table: what that one maps may be all that leaks.
+            self.references.bad(f"ERROR found L1 entry without a table: {entry:x}")
         offsets, first, times = np.unique(
             l1 & np.uint64(OFFSET_MASK), return_index=True, return_counts=True
         )
@@ -288,35 +303,77 @@ class _L2Tables:
         for tables in (active, inactive):
             for batch, nb_active in _batches(tables, self.header.cluster_size):
                 entries, bitmaps = yield from read_l2_tables(self.header, batch)
-                if self.references.repair:
-                    yield from self._repair_zero_clusters(batch, entries)
+                wrong = self._leave_out_bad_zero_clusters(batch, entries)
                 times = self._times[np.searchsorted(self._offsets, batch)]
-                self._count_batch(entries, bitmaps, times, nb_active)
+                wrong |= self._count_batch(entries, bitmaps, times, nb_active)
+                if wrong.any():
+                    nb_used = np.count_nonzero(entries, axis=1)
+                    nb_wrong = np.count_nonzero(wrong, axis=1)
+                    mostly = (nb_wrong > 0) & (2 * nb_wrong >= nb_used)
+                    self._damaged += batch[mostly].tolist()
 
-    def _repair_zero_clusters(
+    def _bad_zero_clusters(self, entries: "Entries") -> "npt.NDArray[np.bool_]":
+        """Tell zero clusters with a host offset that can't be."""
+        hosts = entries & np.uint64(OFFSET_MASK)
+        return np.asarray(
+            ((entries & np.uint64(OFLAG_COMPRESSED | OFLAG_ZERO)) == OFLAG_ZERO)
+            & ((hosts & np.uint64(self.header.cluster_size - 1)) != 0)
+        )
+
+    def _leave_out_bad_zero_clusters(
         self, offsets: "Entries", entries: "Entries"
-    ) -> Steps[None]:
-        """Take host offsets that can't be from clusters that read as zeroes.
+    ) -> "npt.NDArray[np.bool_]":
+        """Count nothing for what `repair_zero_clusters` will see to; return
+        which entries that is."""
+        if self.header.extended_l2 or not self.references.repair:
+            return np.zeros(entries.shape, np.bool_)
+        bad = self._bad_zero_clusters(entries)
+        entries[bad] = OFLAG_ZERO
+        self._to_repair += offsets[bad.any(axis=1)].tolist()
+        return bad
+
+    def doubtful(self) -> set[int]:
+        """Return the offsets of tables that are not to be written to: an L1
+        entry may be wrong that names them.
+
+        Most of what they hold can't be, and somebody else uses their clusters,
+        too: what is there may well be data. All references have been counted.
+        """
+        found: set[int] = set()
+        bits, size = self.header.cluster_bits, self.header.cluster_size
+        for offset in self._damaged:
+            times = int(self._times[np.searchsorted(self._offsets, offset)])
+            if offset % size or (
+                offset < self.references.file_length
+                and int(self.references.counts[offset >> bits]) != times
+            ):
+                found.add(offset)
+        return found
+
+    def repair_zero_clusters(self, doubtful: set[int]) -> Steps[int]:
+        """Take host offsets that can't be from clusters that read as zeroes,
+        but not in ``doubtful`` tables. Returns how many are left.
 
         Nothing is lost: it is not known which cluster was meant, and what it
         holds is not read.
         """
-        if self.header.extended_l2:
-            return
-        hosts = entries & np.uint64(OFFSET_MASK)
-        bad = (
-            ((entries & np.uint64(OFLAG_COMPRESSED | OFLAG_ZERO)) == OFLAG_ZERO)
-            & ((hosts & np.uint64(self.header.cluster_size - 1)) != 0)
-        )  # fmt: skip
-        for row in map(int, np.flatnonzero(bad.any(axis=1))):
-            for column in map(int, np.flatnonzero(bad[row])):
-                self.references.report(
-                    f"Repairing offset={int(hosts[row, column]):x}: Preallocated "
-                    "cluster is not properly aligned; L2 entry corrupted."
-                )
-                self.references.result.corruptions_fixed += 1
-                entries[row, column] = OFLAG_ZERO
-            yield Write(int(offsets[row]), entries[row].astype(">u8").tobytes())
+        nb_left = 0
+        text = "Preallocated cluster is not properly aligned; L2 entry corrupted."
+        for offset in self._to_repair:
+            raw = yield Read(offset, self.header.cluster_size)
+            entries = np.frombuffer(raw, ">u8").astype(np.uint64)
+            bad = self._bad_zero_clusters(entries)
+            for host in map(int, entries[bad] & np.uint64(OFFSET_MASK)):
+                if offset in doubtful:
+                    self.references.bad(f"ERROR offset={host:x}: {text}")
+                    nb_left += 1
+                else:
+                    self.references.report(f"Repairing offset={host:x}: {text}")
+                    self.references.result.corruptions_fixed += 1
+            if offset not in doubtful:
+                entries[bad] = OFLAG_ZERO
+                yield Write(offset, entries.astype(">u8").tobytes())
+        return nb_left
 
     def _count_batch(
         self,
@@ -324,9 +381,10 @@ class _L2Tables:
         bitmaps: "Entries | None",
         times: "Entries",
         nb_active: "Entries",
-    ) -> None:
+    ) -> "npt.NDArray[np.bool_]":
         """Count the references of tables, one in each row of ``entries``; each
-        is named ``times``, ``nb_active`` of them in the active L1 table."""
+        is named ``times``, ``nb_active`` of them in the active L1 table. Returns
+        which entries can't be."""
         header, references = self.header, self.references
         offsets = entries & np.uint64(OFFSET_MASK)
         is_compressed = (entries & OFLAG_COMPRESSED) != 0
@@ -364,6 +422,7 @@ class _L2Tables:
                 (offsets[straddling] >> bits) + np.uint64(1), row_times[straddling]
             )
         self._count_statistics(offsets, is_standard, is_compressed, nb_active)
+        return np.asarray(bad)
 
     def _count_compressed(
         self, entries: "Entries", sound: "npt.NDArray[np.bool_]", times: "Entries"

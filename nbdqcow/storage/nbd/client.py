@@ -32,8 +32,11 @@ _LONGEST_DELAY: Final = 5.0
 _REPLAY_BATCH: Final = 64
 _MAX_LOSSES: Final = 5
 """Connections that a request may see break: it may be what breaks them."""
+_CANCEL_DELAY: Final = 10.0
+"""Seconds that a cancelled change waits for its answer."""
 
 _LOGGED: Final = frozenset((nbd.CMD_WRITE, nbd.CMD_WRITE_ZEROES))
+_CHANGES: Final = _LOGGED | {nbd.CMD_TRIM}
 
 
 class _Request(Call):
@@ -44,9 +47,10 @@ class _Request(Call):
         started: the loop's time when it was asked for.
         covers: of a FLUSH, how many writes had been answered before it.
         nb_losses: how many connections it has seen break.
+        unwanted: whoever asked for it was cancelled; it is not sent again.
     """
 
-    __slots__ = ("covers", "future", "nb_losses", "started")
+    __slots__ = ("covers", "future", "nb_losses", "started", "unwanted")
 
     def __init__(self, call: Call, future: "asyncio.Future[None]", now: float) -> None:
         super().__init__(
@@ -57,6 +61,7 @@ class _Request(Call):
         self.started = now
         self.covers = 0
         self.nb_losses = 0
+        self.unwanted = False
 
 
 class Client:
@@ -157,7 +162,9 @@ class Client:
         """Send a request and return it with its answer.
 
         Raises `BlockError` with the server's error, with EIO for the loss of
-        the connection, and with ETIMEDOUT.
+        the connection, and with ETIMEDOUT. One that changes something and is
+        cancelled has ended when `asyncio.CancelledError` comes: its place may be
+        another's then, and its data must not come after that one's.
         """
         if call.command in _LOGGED and self._logs:
             await self._room.wait()
@@ -178,10 +185,30 @@ class Client:
         if self._request_timeout and self._timer is None:
             self._timer = loop.call_later(self._request_timeout, self._check_timeouts)
         try:
-            await request.future
+            await asyncio.shield(request.future)
+        except asyncio.CancelledError:
+            # Without a connection, nothing of it is on its way any more.
+            if call.command in _CHANGES and self._connection is not None:
+                request.unwanted = True
+                await self._see_end(request)
+            raise
         finally:
             self._requests.pop(request, None)
         return request
+
+    async def _see_end(self, request: _Request) -> None:
+        """Wait until a server can't be about to carry a request out."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _CANCEL_DELAY
+        while not request.future.done():
+            left = deadline - loop.time()
+            if left <= 0 and self._connection is not None:
+                # As with one that takes too long.
+                self._connection.abort()
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait((request.future,), timeout=max(left, 0))
+        # Nobody else looks at its failure.
+        request.future.exception()
 
     @property
     def _logs(self) -> bool:
@@ -301,7 +328,10 @@ class Client:
         logger.warning("%s: connection lost: %s", self._uri, exc)
         for request in tuple(self._requests):
             request.nb_losses += 1
-            if request.nb_losses >= _MAX_LOSSES:
+            if request.unwanted and not request.future.done():
+                del self._requests[request]
+                request.future.set_result(None)
+            elif request.nb_losses >= _MAX_LOSSES:
                 del self._requests[request]
                 if not request.future.done():
                     text = f"lost {_MAX_LOSSES} connections to {self._uri}: {exc}"
@@ -397,9 +427,11 @@ def _overlap(a: Call, b: Call) -> bool:
 
 
 def _copy(call: Call, data: bytes) -> Call:
+    """Return a call to be sent again. Zeroes that were fast need not be so then:
+    the server may have kept some of what was written afterwards."""
     return Call(
         call.command, call.offset, call.length,
-        flags=call.flags, payload=(data,) if data else (),
+        flags=call.flags & ~nbd.CMD_FLAG_FAST_ZERO, payload=(data,) if data else (),
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import struct
 
 import numpy as np
 import pytest
@@ -190,6 +191,27 @@ def test_rebuild_without_a_refcount_table():
     assert_clean(fixed)
 
 
+@pytest.mark.parametrize("lost", ["data", "compressed", "L2 table"])
+def test_rebuild_keeps_off_what_a_file_has_lost(lost):
+    """New structures where its tables name something would be shown to the guest,
+    and be freed when it writes there."""
+    builder = build()
+    # Behind the refcount structures, of two clusters, the first one is missing.
+    place = builder.end + 0x3000
+    if lost == "L2 table":
+        builder.l1[3] = place
+    elif lost == "data":
+        builder.l2[0][4] = place
+    else:
+        builder.l2[0][4] = builder.compressed_entry(place, 700)
+    image = builder.build()
+    table_offset = Header.parse(image).refcount_table_offset
+    _, lines, after = check(patched(image, (table_offset, "Q", 1)), REPAIR_ALL)
+    assert "Rebuilding refcount structure" in lines
+    assert len(image) < place < Header.parse(after).refcount_table_offset
+    assert not any(after[place : place + 0x1000])
+
+
 def test_a_refcount_that_does_not_fit():
     builder = build(refcount_order=0)
     builder.l2[0][1] = builder.l2[0][0]
@@ -251,11 +273,36 @@ def test_bad_l2_entries(entry, text):
     assert result.corruptions == 1
 
 
-def test_nothing_is_freed_if_a_table_is_damaged():
+@pytest.mark.parametrize("repair", [REPAIR_LEAKS, REPAIR_ALL])
+def test_data_that_an_l1_entry_names_is_not_repaired(repair):
+    """It looks like a table with flags and zero clusters to be set right."""
+    builder = build()
+    words = [0x3A3A3A3A3A3A3A3B] * 500 + [0x3000, 0x4000, 0x3200 | OFLAG_ZERO]
+    data = struct.pack(f">{len(words)}Q", *words).ljust(4096, b"\0")
+    place = builder.add_data(2, data)
+    builder.l1[3] = place | OFLAG_COPIED
+    result, _, after = check(builder.build(), repair)
+    assert result.corruptions > 500
+    assert after[place : place + 4096] == data
+
+
+def test_data_across_two_clusters_that_an_l1_entry_names_is_not_repaired():
+    builder = build()
+    data = struct.pack(">Q", 0x3200 | OFLAG_ZERO) * 512
+    place = builder.add_data(2, data)
+    assert builder.add_data(3, data) == place + 4096
+    builder.l1[3] = place + 512 | OFLAG_COPIED
+    _, _, after = check(builder.build(), REPAIR_ALL)
+    assert after[place : place + 8192] == data * 2
+
+
+@pytest.mark.parametrize("entry", [0x7000000000, OFLAG_COPIED])
+def test_nothing_is_freed_if_a_table_is_damaged(entry):
     builder = build()
     builder.add_data(1000)
     lost = builder.l1[1] & ~OFLAG_COPIED
-    builder.l1[1] = 0x7000000000
+    builder.l1[1] = entry
+    del builder.l2[1]
     builder.clusters[lost] = b"the table of guest cluster 1000"
     image = builder.build()
     for repair in (REPAIR_LEAKS, REPAIR_ALL):
