@@ -166,6 +166,7 @@ class Qcow2Driver(Operations):
             begin_any = partial(type(self).try_begin_write, self)
             self.try_begin_write = inline_writer(self, begin_any).try_begin_write  # type: ignore[method-assign]
         self.try_map = self.mapping.try_map  # type: ignore[method-assign]
+        # Whatever took its place when this was done before.
         self.map = partial(type(self).map, self)  # type: ignore[method-assign]
         self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
         if header.has_data_file:
