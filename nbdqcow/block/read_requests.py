@@ -1,5 +1,6 @@
 """Requests that read, and may wait."""
 
+import asyncio
 import errno
 from collections.abc import AsyncIterator
 from typing import Final
@@ -112,6 +113,8 @@ class ReadRequests(InlineRequests):
                 if inside > 0:
                     await self.backing.prefetch(offset, inside)
             offset += covered
+            # Where there is nothing to read, nothing else gives way to others.
+            await asyncio.sleep(0)
 
     def _check_inside(self, offset: int, length: int) -> None:
         if length and offset + length > self.size:

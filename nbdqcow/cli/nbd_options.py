@@ -256,7 +256,8 @@ def _apply(settings: Settings, name: str, value: str) -> None:
         case "A":
             settings.allocation_depth = True
         case "B":
-            settings.bitmaps += (value,)
+            if value not in settings.bitmaps:
+                settings.bitmaps += (value,)
         case "l":
             settings.snapshot = _parse_snapshot(value)
         case "L":

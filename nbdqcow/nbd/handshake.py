@@ -355,7 +355,8 @@ class ServerHandshake:
             raise ProtocolError("the server is shutting down")
         if self.terms.style is ReplyStyle.EXTENDED:
             raise ProtocolError("EXPORT_NAME after EXTENDED_HEADERS")
-        self._queue(codec.EXPORT.pack(export.size, self._transmission_flags(export)))
+        flags = self._transmission_flags(option, export)
+        self._queue(codec.EXPORT.pack(export.size, flags))
         if not self._no_zeroes:
             self._queue(codec.EXPORT_PADDING)
         self._enter_transmission(export)
@@ -395,7 +396,7 @@ class ServerHandshake:
         self._reply(
             option,
             nbd.REP_INFO,
-            codec.info_export(export.size, self._transmission_flags(export)),
+            codec.info_export(export.size, self._transmission_flags(option, export)),
         )
         told = export
         if nbd.INFO_BLOCK_SIZE not in infos and option == nbd.OPT_GO:
@@ -494,14 +495,14 @@ class ServerHandshake:
         name, queries = parse_meta_queries(data)
         return self._find_export(option, name), queries
 
-    def _transmission_flags(self, export: ExportInfo) -> int:
+    def _transmission_flags(self, option: int, export: ExportInfo) -> int:
         flags = export.flags | nbd.FLAG_HAS_FLAGS
         if self.terms.style is not ReplyStyle.SIMPLE:
             flags |= nbd.FLAG_SEND_DF
-        if (
-            self.terms.style is ReplyStyle.EXTENDED
-            and self.terms.meta_contexts
-            and self.terms.contexts_export == export.name
+        if self.terms.style is ReplyStyle.EXTENDED and (
+            # A client that only asks may select contexts later.
+            option == nbd.OPT_INFO
+            or (self.terms.meta_contexts and self.terms.contexts_export == export.name)
         ):
             flags |= nbd.FLAG_BLOCK_STATUS_PAYLOAD
         return flags

@@ -246,7 +246,9 @@ class Server:
             self._close_listeners()
             await self._give_up()
             for number in (*_SIGNALS, *((_HANGUP,) if hangs_up else ())):
-                _release_signal(loop, number, ignore=last and number != signal.SIGTERM)
+                # A first SIGTERM that comes only now asks for what is being done.
+                ends = number == signal.SIGTERM and self._signalled
+                _release_signal(loop, number, ignore=last and not ends)
 
     async def _prepare_to_stop(self, prepare: Callable[[], Awaitable[None]]) -> None:
         preparing = asyncio.ensure_future(prepare())

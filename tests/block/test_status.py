@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import subprocess
+import sys
 
 import pytest
 
@@ -100,3 +101,87 @@ def test_sparse_and_compressed(tmp_path):
     extents = asyncio.run(our_map(path, 1 << 17))
     assert [e[1:] for e in extents] == [(0, 1), (3, 0)]
     assert sum(e[0] for e in extents) == 16 << 40
+
+
+class Turns:
+    """Counts the turns that others get on the event loop."""
+
+    def __init__(self):
+        self.nb = 0
+
+    async def __aenter__(self):
+        self._task = asyncio.create_task(self._count())
+        return self
+
+    async def __aexit__(self, *_):
+        self._task.cancel()
+
+    async def _count(self):
+        while True:
+            self.nb += 1
+            await asyncio.sleep(0)
+
+
+LARGEST = [
+    ("qcow2", ["-o", "cluster_size=2M"], 1 << 60),
+    ("qcow2", ["-o", "cluster_size=2M,extended_l2=on"], 1 << 59),
+    ("qcow", [], 1 << 40),
+]
+
+
+@pytest.mark.parametrize(("image_format", "options", "size"), LARGEST)
+def test_a_long_way_gives_others_turns(tmp_path, image_format, options, size):
+    path = str(tmp_path / "disk")
+    subprocess.run(
+        ["qemu-img", "create", "-qf", image_format, *options, path, str(size)],
+        check=True,
+    )
+
+    async def look():
+        async with open_image(path, format=image_format) as node:
+            await node.pwrite(size - 4096, bytes(4095) + b"x")
+            _, _, covered = await node.driver.map(0, size)
+            assert covered < size // 16
+            async with Turns() as turns:
+                await node.prefetch(0, size)
+            assert turns.nb > 16
+            async with Turns() as turns:
+                extents = await node.block_status(0, size, 2)
+            assert turns.nb > 4
+            assert int(extents.lengths.sum()) == size
+            assert len(extents.lengths) == 2
+
+    asyncio.run(look())
+
+
+LOADING = """
+import asyncio, builtins, sys, threading
+from nbdqcow import open_image
+from nbdqcow.nbd import constants as nbd
+from nbdqcow.nbd.requests import Request
+from nbdqcow.server.block_status import block_status
+
+really_import = builtins.__import__
+
+def watch(name, *arguments):
+    if name == "numpy" and "numpy" not in sys.modules:
+        print(threading.current_thread() is threading.main_thread())
+    return really_import(name, *arguments)
+
+async def look():
+    async with open_image(sys.argv[1], format="raw") as node:
+        builtins.__import__ = watch
+        request = Request(nbd.CMD_BLOCK_STATUS, 0, 1, 0, 4096, None)
+        await block_status(node, request, [(0, "base:allocation")])
+
+asyncio.run(look())
+"""
+
+
+def test_the_loop_does_not_wait_for_numpy(tmp_path):
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(4096))
+    found = subprocess.run(
+        [sys.executable, "-c", LOADING, path], check=True, capture_output=True
+    )
+    assert found.stdout == b"False\n"

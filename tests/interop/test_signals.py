@@ -3,6 +3,8 @@
 import contextlib
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -158,3 +160,26 @@ def test_no_number_of_interrupts_leaves_a_traceback(tmp_path: Path) -> None:
             assert server.errors() == ""
             assert server.process.returncode == 0
         check_image(image)
+
+
+AFTER_THE_LAST_CLIENT = """
+import asyncio, os, signal
+from nbdqcow.server.options import ServerOptions
+from nbdqcow.server.server import Server
+
+async def serve():
+    server = Server(ServerOptions())
+    server.stop()
+    await server.run_until_stopped(last=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("closed")
+
+asyncio.run(serve())
+"""
+
+
+def test_sigterm_does_not_cut_the_closing_short():
+    """libnbd sends it to the server it has started, as soon as it has left."""
+    command = [sys.executable, "-c", AFTER_THE_LAST_CLIENT]
+    found = subprocess.run(command, capture_output=True, check=False)
+    assert (found.returncode, found.stdout) == (0, b"closed\n")

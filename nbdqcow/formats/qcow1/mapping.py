@@ -4,6 +4,8 @@ An L2 entry is 0 (not in this image), the host offset of a cluster, aligned to a
 sector and not always to a cluster, or the descriptor of a compressed cluster.
 """
 
+from typing import Final
+
 from nbdqcow.errors import CorruptImage
 from nbdqcow.formats.qcow1.header import COMPRESSED as FLAG_COMPRESSED
 from nbdqcow.formats.qcow1.tables import L2Slice, Tables
@@ -11,6 +13,9 @@ from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, Run
 from nbdqcow.units import SECTOR_SIZE
 
 _NOT_PLAIN = FLAG_COMPRESSED | (SECTOR_SIZE - 1)
+_MAX_PIECES: Final = 32
+"""Slices, or stretches of the L1 table, looked at for one run: a client may ask
+about a whole disk, and others wait meanwhile."""
 
 
 class Mapping:
@@ -126,9 +131,12 @@ class Mapping:
         return tables.try_load(key) is not None
 
     def _run(self, offset: int, length: int) -> Run:
-        """Return the longest run in reach; its beginning is."""
+        """Return the longest run in reach, or as much of it as is looked at in
+        one turn; its beginning is in reach."""
         kind, host_offset, covered = self._run_in_slice(offset, length)
-        while covered < length and kind != COMPRESSED:
+        nb_pieces = 1
+        while covered < length and kind != COMPRESSED and nb_pieces < _MAX_PIECES:
+            nb_pieces += 1
             try:
                 if not self._reach(offset + covered):
                     break

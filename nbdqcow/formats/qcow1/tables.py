@@ -26,8 +26,8 @@ SLICE_BYTES: Final = 4096
 DAMAGED: Final = 1
 """What stands in memory for an entry that can't be right: not aligned."""
 
-_NB_AT_A_TIME: Final = 1 << 16
-"""L1 entries looked at before somebody else gets a turn."""
+_NB_AT_A_TIME: Final = 512
+"""L1 entries looked at for one answer: there may be millions."""
 _ALIGNMENT_MASK: Final = SECTOR_SIZE - 1
 
 

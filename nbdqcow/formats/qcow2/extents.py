@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _MAX_SLICES: Final = 64
 """Slices looked at (some 10 us each) before others get a turn on the loop."""
+_NB_AT_A_TIME: Final = 1 << 16
+"""L1 entries looked at (some 300 us) before others get a turn."""
 
 
 async def extents(image: "Qcow2Driver", offset: int, length: int, limit: int) -> Kinds:
@@ -45,6 +47,8 @@ async def extents(image: "Qcow2Driver", offset: int, length: int, limit: int) ->
                 np.array([UNALLOCATED], np.uint8),
             )
             position = empty_end
+            if position < end:
+                await asyncio.sleep(0)
         else:
             words, piece_end = await _load_entries(image, position, end, nb_slices)
             kinds, unit = _kinds(image, words)
@@ -57,8 +61,10 @@ async def extents(image: "Qcow2Driver", offset: int, length: int, limit: int) ->
             nb_slices = min(2 * nb_slices, _MAX_SLICES)
             if nb_slices == _MAX_SLICES:
                 await asyncio.sleep(0)
+        # What goes on where the last piece ended will be one extent with it.
+        goes_on = pieces and pieces[-1].kinds[-1] == piece.kinds[0]
+        nb_extents += len(piece.lengths) - bool(goes_on)
         pieces.append(piece)
-        nb_extents += len(piece.lengths)
     lengths = np.concatenate([piece.lengths for piece in pieces])
     kinds = np.concatenate([piece.kinds for piece in pieces])
     starts = np.flatnonzero(np.concatenate(([True], kinds[1:] != kinds[:-1])))
@@ -75,10 +81,11 @@ def _empty_until(image: "Qcow2Driver", position: int, end: int) -> int:
     first, last = position >> tables.l1_shift, (end - 1) >> tables.l1_shift
     if tables.l1[first] & OFFSET_MASK:
         return position
+    last = min(last, first + _NB_AT_A_TIME - 1)
     entries = np.frombuffer(tables.l1, np.uint64)[first : last + 1]
     mapped = (entries & np.uint64(OFFSET_MASK)) != 0
-    nb_empty = int(mapped.argmax())
-    return (first + nb_empty) << tables.l1_shift if nb_empty else end
+    nb_empty = int(mapped.argmax()) or len(mapped)
+    return min(end, (first + nb_empty) << tables.l1_shift)
 
 
 async def _load_entries(

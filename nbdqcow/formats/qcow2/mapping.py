@@ -18,6 +18,10 @@ from nbdqcow.formats.qcow2.tables import L2Slice, Tables
 from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO_ALLOCATED, Run
 from nbdqcow.units import format_hex
 
+MAX_PIECES: Final = 32
+"""Slices, or stretches of the L1 table, looked at for one run: a client may ask
+about an exbibyte, and others wait meanwhile."""
+
 
 class Mapping:
     """Answers lookups from the cached tables, or reads them first.
@@ -152,11 +156,14 @@ class Mapping:
         return self._young.get(offset >> self._slice_shift)
 
     def _run(self, offset: int, length: int) -> Run | None:
-        """Return the longest run that is in reach; None if nothing is."""
+        """Return the longest run that is in reach, or as much of it as is looked
+        at in one turn; None if nothing is in reach."""
         kind, host_offset, covered = self._run_in_slice(offset, length)
         if kind == COMPRESSED:
             return kind, host_offset, covered
-        while covered < length:
+        nb_pieces = 1
+        while covered < length and nb_pieces < MAX_PIECES:
+            nb_pieces += 1
             if not self._reach(offset + covered):
                 break
             next_kind, next_host, more = self._run_in_slice(

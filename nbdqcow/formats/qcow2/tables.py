@@ -19,6 +19,9 @@ from nbdqcow.types import Buffer
 from nbdqcow.units import format_hex
 
 SLICE_BYTES: Final = 4096
+_NB_AT_A_TIME: Final = 512
+"""L1 entries looked at for one answer: there may be 4 million."""
+_EMPTY: Final = array("Q", bytes(8 * _NB_AT_A_TIME))
 
 
 class L2Slice:
@@ -124,7 +127,8 @@ class Tables:
 
     def empty_until(self, offset: int, end: int) -> int:
         """Return how far (at most ``end``) no L2 table maps guest bytes from
-        ``offset`` on; ``offset`` itself if one does."""
+        ``offset`` on, as far as one look at the L1 table goes; ``offset``
+        itself if one does."""
         l1, l1_index = self.l1, offset >> self.l1_shift
         first, last = l1_index, (end - 1) >> self.l1_shift
         if last >= len(l1):
@@ -132,6 +136,10 @@ class Tables:
             last = len(l1) - 1
         if l1_index > last:
             return end
+        if last - first >= _NB_AT_A_TIME:
+            if l1[first : first + _NB_AT_A_TIME] == _EMPTY:
+                return (first + _NB_AT_A_TIME) << self.l1_shift
+            last = first + _NB_AT_A_TIME - 1
         while l1_index <= last and not l1[l1_index] & OFFSET_MASK:
             l1_index += 1
         if l1_index == first:

@@ -135,8 +135,8 @@ def test_style_options_with_data(option, length):
     assert terms(data).style is ReplyStyle.SIMPLE
 
 
-def export_flags(data, name=""):
-    *replies, ack = parse_replies(run(data + info(name))[1])
+def export_flags(data, name="", option=nbd.OPT_GO):
+    *replies, ack = parse_replies(run(data + info(name, option=option))[1])
     assert ack.reply == ACK
     told = [reply.data for reply in replies if reply.reply == nbd.REP_INFO]
     (export_info,) = (d for d in told if d[:2] == nbd.INFO_EXPORT.to_bytes(2))
@@ -153,6 +153,9 @@ def test_flags_follow_what_was_negotiated():
     assert not export_flags(EH) & payload
     assert export_flags(EH + selected) & payload
     assert not export_flags(EH + selected, "plain") & payload
+    # Who only asks may select contexts later.
+    assert not export_flags(SR, option=nbd.OPT_INFO) & payload
+    assert export_flags(EH, option=nbd.OPT_INFO) & payload
 
 
 def test_export_name_after_structured_reply():
