@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from nbdqcow.cli.img import print_help
-from nbdqcow.cli.img_nodes import ImageArguments, check_cache, open_node
-from nbdqcow.cli.img_options import parse_amount, parse_arguments
+from nbdqcow.cli.img_nodes import ImageArguments, open_node
+from nbdqcow.cli.img_options import check_cache, parse_amount, parse_arguments
 from nbdqcow.cli.img_run import run_command
 from nbdqcow.cli.messages import describe
 from nbdqcow.errors import ImageError, UsageError

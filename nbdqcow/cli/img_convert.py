@@ -12,11 +12,11 @@ from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_create import find_tool, print_option_help
 from nbdqcow.cli.img_nodes import (
     ImageArguments,
-    check_cache,
     close_nodes,
     open_node,
 )
 from nbdqcow.cli.img_options import (
+    check_cache,
     is_option_list,
     parse_amount,
     parse_arguments,

@@ -114,7 +114,7 @@ async def _copy(
                 shown=target_name,
             )
             try:
-                if start > disk_size(source):
+                if start > end:
                     error(f"{source_name}: cannot skip to specified offset")
                 if start < end:
                     await copy(source, target, start, end - start, JobControl())
