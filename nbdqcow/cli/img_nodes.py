@@ -15,7 +15,6 @@ from nbdqcow.cli.messages import warn_of_guess
 from nbdqcow.crypto.secrets import PassphraseRequired, Secret
 from nbdqcow.errors import ImageError, UsageError
 
-
 _NO_SNAPSHOTS: Final = "does not support temporarily loading"
 
 
