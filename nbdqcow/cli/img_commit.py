@@ -6,7 +6,7 @@ from typing import Any, Final
 from nbdqcow.block.node import Node
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_chain import overlay_of
-from nbdqcow.cli.img_nodes import ImageArguments, open_node
+from nbdqcow.cli.img_nodes import ImageArguments, closing, open_node
 from nbdqcow.cli.img_options import check_cache, parse_amount, parse_arguments
 from nbdqcow.cli.img_run import ProgressLine, run_command
 from nbdqcow.errors import ImageError, NotSupported, UsageError
@@ -70,26 +70,26 @@ async def _commit(
     keep: bool,
 ) -> int:
     top = await open_node(name, images, writable=True)
-    try:
-        progress.show(0)
-        if top.backing is None and base_name is None:
-            raise ImageError("Image does not have a backing file")
-        above = top if base_name is None else overlay_of(top, base_name)
-        if above is None:
-            raise ImageError(
-                f"Did not find '{base_name}' in the backing chain of '{name}'"
-            )
-        base = await _open_for_writing(above, images)
+    async with closing(top):
         try:
-            await commit(top, base, control)
-        except CopyError as exc:
-            raise ImageError(f"Block job failed: {exc.reason}") from None
-        if not keep:
-            await _make_empty(top, name)
-        progress.show(100)
-    finally:
-        progress.end()
-        await top.close()
+            progress.show(0)
+            if top.backing is None and base_name is None:
+                raise ImageError("Image does not have a backing file")
+            above = top if base_name is None else overlay_of(top, base_name)
+            if above is None:
+                raise ImageError(
+                    f"Did not find '{base_name}' in the backing chain of '{name}'"
+                )
+            base = await _open_for_writing(above, images)
+            try:
+                await commit(top, base, control)
+            except CopyError as exc:
+                raise ImageError(f"Block job failed: {exc.reason}") from None
+            if not keep:
+                await _make_empty(top, name)
+            progress.show(100)
+        finally:
+            progress.end()
     return 0
 
 

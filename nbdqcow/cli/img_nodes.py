@@ -1,6 +1,7 @@
 """Images as nodes, for the commands that read and write disks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -13,7 +14,7 @@ from nbdqcow.cli.img_names import GivenObjects
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
 from nbdqcow.cli.messages import warn_of_guess
 from nbdqcow.crypto.secrets import PassphraseRequired, Secret
-from nbdqcow.errors import ImageError, UsageError
+from nbdqcow.errors import ImageError, NbdQcowError, UsageError
 
 _NO_SNAPSHOTS: Final = "does not support temporarily loading"
 
@@ -194,6 +195,19 @@ def _parse_name(name: str, arguments: ImageArguments) -> tuple[str, dict[str, An
     except ImageError as exc:
         raise ImageError(f"Could not open '{name}': {exc}") from None
     return name, {}
+
+
+@asynccontextmanager
+async def closing(node: Node) -> AsyncIterator[Node]:
+    """Close ``node`` behind a block. If the block fails, why is what counts: that
+    closing failed, too (a disk that is full still is), is not said."""
+    try:
+        yield node
+    except BaseException:
+        with suppress(NbdQcowError, OSError):
+            await node.close()
+        raise
+    await node.close()
 
 
 async def close_nodes(nodes: Sequence[Node]) -> None:

@@ -10,7 +10,7 @@ from nbdqcow.block.open import backing_path
 from nbdqcow.block.registry import format_driver
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_chain import overlay_of
-from nbdqcow.cli.img_nodes import ImageArguments, open_node
+from nbdqcow.cli.img_nodes import ImageArguments, closing, open_node
 from nbdqcow.cli.img_options import check_cache, parse_arguments
 from nbdqcow.cli.img_run import ProgressLine, run_command
 from nbdqcow.errors import BlockError, ImageError, NotSupported, UsageError
@@ -98,7 +98,7 @@ class _Change:
         node = await open_node(
             name, images, writable=True, with_backing=not self._unsafe
         )
-        try:
+        async with closing(node):
             if self._base_format is not None:
                 self._check_format(self._base_format)
             if self._base is not None and self._base_format is None:
@@ -109,8 +109,6 @@ class _Change:
                 await self._copy(node, sources, JobControl(progress))
             await self._change_header(node)
             progress.show(100)
-        finally:
-            await node.close()
         return 0
 
     def _check_format(self, name: str) -> None:

@@ -58,6 +58,21 @@ def test_an_interrupted_convert_leaves_what_was_there(directory, number, target)
     assert (directory / "old").read_text() == "what was there before"
 
 
+def test_a_failing_dd_says_so_in_qemus_words(directory):
+    limits = (MiB, MiB)
+    answers = []
+    for command in (["qemu-img"], IN_A_PROCESS):
+        done = subprocess.run(
+            [*command, "dd", "-Oqcow2", "bs=1M", "if=source", "of=new"],
+            cwd=directory, env=ENVIRONMENT, capture_output=True, timeout=60,
+            check=False, restore_signals=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+        )  # fmt: skip
+        answers.append((done.returncode, done.stderr))
+        (directory / "new").unlink(missing_ok=True)
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("name", ["\u3042" * 85, "a" * 255])
 def test_a_name_as_long_as_names_can_be(directory, name):
     for line in (f"convert -O qcow2 source {name}", f"dd if=source of={name}"):
