@@ -66,8 +66,6 @@ def run(arguments: Sequence[str]) -> int:
                 common.append((name, value))
     json = wants_json(output)
     needing = [name for name, _ in common if name in ("-f", "--image-opts")]
-    if len(set(needing)) == 2:
-        raise ImageError("--image-opts and --format are mutually exclusive")
     if len(operands) > 1:
         raise ImageError("At most one filename argument is allowed.")
     if not operands and (needing or snapshot is not None):

@@ -93,7 +93,8 @@ async def open_node(
         options["format"] = arguments.format
     options.setdefault("cache", cache or arguments.cache)
     opening = f"Could not open '{shown or name}': "
-    if arguments.force_share and writable:
+    force_share = options.pop("force_share", False) or arguments.force_share
+    if force_share and writable:
         raise ImageError(
             f"{opening}force-share=on can only be used with read-only images"
         )
@@ -109,7 +110,7 @@ async def open_node(
         options["read_only"] = options.get("read_only", False) or not writable
         node = await open_image(
             filename,
-            force_share=arguments.force_share,
+            force_share=force_share,
             driver_options=driver_options,
             with_backing=with_backing,
             secrets=arguments.secret,

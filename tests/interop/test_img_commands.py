@@ -288,6 +288,8 @@ MAP = [
     "map --foo --object secret",
     "map --start-offset=foo --bar",
     "map --image-opts foo=1",
+    "map --image-opts file.filename=base.qcow2,force-share=on",
+    'map \'json:{"file.filename": "base.qcow2", "force-share": true}\'',
     "map --image-opts file.filename=base.qcow2,cache.direct=on,cache.no-flush=on",
     "map -f",
 ]
@@ -563,6 +565,7 @@ AMEND = [
     "amend -f foo -o compat=v3 base.qcow2",
     "amend -x",
     "amend -o",
+    "amend --image-opts -o compat=v3 file.filename=base.qcow2,force-share=on",
     "amend --image-opts -o compat=0.10 driver=qcow2,file.filename=base.qcow2",
 ]  # fmt: skip
 
@@ -605,6 +608,8 @@ MEASURE = [
     "measure -l one -O qcow2 snap.qcow2",
     "measure -l foo -O qcow2 snap.qcow2",
     "measure -l one x.raw",
+    "measure --size 512 --image-opts -f raw",
+    "measure --image-opts -f raw x.raw",
     "measure -l one -f raw base.qcow2",
     "measure -f raw -O qcow2 base.qcow2",
     "measure -f foo -O qcow2 base.qcow2",
