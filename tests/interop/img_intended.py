@@ -33,6 +33,8 @@ _OUR_CHOICE: Final = (
     # Sizes that are no multiple of a block.
     *("without 'resize'", "containing file"),
     "backing format must be specified",
+    # An image that shall be its own backing file, as a raw one.
+    'Failed to get shared "write" lock',
 )
 
 
