@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help serve test lint types check bench bench-nbd bench-img conformance iotests matrix \
- differential-long safety fuzz soak clean setup-serve setup-test
+ img-lines differential-long safety fuzz soak clean setup-serve setup-test
 
 BIN := .venv/bin
 IMAGE ?= var/disk.qcow2
@@ -57,6 +57,9 @@ bench-img: setup-test  ## the image tool's commands beside qemu-img (BENCH_IMG='
 conformance: setup-test  ## every command line of the image tool beside qemu-img
 	$(PYTEST) $(PARALLEL) $(LONG) tests/interop/test_img_commands.py
 
+img-lines: setup-test  ## random lines of the image tool beside qemu-img's for LINES_SECONDS (600)
+	$(BIN)/python -m tests.interop.img_random --seconds $(LINES_SECONDS) $(LINES)
+
 iotests: setup-test  ## QEMU's own block tests with our programs in the place of QEMU's
 	$(BIN)/python -m tests.iotests $(IOTESTS)
 
@@ -70,6 +73,7 @@ differential-long: setup-test  ## the differential tests for hours rather than m
 SAFETY := tests/crash tests/faults tests/kills tests/adversity tests/fuzz \
     tests/interleavings tests/hostile tests/differential
 FUZZ_SECONDS ?= 60
+LINES_SECONDS ?= 600
 SAFETY_FUZZ_SECONDS ?= 20
 # Of each of some 70 long runs of random operations; differential-long does more.
 SAFETY_OPERATIONS ?= 5000

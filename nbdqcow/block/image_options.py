@@ -126,16 +126,16 @@ def parse_pairs(pairs: Pairs) -> tuple[str, dict[str, Any]]:
     ``key_secret`` among them is the id of an object, for the caller to look up.
     Raises `ImageError`, by name, for an option that we don't have.
     """
+    driver = pairs.get("driver")
+    if driver is None and not any(
+        key.partition(".")[0] in ("file", "filename") for key in pairs
+    ):
+        raise ImageError("Must specify either driver or file")
     filename, options = _parse(pairs)
     if filename is None:
-        driver = pairs.get("driver")
         if driver in _FILE_DRIVERS:
             raise ImageError(f"The '{driver}' block driver requires a file name")
-        raise ImageError(
-            "Must specify either driver or file"
-            if driver is None
-            else 'A block device must be specified for "file"'
-        )
+        raise ImageError('A block device must be specified for "file"')
     return filename, options
 
 
@@ -386,9 +386,8 @@ def _cache_mode(pairs: Pairs) -> str | None:
     if not modes:
         return None
     direct, through = modes.get("direct", False), not modes.get("writeback", True)
-    if modes.get("no-flush", False):
-        if direct or through:
-            raise ImageError("cache.no-flush=on with another cache mode")
+    # Together with another one it asks for less than that does.
+    if modes.get("no-flush", False) and not (direct or through):
         return "unsafe"
     if direct:
         return "directsync" if through else "none"

@@ -42,7 +42,6 @@ from nbdqcow.units import MiB
 
 MAX_CHAIN_DEPTH: Final = 256
 _MAX_CONFIG_LENGTH: Final = MiB
-CACHE_MODES: Final = ("writeback", "none", "writethrough", "unsafe", "directsync")
 
 
 @dataclass(frozen=True, slots=True)

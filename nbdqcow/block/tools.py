@@ -32,6 +32,10 @@ Progress: TypeAlias = Callable[[int, int], None]
 """Takes how much is done, and of how much, in one measure."""
 
 
+CACHE_MODES: Final = ("writeback", "none", "writethrough", "unsafe", "directsync")
+"""What an image can be opened with, in QEMU's words."""
+
+
 def no_secrets(name: str) -> bytes:
     """Be the `Secrets` of a command line that has none."""
     raise ImageError(f"No secret with id '{name}'")

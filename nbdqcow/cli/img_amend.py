@@ -9,8 +9,9 @@ from nbdqcow.block.node import Node
 from nbdqcow.block.tools import FormatTool, OptionSpec, OptionValue
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_create import find_tool, print_specs
-from nbdqcow.cli.img_nodes import ImageArguments, check_cache, open_node
+from nbdqcow.cli.img_nodes import ImageArguments, open_node
 from nbdqcow.cli.img_options import (
+    check_cache,
     convert_option,
     is_option_list,
     parse_arguments,

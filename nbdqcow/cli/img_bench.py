@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from nbdqcow.cli.img import print_help
-from nbdqcow.cli.img_nodes import ImageArguments, check_cache, open_node
-from nbdqcow.cli.img_options import parse_amount, parse_arguments
+from nbdqcow.cli.img_nodes import ImageArguments, closing, open_node
+from nbdqcow.cli.img_options import check_cache, parse_amount, parse_arguments
 from nbdqcow.cli.img_run import run_command
 from nbdqcow.cli.messages import describe
 from nbdqcow.errors import ImageError, UsageError
@@ -113,7 +113,7 @@ def _settings(found: dict[str, Any], pattern: int | None) -> BenchOptions:
 
 async def _bench(name: str, images: ImageArguments, options: BenchOptions) -> int:
     node = await open_node(name, images, writable=options.pattern is not None)
-    try:
+    async with closing(node):
         kind = "read" if options.pattern is None else "write"
         print(
             f"Sending {options.count} {kind} requests, {options.length} bytes each, "
@@ -127,6 +127,4 @@ async def _bench(name: str, images: ImageArguments, options: BenchOptions) -> in
         except OSError as exc:
             raise ImageError(f"Failed request: {describe(exc)}") from None
         print(f"Run completed in {seconds:3.3f} seconds.")
-    finally:
-        await node.close()
     return 0

@@ -12,10 +12,15 @@ from nbdqcow.block.tools import (
     Secrets,
 )
 from nbdqcow.cli.img import print_help
-from nbdqcow.cli.img_names import ImageName, image_name, take_secrets
+from nbdqcow.cli.img_names import GivenObjects, ImageName, image_name
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
-from nbdqcow.cli.img_options import format_json, parse_arguments, wants_json
-from nbdqcow.cli.messages import error, printable
+from nbdqcow.cli.img_options import (
+    check_cache,
+    format_json,
+    parse_arguments,
+    wants_json,
+)
+from nbdqcow.cli.messages import error, printable, warn_of_guess
 from nbdqcow.errors import ImageError, UsageError
 
 _LONG: Final = {
@@ -39,8 +44,9 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     options, operands = parse_arguments(arguments, ":hf:r:T:qU", _LONG)
     format_, output, quiet, force_share = None, "human", False, False
+    cache = "writeback"
     repair, image_opts = REPAIR_NONE, False
-    objects: list[str] = []
+    objects = GivenObjects()
     for name, value in options:
         match name:
             case "-h":
@@ -62,21 +68,21 @@ def run(arguments: Sequence[str]) -> int:
             case "-U":
                 force_share = True
             case "-T":
-                # A cache mode: nothing that a check could notice.
-                pass
+                cache = value
             case "--image-opts":
                 image_opts = True
             case _:
-                objects.append(value)
+                objects.add(value)
     if len(operands) != 1:
         raise UsageError("Expecting one image file name")
     json = wants_json(output)
-    secrets = take_secrets(objects)
+    # It is nothing that a check could notice.
+    check_cache(cache, "Invalid source cache option: ")
     named = image_name(operands[0], format_, image_opts=image_opts)
     try:
         return _check(
             named,
-            secrets,
+            objects.secret,
             repair,
             json=json,
             quiet=quiet,
@@ -106,6 +112,8 @@ def _check(
         force_share=force_share,
     ) as image:
         tool, file = image.tool, image.file
+        if repair != REPAIR_NONE and named.format is None and tool.name == "raw":
+            warn_of_guess(named.filename)
         if not tool.supports_check:
             error("This image format does not support checks")
             return _NO_CHECKS

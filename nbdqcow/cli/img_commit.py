@@ -6,8 +6,8 @@ from typing import Any, Final
 from nbdqcow.block.node import Node
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_chain import overlay_of
-from nbdqcow.cli.img_nodes import ImageArguments, check_cache, open_node
-from nbdqcow.cli.img_options import parse_amount, parse_arguments
+from nbdqcow.cli.img_nodes import ImageArguments, closing, open_node
+from nbdqcow.cli.img_options import check_cache, parse_amount, parse_arguments
 from nbdqcow.cli.img_run import ProgressLine, run_command
 from nbdqcow.errors import ImageError, NotSupported, UsageError
 from nbdqcow.jobs.commit import commit
@@ -51,13 +51,10 @@ def run(arguments: Sequence[str]) -> int:
     images.cache = check_cache(images.cache, "Invalid cache option: ")
     progress = ProgressLine(shown, quiet=quiet)
     control = JobControl(progress, rate=rate)
-    try:
-        status = run_command(
-            lambda: _commit(operands[0], images, base, control, progress, keep=keep),
-            progress,
-        )
-    finally:
-        progress.end()
+    status = run_command(
+        lambda: _commit(operands[0], images, base, control, progress, keep=keep),
+        progress,
+    )
     if status == 0 and not quiet:
         print("Image committed.")
     return status
@@ -73,25 +70,26 @@ async def _commit(
     keep: bool,
 ) -> int:
     top = await open_node(name, images, writable=True)
-    try:
-        if top.backing is None and base_name is None:
-            raise ImageError("Image does not have a backing file")
-        above = top if base_name is None else overlay_of(top, base_name)
-        if above is None:
-            raise ImageError(
-                f"Did not find '{base_name}' in the backing chain of '{name}'"
-            )
-        base = await _open_for_writing(above, images)
-        progress.show(0)
+    async with closing(top):
         try:
-            await commit(top, base, control)
-        except CopyError as exc:
-            raise ImageError(f"Block job failed: {exc.reason}") from None
-        if not keep:
-            await _make_empty(top, name)
-        progress.show(100)
-    finally:
-        await top.close()
+            progress.show(0)
+            if top.backing is None and base_name is None:
+                raise ImageError("Image does not have a backing file")
+            above = top if base_name is None else overlay_of(top, base_name)
+            if above is None:
+                raise ImageError(
+                    f"Did not find '{base_name}' in the backing chain of '{name}'"
+                )
+            base = await _open_for_writing(above, images)
+            try:
+                await commit(top, base, control)
+            except CopyError as exc:
+                raise ImageError(f"Block job failed: {exc.reason}") from None
+            if not keep:
+                await _make_empty(top, name)
+            progress.show(100)
+        finally:
+            progress.end()
     return 0
 
 

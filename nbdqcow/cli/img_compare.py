@@ -5,11 +5,11 @@ from typing import Final
 
 from nbdqcow.block.node import Node
 from nbdqcow.cli.img import print_help
-from nbdqcow.cli.img_nodes import ImageArguments, check_cache, close_nodes, open_node
-from nbdqcow.cli.img_options import parse_arguments
+from nbdqcow.cli.img_nodes import ImageArguments, close_nodes, open_node
+from nbdqcow.cli.img_options import check_cache, parse_arguments
 from nbdqcow.cli.img_run import ProgressLine, run_command
 from nbdqcow.cli.messages import describe, error
-from nbdqcow.errors import NbdQcowError, UsageError
+from nbdqcow.errors import ImageError, NbdQcowError, UsageError
 from nbdqcow.jobs.compare import CompareError, Comparison, compare
 from nbdqcow.jobs.control import JobControl
 
@@ -47,7 +47,11 @@ def run(arguments: Sequence[str]) -> int:
             case "-s":
                 strict = True
             case _:
-                images.take(name, value)
+                try:
+                    images.take(name, value)
+                except ImageError as exc:
+                    error(str(exc))
+                    return _FAILED
     if len(operands) != 2:
         raise UsageError("Expecting two image file names")
     progress = ProgressLine(progress_shown, quiet=quiet, step=2.0)
@@ -60,6 +64,8 @@ def run(arguments: Sequence[str]) -> int:
             ):
                 # -f is not the second one's.
                 images.format = None
+                if images.image_opts and format_ is not None:
+                    raise ImageError("--image-opts and --format are mutually exclusive")
                 node = await open_node(name, images, format_=format_)
                 nodes.append(node)
             progress.show(0)

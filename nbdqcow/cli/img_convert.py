@@ -12,11 +12,12 @@ from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_create import find_tool, print_option_help
 from nbdqcow.cli.img_nodes import (
     ImageArguments,
-    check_cache,
     close_nodes,
+    closing,
     open_node,
 )
 from nbdqcow.cli.img_options import (
+    check_cache,
     is_option_list,
     parse_amount,
     parse_arguments,
@@ -340,7 +341,7 @@ async def _convert_to_target(
         except ImageError as exc:
             shown = str(exc) if new is None else new.rename_in(str(exc))
             raise ImageError(shown) from None
-        try:
+        async with closing(target):
             await _copy(
                 settings,
                 sources,
@@ -351,10 +352,6 @@ async def _convert_to_target(
                 is_new=new is not None
                 and not (new.holds_old_data and target.format_name == "raw"),
             )
-        except BaseException:
-            await target.close()
-            raise
-        await target.close()
         if new is not None:
             new.commit()
     finally:

@@ -16,7 +16,7 @@ from nbdqcow.block.registry import (
 from nbdqcow.block.steps import BlockingFile
 from nbdqcow.block.tools import FormatTool, OptionSpec, OptionValue, Secrets
 from nbdqcow.cli.img import print_help
-from nbdqcow.cli.img_names import take_secrets
+from nbdqcow.cli.img_names import GivenObjects
 from nbdqcow.cli.img_open import (
     backing_path,
     check_backing_chain,
@@ -57,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     format_, quiet, unsafe = "raw", False, False
     given: dict[str, str] = {}
     option_lists: list[str] = []
-    objects: list[str] = []
+    objects = GivenObjects()
     for name, value in options:
         match name:
             case "-h":
@@ -78,8 +78,7 @@ def run(arguments: Sequence[str]) -> int:
             case "-u":
                 unsafe = True
             case _:
-                objects.append(value)
-    secrets = take_secrets(objects)
+                objects.add(value)
     text = ",".join(option_lists)
     filename = operands[0] if operands else None
     if wants_help(text):
@@ -92,7 +91,14 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError(f"Unexpected argument: {operands[2]}")
     try:
         _create(
-            filename, format_, text, given, size, secrets, quiet=quiet, unsafe=unsafe
+            filename,
+            format_,
+            text,
+            given,
+            size,
+            objects.secret,
+            quiet=quiet,
+            unsafe=unsafe,
         )
     except ImageError as exc:
         error(f"{filename}: {exc}")

@@ -4,15 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from nbdqcow.block.node import Node
 from nbdqcow.block.registry import format_tool
 from nbdqcow.cli.img import print_help
-from nbdqcow.cli.img_nodes import ImageArguments, open_node
+from nbdqcow.cli.img_nodes import ImageArguments, closing, open_node
 from nbdqcow.cli.img_options import MAX_AMOUNT, parse_amount, parse_arguments
 from nbdqcow.cli.img_run import run_command
 from nbdqcow.cli.img_target import NewImage
 from nbdqcow.cli.messages import error
 from nbdqcow.errors import ImageError
 from nbdqcow.jobs.control import JobControl
+from nbdqcow.jobs.convert import CopyError
 from nbdqcow.jobs.copy import copy
 from nbdqcow.jobs.status import disk_size
 
@@ -113,13 +115,11 @@ async def _copy(
                 writable=True,
                 shown=target_name,
             )
-            try:
-                if start > disk_size(source):
+            async with closing(target):
+                if start > end:
                     error(f"{source_name}: cannot skip to specified offset")
                 if start < end:
-                    await copy(source, target, start, end - start, JobControl())
-            finally:
-                await target.close()
+                    await _copy_blocks(source, target, start, end - start)
             new.commit()
         finally:
             if new is not None:
@@ -127,3 +127,13 @@ async def _copy(
     finally:
         await source.close()
     return 0
+
+
+async def _copy_blocks(source: Node, target: Node, start: int, length: int) -> None:
+    try:
+        await copy(source, target, start, length, JobControl())
+    except CopyError as exc:
+        ends = {"reading": "reading from input", "writing": "writing to output"}
+        raise ImageError(
+            f"error while {ends[exc.action]} image file: {exc.reason}"
+        ) from None

@@ -7,7 +7,7 @@ from typing import Any, Final
 from nbdqcow.block.filter_names import shown_name
 from nbdqcow.block.tools import ImageInfo, SnapshotInfo
 from nbdqcow.cli.img import print_help
-from nbdqcow.cli.img_names import image_name, take_secrets
+from nbdqcow.cli.img_names import GivenObjects, image_name
 from nbdqcow.cli.img_open import OpenImage, backing_path, describe_chain
 from nbdqcow.cli.img_options import (
     format_json,
@@ -35,7 +35,7 @@ def run(arguments: Sequence[str]) -> int:
     options, operands = parse_arguments(arguments, ":hf:U", _LONG)
     format_, output = None, "human"
     whole_chain = force_share = image_opts = False
-    objects: list[str] = []
+    objects = GivenObjects()
     for name, value in options:
         match name:
             case "-h":
@@ -52,11 +52,10 @@ def run(arguments: Sequence[str]) -> int:
             case "--image-opts":
                 image_opts = True
             case _:
-                objects.append(value)
+                objects.add(value)
     if len(operands) != 1:
         raise UsageError("Expecting one image file name")
     json = wants_json(output)
-    take_secrets(objects)
     named = image_name(operands[0], format_, image_opts=image_opts)
     for key in named.pairs:
         if key.startswith("backing."):

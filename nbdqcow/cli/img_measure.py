@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_create import find_tool
-from nbdqcow.cli.img_names import take_secrets
+from nbdqcow.cli.img_names import GivenObjects
 from nbdqcow.cli.img_options import (
     PREALLOCATIONS,
     format_json,
@@ -39,6 +39,7 @@ def run(arguments: Sequence[str]) -> int:
     options, operands = parse_arguments(arguments, ":hf:l:o:O:U", _LONG)
     format_, output = "raw", "human"
     common: list[tuple[str, str]] = []
+    objects = GivenObjects()
     option_lists: list[str] = []
     size: int | None = None
     snapshot: Any = None
@@ -55,6 +56,8 @@ def run(arguments: Sequence[str]) -> int:
                 option_lists.append(value)
             case "-O":
                 format_ = value
+            case "--object":
+                objects.add(value)
             case "--output":
                 output = value
             case "--size":
@@ -63,8 +66,6 @@ def run(arguments: Sequence[str]) -> int:
                 common.append((name, value))
     json = wants_json(output)
     needing = [name for name, _ in common if name in ("-f", "--image-opts")]
-    if len(set(needing)) == 2:
-        raise ImageError("--image-opts and --format are mutually exclusive")
     if len(operands) > 1:
         raise ImageError("At most one filename argument is allowed.")
     if not operands and (needing or snapshot is not None):
@@ -75,14 +76,13 @@ def run(arguments: Sequence[str]) -> int:
         raise ImageError("--size N cannot be used together with a filename.")
     text = ",".join(option_lists)
     if not operands:
-        objects = [value for name, value in common if name == "--object"]
-        _measure(format_, text, size or 0, take_secrets(objects), json=json)
+        _measure(format_, text, size or 0, objects.secret, json=json)
         return 0
     # Not above: they bring the event loop.
     from nbdqcow.cli.img_nodes import ImageArguments
     from nbdqcow.cli.img_run import run_command
 
-    images = ImageArguments()
+    images = ImageArguments(objects=objects)
     for name, value in common:
         images.take(name, value)
     images.check()

@@ -1,13 +1,16 @@
 """What a command line of ``nbdqcow-img`` says of an image and its secrets."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from nbdqcow.block.image_options import JSON_PREFIX, json_pairs, parse_pairs
-from nbdqcow.block.tools import Secrets, no_secrets
+from nbdqcow.block.tools import no_secrets
 from nbdqcow.errors import ImageError, UsageError
+
+if TYPE_CHECKING:
+    from nbdqcow.cli.objects import Objects
 
 _IDENTIFYING: Final = ("encrypt.key-secret", "key-secret", "offset", "size")
 """Options without which an image would read otherwise; the others are about how
@@ -18,28 +21,32 @@ _ORDER: Final = (
 )
 
 
-def take_secrets(objects: Sequence[str]) -> Secrets:
-    """Return the secrets among the ``--object`` arguments.
+class GivenObjects:
+    """The ``--object`` arguments of a command line, made as they come."""
 
-    Raises `ImageError`, and `CredentialsError` for other objects.
-    """
-    if not objects:
-        return no_secrets
-    from nbdqcow.cli.objects import Objects
+    def __init__(self) -> None:
+        self._made: Objects | None = None
 
-    try:
-        found = Objects(objects)
-    except UsageError as exc:
-        # Without the hint at --help: the options are right.
-        raise ImageError(str(exc)) from None
+    def add(self, text: str) -> None:
+        """Make one. Raises `ImageError`, and `CredentialsError`."""
+        if self._made is None:
+            from nbdqcow.cli.objects import Objects
 
-    def look_up(name: str) -> bytes:
+            self._made = Objects()
         try:
-            return found.secret(name).encode()
+            self._made.add(text)
         except UsageError as exc:
+            # Without the hint at --help: the options are right.
             raise ImageError(str(exc)) from None
 
-    return look_up
+    def secret(self, name: str) -> bytes:
+        """Return the passphrase of that id. Raises `ImageError`."""
+        if self._made is None:
+            return no_secrets(name)
+        try:
+            return self._made.secret(name).encode()
+        except UsageError as exc:
+            raise ImageError(str(exc)) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,20 +1,22 @@
 """Images as nodes, for the commands that read and write disks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from nbdqcow.block.image_options import parse_json_name
 from nbdqcow.block.node import Node
-from nbdqcow.block.open import CACHE_MODES, open_image
+from nbdqcow.block.open import open_image
 from nbdqcow.block.registry import is_remote
-from nbdqcow.block.tools import no_secrets
 from nbdqcow.cli.image_opts import parse_image_opts
+from nbdqcow.cli.img_names import GivenObjects
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
 from nbdqcow.cli.messages import warn_of_guess
-from nbdqcow.cli.objects import Objects
 from nbdqcow.crypto.secrets import PassphraseRequired, Secret
-from nbdqcow.errors import ImageError, UsageError
+from nbdqcow.errors import ImageError, NbdQcowError, UsageError
+
+_NO_SNAPSHOTS: Final = "does not support temporarily loading"
 
 
 @dataclass(slots=True)
@@ -26,18 +28,20 @@ class ImageArguments:
         image_opts: names are options, ``--image-opts``.
         force_share: ``-U``.
         cache: ``-t`` or ``-T``.
-        objects: the texts of ``--object``.
+        objects: ``--object``.
     """
 
     format: str | None = None
     image_opts: bool = False
     force_share: bool = False
     cache: str = "writeback"
-    objects: list[str] = field(default_factory=list)
-    _made: Objects | None = None
+    objects: GivenObjects = field(default_factory=GivenObjects)
 
     def take(self, name: str, value: str) -> bool:
-        """Take an option that all commands have; False for any other."""
+        """Take an option that all commands have; False for any other.
+
+        Raises `ImageError` for an object that can't be.
+        """
         match name:
             case "-f":
                 self.format = value
@@ -46,39 +50,19 @@ class ImageArguments:
             case "--image-opts":
                 self.image_opts = True
             case "--object":
-                self.objects.append(value)
+                self.objects.add(value)
             case _:
                 return False
         return True
 
     def check(self) -> None:
-        """Make the objects, and see that the options go together.
-
-        Raises `ImageError`.
-        """
-        try:
-            self._made = Objects(self.objects)
-        except UsageError as exc:
-            raise ImageError(str(exc)) from None
+        """See that the options go together. Raises `ImageError`."""
         if self.image_opts and self.format is not None:
             raise ImageError("--image-opts and --format are mutually exclusive")
 
     def secret(self, name: str) -> bytes:
         """Return the passphrase of that id. Raises `ImageError`."""
-        if self._made is None:
-            return no_secrets(name)
-        try:
-            return self._made.secret(name).encode()
-        except UsageError:
-            return no_secrets(name)
-
-
-def check_cache(text: str, message: str) -> str:
-    """Return a cache mode. Raises `ImageError` with ``message`` before it."""
-    text = {"off": "none"}.get(text, text)
-    if text not in CACHE_MODES:
-        raise ImageError(f"{message}{text}")
-    return text
+        return self.objects.secret(name)
 
 
 async def open_node(
@@ -109,7 +93,8 @@ async def open_node(
         options["format"] = arguments.format
     options.setdefault("cache", cache or arguments.cache)
     opening = f"Could not open '{shown or name}': "
-    if arguments.force_share and writable:
+    force_share = options.pop("force_share", False) or arguments.force_share
+    if force_share and writable:
         raise ImageError(
             f"{opening}force-share=on can only be used with read-only images"
         )
@@ -125,7 +110,7 @@ async def open_node(
         options["read_only"] = options.get("read_only", False) or not writable
         node = await open_image(
             filename,
-            force_share=arguments.force_share,
+            force_share=force_share,
             driver_options=driver_options,
             with_backing=with_backing,
             secrets=arguments.secret,
@@ -138,6 +123,12 @@ async def open_node(
             raise ImageError("Failed to load snapshot: Can't find snapshot") from None
         if snapshot is not None and (at := str(exc).find("Snapshot L1 table")) >= 0:
             raise ImageError(f"Failed to load snapshot: {str(exc)[at:]}") from None
+        if snapshot is not None and (at := str(exc).find(_NO_SNAPSHOTS)) >= 0:
+            format_name = str(exc)[:at].rpartition("Block format ")[2].rstrip()
+            raise ImageError(
+                f"Failed to load snapshot: Block format {format_name} used by device "
+                f"'' {str(exc)[at:]}"
+            ) from None
         if not is_remote(filename):
             _explain(filename, options, arguments, opening, writable=writable)
         text = str(exc) if isinstance(exc, ImageError) else exc.strerror or str(exc)
@@ -155,7 +146,7 @@ async def open_node(
             opening = ""
         raise kind(f"{opening}{text}") from None
     if writable and options.get("format") is None and node.driver.name == "raw":
-        warn_of_guess(name)
+        warn_of_guess(filename)
     return node
 
 
@@ -205,6 +196,19 @@ def _parse_name(name: str, arguments: ImageArguments) -> tuple[str, dict[str, An
     except ImageError as exc:
         raise ImageError(f"Could not open '{name}': {exc}") from None
     return name, {}
+
+
+@asynccontextmanager
+async def closing(node: Node) -> AsyncIterator[Node]:
+    """Close ``node`` behind a block. If the block fails, why is what counts: that
+    closing failed, too (a disk that is full still is), is not said."""
+    try:
+        yield node
+    except BaseException:
+        with suppress(NbdQcowError, OSError):
+            await node.close()
+        raise
+    await node.close()
 
 
 async def close_nodes(nodes: Sequence[Node]) -> None:

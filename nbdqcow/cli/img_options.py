@@ -1,10 +1,10 @@
 """What the commands of ``nbdqcow-img`` have in common: options and output."""
 
-import getopt
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from nbdqcow.block.tools import OptionValue
+from nbdqcow.block.tools import CACHE_MODES, OptionValue
+from nbdqcow.cli.getopt_scan import Fault, Scan, scan
 from nbdqcow.cli.messages import error
 from nbdqcow.errors import ImageError, UsageError
 from nbdqcow.units import SizeTooLarge, parse_size
@@ -18,25 +18,25 @@ _FALSE: Final = ("off", "no", "false", "n")
 
 def parse_arguments(
     arguments: Sequence[str], short: str, long: Mapping[str, str]
-) -> tuple[list[tuple[str, str]], list[str]]:
+) -> tuple[Iterator[tuple[str, str]], list[str]]:
     """Return options and operands as getopt_long finds them.
 
     ``long`` maps a long name, with ``=`` if it takes an argument, to what is
-    returned for it. Raises `UsageError` in qemu-img's words.
+    returned for it. What is wrong with an option's value is said before what is
+    wrong with a later option: the iterator gives all options in front of the wrong
+    one, and then raises `UsageError` in qemu-img's words.
     """
-    try:
-        options, operands = getopt.gnu_getopt(list(arguments), short, list(long))
-    except getopt.GetoptError as exc:
-        if "requires argument" in exc.msg:
-            # It can only be the last one.
-            raise UsageError(f"missing argument for option '{arguments[-1]}'") from None
-        given = f"-{exc.opt}" if len(exc.opt) == 1 else f"--{exc.opt}"
-        for argument in arguments:
-            if argument.startswith(f"--{exc.opt}"):
-                given = argument
-        raise UsageError(f"unrecognized option '{given}'") from None
-    names = {f"--{name.rstrip('=')}": to for name, to in long.items()}
-    return [(names.get(name, name), value) for name, value in options], operands
+    found = scan(arguments, short, long)
+    return _until_fault(found), found.operands
+
+
+def _until_fault(found: Scan) -> Iterator[tuple[str, str]]:
+    yield from found.options
+    match found.fault:
+        case Fault.UNKNOWN:
+            raise UsageError(f"unrecognized option '{found.at}'")
+        case Fault.NO_ARGUMENT:
+            raise UsageError(f"missing argument for option '{found.at}'")
 
 
 def wants_json(value: str) -> bool:
@@ -64,6 +64,14 @@ def parse_amount(
             f"Invalid {name} specified. Must be between {minimum} and {maximum}."
         )
     return amount
+
+
+def check_cache(text: str, message: str) -> str:
+    """Return a cache mode. Raises `ImageError` with ``message`` before it."""
+    text = {"off": "none"}.get(text, text)
+    if text not in CACHE_MODES:
+        raise ImageError(f"{message}{text}")
+    return text
 
 
 # -- -o ----------------------------------------------------------------------

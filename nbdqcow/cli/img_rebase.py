@@ -10,8 +10,8 @@ from nbdqcow.block.open import backing_path
 from nbdqcow.block.registry import format_driver
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_chain import overlay_of
-from nbdqcow.cli.img_nodes import ImageArguments, check_cache, open_node
-from nbdqcow.cli.img_options import parse_arguments
+from nbdqcow.cli.img_nodes import ImageArguments, closing, open_node
+from nbdqcow.cli.img_options import check_cache, parse_arguments
 from nbdqcow.cli.img_run import ProgressLine, run_command
 from nbdqcow.errors import BlockError, ImageError, NotSupported, UsageError
 from nbdqcow.jobs.control import JobControl
@@ -68,7 +68,6 @@ def run(arguments: Sequence[str]) -> int:
     sources = ImageArguments(
         force_share=force_share, cache=source_cache, objects=images.objects
     )
-    sources.check()
     progress = ProgressLine(shown, quiet=quiet)
     change = _Change(base or None, base_format, unsafe)
     try:
@@ -95,23 +94,21 @@ class _Change:
         progress: ProgressLine,
     ) -> int:
         """Change the image ``name``; return the exit status."""
+        progress.show(0)
         node = await open_node(
             name, images, writable=True, with_backing=not self._unsafe
         )
-        try:
+        async with closing(node):
             if self._base_format is not None:
                 self._check_format(self._base_format)
             if self._base is not None and self._base_format is None:
                 self._fail("backing format must be specified")
             if len(os.fsencode(self._base or "")) > _MAX_NAME_BYTES:
                 self._fail(os.strerror(errno.EINVAL))
-            progress.show(0)
             if not self._unsafe:
                 await self._copy(node, sources, JobControl(progress))
             await self._change_header(node)
             progress.show(100)
-        finally:
-            await node.close()
         return 0
 
     def _check_format(self, name: str) -> None:
@@ -142,7 +139,7 @@ class _Change:
         except ImageError as exc:
             text = str(exc).removeprefix(f"Could not open '{path}': ")
             raise ImageError(
-                f"Could not open new backing file '{path}': {text}"
+                f"Could not open new backing file '{self._base}': {text}"
             ) from None
         try:
             await rebase(node, backing, control)
@@ -162,6 +159,5 @@ class _Change:
             self._fail(os.strerror(exc.errno or errno.EIO))
 
     def _fail(self, reason: str) -> NoReturn:
-        raise ImageError(
-            f"Could not change the backing file to '{self._base or ''}': {reason}"
-        )
+        shown = "(null)" if self._base is None else self._base
+        raise ImageError(f"Could not change the backing file to '{shown}': {reason}")

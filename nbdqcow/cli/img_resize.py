@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from nbdqcow.cli.img import print_help
-from nbdqcow.cli.img_nodes import ImageArguments, open_node
+from nbdqcow.cli.img_nodes import ImageArguments, closing, open_node
 from nbdqcow.cli.img_options import PREALLOCATIONS, convert_option, parse_arguments
 from nbdqcow.cli.img_run import run_command
 from nbdqcow.cli.messages import error
@@ -67,7 +67,7 @@ async def _resize(
     shrink: bool,
 ) -> int:
     node: Any = await open_node(name, images, writable=True)
-    try:
+    async with closing(node):
         old = disk_size(node)
         size = old + sign * amount if sign else amount
         if not 0 < size <= _MAX_SIZE:
@@ -82,6 +82,4 @@ async def _resize(
                 "no important data there."
             )
         await node.resize(size, preallocation=preallocation)
-    finally:
-        await node.close()
     return 0

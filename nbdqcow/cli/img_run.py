@@ -10,13 +10,15 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from nbdqcow.cli.messages import is_our_name, printable
+from nbdqcow.cli.program import Signalled
 
 _PATIENCE: Final = 1.0
 """Seconds that a command may take before a terminal hears how far it is."""
 
 _SWITCH_INTERVAL: Final = 0.0005
 
-TERMINATED: Final = 128 + signal.SIGTERM
+_ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
+"""Signals at which a command tidies up, as at SIGINT, before they end it."""
 
 
 class ProgressLine:
@@ -92,9 +94,10 @@ def run_command(
 ) -> int:
     """Run the coroutine of a command; return its exit status.
 
-    What it raises is the caller's. SIGTERM cancels it as SIGINT does, so that
-    it can clean up. Big requests go to worker threads, so the loop itself
-    hardly matters, and uvloop would take longer to load than a small command.
+    What it raises is the caller's. SIGTERM and SIGHUP cancel it as SIGINT does,
+    so that it can clean up, and are raised as `Signalled` then. Big requests go
+    to worker threads, so the loop itself hardly matters, and uvloop would take
+    longer to load than a small command.
     """
     from nbdqcow.buffers import keep_much_freed_memory
 
@@ -102,21 +105,24 @@ def run_command(
     logging.getLogger("nbdqcow").addHandler(_SHOWN)
     # The loop has little to do, and must not wait long to do it.
     sys.setswitchinterval(_SWITCH_INTERVAL)
-    terminated = False
+    ended_by = 0
 
     async def supervised() -> int:
         loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         assert task is not None
 
-        def terminate() -> None:
-            nonlocal terminated
-            terminated = True
+        def end(number: int) -> None:
+            nonlocal ended_by
+            ended_by = number
             task.cancel()
 
         # Only the main thread can; tests have others.
         with contextlib.suppress(ValueError, RuntimeError):
-            loop.add_signal_handler(signal.SIGTERM, terminate)
+            for number in _ENDING:
+                # Below nohup it stays ignored.
+                if signal.getsignal(number) == signal.SIG_DFL:
+                    loop.add_signal_handler(number, end, number)
             if progress is not None:
                 loop.add_signal_handler(signal.SIGUSR1, progress.ask)
         return await main()
@@ -125,6 +131,6 @@ def run_command(
         with asyncio.Runner() as runner:
             return runner.run(supervised())
     except asyncio.CancelledError:
-        if not terminated:
+        if not ended_by:
             raise
-        return TERMINATED
+        raise Signalled(ended_by) from None

@@ -77,8 +77,10 @@ class NewImage:
 
     def _set_aside(self, final: str, old: os.stat_result | None) -> None:
         directory, name = os.path.split(final)
+        # A name has 255 bytes at most, and what a character has of them varies.
+        short = os.fsdecode(os.fsencode(name)[:100])
         fd, path = tempfile.mkstemp(
-            prefix=f".{name[:100]}.", suffix=".part", dir=directory or "."
+            prefix=f".{short}.", suffix=".part", dir=directory or "."
         )
         try:
             if old is None:

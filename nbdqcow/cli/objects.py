@@ -23,33 +23,37 @@ _BOOLEANS: Final = {"on": True, "yes": True, "off": False, "no": False}
 class Objects:
     """The objects of a command line, by their ids."""
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    def __init__(self, texts: Sequence[str] = ()) -> None:
         """Make the objects in their order. Raises `UsageError` and
         `CredentialsError`."""
         self._objects: dict[str, object] = {}
         for text in texts:
-            properties = parse_object(text)
-            kind = properties.take("qom-type")
-            maker = _MAKERS.get(kind)
-            if maker is None:
-                raise UsageError(
-                    _UNSUPPORTED.get(kind)
-                    or f"Parameter 'qom-type' does not accept value '{kind}'"
-                )
-            name = properties.take("id")
-            if _IDENTIFIER.fullmatch(name) is None:
-                raise UsageError(
-                    "Parameter 'id' expects an identifier\nIdentifiers consist of"
-                    " letters, digits, '-', '.', '_', starting with a letter."
-                )
-            if name in self._objects:
-                raise UsageError(
-                    f"attempt to add duplicate property '{name}' to object (type "
-                    "'container')"
-                )
-            made = maker(self, properties)
-            properties.check_end()
-            self._objects[name] = made
+            self.add(text)
+
+    def add(self, text: str) -> None:
+        """Make one object. Raises `UsageError` and `CredentialsError`."""
+        properties = parse_object(text)
+        kind = properties.take("qom-type")
+        maker = _MAKERS.get(kind)
+        if maker is None:
+            raise UsageError(
+                _UNSUPPORTED.get(kind)
+                or f"Parameter 'qom-type' does not accept value '{kind}'"
+            )
+        name = properties.take("id")
+        if _IDENTIFIER.fullmatch(name) is None:
+            raise UsageError(
+                "Parameter 'id' expects an identifier\nIdentifiers consist of"
+                " letters, digits, '-', '.', '_', starting with a letter."
+            )
+        if name in self._objects:
+            raise UsageError(
+                f"attempt to add duplicate property '{name}' to object (type "
+                "'container')"
+            )
+        made = maker(self, properties)
+        properties.check_end()
+        self._objects[name] = made
 
     def credentials(self, name: str, *, is_server: bool) -> "TlsCredentials":
         """Return the credentials of that id. Raises `UsageError`."""
@@ -195,7 +199,7 @@ def _secret(objects: Objects, properties: Properties) -> str:
         except UnicodeDecodeError:
             raise UsageError("Data of the secret is not valid UTF-8") from None
         except (binascii.Error, ValueError):
-            raise UsageError("Unable to decode base64 in the secret") from None
+            raise UsageError("Base64 data contains invalid characters") from None
     return data
 
 

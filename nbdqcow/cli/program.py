@@ -3,15 +3,27 @@
 Like `nbdqcow.cli.messages` it imports nothing that ``--version`` need wait for.
 """
 
+import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 
 from nbdqcow.cli.messages import describe, error, is_our_name
 
-_INTERRUPTED: Final = 130
+
+class Signalled(BaseException):
+    """A signal ends the program, which has tidied up.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class _Output(io.FileIO):
@@ -52,7 +64,9 @@ def run_program(main: Callable[[], int], *, print_failures_last: bool = False) -
         _drop_output()
         return status or 1
     except KeyboardInterrupt:
-        return _INTERRUPTED
+        return _die_of(signal.SIGINT)
+    except Signalled as exc:
+        return _die_of(exc.number)
     failure = next((raw.failure for raw in outputs if raw.failure is not None), None)
     if failure is None or not is_our_name():
         # QEMU's tool does not look.
@@ -60,6 +74,21 @@ def run_program(main: Callable[[], int], *, print_failures_last: bool = False) -
     if not isinstance(failure, BrokenPipeError):
         error(describe(failure))
     return status or 1
+
+
+def _die_of(number: int) -> int:
+    """End as a program does that has no handler for the signal.
+
+    Who waits sees that: a shell stops a script's loop for a command that died of
+    SIGINT, and goes on with it after any exit status.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    # Only if it is blocked.
+    return 128 + number
 
 
 def open_standard_streams() -> None:

@@ -19,6 +19,7 @@ CONFIGS = {
     "state": '[set-state]\nevent = "none"\nnew_state = "7"\n',
     "read_aio": '[inject-error]\nevent = "read_aio"\nerrno = "28"\n',
     "write_aio": '[inject-error]\nevent = "write_aio"\nerrno = "28"\n',
+    "full": '[inject-error]\nevent = "pwritev"\nerrno = "28"\nonce = "off"\n',
     "l2_load": '[inject-error]\nevent = "l2_load"\n',
     "second": (
         '[set-state]\nevent = "read_aio"\nstate = "1"\nnew_state = "2"\n'
@@ -122,3 +123,18 @@ def test_writes_fail_as_with_qemu_img(directory, command):
     for place in (directory, copy):
         check = ["qemu-img", "check", "other.qcow2"]
         assert subprocess.run(check, cwd=place, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "bench -w -c 3 -f qcow2 blkdebug:full:other.qcow2",
+        "convert -n -O qcow2 base.qcow2 blkdebug:full:other.qcow2",
+    ],
+)
+def test_a_disk_that_is_full_when_it_is_closed_too(line, directory):
+    """What failed first is said."""
+    theirs = run_theirs(line, directory)
+    status, _, err = run_ours(line, directory)
+    assert status == theirs[0] == 1
+    assert err.splitlines()[0] == theirs[2].splitlines()[0]

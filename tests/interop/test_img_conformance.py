@@ -458,6 +458,11 @@ CHECK = [
     "check --repair=all base.qcow2",
     "check --repair base.qcow2",
     "check -T writeback base.qcow2",
+    "check -T foo base.qcow2",
+    "check -T '' x.raw",
+    "check -r leaks text",
+    "check -r foo --bar",
+    "check --object secret,id=s,data=x,foo=1 -r foo",
     "check -x base.qcow2",
     "check -r",
 ]  # fmt: skip

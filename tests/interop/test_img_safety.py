@@ -41,7 +41,7 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("target", ["old", "new"])
 def test_an_interrupted_convert_leaves_what_was_there(directory, number, target):
     before = sorted(os.listdir(directory))
@@ -52,9 +52,33 @@ def test_an_interrupted_convert_leaves_what_was_there(directory, number, target)
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
-    assert process.wait(60) == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    # As a program ends that has no handler: scripts and their shells see that.
+    assert process.wait(60) == -number
     assert sorted(os.listdir(directory)) == before
     assert (directory / "old").read_text() == "what was there before"
+
+
+def test_a_failing_dd_says_so_in_qemus_words(directory):
+    limits = (MiB, MiB)
+    answers = []
+    for command in (["qemu-img"], IN_A_PROCESS):
+        done = subprocess.run(
+            [*command, "dd", "-Oqcow2", "bs=1M", "if=source", "of=new"],
+            cwd=directory, env=ENVIRONMENT, capture_output=True, timeout=60,
+            check=False, restore_signals=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+        )  # fmt: skip
+        answers.append((done.returncode, done.stderr))
+        (directory / "new").unlink(missing_ok=True)
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("name", ["\u3042" * 85, "a" * 255])
+def test_a_name_as_long_as_names_can_be(directory, name):
+    for line in (f"convert -O qcow2 source {name}", f"dd if=source of={name}"):
+        for _ in range(2):
+            assert run_ours(line, directory) == (0, b"", b"")
+    qemu_img("compare", "-f", "raw", directory / "source", directory / name)
 
 
 @pytest.mark.parametrize("target", ["old", "new"])

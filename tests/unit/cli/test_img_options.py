@@ -25,7 +25,7 @@ def test_options_anywhere():
         ":hf:U",
         LONG,
     )
-    assert options == [
+    assert list(options) == [
         ("-U", ""),
         ("-f", "raw"),
         ("--output", "json"),
@@ -43,12 +43,38 @@ def test_options_anywhere():
         (["--force-share=1"], "unrecognized option '--force-share=1'"),
         (["-f"], "missing argument for option '-f'"),
         (["--outp"], "missing argument for option '--outp'"),
+        (["--fo=raw", "-x"], "unrecognized option '--fo=raw'"),
+        (["-Ux"], "unrecognized option '-x'"),
+        (["-Uf"], "missing argument for option '-Uf'"),
+        (["-:"], "unrecognized option '-:'"),
     ],
 )
 def test_wrong_options(arguments, text):
+    options, _ = parse_arguments(arguments, ":hf:U", LONG)
     with pytest.raises(UsageError) as refusal:
-        parse_arguments(arguments, ":hf:U", LONG)
+        list(options)
     assert str(refusal.value) == text
+
+
+def test_what_is_in_front_of_a_wrong_option():
+    options, _ = parse_arguments(["a", "-fraw", "-f=", "-x", "-U"], ":hf:U", LONG)
+    assert [next(options), next(options)] == [("-f", "raw"), ("-f", "=")]
+    with pytest.raises(UsageError):
+        next(options)
+
+
+def test_names_of_one_option_are_not_ambiguous():
+    long = {"size=": "-s", "sizes=": "-s", "silent": "-q"}
+    options, _ = parse_arguments(["--siz=3", "--size=4"], ":", long)
+    assert list(options) == [("-s", "3"), ("-s", "4")]
+    with pytest.raises(UsageError):
+        list(parse_arguments(["--si=3"], ":", long)[0])
+
+
+def test_operands_end_the_options_with_posixly_correct(monkeypatch):
+    monkeypatch.setenv("POSIXLY_CORRECT", "1")
+    options, operands = parse_arguments(["-U", "a", "-U", "--"], ":hf:U", LONG)
+    assert (list(options), operands) == ([("-U", "")], ["a", "-U", "--"])
 
 
 def test_option_lists():
