@@ -354,11 +354,12 @@ def test_list(start, pki, image, socket, client):
     start(*credentials(pki), "-x", "one", "-D", "text", "-f", "qcow2", image)
     command = nbdqcow_nbd() if client == "ours" else [find_tool("qemu-nbd")]
 
-    def listing(directory, hostname, *, status=0):
+    def listing(directory, hostname=None, *, status=0, more=""):
         return run(
             *command, "-L", "-k", socket, "--object",
-            f"tls-creds-x509,id=t,endpoint=client,dir={directory}",
-            "--tls-creds", "t", "--tls-hostname", hostname, status=status,
+            f"tls-creds-x509,id=t,endpoint=client,dir={directory}{more}",
+            "--tls-creds", "t", *(["--tls-hostname", hostname] if hostname else []),
+            status=status,
         )  # fmt: skip
 
     out, _ = listing(pki.client("alice"), "localhost")
@@ -368,6 +369,11 @@ def test_list(start, pki, image, socket, client):
     stranger = Authority("stranger")
     directory = stranger.write_client(pki.directory / "x", stranger.client("alice"))
     listing(directory, "localhost", status=1)
+    # A socket has no name: any server that the authority knows could be it.
+    _, err = listing(pki.client("alice"), status=1)
+    assert "No hostname for certificate validation" in err
+    out, _ = listing(pki.client("alice"), more=",verify-peer=no")
+    assert " export: 'one'\n" in out
     assert run(*command, "-L", "-k", socket, status=1)[0] == ""
 
 
