@@ -12,7 +12,7 @@ from nbdqcow.block.tools import (
     Secrets,
 )
 from nbdqcow.cli.img import print_help
-from nbdqcow.cli.img_names import ImageName, image_name, take_secrets
+from nbdqcow.cli.img_names import ImageName, image_name, take_secrets, with_credentials
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
 from nbdqcow.cli.img_options import format_json, parse_arguments, wants_json
 from nbdqcow.cli.messages import error, printable
@@ -73,6 +73,7 @@ def run(arguments: Sequence[str]) -> int:
     json = wants_json(output)
     secrets = take_secrets(objects)
     named = image_name(operands[0], format_, image_opts=image_opts)
+    named = with_credentials(named, objects)
     try:
         return _check(
             named,

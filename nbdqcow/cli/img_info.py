@@ -7,7 +7,7 @@ from typing import Any, Final
 from nbdqcow.block.filter_names import shown_name
 from nbdqcow.block.tools import ImageInfo, SnapshotInfo
 from nbdqcow.cli.img import print_help
-from nbdqcow.cli.img_names import image_name, take_secrets
+from nbdqcow.cli.img_names import image_name, take_secrets, with_credentials
 from nbdqcow.cli.img_open import OpenImage, backing_path, describe_chain
 from nbdqcow.cli.img_options import (
     format_json,
@@ -58,6 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     json = wants_json(output)
     take_secrets(objects)
     named = image_name(operands[0], format_, image_opts=image_opts)
+    named = with_credentials(named, objects)
     for key in named.pairs:
         if key.startswith("backing."):
             # It is not opened.

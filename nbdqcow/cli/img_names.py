@@ -2,12 +2,12 @@
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from nbdqcow.block.image_options import JSON_PREFIX, json_pairs, parse_pairs
 from nbdqcow.block.tools import Secrets, no_secrets
-from nbdqcow.errors import ImageError, UsageError
+from nbdqcow.errors import CredentialsError, ImageError, UsageError
 
 _IDENTIFYING: Final = ("encrypt.key-secret", "key-secret", "offset", "size")
 """Options without which an image would read otherwise; the others are about how
@@ -40,6 +40,23 @@ def take_secrets(objects: Sequence[str]) -> Secrets:
             raise ImageError(str(exc)) from None
 
     return look_up
+
+
+def with_credentials(named: "ImageName", objects: Sequence[str]) -> "ImageName":
+    """Return an image's name with the certificates that it says by an object's id.
+
+    ``objects`` are the ``--object`` arguments. Raises `ImageError`.
+    """
+    if "tls-creds=" not in named.filename:
+        return named
+    from nbdqcow.cli import image_tls
+    from nbdqcow.cli.objects import Objects
+
+    try:
+        filename = image_tls.with_credentials(named.filename, Objects(objects))
+    except (ImageError, CredentialsError) as exc:
+        raise ImageError(f"Could not open '{named.text}': {exc}") from None
+    return replace(named, filename=filename)
 
 
 @dataclass(frozen=True, slots=True)

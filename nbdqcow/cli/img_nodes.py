@@ -10,11 +10,12 @@ from nbdqcow.block.open import CACHE_MODES, open_image
 from nbdqcow.block.registry import is_remote
 from nbdqcow.block.tools import no_secrets
 from nbdqcow.cli.image_opts import parse_image_opts
+from nbdqcow.cli.image_tls import with_credentials
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
 from nbdqcow.cli.messages import warn_of_guess
 from nbdqcow.cli.objects import Objects
 from nbdqcow.crypto.secrets import PassphraseRequired, Secret
-from nbdqcow.errors import ImageError, UsageError
+from nbdqcow.errors import CredentialsError, ImageError, UsageError
 
 
 @dataclass(slots=True)
@@ -63,6 +64,14 @@ class ImageArguments:
         if self.image_opts and self.format is not None:
             raise ImageError("--image-opts and --format are mutually exclusive")
 
+    def with_credentials(self, filename: str, shown: str) -> str:
+        """See `nbdqcow.cli.image_tls.with_credentials`; ``shown`` is what messages
+        call it. Raises `ImageError`."""
+        try:
+            return with_credentials(filename, self._made or Objects([]))
+        except (ImageError, CredentialsError) as exc:
+            raise ImageError(f"Could not open '{shown}': {exc}") from None
+
     def secret(self, name: str) -> bytes:
         """Return the passphrase of that id. Raises `ImageError`."""
         if self._made is None:
@@ -103,6 +112,7 @@ async def open_node(
     Raises `ImageError` in qemu-img's words.
     """
     filename, options = _parse_name(name, arguments)
+    filename = arguments.with_credentials(filename, shown or name)
     if format_ is not None:
         options["format"] = format_
     elif arguments.format is not None:
