@@ -61,11 +61,23 @@ class TlsCredentials(ABC):
         """Load the files for the first time. Raises `CredentialsError`."""
         self.is_server = is_server
         self._directory = directory
+        self._priority = priority
         self._versions = parse_priority(priority or "NORMAL")
         self._lock = threading.Lock()
         self._files = self._look()
         self._first_files = self._files
         self._context = self._load()
+
+    @abstractmethod
+    def as_parameters(self) -> dict[str, str]:
+        """Return what says the same in an NBD URI: query parameters, and
+        ``username``. Raises `CredentialsError` for what none can say."""
+
+    @staticmethod
+    def _refuse(**given: str | None) -> None:
+        for name, value in given.items():
+            if value is not None:
+                raise CredentialsError(f"{name}= is not supported for an image")
 
     def context_blocking(self) -> ssl.SSLContext:
         """Return the context for a new connection. Thread-safe."""
@@ -156,6 +168,15 @@ class X509Credentials(TlsCredentials):
         self._key_name = f"{end}-key.pem"
         super().__init__(directory, is_server=is_server, priority=priority)
 
+    def as_parameters(self) -> dict[str, str]:
+        """See `TlsCredentials.as_parameters`."""
+        self._refuse(priority=self._priority, passwordid=self._password)
+        verifies = self._verify_peer is not VerifyPeer.OFF
+        return {
+            "tls-certificates": os.path.abspath(self._directory),
+            "tls-verify-peer": "1" if verifies else "0",
+        }
+
     @property
     def _names(self) -> tuple[str, ...]:
         return CA_CERT, CA_CRL, self._cert_name, self._key_name
@@ -225,6 +246,12 @@ class PskCredentials(TlsCredentials):
         directory, self._name = os.path.split(path)
         self._username = username
         super().__init__(directory, is_server=is_server, priority=priority)
+
+    def as_parameters(self) -> dict[str, str]:
+        """See `TlsCredentials.as_parameters`."""
+        self._refuse(priority=self._priority)
+        path = os.path.abspath(os.path.join(self._directory, self._name))
+        return {"tls-psk-file": path, "username": self._username}
 
     @property
     def _names(self) -> tuple[str, ...]:

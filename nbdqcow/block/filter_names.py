@@ -15,6 +15,7 @@ _OPTIONS: Final = "json:"
 _CHILDREN: Final = {"blkdebug": ("image",), "blkverify": ("test", "raw")}
 """The files below a filter; the first one is the one that it is about."""
 _PLAIN: Final = (("filename",), ("driver", "filename"), ("filename", "driver"))
+_NULL: Final = {"driver": "null-co"}
 _NUMBERS: Final = ("errno", "sector", "state", "new_state", "align")
 
 
@@ -98,21 +99,26 @@ def _sort_options(driver: str, pairs: Mapping[str, str | None]) -> FilteredName:
 def filtered_name(driver: str, pairs: Mapping[str, str | None]) -> str:
     """Return the name that options of a filter make. Raises `ImageError`."""
     named = _sort_options(driver, pairs)
-    files = [named.children[name] for name in _CHILDREN[driver]]
-    plain = all(
-        tuple(file) in _PLAIN and file.get("driver", "file") == "file" for file in files
-    )
-    config = named.config or ""
-    if not named.options and plain and ":" not in config:
-        places = [file["filename"] for file in files]
-        first = config if driver == "blkdebug" else places[1]
-        # A path, whatever it looks like; and in front there can't be a colon.
-        if not first.startswith("json") and not any(":" in place for place in places):
+    places = [_plain_name(named.children[name]) for name in _CHILDREN[driver]]
+    if not named.options and None not in places:
+        first = (named.config or "") if driver == "blkdebug" else places[1]
+        # In front there can't be a colon.
+        if first is not None and ":" not in first and not first.startswith("json"):
             return f"{driver}:{first}:{places[0]}"
     import json
 
     kept = {key: value for key, value in pairs.items() if key != "driver"}
     return f"{driver}:{_OPTIONS}{json.dumps(kept)}"
+
+
+def _plain_name(file: Mapping[str, str]) -> str | None:
+    """Return the name that says the same as a file's options, or None."""
+    if file == _NULL:
+        return "null-co://"
+    if tuple(file) in _PLAIN and file.get("driver", "file") == "file":
+        # A path, whatever it looks like.
+        return None if ":" in file["filename"] else file["filename"]
+    return None
 
 
 def children_of(filename: str) -> list[Mapping[str, str]]:

@@ -275,7 +275,9 @@ def _no_such_node(name: str | None) -> str:
 
 # -- files -----------------------------------------------------------------
 
-_NBD: Final = ("host", "port", "path", "export", "tls-creds", "x-dirty-bitmap")
+_NBD: Final = (
+    "host", "port", "path", "export", "tls-creds", "tls-hostname", "x-dirty-bitmap",
+)  # fmt: skip
 _NULL: Final = ("size", "latency-ns", "read-zeroes")
 _NULL_DRIVERS: Final = ("null-co", "null-aio")
 
@@ -328,20 +330,25 @@ def _nbd_uri(file: dict[str, str | None]) -> str:
     port = texts.pop("server.port", None) or texts.pop("port", None) or "10809"
     export = quote(texts.pop("export", ""), safe="/")
     context = texts.pop("x-dirty-bitmap", None)
+    credentials, hostname = texts.pop("tls-creds", None), texts.pop("tls-hostname", "")
     if texts:
         raise ImageError(f"image option 'file.{next(iter(texts))}' is not supported")
+    scheme = "nbd"
     parameters = {"socket": path, "x-dirty-bitmap": context}
+    if credentials is not None:
+        scheme = "nbds"
+        parameters |= {"tls-creds": credentials, "tls-hostname": hostname}
     query = "&".join(
         f"{key}={quote(text, safe='/:')}" for key, text in parameters.items() if text
     )
     behind = f"{export and '/'}{export}{query and '?'}{query}"
     if path is not None and host is None and kind in (None, "unix"):
-        return f"nbd+unix://{behind}"
+        return f"{scheme}+unix://{behind}"
     if host is None or path is not None or kind not in (None, "inet"):
         raise ImageError("NBD server address missing")
     if ":" in host:
         host = f"[{host}]"
-    return f"nbd://{host}:{quote(port)}{behind}"
+    return f"{scheme}://{host}:{quote(port)}{behind}"
 
 
 def _null_name(driver: str, file: dict[str, str | None]) -> str:

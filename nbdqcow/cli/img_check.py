@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from nbdqcow.block.tools import (
@@ -79,6 +80,9 @@ def run(arguments: Sequence[str]) -> int:
     # It is nothing that a check could notice.
     check_cache(cache, "Invalid source cache option: ")
     named = image_name(operands[0], format_, image_opts=image_opts)
+    named = replace(
+        named, filename=objects.with_credentials(named.filename, named.text)
+    )
     try:
         return _check(
             named,

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from nbdqcow.block.filter_names import shown_name
@@ -57,6 +58,9 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError("Expecting one image file name")
     json = wants_json(output)
     named = image_name(operands[0], format_, image_opts=image_opts)
+    named = replace(
+        named, filename=objects.with_credentials(named.filename, named.text)
+    )
     for key in named.pairs:
         if key.startswith("backing."):
             # It is not opened.

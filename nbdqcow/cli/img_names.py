@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from nbdqcow.block.image_options import JSON_PREFIX, json_pairs, parse_pairs
 from nbdqcow.block.tools import no_secrets
-from nbdqcow.errors import ImageError, UsageError
+from nbdqcow.errors import CredentialsError, ImageError, UsageError
 
 if TYPE_CHECKING:
     from nbdqcow.cli.objects import Objects
@@ -47,6 +47,19 @@ class GivenObjects:
             return self._made.secret(name).encode()
         except UsageError as exc:
             raise ImageError(str(exc)) from None
+
+    def with_credentials(self, filename: str, shown: str) -> str:
+        """See `nbdqcow.cli.image_tls.with_credentials`; ``shown`` is what messages
+        call the image. Raises `ImageError`."""
+        if "tls-creds=" not in filename:
+            return filename
+        from nbdqcow.cli import image_tls
+        from nbdqcow.cli.objects import Objects
+
+        try:
+            return image_tls.with_credentials(filename, self._made or Objects())
+        except (ImageError, CredentialsError) as exc:
+            raise ImageError(f"Could not open '{shown}': {exc}") from None
 
 
 @dataclass(frozen=True, slots=True)

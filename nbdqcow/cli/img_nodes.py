@@ -87,6 +87,7 @@ async def open_node(
     Raises `ImageError` in qemu-img's words.
     """
     filename, options = _parse_name(name, arguments)
+    filename = arguments.objects.with_credentials(filename, shown or name)
     if format_ is not None:
         options["format"] = format_
     elif arguments.format is not None:

@@ -6,7 +6,7 @@ from nbdqcow.block.node import Node
 from nbdqcow.cli.images import open_node
 from nbdqcow.cli.nbd_options import Settings
 from nbdqcow.crypto.secrets import PassphraseRequired
-from nbdqcow.errors import ImageError
+from nbdqcow.errors import CredentialsError, ImageError
 
 if TYPE_CHECKING:
     from nbdqcow.cli.objects import Objects
@@ -55,11 +55,13 @@ def _take_options(settings: Settings, objects: "Objects") -> tuple[str, dict[str
     if settings.image_opts:
         from nbdqcow.block.image_options import parse_pairs
         from nbdqcow.cli.image_opts import parse_keyval
+        from nbdqcow.cli.image_tls import with_credentials
         from nbdqcow.crypto.secrets import Secret
 
         try:
             filename, given = parse_pairs(parse_keyval(name))
-        except ImageError as exc:
+            filename = with_credentials(filename, objects)
+        except (ImageError, CredentialsError) as exc:
             _fail(name, str(exc))
         if given.get("read_only", False) and not options.get("read_only", False):
             _fail(name, "Block node is read-only")

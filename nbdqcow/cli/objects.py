@@ -103,9 +103,12 @@ class Objects:
     def secret(self, name: str) -> str:
         """Return the text of a secret. Raises `UsageError`."""
         found = self._objects.get(name)
-        if not isinstance(found, str):
+        if not isinstance(found, bytes):
             raise UsageError(f"No secret with id '{name}'")
-        return found
+        try:
+            return found.decode()
+        except UnicodeDecodeError:
+            raise UsageError(f"Data from secret {name} is not valid UTF-8") from None
 
 
 class Properties:
@@ -174,7 +177,8 @@ def parse_object(text: str) -> Properties:
     return Properties(({"qom-type": kind} if kind else {}) | parse_keyval(rest))
 
 
-def _secret(objects: Objects, properties: Properties) -> str:
+def _secret(objects: Objects, properties: Properties) -> bytes:
+    """Return the bytes: whether they are a text matters to who uses them."""
     data, path = properties.take_optional("data"), properties.take_optional("file")
     encoding = properties.take_choice("format", ("raw", "base64"), "raw")
     if (data is None) == (path is None):
@@ -184,23 +188,23 @@ def _secret(objects: Objects, properties: Properties) -> str:
     if path is not None:
         try:
             # Line ends stay as they are: they may be part of a passphrase.
-            with open(path, encoding="utf-8", newline="") as file:
-                data = file.read(1 << 20)
+            with open(path, "rb") as file:
+                content = file.read(1 << 20)
         except OSError as exc:
             raise UsageError(f"Unable to read {path}: {exc.strerror}") from None
         except ValueError:
-            raise UsageError(f"Data from {path} is not valid UTF-8") from None
-    assert data is not None
+            raise UsageError(f"Unable to read {path}: Invalid argument") from None
+    else:
+        assert data is not None
+        # An argument that is no UTF-8 has surrogates, and is none as bytes, too.
+        content = data.encode("utf-8", "surrogatepass")
     if encoding == "base64":
         try:
             # Lines of any length are welcome, as in QEMU.
-            joined = data.replace("\n", "")
-            return base64.b64decode(joined, validate=True).decode()
-        except UnicodeDecodeError:
-            raise UsageError("Data of the secret is not valid UTF-8") from None
+            return base64.b64decode(content.replace(b"\n", b""), validate=True)
         except (binascii.Error, ValueError):
             raise UsageError("Base64 data contains invalid characters") from None
-    return data
+    return content
 
 
 def _tls_creds_x509(objects: Objects, properties: Properties) -> "TlsCredentials":

@@ -104,9 +104,11 @@ def _start_tls(
             f"{nbd.reply_name(answer.error)} {answer.text}".rstrip()
         )
     context = tls.credentials.context_blocking()
-    context.check_hostname = (
-        tls.hostname is not None and context.verify_mode is not ssl.CERT_NONE
-    )
+    verifies = context.verify_mode is not ssl.CERT_NONE
+    if verifies and tls.hostname is None:
+        # Any server with a certificate of the authority could be the one.
+        raise NbdQcowError("No hostname for certificate validation")
+    context.check_hostname = verifies
     try:
         return context.wrap_socket(sock, server_hostname=tls.hostname)
     except (OSError, ValueError) as exc:

@@ -26,8 +26,10 @@ _PARAMETERS: Final = {
     "tls-verify-peer": ("0", "1"),
     "tls-certificates": None,
     "tls-psk-file": None,
+    "tls-creds": None,
 }
-"""Query parameters, and their values if those are limited."""
+"""Query parameters, and their values if those are limited. ``tls-creds`` is ours:
+an object's id, which a command line turns into the others."""
 
 
 @dataclass(frozen=True, slots=True)

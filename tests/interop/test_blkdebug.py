@@ -88,6 +88,9 @@ OVER = f"{FILTERED},file.image.filename=base.qcow2"
         "compare -f raw -F raw blkverify:raw:base.qcow2 raw",
         "info blkverify:raw:base.qcow2",
         "info blkverify:raw",
+        "info --image-opts driver=raw,file.driver=blkdebug,file.image.driver=null-co",
+        "info --image-opts driver=raw,file.driver=blkverify,file.raw.filename=raw,"
+        "file.test.driver=null-co",
         'info \'json:{"driver":"qcow2","file":{"driver":"blkdebug","image":"a"}}\'',
     ],
 )

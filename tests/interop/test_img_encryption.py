@@ -200,6 +200,7 @@ OBJECTS = [
     "secret,id=x,data=a,file=b",
     "secret,id=x,data=a,format=foo",
     "secret,id=x,data=a,foo=1",
+    "secret,id=x,data=!!!!,format=base64",
     "foo,id=x",
     '\'{"qom-type": "secret", "id": "s", "data": "x"}\'',
 ]
@@ -209,6 +210,33 @@ OBJECTS = [
 def test_objects(text: str, tmp_path: Path) -> None:
     line = f"create -f qcow2 --object {text} new.qcow2 1M"
     assert run_ours(line, tmp_path) == theirs(line, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "info --object secret,id=x,file=noise plain.raw",
+        "create -f luks --object secret,id=x,file=noise -o key-secret=x new 1M",
+        "create -f luks --object secret,id=x,data=Ov//,format=base64 "
+        "-o key-secret=x new 1M",
+        "create -f qcow2 --object secret,id=x,file=noise "
+        "-o encrypt.format=luks,encrypt.key-secret=x new 1M",
+    ],
+)
+def test_a_secret_that_is_no_text(line: str, tmp_path: Path) -> None:
+    """It is an error of those who use it as a passphrase, and of no others."""
+    (tmp_path / "noise").write_bytes(b":<;\xff")
+    (tmp_path / "plain.raw").write_bytes(bytes(1 << 20))
+    assert run_ours(line, tmp_path) == theirs(line, tmp_path)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_secret_with_a_surrogate(tmp_path: Path) -> None:
+    text = '\'{"qom-type": "secret", "id": "x", "data": "\\ud800"}\''
+    line = f"create -q -f luks --object {text} -o key-secret=x new 1M"
+    status, _, err = run_ours(line, tmp_path)
+    assert status == 1
+    assert err == b"qemu-img: new: Data from secret x is not valid UTF-8"
 
 
 OPTS = "--image-opts driver=qcow2,file.filename="

@@ -301,7 +301,7 @@ async def test_older_names(start, short_path):
         ("nbd+unix:///?socket=/none/at/all", "No such file"),
         ("nbd://127.0.0.1:{port}/", "refused"),
         ("nbd:127.0.0.1:{port}", "refused"),
-        ("nbd://host.invalid/", "Failed to connect to 'host.invalid:10809': "),
+        ("nbd://host.invalid/", "address resolution failed for host.invalid:10809: "),
         ("nbd+unix:///", "needs a socket"),
         ("nbd:", "not nbd:HOST:PORT"),
         ("nbd:unix:", "needs a path"),

@@ -115,7 +115,53 @@ def nbdqcow_nbd(*arguments):
     return [sys.executable, "-c", program, *map(str, arguments)]
 
 
+def nbdqcow_img():
+    program = "import sys; from nbdqcow.cli.img import main; sys.exit(main())"
+    return [sys.executable, "-c", program]
+
+
 # -- clients -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("client", ["ours", "theirs"])
+def test_an_image_with_tls_creds(start, pki, image, socket, tmp_path, client):
+    start(*credentials(pki), "-f", "qcow2", image)
+    command = nbdqcow_img() if client == "ours" else [find_tool("qemu-img")]
+    options = qemu_options(socket, pki.client("alice"))
+    for words in ("info", "map"):
+        out, _ = run(*command, words, *options)
+        assert out
+    copy = tmp_path / "copy"
+    run(*command, "convert", "-O", "raw", *options, copy)
+    assert copy.read_bytes() == (tmp_path / "disk.raw").read_bytes()
+
+    def refused(old, new, says):
+        changed = [word.replace(old, new) for word in options]
+        for words in ("info", "map"):
+            _, err = run(*command, words, *changed, status=1)
+            assert says in err.splitlines()[-1], (words, err)
+
+    refused("tls-hostname=localhost", "tls-hostname=elsewhere", "elsewhere")
+    without = "No hostname for certificate validation"
+    refused(",tls-hostname=localhost", "", without)
+    refused("tls-creds=tls0", "tls-creds=tls1", "No TLS credentials with id 'tls1'")
+    refused("endpoint=client", "endpoint=server", "Unable to access")
+    stranger = Authority("stranger")
+    directory = stranger.write_client(pki.directory / "x", stranger.client("alice"))
+    refused(str(pki.client("alice")), str(directory), "certificate")
+
+
+def test_an_image_of_nbdqcow_nbd_with_tls_creds(served, pki, image, socket, tmp_path):
+    served(image, "--unix", socket, "--tls-certificates", pki.server)
+    *options, text = qemu_options(socket, pki.client("alice"))
+    other = tmp_path / "other"
+    front = served(
+        "-t", "-k", other, *options, text,
+        command=nbdqcow_nbd(), is_ready=listening(other),
+    )  # fmt: skip
+    assert size(f"nbd+unix:///?socket={other}") == 3 * MiB + 512
+    # While its image's server is there, or it would wait for it.
+    front.stop()
 
 
 def test_libnbd(served, pki, image, socket, tmp_path):
@@ -354,11 +400,12 @@ def test_list(start, pki, image, socket, client):
     start(*credentials(pki), "-x", "one", "-D", "text", "-f", "qcow2", image)
     command = nbdqcow_nbd() if client == "ours" else [find_tool("qemu-nbd")]
 
-    def listing(directory, hostname, *, status=0):
+    def listing(directory, hostname=None, *, status=0, more=""):
         return run(
             *command, "-L", "-k", socket, "--object",
-            f"tls-creds-x509,id=t,endpoint=client,dir={directory}",
-            "--tls-creds", "t", "--tls-hostname", hostname, status=status,
+            f"tls-creds-x509,id=t,endpoint=client,dir={directory}{more}",
+            "--tls-creds", "t", *(["--tls-hostname", hostname] if hostname else []),
+            status=status,
         )  # fmt: skip
 
     out, _ = listing(pki.client("alice"), "localhost")
@@ -368,6 +415,11 @@ def test_list(start, pki, image, socket, client):
     stranger = Authority("stranger")
     directory = stranger.write_client(pki.directory / "x", stranger.client("alice"))
     listing(directory, "localhost", status=1)
+    # A socket has no name: any server that the authority knows could be it.
+    _, err = listing(pki.client("alice"), status=1)
+    assert "No hostname for certificate validation" in err
+    out, _ = listing(pki.client("alice"), more=",verify-peer=no")
+    assert " export: 'one'\n" in out
     assert run(*command, "-L", "-k", socket, status=1)[0] == ""
 
 

@@ -77,7 +77,13 @@ def test_options_without_rules_are_a_plain_name():
     pairs = {"driver": "blkdebug", "image.filename": "disk", "config": "c"}
     assert parse_pairs(pairs) == ("blkdebug:c:disk", {"format": "raw"})
     assert shown_name("blkdebug:c:disk", "qcow2") == "blkdebug:c:disk"
-    # This one would read otherwise.
+    null = {"driver": "blkdebug", "image.driver": "null-co", "config": "c"}
+    assert parse_pairs(null) == ("blkdebug:c:null-co://", {"format": "raw"})
+    both = {"driver": "blkverify", "raw.filename": "r", "test.driver": "null-co"}
+    assert parse_pairs(both)[0] == "blkverify:r:null-co://"
+    # These would read otherwise.
+    both = {"driver": "blkverify", "raw.driver": "null-co", "test.filename": "t"}
+    assert parse_pairs(both)[0].startswith("blkverify:json:")
     pairs["image.filename"] = "./a:b"
     assert parse_pairs(pairs)[0].startswith("blkdebug:json:")
     assert innermost(parse_pairs(pairs)[0]) == "./a:b"

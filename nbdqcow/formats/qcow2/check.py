@@ -49,6 +49,8 @@ MAX_REPORTED: Final = 1_000_000
 """Lines about one image; the rest is counted but not told."""
 
 _COMPARE_CHUNK: Final = 1 << 20
+_MAX_COUNT: Final = (1 << 32) - 1
+"""Of the references that are counted to a cluster."""
 _ENOUGH_FREE: Final = 1 << 20
 """Clusters among which there is room for new refcount structures."""
 _INCOMPAT_MARKS: Final = h.INCOMPAT_DIRTY | h.INCOMPAT_CORRUPT
@@ -121,6 +123,8 @@ class _Check:
         can_grow: bool,
     ) -> None:
         self.header = header
+        self._cluster_size = header.cluster_size
+        self._max_refcount = (1 << header.refcount_bits) - 1
         self._can_grow = can_grow
         self.file_length = file_length
         self.repair = repair
@@ -144,6 +148,7 @@ class _Check:
         found_in_tables = result.corruptions
         yield from self._load_refcounts()
         self._count_refcount_structures()
+        self._note_overflows()
         doubtful = tables.doubtful()
         found_in_tables += yield from tables.repair_zero_clusters(doubtful)
         self._compare()
@@ -262,11 +267,33 @@ class _Check:
 
     # -- comparison ----------------------------------------------------------
 
+    def _note_overflows(self) -> None:
+        """Find clusters with more references than their refcounts can say.
+
+        They are no differences then: the largest refcount is the best there is.
+        """
+        counts, limit = self.references.counts, self._max_refcount
+        for start in range(0, len(counts), _COMPARE_CHUNK):
+            part = counts[start : start + _COMPARE_CHUNK]
+            over = np.flatnonzero(part > limit)
+            self.result.corruptions += int((part[over] - np.uint64(limit)).sum())
+            for cluster in map(int, over[: MAX_REPORTED + 1] + start):
+                self.report(
+                    f"ERROR: overflow cluster offset={cluster * self._cluster_size:#x}"
+                    "\nUse qemu-img amend to increase the refcount entry width or "
+                    "qemu-img convert to create a clean copy if the image cannot be "
+                    "opened for writing"
+                )
+
+    def _counted(self, start: int) -> "npt.NDArray[np.uint32]":
+        """Return a part of the references, as far as refcounts can say them."""
+        part = self.references.counts[start : start + _COMPARE_CHUNK]
+        return np.minimum(part, np.uint32(min(self._max_refcount, _MAX_COUNT)))
+
     def _differences(self) -> Iterator[tuple[int, int, int]]:
         """Yield ``(cluster, refcount, references)`` where these two differ."""
-        counts = self.references.counts
-        for start in range(0, len(counts), _COMPARE_CHUNK):
-            ours = counts[start : start + _COMPARE_CHUNK]
+        for start in range(0, len(self.references.counts), _COMPARE_CHUNK):
+            ours = self._counted(start)
             theirs = self.refcounts[start : start + _COMPARE_CHUNK]
             for index in map(int, np.flatnonzero(theirs != ours)):
                 yield start + index, int(theirs[index]), int(ours[index])
@@ -274,7 +301,7 @@ class _Check:
     def _compare(self) -> None:
         result, counts = self.result, self.references.counts
         for start in range(0, len(counts), _COMPARE_CHUNK):
-            ours = counts[start : start + _COMPARE_CHUNK]
+            ours = self._counted(start)
             theirs = self.refcounts[start : start + _COMPARE_CHUNK]
             too_low = theirs < ours
             result.corruptions += int(np.count_nonzero(too_low))
@@ -324,7 +351,6 @@ class _Check:
     ) -> Iterator[tuple[int, int]]:
         """Yield ``(cluster, refcount)`` to be set, as far as that is allowed."""
         result = self.result
-        limit = (1 << self.header.refcount_bits) - 1
         for cluster, refcount, references in differences:
             text = f"cluster {cluster} refcount={refcount} reference={references}"
             if references > refcount and self.repair < REPAIR_ALL:
@@ -333,10 +359,6 @@ class _Check:
             if references < refcount and self.references.incomplete:
                 # They may be all that is left of what a damaged table maps.
                 self.report(f"Leaked {text}: kept, as a damaged table may use it")
-                continue
-            if references > limit:
-                bits = self.header.refcount_bits
-                self.report(f"ERROR {text}: too large for {bits} bits")
                 continue
             self.report(f"Repairing {text}")
             self.refcounts[cluster] = references

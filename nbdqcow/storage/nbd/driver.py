@@ -108,9 +108,11 @@ class NbdStorage(StorageDriver):
             raise ImageError(f"Could not open '{filename}': {exc}") from None
         except OSError as exc:
             await client.close()
-            raise ImageError(
-                f"Failed to connect to '{uri.place}': {_reason(exc)}"
-            ) from exc
+            if isinstance(exc, socket.gaierror):
+                failed = f"address resolution failed for {uri.place}"
+            else:
+                failed = f"Failed to connect to '{uri.place}'"
+            raise ImageError(f"{failed}: {_reason(exc)}") from exc
         except BaseException:
             await client.close()
             raise

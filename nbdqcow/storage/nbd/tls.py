@@ -23,6 +23,8 @@ def client_context_blocking(uri: NbdUri) -> tuple[ssl.SSLContext, str | None]:
 
     Raises `CredentialsError`.
     """
+    if (name := uri.parameters.get("tls-creds")) is not None:
+        raise CredentialsError(f"No TLS credentials with id '{name}'")
     kind = uri.parameters.get("tls-type")
     psk_file = uri.parameters.get("tls-psk-file")
     if kind == "anon":

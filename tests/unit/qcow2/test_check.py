@@ -10,7 +10,7 @@ import pytest
 
 from nbdqcow.block.tools import REPAIR_ALL, REPAIR_LEAKS, REPAIR_NONE
 from nbdqcow.errors import ImageError
-from nbdqcow.formats.qcow2.entries import OFLAG_COPIED, OFLAG_ZERO
+from nbdqcow.formats.qcow2.entries import OFFSET_MASK, OFLAG_COPIED, OFLAG_ZERO
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.rebuild import choose_clusters
 from nbdqcow.formats.qcow2.tool import Qcow2Tool
@@ -215,9 +215,31 @@ def test_rebuild_keeps_off_what_a_file_has_lost(lost):
 def test_a_refcount_that_does_not_fit():
     builder = build(refcount_order=0)
     builder.l2[0][1] = builder.l2[0][0]
-    result, lines, _ = check(builder.build(), REPAIR_ALL)
-    assert result.corruptions
-    assert any("too large for 1 bits" in line for line in lines)
+    offset = builder.l2[0][0] & OFFSET_MASK
+    image = builder.build()
+    for repair in (REPAIR_NONE, REPAIR_ALL):
+        result, lines, after = check(image, repair)
+        assert (result.corruptions, result.leaks) == (1, 0)
+        assert after == image
+        # As QEMU says it, and not as a difference too: nothing can be set right.
+        (line,) = lines
+        assert line.startswith(f"ERROR: overflow cluster offset={offset:#x}\nUse ")
+        assert "amend" in line
+
+
+def test_a_refcount_is_raised_as_far_as_it_goes():
+    builder = build(refcount_order=1)
+    for index in range(1, 5):
+        builder.l2[0][index] = builder.l2[0][0] = builder.l2[0][0] & ~OFLAG_COPIED
+    cluster = (builder.l2[0][0] & OFFSET_MASK) // builder.cluster_size
+    result, _, after = check(builder.build(), REPAIR_ALL)
+    assert result.corruptions == 2, "five references, of which three are counted"
+    assert result.corruptions_fixed == 1
+    _, lines, _ = check(after)
+    assert len(lines) == 1
+    assert lines[0].startswith(
+        f"ERROR: overflow cluster offset={cluster * builder.cluster_size:#x}"
+    )
 
 
 def test_copied_flags():
