@@ -615,10 +615,16 @@ def test_a_locked_image(pristine, tmp_path):
     try:
         assert holder.stdin is not None
         assert holder.stdout is not None
-        # Flushed: or the file may grow between the two that tell its length.
-        holder.stdin.write(b"write 0 64k\nflush\nhelp write\n")
-        holder.stdin.flush()
-        assert holder.stdout.read(1)
+        # Flushed: or the file may grow between the two that tell its length. Of
+        # several lines at once it takes one, and waits for more to come.
+        for line in (b"write 0 64k\n", b"flush\n", b""):
+            said = b""
+            while not said.endswith(b"qemu-io> "):
+                more = os.read(holder.stdout.fileno(), 65536)
+                assert more, said
+                said += more
+            holder.stdin.write(line)
+            holder.stdin.flush()
         for line in lines:
             assert run_ours(line, tmp_path) == run_theirs(line, tmp_path)
     finally:

@@ -33,6 +33,7 @@ FIO_VERIFY = (
     "--verify=crc32c",
     "--verify_interval=4k",
     "--verify_fatal=1",
+    "--verify_state_save=0",
     "--iodepth=16",
     "--numjobs=4",
     "--size=12M",
