@@ -2,7 +2,7 @@
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -23,6 +23,8 @@ _MAX_COMPRESSING: Final = 32
 
 Work: TypeAlias = Callable[[int, int, WriteBlocking], None]
 """See `WriteRequests.pwrite_by`."""
+Find: TypeAlias = Callable[[int, int], Iterable[tuple[StorageDriver, int, int]]]
+"""See `WriteRequests.copy_by`."""
 
 
 class WriteRequests(ReadRequests):
@@ -74,18 +76,41 @@ class WriteRequests(ReadRequests):
         """Copy what one write plan covers; return how much that is."""
         plan = await self.driver.begin_write(offset, length)
         try:
-            end = offset + plan.length
-            for start, count in ((offset - plan.head, plan.head), (end, plan.tail)):
-                if count and await self._old_content(start, count, plan.reads_zero):
-                    raise NotSupported("old content stands beside the copy")
-            await self.driver.data.copy_from(
-                source, source_offset, plan.host_offset, plan.length
-            )
+            await self._copy_planned(plan, [(source, source_offset, plan.length)])
         except BaseException:
             self.driver.abort_write(plan)
             raise
         self.driver.end_write(plan)
         return plan.length
+
+    async def copy_by(self, offset: int, length: int, find: Find) -> None:
+        """Copy bytes of files, letting these do it.
+
+        ``find(start, count)`` says where those of a stretch are, with ``start``
+        counting from ``offset``. Raises as `copy_range` does.
+        """
+        self._check_writable()
+        self._check_inside(offset, length)
+        await self._write_pieces(
+            offset,
+            length,
+            lambda plan, done: self._copy_planned(plan, find(done, plan.length)),
+        )
+
+    async def _copy_planned(
+        self, plan: WritePlan, places: Iterable[tuple[StorageDriver, int, int]]
+    ) -> None:
+        """Have ``places`` (a file, the offset in it, and the length) copied to
+        where a plan has the place for them."""
+        offset = plan.guest_offset
+        end = offset + plan.length
+        for start, count in ((offset - plan.head, plan.head), (end, plan.tail)):
+            if count and await self._old_content(start, count, plan.reads_zero):
+                raise NotSupported("old content stands beside the copy")
+        host_offset = plan.host_offset
+        for source, source_offset, count in places:
+            await self.driver.data.copy_from(source, source_offset, host_offset, count)
+            host_offset += count
 
     async def pwrite(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
         """Write ``data``; with ``fua`` it is durable on return."""

@@ -317,7 +317,7 @@ class _Conversion:
             return None
         transfer = Transfer(places)
         if not self._options.sparse:
-            return partial(self._move, transfer, disk, start, [(True, length)])
+            return partial(self._move, transfer, start, [(True, length)])
         if start % self._unit:
             return None
         if self._target.driver.cluster_size == 1:
@@ -325,16 +325,10 @@ class _Conversion:
         if self._unit < _MIN_LOOK:
             return None
         runs = transfer.try_find_runs(self._unit)
-        if runs is None:
-            return None
-        return partial(self._move, transfer, disk, start, runs)
+        return None if runs is None else partial(self._move, transfer, start, runs)
 
     async def _move(
-        self,
-        transfer: Transfer,
-        disk: _Disk,
-        offset: int,
-        runs: Sequence[tuple[bool, int]],
+        self, transfer: Transfer, offset: int, runs: Sequence[tuple[bool, int]]
     ) -> None:
         """Write the runs that hold data, and zero the others."""
         target = self._target
@@ -344,18 +338,20 @@ class _Conversion:
             start = offset + position
             if not has_data:
                 await self._write_zeroes(start, length)
-            elif not (plain and await self._copy_plain(disk, start, length)):
+            elif not (
+                plain and await self._copy_plain(transfer, position, start, length)
+            ):
                 work = partial(transfer.write_blocking, position)
                 await target.pwrite_by(start, length, work)
             position += length
 
-    async def _copy_plain(self, disk: _Disk, offset: int, length: int) -> bool:
+    async def _copy_plain(
+        self, transfer: Transfer, skipped: int, offset: int, length: int
+    ) -> bool:
         """Have the kernel copy data; whether that went well. Where it did not,
         reading and writing will find out what is wrong with which file."""
         try:
-            await self._target.copy_range(
-                offset, disk.node, offset - disk.start, length
-            )
+            await self._target.copy_by(offset, length, partial(transfer.find, skipped))
         except OSError:
             return False
         return True

@@ -6,7 +6,7 @@ as much, for it goes out to memory and comes back.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from nbdqcow.block.storage import BlockingSource, StorageDriver, WriteBlocking
@@ -49,12 +49,21 @@ class Transfer:
         self.zeroes: list[tuple[int, int]] = []
 
     def is_plain_copy(self, target: StorageDriver) -> bool:
-        """Whether the kernel can copy all of it, at less cost; see
-        `StorageDriver.copies_plainly`."""
+        """Whether all of it can be copied by `StorageDriver.copy_from`, at less
+        cost than by reading and writing."""
         return all(
             isinstance(source, StorageDriver) and target.copies_plainly(source)
             for source, _, _ in self._places
         )
+
+    def find(
+        self, skipped: int, start: int, length: int
+    ) -> Iterator[tuple[StorageDriver, int, int]]:
+        """Yield where the bytes of a plain copy are; see `WriteRequests.copy_by`.
+        ``skipped`` is as in `write_blocking`."""
+        for source, offset, count in self._stretches(skipped + start, length):
+            assert isinstance(source, StorageDriver)
+            yield source, offset, count
 
     def try_find_runs(self, unit: int) -> list[tuple[bool, int]] | None:
         """Return what `data_runs` would say of all the bytes, from a look at
@@ -131,16 +140,21 @@ class Transfer:
         chunk, counted from ``start``, ends."""
         cut: list[Place] = []
         done = 0
-        for source, offset, count in self._places:
-            if start >= count:
-                start -= count
-                continue
-            offset, count, start = offset + start, count - start, 0
-            while count and done < length:
-                covered = min(count, CHUNK - done % CHUNK, length - done)
+        for source, offset, count in self._stretches(start, length):
+            while count:
+                covered = min(count, CHUNK - done % CHUNK)
                 cut.append(Place(source, offset, covered))
                 offset, count, done = offset + covered, count - covered, done + covered
         return cut
+
+    def _stretches(self, start: int, length: int) -> Iterator[Place]:
+        """Yield where our bytes ``[start, start + length)`` are."""
+        for source, offset, count in self._places:
+            if start < count and length:
+                covered = min(count - start, length)
+                yield Place(source, offset + start, covered)
+                length -= covered
+            start = max(0, start - count)
 
 
 def _read(source: BlockingSource, offset: int, view: memoryview) -> None:

@@ -153,6 +153,23 @@ async def test_cold_pages_are_read(tmp_path, monkeypatch):
     assert not seen["moved"]
 
 
+@pytest.mark.parametrize("copied", [True, False])
+async def test_an_image_is_laid_out_in_order(tmp_path, monkeypatch, copied):
+    """Pieces whose bytes are in several files, too."""
+    rng = random.Random(SEED)
+    copy_plainly(monkeypatch, copied)
+    base, top, out = (tmp_path / name for name in ("base", "top", "out"))
+    base.write_bytes(rng.randbytes(16 * MiB))
+    img("create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", top)
+    async with open_image(top) as node:
+        for start in range(MiB, 16 * MiB, 3 * MiB):
+            await node.pwrite(start, rng.randbytes(MiB))
+    img("create", "-q", "-f", "qcow2", out, 16 * MiB)
+    await convert_file([(top, "qcow2")], out, "qcow2", sparse=0)
+    async with open_image(out, read_only=True) as node:
+        assert (await node.driver.map(0, 16 * MiB))[2] == 16 * MiB
+
+
 @pytest.mark.parametrize("format_", ["raw", "qcow2"])
 @pytest.mark.parametrize("sparse", [0, 65536])
 async def test_what_the_kernel_can_not_copy_is_moved(
