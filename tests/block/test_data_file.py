@@ -1,9 +1,11 @@
 """External data files: QEMU's images here, ours there, and what is refused."""
 
 import asyncio
+import json
 import os
 import random
 import subprocess
+import sys
 
 import pytest
 
@@ -44,6 +46,23 @@ def qemu_content(path, tmp_path):
         cwd=path.parent,
     )
     return (tmp_path / "flat").read_bytes()
+
+
+@pytest.mark.parametrize("options", ["", "extended_l2=on"])
+def test_what_is_allocated_is_counted_as_qemu_counts_it(tmp_path, options):
+    """The first cluster, at offset 0 of the data file, too."""
+    data_file = tmp_path / "data"
+    path = create(tmp_path / "a", 4 * MiB, options, data_file=data_file)
+    found = []
+    for command in ("write 0 200k", "write -z 0 64k", "write -zu 64k 64k"):
+        run("qemu-io", "-f", "qcow2", "-c", command, path)
+        counts = []
+        for program in (["qemu-img"], [sys.executable, "-m", "nbdqcow.cli.img"]):
+            text = run(*program, "check", "--output=json", path)
+            counts.append(json.loads(text)["allocated-clusters"])
+        assert counts[0] == counts[1], command
+        found.append(counts[0])
+    assert len(set(found)) > 1
 
 
 async def change_at_random(node, model, rnd, nb_operations):

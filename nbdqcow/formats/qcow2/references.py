@@ -390,7 +390,9 @@ class L2Tables:
         is_compressed = (entries & OFLAG_COMPRESSED) != 0
         is_standard = ~is_compressed & (offsets != 0)
         if header.has_data_file:
-            is_standard |= ~is_compressed & ((entries & OFLAG_COPIED) != 0)
+            # Offset 0 is a place there, but under zeroes QEMU counts it as none.
+            flags = OFLAG_COPIED if bitmaps is not None else OFLAG_COPIED | OFLAG_ZERO
+            is_standard |= ~is_compressed & ((entries & flags) == OFLAG_COPIED)
         row_times = np.broadcast_to(times[:, None], entries.shape)
         bad = ~is_compressed & ((entries & L2_RESERVED_MASK) != 0)
         unaligned = is_standard & ((offsets & (header.cluster_size - 1)) != 0)
