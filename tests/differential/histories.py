@@ -4,6 +4,7 @@
 for QEMU's tools. What a step does depends on nothing but the step.
 """
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -241,7 +242,14 @@ def operation_by_qemu(
         case "delete", (name,):
             run("qemu-img", "snapshot", *secret, "-d", name, *named)
         case "resize", (size,):
+            shown = run("qemu-img", "info", "--output=json", *secret, *named).stdout
+            info = json.loads(shown)
+            end, cluster_size = info["virtual-size"], info["cluster-size"]
             run("qemu-img", "resize", "-q", "--shrink", *secret, *named, str(size))
+            if rest := min(-end % cluster_size, size - end) if end < size else 0:
+                # As we do, see docs/qcow2.md: with QEMU what was there comes back.
+                zero = Step("zero", (end, rest, False))
+                requests_by_qemu(image, [zero], secret)
         case "add", (name, granularity, disabled):
             words = ["--disable"] if disabled else []
             words = ["--add", "-g", str(granularity), *words]
