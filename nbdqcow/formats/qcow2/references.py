@@ -30,6 +30,7 @@ from nbdqcow.formats.qcow2.entries import (
 )
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.snapshot_table import Snapshot
+from nbdqcow.units import MiB
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -45,8 +46,10 @@ MAX_TABLE_ENTRIES: Final = 1 << 27
 upon each other, so that the file's length does not bound them."""
 
 _MAX_REFERENCES: Final = (1 << 32) - 1
-_MAX_CUT_OFF: Final = 1 << 20
-"""Clusters that a file may have lost at its end; what names more is wrong."""
+_MAX_CUT_OFF: Final = 256 * MiB
+"""Bytes that a file may have lost at its end, besides as much as is left of it;
+what names more is taken to be wrong. Or a damaged entry would make a repair
+write terabytes behind the end."""
 _MAX_COMPRESSED_CLUSTERS: Final = 3
 """A compressed cluster may begin within one, fill one, and end within one."""
 
@@ -109,7 +112,7 @@ class References:
         if offset + length - self.file_length < self.header.cluster_size:
             return True
         end = ((offset + length - 1) >> self.header.cluster_bits) + 1
-        if end <= self.nb_clusters + _MAX_CUT_OFF:
+        if end <= 2 * self.nb_clusters + (_MAX_CUT_OFF >> self.header.cluster_bits):
             self.named_end = max(self.named_end, end)
         self.bad(
             "ERROR: counting reference for region exceeding the end of the file by "
