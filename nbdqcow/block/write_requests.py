@@ -46,9 +46,7 @@ class WriteRequests(ReadRequests):
         Raises `NotSupported` if they can't, or not all of it is plain data;
         some of it may be copied then.
         """
-        self._check_writable()
-        if self._guard is not None or self._detect_zeroes != "off":
-            raise NotSupported("written data must be looked at")
+        self._check_copying()
         epoch = source.driver.epochs.enter()
         try:
             while length:
@@ -57,9 +55,8 @@ class WriteRequests(ReadRequests):
                 )
                 below = source.backing
                 if kind == DATA:
-                    covered = await self._copy_piece(
-                        offset, source.driver.data, host_offset, covered
-                    )
+                    place = partial(_place, source.driver.data, host_offset)
+                    await self.copy_by(offset, covered, place)
                 elif kind == UNALLOCATED and below and source_offset < below.size:
                     covered = min(covered, below.size - source_offset)
                     await self.copy_range(offset, below, source_offset, covered)
@@ -70,18 +67,10 @@ class WriteRequests(ReadRequests):
         finally:
             source.driver.epochs.leave(epoch)
 
-    async def _copy_piece(
-        self, offset: int, source: StorageDriver, source_offset: int, length: int
-    ) -> int:
-        """Copy what one write plan covers; return how much that is."""
-        plan = await self.driver.begin_write(offset, length)
-        try:
-            await self._copy_planned(plan, [(source, source_offset, plan.length)])
-        except BaseException:
-            self.driver.abort_write(plan)
-            raise
-        self.driver.end_write(plan)
-        return plan.length
+    def _check_copying(self) -> None:
+        self._check_writable()
+        if self._guard is not None or self._detect_zeroes != "off":
+            raise NotSupported("written data must be looked at")
 
     async def copy_by(self, offset: int, length: int, find: Find) -> None:
         """Copy bytes of files, letting these do it.
@@ -89,7 +78,7 @@ class WriteRequests(ReadRequests):
         ``find(start, count)`` says where those of a stretch are, with ``start``
         counting from ``offset``. Raises as `copy_range` does.
         """
-        self._check_writable()
+        self._check_copying()
         self._check_inside(offset, length)
         await self._write_pieces(
             offset,
@@ -433,3 +422,10 @@ class WriteRequests(ReadRequests):
     def _check_writable(self) -> None:
         if self.read_only:
             raise BlockError(errno.EPERM, f"{self.filename} is open read-only")
+
+
+def _place(
+    storage: StorageDriver, host_offset: int, start: int, count: int
+) -> list[tuple[StorageDriver, int, int]]:
+    """Be the `Find` of bytes that are all in one place."""
+    return [(storage, host_offset + start, count)]

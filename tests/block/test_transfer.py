@@ -206,48 +206,35 @@ async def test_what_the_kernel_can_not_copy_is_moved(
     assert all(copied.values()) or (format_ == "raw" and sparse)
 
 
+@pytest.mark.parametrize("copied", [True, False])
 @pytest.mark.parametrize("format_", ["raw", "qcow2"])
-async def test_the_kernel_copies_what_is_left_of_a_source(
-    tmp_path, monkeypatch, format_
-):
+async def test_source_shrinks(tmp_path, monkeypatch, format_, copied):
+    copy_plainly(monkeypatch, copied)
     disk = random.Random(SEED).randbytes(5 * MiB)
     (tmp_path / "disk").write_bytes(disk)
     img("create", "-q", "-f", format_, tmp_path / "out", len(disk))
     left = 2 * MiB + 700
-    copy_plainly(monkeypatch)
+    place, name = (
+        (file_module, "copy_file_range")
+        if copied
+        else (FileStorage, "pread_into_blocking")
+    )
+    moves = getattr(place, name)
+    shrunk = []
 
-    def shrink_and_copy(*arguments):
+    def shrink_and_move(*arguments):
         os.truncate(tmp_path / "disk", left)
-        copy_file_range(*arguments)
+        shrunk.append(left)
+        moves(*arguments)
 
-    monkeypatch.setattr(file_module, "copy_file_range", shrink_and_copy)
-    sources = [(tmp_path / "disk", "raw")]
-    await convert_file(sources, tmp_path / "out", format_, sparse=0)
-    async with open_image(tmp_path / "out", format=format_) as node:
-        found = bytes(await node.pread(0, len(disk)))
-    assert found == disk[:left] + bytes(len(disk) - left)
-
-
-@pytest.mark.parametrize("format_", ["raw", "qcow2"])
-async def test_source_shrinks(tmp_path, monkeypatch, format_):
-    copy_plainly(monkeypatch, allowed=False)
-    disk = random.Random(SEED).randbytes(5 * MiB)
-    (tmp_path / "disk").write_bytes(disk)
-    img("create", "-q", "-f", format_, tmp_path / "out", len(disk))
-    left = 2 * MiB + 700
-    fill = FileStorage.pread_into_blocking
-
-    def shrink_and_fill(self, offset, view):
-        os.truncate(tmp_path / "disk", left)
-        fill(self, offset, view)
-
-    monkeypatch.setattr(FileStorage, "pread_into_blocking", shrink_and_fill)
+    monkeypatch.setattr(place, name, shrink_and_move)
     sources = [(tmp_path / "disk", "raw")]
     # In memory it has its old length.
     await convert_file(sources, tmp_path / "out", format_, sparse=0)
     async with open_image(tmp_path / "out", format=format_) as node:
         found = bytes(await node.pread(0, len(disk)))
     assert found == disk[:left] + bytes(len(disk) - left)
+    assert shrunk
 
 
 @pytest.mark.parametrize("action", ["reading", "writing"])

@@ -6,7 +6,6 @@ likes (`make img-lines`), and makes those that differ shorter.
 
 import random
 import shlex
-import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from tests.interop.img_intended import Difference, unintended
 from tests.interop.img_lines import COMMANDS, CommandLines, is_harmless, shrink
 from tests.interop.img_random import Pair, describe, load, prepare
+from tests.serving import need
 
 SEED = 7
 NB_LINES = 8
@@ -23,8 +23,7 @@ NB_LINES = 8
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Pair:
-    if shutil.which("qemu-img") is None:
-        pytest.skip("qemu-img is not installed (tools/setup-system.sh test)")
+    need("qemu-img")
     prepare(tmp_path / "pristine")
     load()
     return Pair(tmp_path / "pristine", tmp_path)
