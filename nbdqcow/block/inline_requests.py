@@ -82,6 +82,14 @@ class InlineRequests:
             return self._try_pread_backing(offset, length)
         return ZERO_VIEW[:length] if length <= MiB else bytes(length)
 
+    def try_pread_into(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` if what belongs there is one piece of plain data in
+        reach. If not, anything may be in it."""
+        run = self._try_map(offset, len(view))
+        if run is None or run[0] != DATA or run[2] != len(view):
+            return False
+        return self.driver.data.try_pread_into(run[1], view)
+
     @property
     def defers_reads(self) -> bool:
         """Whether `try_pread_later` is worth its while."""

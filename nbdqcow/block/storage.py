@@ -81,6 +81,10 @@ class StorageDriver(ABC):
         one ``step`` bytes long part of a range is 0; None if that means waiting."""
         return None
 
+    def try_pread_into(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` if that needs no waiting. If not, anything may be in it."""
+        return False
+
     def try_view(self, offset: int, length: int) -> memoryview | None:
         """Return resident bytes without copying them, or None.
 

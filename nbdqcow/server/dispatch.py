@@ -17,15 +17,23 @@ from nbdqcow.server.block_status import block_status
 from nbdqcow.server.export import ExportedNode
 from nbdqcow.server.poller import Poller
 from nbdqcow.types import Buffer, Buffers
-from nbdqcow.units import MiB
+from nbdqcow.units import KiB, MiB
 
 logger = logging.getLogger(__name__)
 
 Reply = Callable[[Buffers], None]
 """Called with the buffers of a complete reply."""
 
+MAX_STAGED: Final = 64 * KiB + 64
+"""The head of a reply, and its data."""
+
 _STATUS_BYTES: Final = 4 * MiB
 """What a BLOCK_STATUS counts as: its arrays and its reply."""
+
+
+def new_staging() -> memoryview:
+    """Return memory for `Shared.staging`."""
+    return memoryview(bytearray(MAX_STAGED))
 
 
 def request_error(exc: Exception) -> int:
@@ -47,6 +55,8 @@ class Shared:
             together; each may have one request above it.
         nb_bytes: bytes of data in flight now.
         tasks: every request in flight.
+        staging: memory in which a reply of at most `MAX_STAGED` bytes is put
+            together to be encrypted. One for all: the processor's cache has it.
     """
 
     pool: BufferPool
@@ -54,6 +64,7 @@ class Shared:
     max_bytes: int = 512 * MiB
     nb_bytes: int = 0
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    staging: memoryview = field(default_factory=new_staging)
 
 
 class Dispatcher:

@@ -32,6 +32,10 @@ class ExportedNode(Protocol):
     def try_pread(self, offset: int, length: int) -> Buffer | None:
         """Return bytes if they need no waiting."""
 
+    def try_pread_into(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` if that needs no waiting and is a single read. If not,
+        anything may be in it."""
+
     @property
     def defers_reads(self) -> bool:
         """Whether `try_pread_later` is worth its while."""

@@ -27,7 +27,13 @@ from nbdqcow.nbd.replies import (
     ReplyStyle,
 )
 from nbdqcow.nbd.requests import STAGED_PAYLOAD, Request, RequestReader, expand_status
-from nbdqcow.server.dispatch import Dispatcher, Shared, error_text, request_error
+from nbdqcow.server.dispatch import (
+    Dispatcher,
+    Shared,
+    error_text,
+    new_staging,
+    request_error,
+)
 from nbdqcow.server.export import Export, Refusal
 from nbdqcow.server.options import ServerOptions
 from nbdqcow.server.sendfile import BrokenReplyError, FileSender
@@ -60,6 +66,9 @@ them, make up the allowance: about a millisecond, then others have a turn."""
 _ENCRYPTED_ALLOWANCE: Final = 256 * KiB
 """The same where data must be encrypted: replies leave before there are so many
 that they no longer fit a processor's cache, and while the client has others."""
+_STAGED_READ: Final = 16 * KiB
+"""Bytes of a read from which its reply is encrypted by itself; shorter ones are
+joined to one piece."""
 _COPY_PIECE: Final = 64 * KiB
 """Bytes of a large read that are copied at a time, to be encrypted."""
 
@@ -109,7 +118,11 @@ class Transmission(asyncio.BufferedProtocol):
         """
         self._transport = transport
         self._encrypted = isinstance(transport, TlsTransport)
-        self._allowance = _ENCRYPTED_ALLOWANCE if self._encrypted else _ALLOWANCE
+        self._simple_read = _VIEW_READ
+        self._allowance = _ALLOWANCE
+        if self._encrypted:
+            self._simple_read = _STAGED_READ
+            self._allowance = _ENCRYPTED_ALLOWANCE
         self._reader = reader
         self._export = export
         self._node = export.node
@@ -317,7 +330,9 @@ class Transmission(asyncio.BufferedProtocol):
         replies = self._replies
         out = self._out
         append = out.append
+        simple_read = self._simple_read
         try_pread = self._try_pread
+        try_staged = self._try_staged
         try_pwrite = self._node.try_pwrite
         inline_write = self._inline_write
         size = self._export.size
@@ -332,8 +347,16 @@ class Transmission(asyncio.BufferedProtocol):
                     while start <= last and allowance > 0:
                         word, cookie, offset, length = unpack(buffer, start)
                         if word == plain_read:
-                            if not 0 < length < _VIEW_READ or offset + length > size:
-                                break
+                            if not 0 < length < simple_read or offset + length > size:
+                                if try_staged(cookie, offset, length):
+                                    start += head_length
+                                    allowance -= length + _REQUEST_COST
+                                    continue
+                                if (
+                                    not 0 < length < _VIEW_READ
+                                    or offset + length > size
+                                ):
+                                    break
                             data = try_pread(offset, length)
                             if data is None:
                                 break
@@ -505,6 +528,25 @@ class Transmission(asyncio.BufferedProtocol):
             pieces.append(piece)
         whole = bool(flags & nbd.CMD_FLAG_DF)
         self._out += self._replies.read(cookie, offset, pieces, whole=whole)
+        return True
+
+    def _try_staged(self, cookie: bytes, offset: int, length: int) -> bool:
+        """Serve a read of up to 64 KiB for encryption at once: its data is read
+        to behind its reply's head, and both are encrypted as one."""
+        if not self._encrypted or not 0 < length <= _COPY_PIECE:
+            return False
+        if offset + length > self._export.size:
+            return False
+        head = self._replies.data_head(cookie, offset, length)
+        reply = self._shared.staging[: len(head) + length]
+        if not self._node.try_pread_into(offset, reply[len(head) :]):
+            return False
+        reply[: len(head)] = head
+        self._transport.write(reply)
+        if self._transport.get_write_buffer_size():
+            # Some of it may wait to be encrypted, and must not change.
+            self._shared.staging = new_staging()
+        self._served()
         return True
 
     def _try_sendfile(self, cookie: bytes, offset: int, length: int) -> bool:

@@ -101,6 +101,10 @@ class TlsTransport(asyncio.Transport):
         """Take from the client again."""
         self._transport.resume_reading()
 
+    def write(self, data: Buffer) -> None:
+        """Send a buffer, which is kept while `get_write_buffer_size` is not 0."""
+        self._transport.write(data)
+
     def writelines(self, list_of_data: Iterable[Buffer]) -> None:
         """Send buffers, of which nothing is kept.
 

@@ -113,6 +113,15 @@ class InlineFile(StorageDriver):
             return None
         return self._scratch[0][:nb_read].tobytes().ljust(length, b"\0")
 
+    def try_pread_into(self, offset: int, view: memoryview) -> bool:
+        """Fill ``view`` if all that belongs there is in page cache."""
+        if len(view) > self._max_inline_read:
+            return False
+        try:
+            return os.preadv(self._fd, (view,), offset, self._read_flags) == len(view)
+        except BlockingIOError:
+            return False
+
     def _fit_scratch(self, length: int) -> bool:
         """Make the scratch buffer ``length`` bytes; whether that is allowed.
 

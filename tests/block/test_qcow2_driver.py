@@ -44,6 +44,25 @@ def test_refcount_structures_grow(tmp_path, refcount_bits):
     check(path)
 
 
+def test_read_into_the_callers_memory(tmp_path):
+    path = create(tmp_path / "a")
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite(0, b"ab" * 65536)
+            await node.pwrite(3 * 65536, b"cd" * 65536)
+            room = memoryview(bytearray(65536))
+            for offset in (0, 1, 3 * 65536):
+                assert node.try_pread_into(offset, room)
+                assert room == await node.pread(offset, 65536)
+            # Across the edge of what is stored, zeroes alone, and too much.
+            for offset in (2 * 65536 - 10, 2 * 65536, 5 * 65536):
+                assert not node.try_pread_into(offset, room)
+            assert not node.try_pread_into(0, memoryview(bytearray(MiB)))
+
+    asyncio.run(run())
+
+
 def test_discarded_clusters_are_reused_after_a_flush(tmp_path):
     path = create(tmp_path / "a")
 

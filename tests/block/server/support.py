@@ -32,6 +32,7 @@ class FakeNode:
         tokens: views given out and not released.
         status: bytes, state and depth of each extent of the image; by default
             it is one extent of data.
+        not_staged: lengths of reads that `try_pread_into` begins and gives up.
         broken_from: pieces of reads from this offset on fail.
     """
 
@@ -51,6 +52,7 @@ class FakeNode:
         self.dirty_bitmaps: dict[str, DirtyBitmap] = {}
         self.find_bitmap = self.dirty_bitmaps.get
         self.status: list[tuple[int, int, int]] = []
+        self.not_staged: frozenset[int] = frozenset()
         self.broken_from: int | None = None
 
     filename = "disk.img"
@@ -78,6 +80,13 @@ class FakeNode:
             return None
         self._note("try_pread", offset, length)
         return bytes(self.data[offset : offset + length])
+
+    def try_pread_into(self, offset: int, view: memoryview) -> bool:
+        if not self.inline:
+            return False
+        self._note("try_pread_into", offset, len(view))
+        view[:] = self.data[offset : offset + len(view)]
+        return len(view) not in self.not_staged
 
     # Nothing is deferred here, so these are never called.
     defers_reads = False

@@ -139,6 +139,60 @@ async def test_requests_over_tls(tmp_path, pki, version):
     assert not node.nb_tokens
 
 
+async def test_reads_that_are_encrypted_with_their_replies(tmp_path, pki):
+    node = FakeNode(4 << 20)
+    expected = bytes(node.data)
+    node.not_staged = frozenset((20001,))
+    lengths = [16384, 65536, 20000, 20001, 4096, 65535, 65536, 16385]
+    async with serving_tls(tmp_path, pki, node) as served:
+        client = await connect(served, pki)
+        await client.go("")
+        for rounds in range(8):
+            wanted = [(rounds * 7 + i * 65537, n) for i, n in enumerate(lengths)]
+            first = client.nb_cookies + 1
+            client.writer.write(
+                b"".join(client.request(nbd.CMD_READ, *each) for each in wanted)
+            )
+            for _ in wanted:
+                # Their lengths differ, so the answer says whose it is.
+                cookie, error, _ = await client.reply()
+                offset, length = wanted[cookie - first]
+                data = await client.reader.readexactly(length)
+                assert not error
+                assert data == expected[offset : offset + length]
+        # Behind the end, and nothing at all.
+        client.writer.write(client.request(nbd.CMD_READ, node.size - 5, 65536))
+        client.writer.write(client.request(nbd.CMD_READ, 0, 0))
+        assert (await client.reply(0))[1] == nbd.EINVAL
+        assert (await client.reply(0))[1] == 0
+
+
+async def test_replies_wait_for_a_client_that_reads_late(tmp_path, pki):
+    # The memory they were put together in must not change meanwhile.
+    node = FakeNode(32 << 20)
+    expected = bytes(node.data)
+    async with serving_tls(tmp_path, pki, node) as served:
+        client, other = await connect(served, pki), await connect(served, pki)
+        await client.go("")
+        await other.go("")
+        offsets = [i * 65543 for i in range(400)]
+        for start in range(0, len(offsets), 50):
+            client.writer.write(
+                b"".join(
+                    client.request(nbd.CMD_READ, o, 65536)
+                    for o in offsets[start : start + 50]
+                )
+            )
+            await asyncio.sleep(0.02)
+            assert await other.read(start, 65536) == expected[start:][:65536]
+        for cookie, offset in enumerate(offsets, 1):
+            assert await client.reply(65536) == (
+                cookie,
+                0,
+                expected[offset : offset + 65536],
+            )
+
+
 async def test_many_requests_at_once(tmp_path, pki):
     node = FakeNode()
     expected = bytes(node.data)
