@@ -12,6 +12,7 @@ from nbdqcow import open_image
 from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.formats.qcow2 import codec
 from nbdqcow.formats.qcow2.compress import CompressedClusters
+from nbdqcow.formats.qcow2.entries import compressed_range
 from tests.block.qemu import check, create, qemu_img
 
 MiB = 1 << 20
@@ -329,6 +330,34 @@ def test_a_damaged_cluster_is_an_error_of_its_own_read(tmp_path, seed):
 
     asyncio.run(run())
     check(path)
+
+
+@pytest.mark.parametrize("cluster_size", [16384, 65536, 524288])
+def test_parts_of_a_damaged_cluster_are_errors(tmp_path, seed, cluster_size):
+    """Whoever decompresses it, and whoever waits for that."""
+    # Its stream is short enough to be read at once.
+    data = b"".join(i.to_bytes(4) * 256 for i in range(2 * MiB // 1024))
+    raw, path = tmp_path / "raw", tmp_path / "a"
+    raw.write_bytes(data)
+    option = f"cluster_size={cluster_size}"
+    qemu_img("convert", "-cf", "raw", "-O", "qcow2", "-o", option, raw, path)
+
+    async def run():
+        async with open_image(path) as node:
+            driver = node.driver
+            descriptor = driver.try_map(cluster_size, 1)[1]
+            offset, length = compressed_range(descriptor, driver.cluster_bits)
+            await driver.storage.pwritev(offset, [b"\xff" * length])
+            for nb_readers in (1, 1, 5, 1):
+                readers = [
+                    node.pread(cluster_size + i * 512, 512) for i in range(nb_readers)
+                ]
+                async with asyncio.timeout(20):
+                    found = await asyncio.gather(*readers, return_exceptions=True)
+                assert [each.errno for each in found] == [errno.EIO] * nb_readers
+            assert not driver.compressed._loading
+
+    asyncio.run(run())
 
 
 def test_a_failed_write_leaves_the_old_cluster(tmp_path, seed, monkeypatch):

@@ -79,11 +79,16 @@ class CompressedClusters:
     def try_read(self, descriptor: int, start: int, length: int) -> Buffer | None:
         """Return ``length`` bytes from ``start`` on of a descriptor's cluster,
         if they were decompressed lately."""
+        if descriptor in self._cache or self._try_load(descriptor):
+            return self._cached(descriptor, start, length)
+        return None
+
+    def _cached(self, descriptor: int, start: int, length: int) -> Buffer | None:
+        """Do as `try_read` does, of what is kept."""
         plain = self._cache.pop(descriptor, None)
-        if plain is not None:
-            self._cache[descriptor] = plain
-        elif (plain := self._try_load(descriptor)) is None:
+        if plain is None:
             return None
+        self._cache[descriptor] = plain
         return memoryview(plain)[start : start + length]
 
     async def read(self, descriptor: int, start: int, length: int) -> Buffer:
@@ -91,7 +96,8 @@ class CompressedClusters:
 
         Raises `BlockError` (EIO) if it can't be decompressed.
         """
-        while (found := self.try_read(descriptor, start, length)) is None:
+        found = self.try_read(descriptor, start, length)
+        while found is None:
             running = self._loading.get(descriptor)
             if running is None:
                 (plain,) = await self._load((descriptor,), (descriptor,))
@@ -100,6 +106,8 @@ class CompressedClusters:
                 return memoryview(plain)[start : start + length]
             # Others wait for it, too: it must outlive this task.
             await asyncio.shield(running)
+            # If it is not there now, nobody but us will find out why.
+            found = self._cached(descriptor, start, length)
         return found
 
     async def read_all(self, places: Sequence[Place]) -> AsyncIterator[Buffer]:
@@ -221,30 +229,30 @@ class CompressedClusters:
                 clusters.append(error)
         return clusters
 
-    def _try_load(self, descriptor: int) -> Buffer | None:
-        """Return a cluster that was decompressed right here, and keep it; None
-        if a thread should do that. One that is free begins at once: by the time
-        that a coroutine came to it, the loop might have done its own share."""
+    def _try_load(self, descriptor: int) -> bool:
+        """Decompress a cluster right here, and keep it; False if a thread should
+        do that. One that is free begins at once: by the time that a coroutine
+        came to it, the loop might have done its own share."""
         image = self._image
         if descriptor in self._loading or self._loop is None:
-            return None
+            return False
         inline = self._take_inline(1)
         if not inline and self.threads.is_saturated():
-            return None
+            return False
         offset, length = compressed_range(descriptor, image.cluster_bits)
         data = image.storage.try_pread(offset, length)
         if data is None:
-            return None
+            return False
         if not inline:
             self._start_load(descriptor, data)
-            return None
+            return False
         try:
             plain = self._decompress(data, image.cluster_size)
         except BlockError:
             # The coroutine finds the same, and raises it.
-            return None
+            return False
         self._keep(descriptor, plain)
-        return plain
+        return True
 
     def _start_load(self, descriptor: int, stream: Buffer) -> None:
         """Have a thread decompress a cluster, to be kept; `read` waits for that."""
