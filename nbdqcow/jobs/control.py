@@ -27,17 +27,17 @@ class JobControl:
         total: how much there is to do, in the job's own measure (mostly
             bytes); it may grow.
         done: how much of it is done.
+        rate: how much may be done in a second; None for any amount.
     """
 
     def __init__(
         self, on_progress: "Progress | None" = None, *, rate: int | None = None
     ) -> None:
-        """``on_progress(done, total)`` is called whenever one of them changes;
-        ``rate`` is how much may be done in a second, None for any amount."""
+        """``on_progress(done, total)`` is called whenever one of them changes."""
         self.total = 0
         self.done = 0
         self._on_progress = on_progress
-        self._rate = rate
+        self.rate = rate
         self._started = time.monotonic()
         self._cancelled = False
         self._resumed: asyncio.Event | None = None
@@ -96,8 +96,8 @@ class JobControl:
             await self._resumed.wait()
         if self._cancelled:
             raise JobCancelled("The job was cancelled")
-        if self._rate:
-            ahead = self.done / self._rate - (time.monotonic() - self._started)
+        if self.rate:
+            ahead = self.done / self.rate - (time.monotonic() - self._started)
             if ahead > 0:
                 await asyncio.sleep(ahead)
 

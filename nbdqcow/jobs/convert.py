@@ -7,20 +7,25 @@ order, so that an image that grows is laid out as a reader will want it.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
 from nbdqcow.block.node import Node
 from nbdqcow.errors import BlockError, NbdQcowError, NotSupported
 from nbdqcow.jobs.control import Flight, JobControl
-from nbdqcow.jobs.status import disk_size, stretch_of, try_places
+from nbdqcow.jobs.status import LookAhead, disk_size, stretch_of, try_places
 from nbdqcow.jobs.transfer import CHUNK, ReadError, Transfer
 from nbdqcow.jobs.zeroes import data_runs
 from nbdqcow.types import DATA, UNALLOCATED, ZERO, Buffer
 from nbdqcow.units import SECTOR_SIZE, GiB, KiB, MiB, round_down, round_up
 
 _PIECE: Final = 2 * MiB
+_LONG_PIECE: Final = 16 * MiB
+"""Bytes of a piece that threads move from file to file, holes and all."""
+_NB_PIECES: Final = 256
+"""Pieces that make for smooth progress."""
 _SHORT_HOLE: Final = 64 * KiB
 _MIN_LOOK: Final = 16 * KiB
 """Units from which on looking for zeroes before reading is cheap."""
@@ -89,6 +94,7 @@ class _Disk:
     node: Node
     start: int
     end: int
+    ahead: LookAhead = field(default_factory=LookAhead)
 
 
 async def convert(
@@ -136,13 +142,26 @@ class _Conversion:
             self._unit = cluster_size
         elif options.target_is_zero and cluster_size > self._unit:
             self._unit = getattr(target.driver, "subcluster_size", cluster_size)
-        self._piece = max(_PIECE, cluster_size)
+        self._piece = self._most_read = max(_PIECE, cluster_size)
+        # Up to where the rest of a piece may be a hole.
+        self._short_hole = _SHORT_HOLE
         # Salvaging goes sector by sector, compressing wants the whole.
         self._moves = (
             target.writes_in_threads
             and not (options.salvage or options.compressed)
             and (not options.sparse or CHUNK % self._unit == 0)
         )
+        if (
+            self._moves
+            and cluster_size == 1
+            and self._skip_zeroes
+            and options.sparse
+            and not control.rate
+        ):
+            # Threads pass by what is a hole: the longer, the less is left to say.
+            self._piece = min(max(_PIECE, end // _NB_PIECES), _LONG_PIECE)
+            self._piece = round_down(self._piece, _PIECE)
+            self._short_hole = self._piece
 
     async def run(self) -> None:
         options, control = self._options, self._control
@@ -211,7 +230,7 @@ class _Conversion:
             kind, more = await self._look(
                 disk, offset + covered, boundary - covered, boundary
             )
-            if kind == UNALLOCATED or (kind == ZERO and more > _SHORT_HOLE):
+            if kind == UNALLOCATED or (kind == ZERO and more > self._short_hole):
                 break
             covered += more
         return DATA, min(covered, boundary)
@@ -231,6 +250,7 @@ class _Conversion:
                     whole_chain=chain,
                     enough_data=enough_data,
                     joins=joins,
+                    ahead=disk.ahead,
                 )
             except OSError as error:
                 position, reason = disk.start + offset, reason_of(error)
@@ -282,7 +302,9 @@ class _Conversion:
             move = None
             if piece.kind == DATA and not self._copy_range:
                 move = self._try_plan_move(piece)
-                if move is None:
+                if piece.length > self._most_read:
+                    move = partial(self._move_long, move, piece)
+                elif move is None:
                     data = await self._read(piece)
             if turn is not None:
                 await turn
@@ -326,6 +348,24 @@ class _Conversion:
             return None
         runs = transfer.try_find_runs(self._unit)
         return None if runs is None else partial(self._move, transfer, start, runs)
+
+    async def _move_long(
+        self, move: Callable[[], Awaitable[None]] | None, piece: _Piece
+    ) -> None:
+        """Move a piece that is too long to be read as a whole. Where that does not
+        go well, reading and writing its parts will find out what is wrong."""
+        if move is not None:
+            with suppress(ReadError, OSError):
+                await move()
+                return
+        end = piece.offset + piece.length
+        for start in range(piece.offset, end, self._most_read):
+            part = _Piece(DATA, start, min(self._most_read, end - start))
+            data = await self._read(part)
+            try:
+                await self._write(part, data)
+            except OSError as error:
+                raise CopyError("writing", start, reason_of(error)) from error
 
     async def _move(
         self, transfer: Transfer, offset: int, runs: Sequence[tuple[bool, int]]

@@ -107,6 +107,17 @@ class Place(NamedTuple):
     length: int
 
 
+class _Zeroes:
+    """What is nowhere."""
+
+    def pread_into_blocking(self, offset: int, view: memoryview) -> None:
+        view[:] = bytes(len(view))
+
+
+ZEROES: Final = _Zeroes()
+"""The source of bytes that are zeroes by the map."""
+
+
 def try_places(
     node: Node, offset: int, length: int, *, longest_unit: int
 ) -> list[Place] | None:
@@ -129,15 +140,17 @@ def try_places(
             if not storage.reads_in_threads or host_offset + covered > storage.length:
                 return None
             places.append(Place(storage, host_offset, covered))
-        elif kind == UNALLOCATED and node.backing is not None:
+        elif kind == UNALLOCATED and (
+            node.backing is not None and offset < node.backing.size
+        ):
             covered = min(covered, node.backing.size - offset)
-            if covered <= 0:
-                return None
             below = try_places(node.backing, offset, covered, longest_unit=longest_unit)
             if below is None:
                 return None
             places += below
-        elif kind == COMPRESSED and node.driver.cluster_size <= longest_unit:
+        elif kind != COMPRESSED:
+            places.append(Place(ZEROES, 0, covered))
+        elif node.driver.cluster_size <= longest_unit:
             source = node.driver.compressed_source(host_offset)
             if source is None:
                 return None
@@ -176,6 +189,18 @@ async def has_holes(driver: FormatDriver) -> bool:
     return known
 
 
+class LookAhead:
+    """What is behind the stretch that `stretch_of` told of last: it had to look,
+    to know where that one ends. Of a disk that nobody changes."""
+
+    __slots__ = ("kind", "length", "offset")
+
+    def __init__(self) -> None:
+        self.offset = -1
+        self.kind = ZERO
+        self.length = 0
+
+
 async def stretch_of(
     node: Node,
     offset: int,
@@ -184,32 +209,45 @@ async def stretch_of(
     whole_chain: bool = True,
     enough_data: int = 1 << 63,
     joins: bool = True,
+    ahead: LookAhead | None = None,
 ) -> tuple[int, int]:
     """Return what the bytes at ``offset`` are, DATA, which must be read, or
     ZERO, and for how many of ``length`` that holds.
 
     Without ``whole_chain`` what the image itself does not have is UNALLOCATED.
     Nobody looks further once there are ``enough_data`` bytes of DATA. Without
-    ``joins`` only the first answer counts.
+    ``joins`` only the first answer counts. ``ahead`` is what the calls for one
+    disk share, all of them with or without ``whole_chain``.
     """
-    max_depth = 1 << 30 if whole_chain else 0
     found, covered = ZERO, 0
     while covered < length:
-        entry = await entry_of(
-            node, offset + covered, length - covered, max_depth=max_depth
-        )
-        if entry is None:
-            kind = UNALLOCATED
-            # How far that goes only the image itself can tell.
-            _, _, more = await node.driver.map(offset + covered, length - covered)
-            backing = node.backing
-            if backing is not None:
-                more = min(more, backing.size - offset - covered)
+        position, rest = offset + covered, length - covered
+        if ahead is not None and ahead.offset == position:
+            kind, more = ahead.kind, min(ahead.length, rest)
         else:
-            kind, more = (ZERO if entry.is_zero else DATA), entry.length
+            kind, more = await _look(node, position, rest, whole_chain)
         if covered and kind != found:
+            if ahead is not None and ahead.offset != position:
+                ahead.offset, ahead.kind, ahead.length = position, kind, more
             break
         found, covered = kind, covered + more
         if not joins or (kind == DATA and covered >= enough_data):
             break
     return found, covered
+
+
+async def _look(
+    node: Node, offset: int, length: int, whole_chain: bool
+) -> tuple[int, int]:
+    """Return what `stretch_of` does, for bytes of one entry."""
+    entry = await entry_of(
+        node, offset, length, max_depth=1 << 30 if whole_chain else 0
+    )
+    if entry is not None:
+        return ZERO if entry.is_zero else DATA, entry.length
+    # How far that goes only the image itself can tell.
+    _, _, covered = await node.driver.map(offset, length)
+    backing = node.backing
+    if backing is not None:
+        covered = min(covered, backing.size - offset)
+    return UNALLOCATED, covered

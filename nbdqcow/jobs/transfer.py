@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from nbdqcow.block.storage import BlockingSource, StorageDriver, WriteBlocking
-from nbdqcow.jobs.status import Place
+from nbdqcow.jobs.status import ZEROES, Place
 from nbdqcow.jobs.zeroes import data_runs, is_zero
 from nbdqcow.units import KiB
 
@@ -121,6 +121,10 @@ class Transfer:
         data, view = _buffers.data, _buffers.view
         position, filled = 0, 0
         for source, offset, count in self._cut(start, length):
+            if source is ZEROES and count == CHUNK:
+                self.zeroes.append((start + position, count))
+                position += count
+                continue
             _read(source, offset, view[filled : filled + count])
             filled += count
             if filled < CHUNK and position + filled < length:

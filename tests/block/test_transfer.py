@@ -14,7 +14,7 @@ from nbdqcow.errors import NotSupported
 from nbdqcow.jobs import convert as convert_module
 from nbdqcow.jobs.control import JobCancelled, JobControl
 from nbdqcow.jobs.convert import ConvertOptions, CopyError, convert
-from nbdqcow.jobs.status import Place
+from nbdqcow.jobs.status import ZEROES, Place
 from nbdqcow.jobs.transfer import CHUNK, Transfer
 from nbdqcow.jobs.zeroes import data_runs
 from nbdqcow.storage import file as file_module
@@ -109,6 +109,12 @@ def copy_plainly(monkeypatch, allowed=True):
     )
 
 
+def move_at_length(monkeypatch):
+    """Have pieces be longer than what is read at a time, in a small disk."""
+    monkeypatch.setattr(convert_module, "_PIECE", 512 * KiB)
+    monkeypatch.setattr(convert_module, "_NB_PIECES", 1)
+
+
 @pytest.mark.parametrize("sparse", [0, 4096, 65536])
 @pytest.mark.parametrize("format_", ["raw", "qcow2"])
 @pytest.mark.parametrize("is_zero", [True, False])
@@ -120,7 +126,7 @@ async def test_same_bytes_as_by_reading(
     async for names, disk in make_sources(tmp_path, rng):
         sources = [(tmp_path / name, kind) for name, kind in names]
         made = []
-        for way in ("copied", "moved", "read"):
+        for way in ("copied", "moved", "moved at length", "read"):
             path = tmp_path / way
             img("create", "-q", "-f", format_, path, len(disk))
             if not is_zero and format_ == "raw":
@@ -129,13 +135,15 @@ async def test_same_bytes_as_by_reading(
                 copy_plainly(patch, way == "copied")
                 if way == "read":
                     patch.setattr(FileStorage, "writes_in_threads", False)
+                if way == "moved at length":
+                    move_at_length(patch)
                 options = {"sparse": sparse, "target_is_zero": is_zero} | {
                     "nb_in_flight": 1
                 }
                 made.append(await convert_file(sources, path, format_, **options))
             async with open_image(path, format=format_) as node:
                 assert bytes(await node.pread(0, len(disk))) == disk
-        assert made[0] == made[1] == made[2]
+        assert len(set(made)) == 1
     assert seen["moved"] or (format_ == "qcow2" and 0 < sparse < 16 * KiB)
 
 
@@ -263,10 +271,13 @@ async def test_errors(tmp_path, monkeypatch, action, format_):
     img("check", "-q", tmp_path / "out") if format_ == "qcow2" else None
 
 
+@pytest.mark.parametrize("at_length", [False, True])
 @pytest.mark.parametrize("cluster_size", [16 * KiB, 64 * KiB, 512 * KiB])
-async def test_compressed_clusters(tmp_path, monkeypatch, cluster_size):
+async def test_compressed_clusters(tmp_path, monkeypatch, cluster_size, at_length):
     """Of any size; a damaged one is the same error either way."""
     rng = random.Random(SEED)
+    if at_length:
+        move_at_length(monkeypatch)
     seen = see(monkeypatch)
     disk = b"".join(rng.randbytes(500) * 50 for _ in range(100))
     disk = disk[: len(disk) // 512 * 512]
@@ -288,10 +299,49 @@ async def test_compressed_clusters(tmp_path, monkeypatch, cluster_size):
     for moves in (True, False):
         monkeypatch.setattr(FileStorage, "writes_in_threads", moves)
         with pytest.raises(CopyError) as caught:
-            await convert_file([(path, "qcow2")], tmp_path / "out", "raw")
+            await convert_file(
+                [(path, "qcow2")], tmp_path / "out", "raw", target_is_zero=True
+            )
         texts.add(str(caught.value))
     assert len(texts) == 1
-    assert "error while reading at byte 0: damaged compressed cluster" in texts.pop()
+    # Parts of a long piece are as long as a cluster.
+    place = cluster_size if at_length and cluster_size == 512 * KiB else 0
+    wanted = f"error while reading at byte {place}: damaged compressed cluster"
+    assert wanted in texts.pop()
+
+
+@pytest.mark.parametrize("action", ["reading", "writing"])
+async def test_errors_in_the_middle_of_long_pieces(tmp_path, monkeypatch, action):
+    disk = random.Random(SEED).randbytes(5 * MiB)
+    (tmp_path / "disk").write_bytes(disk)
+    (tmp_path / "out").write_bytes(bytes(len(disk)))
+    move_at_length(monkeypatch)
+    bad = 3 * MiB + 512 * KiB
+
+    def fail_at(name, end_of):
+        do = getattr(FileStorage, name)
+
+        def fail(self, offset, *arguments):
+            if offset <= bad < end_of(offset, *arguments):
+                raise OSError(errno.EIO, "as bad as can be")
+            return do(self, offset, *arguments)
+
+        monkeypatch.setattr(FileStorage, name, fail)
+
+    if action == "reading":
+        fail_at("pread_into_blocking", lambda offset, view: offset + len(view))
+        fail_at("try_pread", lambda offset, length: offset + length)
+        fail_at("pread", lambda offset, length: offset + length)
+    else:
+        fail_at("write_by", lambda offset, length, work: offset + length)
+        fail_at("try_pwrite", lambda offset, data: offset + len(data))
+    with pytest.raises(CopyError) as caught:
+        sources = [(tmp_path / "disk", "raw")]
+        await convert_file(sources, tmp_path / "out", "raw", target_is_zero=True)
+    assert str(caught.value) == f"error while {action} at byte {bad}: as bad as can be"
+    # What is before it is there.
+    written = (tmp_path / "out").read_bytes()
+    assert written[: 3 * MiB] == disk[: 3 * MiB]
 
 
 async def test_cancelled_between_pieces(tmp_path):
@@ -358,7 +408,12 @@ async def test_units_across_places(unit):
     storage = Piece(disk)
     while position < len(disk):
         length = min(rng.randrange(1, 3 * CHUNK), len(disk) - position)
-        places.append(Place(storage, position, length))
+        if rng.random() < 0.2:
+            # A hole.
+            disk = disk[:position] + bytes(length) + disk[position + length :]
+            places.append(Place(ZEROES, 0, length))
+        else:
+            places.append(Place(storage, position, length))
         position += length
     transfer = Transfer(places)
     written = bytearray(b"x" * len(disk))

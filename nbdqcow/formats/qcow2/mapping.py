@@ -43,6 +43,7 @@ class Mapping:
         self._metadata = metadata
         self.check_overlap = check_overlap
         self._slice_shift = tables.slice_shift
+        self._slice_mask = (1 << tables.slice_shift) - 1
         self._cluster_bits = tables.cluster_bits
         self._cluster_size = tables.cluster_size
         self._cluster_mask = tables.cluster_size - 1
@@ -163,6 +164,9 @@ class Mapping:
             return kind, host_offset, covered
         nb_pieces = 1
         while covered < length and nb_pieces < MAX_PIECES:
+            if (offset + covered) & self._slice_mask:
+                # What comes next in its slice is something else.
+                break
             nb_pieces += 1
             if not self._reach(offset + covered):
                 break
