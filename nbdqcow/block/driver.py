@@ -111,12 +111,6 @@ class FormatDriver(ABC):
         """See above; a driver with subclusters has an attribute instead."""
         return self.cluster_size
 
-    @classmethod
-    def probe(cls, head: bytes, filename: str) -> int:
-        """Score 0 to 100 for how surely ``head`` (the file's first 2 KiB, or
-        all of a shorter file) is of this format."""
-        return 0
-
     # -- reading ---------------------------------------------------------
 
     @abstractmethod

@@ -190,7 +190,7 @@ async def _open_chain(
 
 
 def _looks_formatted(head: bytes) -> bool:
-    return probe_format(head, "") != "raw"
+    return probe_format(head) != "raw"
 
 
 async def open_storage(
@@ -304,7 +304,7 @@ async def _open_driver(
     name = options.format
     if name is None:
         head = await storage.pread(0, min(PROBE_LENGTH, storage.length))
-        name = probe_format(bytes(head), filename)
+        name = probe_format(bytes(head))
     given = options.driver_options.get("data_file")
 
     async def open_data_file(name_in_image: str | None) -> StorageDriver:

@@ -130,12 +130,6 @@ class FormatTool(ABC):
     supports_backing: ClassVar[bool] = False
     supports_check: ClassVar[bool] = False
 
-    @classmethod
-    def probe(cls, head: bytes) -> int:
-        """Score 0 to 100 for how surely ``head`` (the file's first 2 KiB, or
-        all of a shorter file) is of this format."""
-        return 0
-
     @abstractmethod
     def describe(self, file: BlockingFile) -> ImageInfo:
         """Describe an image. Raises `ImageError` and `OSError`."""

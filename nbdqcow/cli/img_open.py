@@ -12,7 +12,7 @@ from nbdqcow.block.registry import (
     blocking_file,
     format_tool,
     is_remote,
-    probe_tool,
+    probe_format,
     unmistakable_path,
 )
 from nbdqcow.block.steps import BlockingFile
@@ -79,7 +79,7 @@ def open_image_file(
                 raise ImageError(
                     f"Could not read image for determining its format: {exc.strerror}"
                 ) from None
-            tool = format_tool(probe_tool(head))
+            tool = format_tool(probe_format(head))
         yield OpenImage(path, file, tool, data_file)
     finally:
         file.close()

@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import os
 import stat
-import tempfile
 from collections.abc import AsyncIterator
 from typing import Final
 
@@ -33,6 +32,8 @@ def room_beside(target: str) -> str:
     """Return the directory for what is as large as the image to be made."""
     directory = os.path.dirname(target) or "."
     if is_stream(target) or not os.path.isdir(directory):
+        import tempfile
+
         return tempfile.gettempdir()
     return directory
 
@@ -53,6 +54,8 @@ async def standard_input(directory: str) -> AsyncIterator[str]:
     if os.isatty(_INPUT):
         raise ImageError("Standard input is a terminal, not an image")
     try:
+        import tempfile
+
         file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115
     except OSError as exc:
         raise ImageError(

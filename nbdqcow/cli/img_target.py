@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import stat
-import tempfile
 from collections.abc import Mapping
 
 from nbdqcow.block.registry import blocking_file, is_remote
@@ -79,6 +78,8 @@ class NewImage:
         directory, name = os.path.split(final)
         # A name has 255 bytes at most, and what a character has of them varies.
         short = os.fsdecode(os.fsencode(name)[:100])
+        import tempfile
+
         fd, path = tempfile.mkstemp(
             prefix=f".{short}.", suffix=".part", dir=directory or "."
         )

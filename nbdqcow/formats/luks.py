@@ -15,7 +15,6 @@ from nbdqcow.block.storage import StorageDriver
 from nbdqcow.block.tools import OptionValue, Secrets
 from nbdqcow.crypto.secrets import PassphraseRequired, reveal
 from nbdqcow.errors import BlockError, ImageError
-from nbdqcow.formats.luks_specs import probe
 from nbdqcow.types import DATA, Run
 from nbdqcow.units import SECTOR_SIZE, round_up
 
@@ -55,11 +54,6 @@ class LuksDriver(FormatDriver):
         self._passphrase = passphrase
         self._payload_offset = payload_offset
         self._start = start
-
-    @classmethod
-    def probe(cls, head: bytes, filename: str) -> int:
-        """See `FormatDriver.probe`."""
-        return probe(head)
 
     @classmethod
     async def open(

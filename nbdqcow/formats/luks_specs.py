@@ -3,13 +3,6 @@
 from nbdqcow.block.tools import OptionSpec
 
 
-def probe(head: bytes) -> int:
-    """Score 100 for the beginning of a file with a LUKS header of version 1, 0
-    for any other."""
-    version = int.from_bytes(head[6:8], "big")
-    return 100 if head[:6] == b"LUKS\xba\xbe" and version == 1 else 0
-
-
 def cipher_options(prefix: str) -> list[OptionSpec]:
     """Return what ``create`` can be told of a LUKS header."""
     return [

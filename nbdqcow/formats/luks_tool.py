@@ -15,7 +15,7 @@ from nbdqcow.block.tools import (
     no_secrets,
 )
 from nbdqcow.errors import ImageError
-from nbdqcow.formats.luks_specs import cipher_options, key_options, probe
+from nbdqcow.formats.luks_specs import cipher_options, key_options
 from nbdqcow.units import SECTOR_SIZE, round_up
 
 _PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
@@ -47,11 +47,6 @@ class LuksTool(FormatTool):
         *cipher_options(""),
     )
     key_options: ClassVar[Sequence[OptionSpec]] = key_options("")
-
-    @classmethod
-    def probe(cls, head: bytes) -> int:
-        """Score 100 for the magic and version 1."""
-        return probe(head)
 
     def describe(self, file: BlockingFile) -> ImageInfo:
         """Describe a container."""

@@ -48,11 +48,6 @@ class RawDriver(FormatDriver):
         self._known_allocated: list[bool] = []
 
     @classmethod
-    def probe(cls, head: bytes, filename: str) -> int:
-        """Anything may be raw, if it is nothing else."""
-        return 1
-
-    @classmethod
     async def open(
         cls, storage: StorageDriver, *, read_only: bool, options: Mapping[str, Any]
     ) -> Self:

@@ -35,11 +35,6 @@ class RawTool(FormatTool):
         OptionSpec("size", "size", "Virtual disk size"),
     )
 
-    @classmethod
-    def probe(cls, head: bytes) -> int:
-        """Score 1: anything can be raw."""
-        return 1
-
     def describe(self, file: BlockingFile) -> ImageInfo:
         """Describe an image: its length, in whole sectors, is all there is."""
         return ImageInfo("raw", round_up(file.length, SECTOR_SIZE))

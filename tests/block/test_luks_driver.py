@@ -31,7 +31,7 @@ def container(tmp_path, monkeypatch):
 @pytest.mark.asyncio
 async def test_random_requests(container, seed):
     rng = random.Random(seed)
-    assert probe_format(container.read_bytes()[:2048], "disk") == "luks"
+    assert probe_format(container.read_bytes()[:2048]) == "luks"
     model = bytearray(rng.randbytes(SIZE))
     async with open_image(container, driver_options=SECRET) as node:
         assert (node.format_name, node.size) == ("luks", SIZE)

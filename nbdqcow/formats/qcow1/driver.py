@@ -95,12 +95,6 @@ class Qcow1Driver(FormatDriver):
     # -- opening ---------------------------------------------------------
 
     @classmethod
-    def probe(cls, head: bytes, filename: str) -> int:
-        """See `FormatDriver.probe`."""
-        is_ours = head[:4] == qcow1_header.MAGIC and head[4:8] == b"\0\0\0\1"
-        return 100 if is_ours else 0
-
-    @classmethod
     async def open(
         cls, storage: StorageDriver, *, read_only: bool, options: Options[str, Any]
     ) -> Self:

@@ -47,11 +47,6 @@ class Qcow1Tool(FormatTool):
     )
     supports_backing: ClassVar[bool] = True
 
-    @classmethod
-    def probe(cls, head: bytes) -> int:
-        """Score 100 for the magic and version 1."""
-        return 100 if head[:4] == h.MAGIC and head[4:8] == b"\0\0\0\1" else 0
-
     def describe(self, file: BlockingFile) -> ImageInfo:
         """Describe an image by its header alone."""
         header = run_blocking(read_header(file.length), file)

@@ -179,12 +179,6 @@ class Qcow2Driver(Operations):
     # -- opening ---------------------------------------------------------
 
     @classmethod
-    def probe(cls, head: bytes, filename: str) -> int:
-        """See `FormatDriver.probe`."""
-        version = int.from_bytes(head[4:8], "big")
-        return 100 if head[:4] == b"QFI\xfb" and version >= 2 else 0
-
-    @classmethod
     async def open(
         cls, storage: StorageDriver, *, read_only: bool, options: Options[str, Any]
     ) -> Self:

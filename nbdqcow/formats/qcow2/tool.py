@@ -87,13 +87,6 @@ class Qcow2Tool(FormatTool):
     supports_backing: ClassVar[bool] = True
     supports_check: ClassVar[bool] = True
 
-    @classmethod
-    def probe(cls, head: bytes) -> int:
-        """Score 100 for the magic and a version that is not qcow's own."""
-        if len(head) >= 8 and int.from_bytes(head[:4], "big") == h.MAGIC:
-            return 100 if int.from_bytes(head[4:8], "big") >= 2 else 0
-        return 0
-
     def describe(self, file: BlockingFile) -> ImageInfo:
         """Describe an image."""
         return run_blocking(_describe(), file)

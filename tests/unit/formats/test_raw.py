@@ -13,11 +13,6 @@ async def open_raw(storage, read_only=False, **options):
     return await RawDriver.open(storage, read_only=read_only, options=options)
 
 
-def test_probes_as_the_last_resort():
-    assert RawDriver.probe(b"QFI\xfb", "x.qcow2") == 1
-    assert RawDriver.probe(b"", "") == 1
-
-
 @pytest.mark.asyncio
 async def test_is_the_file():
     storage = MemoryStorage(bytes(1000))

@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from nbdqcow.block.steps import Flush, Read, Write
 from nbdqcow.errors import ImageError, UnsupportedFeature
-from nbdqcow.formats.qcow1.driver import Qcow1Driver
 from nbdqcow.formats.qcow1.header import (
     HEADER_LENGTH,
     MAX_L1_BYTES,
@@ -15,7 +14,6 @@ from nbdqcow.formats.qcow1.header import (
     compressed_range,
     read_header,
 )
-from nbdqcow.formats.qcow1.tool import Qcow1Tool
 from tests.builder import patched
 from tests.qcow1_image import Image
 
@@ -116,14 +114,6 @@ def test_a_name_ends_at_a_nul_and_may_be_empty() -> None:
     odd = read(patched(SOUND, (48, "s", b"\xff\xfe"))).backing_filename
     assert odd is not None
     assert odd.encode("utf-8", "surrogateescape") == b"\xff\xfese.raw"
-
-
-def test_only_version_1_is_probed() -> None:
-    for probe in (Qcow1Tool.probe, lambda head: Qcow1Driver.probe(head, "")):
-        assert probe(SOUND) == 100
-        for version in (0, 2, 3):
-            assert probe(patched(SOUND, (4, "I", version))) == 0
-        assert probe(SOUND[:7]) == 0
 
 
 @given(st.integers(9, 16), st.data())

@@ -55,14 +55,6 @@ def describe(image: bytes):
     return Qcow2Tool().describe(BytesFile(image))
 
 
-def test_probe():
-    image = ImageBuilder().build()
-    assert Qcow2Tool.probe(image[:2048]) == 100
-    assert Qcow2Tool.probe(patched(image, (4, "I", 1))) == 0
-    assert Qcow2Tool.probe(b"QFI\xfb") == 0
-    assert Qcow2Tool.probe(bytes(2048)) == 0
-
-
 def test_bitmaps():
     info = describe(
         image_with_bitmaps(
