@@ -34,7 +34,11 @@ _DRIVER_FLAGS: Final = (
     *("lazy-refcounts", "discard-no-unref"),
     *("pass-discard-request", "pass-discard-snapshot", "pass-discard-other"),
 )
-_DRIVER_SIZES: Final = ("cache-size", "refcount-cache-size", "l2-cache-entry-size")
+_DRIVER_SIZES: Final = (
+    *("cache-size", "refcount-cache-size", "l2-cache-entry-size"),
+    # Ours: QEMU keeps nothing that it has decompressed.
+    "compressed-cache-size",
+)
 _OVERLAP: Final = "overlap-check"
 OVERLAP_TEMPLATES: Final = ("none", "constant", "cached", "all")
 OVERLAP_CLASSES: Final = (

@@ -457,8 +457,10 @@ def _check_named(path: str, options: OpenOptions) -> None:
 
 def _passed_down(driver_options: Mapping[str, Any]) -> dict[str, Any]:
     """Return what backing images are opened with as well: the passphrase, for
-    the overlay of an encrypted image is mostly encrypted alike."""
-    return {k: v for k, v in driver_options.items() if k == "secret"}
+    the overlay of an encrypted image is mostly encrypted alike, and what may be
+    kept, for what is compressed is mostly below."""
+    passed = ("secret", "compressed_cache_size")
+    return {k: v for k, v in driver_options.items() if k in passed}
 
 
 def backing_path(image_filename: str, backing_filename: str) -> str:

@@ -77,6 +77,13 @@ class ServeSettings:
     help="Memory for the tables of each image.  [default: 32M]",
 )
 @click.option(
+    "--compressed-cache-size",
+    type=size,
+    metavar="SIZE",
+    help="Memory for what was decompressed of each image.  [default: an equal share"
+    " of a 64th of the memory, at most 256M]",
+)
+@click.option(
     "--discard",
     type=click.Choice(("unmap", "ignore")),
     default="unmap",
@@ -116,6 +123,7 @@ def serve(
     format: str | None,
     cache: str,
     l2_cache_size: int | None,
+    compressed_cache_size: int | None,
     discard: str,
     detect_zeroes: str,
     key_file: str | None,
@@ -132,6 +140,9 @@ def serve(
     """
     if detect_zeroes == "unmap" and discard != "unmap":
         raise click.UsageError("--detect-zeroes=unmap needs --discard=unmap")
+    kept = {}
+    if compressed_cache_size is not None:
+        kept["compressed_cache_size"] = compressed_cache_size
     settings = ServeSettings(
         images=export_names(images),
         places=take_places(others, take_activation(os.environ)),
@@ -143,7 +154,7 @@ def serve(
             "discard": discard,
             "detect_zeroes": detect_zeroes,
             "l2_cache_size": l2_cache_size,
-            "driver_options": _take_key(key_file, key_env),
+            "driver_options": {**kept, **_take_key(key_file, key_env)},
         },
         limits=replace(
             take_limits(others), structured_replies=not no_structured_replies

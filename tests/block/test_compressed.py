@@ -9,7 +9,9 @@ import threading
 import pytest
 
 from nbdqcow import open_image
+from nbdqcow.cli.img import main
 from nbdqcow.errors import BlockError, NotSupported
+from nbdqcow.formats import memory_share
 from nbdqcow.formats.qcow2 import codec
 from nbdqcow.formats.qcow2.compress import CompressedClusters
 from nbdqcow.formats.qcow2.entries import compressed_range
@@ -241,6 +243,47 @@ def test_the_cache_is_bounded_in_bytes(tmp_path, seed):
             # The last ones are there, the first ones are not.
             assert driver.try_map(0, 4096)[1] not in kept
             assert driver.try_map(2 * MiB - 4096, 4096)[1] in kept
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("format_", ["qcow", "qcow2"])
+def test_images_share_the_memory_for_what_they_keep(
+    tmp_path, seed, monkeypatch, format_
+):
+    monkeypatch.setattr(memory_share, "_LEAST_SHARE", 65536)
+    monkeypatch.setattr(memory_share, "default_budget", lambda: MiB)
+    data = compressible(random.Random(seed), 2 * MiB)
+    raw = tmp_path / "raw"
+    raw.write_bytes(data)
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        assert main(["convert", "-cf", "raw", "-O", format_, str(raw), str(path)]) == 0
+
+    def kept(node):
+        return sum(map(len, node.driver.compressed._cache.values()))
+
+    async def run():
+        async with open_image(paths[0], read_only=True) as first:
+            assert bytes(await first.pread(0, 2 * MiB)) == data
+            for offset in range(0, 2 * MiB, 4096):
+                await first.pread(offset, 4096)
+            assert MiB // 2 < kept(first) <= MiB
+            async with open_image(paths[1], read_only=True) as second:
+                for offset in range(0, 2 * MiB, 4096):
+                    await first.pread(offset, 4096)
+                    await second.pread(offset, 4096)
+                assert 0 < kept(first) <= MiB // 2
+                assert 0 < kept(second) <= MiB // 2
+            options = {"compressed_cache_size": 200_000}
+            async with open_image(
+                paths[2], read_only=True, driver_options=options
+            ) as third:
+                for offset in range(0, 2 * MiB, 4096):
+                    await first.pread(offset, 4096)
+                    await third.pread(offset, 4096)
+                assert MiB // 2 < kept(first) <= MiB
+                assert 0 < kept(third) <= 200_000
 
     asyncio.run(run())
 

@@ -7,16 +7,16 @@ import asyncio
 from typing import TYPE_CHECKING, Final
 
 from nbdqcow.errors import BlockError
+from nbdqcow.formats.memory_share import MemoryShare
 from nbdqcow.formats.qcow1.header import compressed_range
 from nbdqcow.formats.qcow2.codec import deflate_blocking, inflate_blocking
 from nbdqcow.pool import Pool
 from nbdqcow.types import Buffer
-from nbdqcow.units import KiB, MiB
+from nbdqcow.units import KiB
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow1.driver import Qcow1Driver
 
-_CACHE_BYTES: Final = 4 * MiB
 _MAX_INLINE_CLUSTER: Final = 4 * KiB
 """A cluster of which decompressing costs less than a hop to a thread."""
 _INLINE_BYTES: Final = 64 * KiB
@@ -24,16 +24,16 @@ _INLINE_BYTES: Final = 64 * KiB
 
 
 class CompressedClusters:
-    """Reads compressed clusters of one image, with a small cache.
+    """Reads compressed clusters of one image, with a cache.
 
     The key is the descriptor, which names the same bytes until the image is
     emptied: the place of a compressed cluster is never used again.
     """
 
-    def __init__(self, image: "Qcow1Driver") -> None:
+    def __init__(self, image: "Qcow1Driver", cache_bytes: int | None) -> None:
         self._image = image
         self._cache: dict[int, Buffer] = {}
-        self._capacity = max(1, _CACHE_BYTES // image.cluster_size)
+        self._share = MemoryShare(cache_bytes)
         self._generation = 0
         self._loop = asyncio.get_running_loop()
         self._inline_left = _INLINE_BYTES
@@ -86,7 +86,9 @@ class CompressedClusters:
         return plain
 
     def _keep(self, descriptor: int, plain: Buffer) -> None:
-        while len(self._cache) >= self._capacity:
+        self._share.join()
+        capacity = max(1, self._share.nb_bytes // self._image.cluster_size)
+        while len(self._cache) >= capacity:
             del self._cache[next(iter(self._cache))]
         self._cache[descriptor] = plain
 
@@ -106,7 +108,9 @@ class CompressedClusters:
         return self._pool
 
     async def close(self) -> None:
-        """Let go of the worker threads."""
+        """Let go of the worker threads, and of the memory."""
+        self._share.leave()
+        self.clear()
         if self._pool is not None:
             await self._pool.close()
             self._pool = None

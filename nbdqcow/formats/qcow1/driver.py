@@ -54,6 +54,7 @@ class Qcow1Driver(FormatDriver):
         *,
         read_only: bool,
         l2_cache_size: int,
+        compressed_cache_size: int | None,
         data: StorageDriver | None = None,
     ) -> None:
         """``data`` is where guest data is read and written, if not in
@@ -80,7 +81,7 @@ class Qcow1Driver(FormatDriver):
         )
         self.mapping = Mapping(self.tables)
         self.mapping.freeze(read_only)
-        self.compressed = CompressedClusters(self)
+        self.compressed = CompressedClusters(self, compressed_cache_size)
         self.writeback = Writeback(self)
         self.try_map = self.mapping.try_map  # type: ignore[method-assign]
         self.map = self.mapping.map  # type: ignore[method-assign]
@@ -100,9 +101,9 @@ class Qcow1Driver(FormatDriver):
     ) -> Self:
         """Open the image in ``storage``.
 
-        Options: ``l2_cache_size`` in bytes; ``secret``, the passphrase of an
-        encrypted image (`nbdqcow.crypto.secrets.Secret` or bytes). Raises
-        `ImageError`.
+        Options: ``l2_cache_size`` and ``compressed_cache_size`` in bytes;
+        ``secret``, the passphrase of an encrypted image
+        (`nbdqcow.crypto.secrets.Secret` or bytes). Raises `ImageError`.
         """
         header = await run_steps(read_header(storage.length), storage)
         header.check_l1(storage.length)
@@ -116,6 +117,7 @@ class Qcow1Driver(FormatDriver):
             l1,
             read_only=read_only,
             l2_cache_size=options.get("l2_cache_size") or DEFAULT_L2_CACHE,
+            compressed_cache_size=options.get("compressed_cache_size"),
             data=data,
         )
 

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import BlockError
+from nbdqcow.formats.memory_share import MemoryShare
 from nbdqcow.formats.qcow2.codec import Decompress, codec
 from nbdqcow.formats.qcow2.entries import compressed_range
 from nbdqcow.pool import Pool
 from nbdqcow.types import Buffer
-from nbdqcow.units import KiB, MiB
+from nbdqcow.units import KiB
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
-CACHE_BYTES: Final = 32 * MiB
 _INLINE_BYTES: Final = 512 * KiB
 """What is decompressed in one turn of the event loop: about a millisecond."""
 _MAX_INLINE: Final = 128 * KiB
@@ -48,10 +48,11 @@ class CompressedClusters:
             and writes it there.
     """
 
-    def __init__(self, image: "Qcow2Driver", cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, image: "Qcow2Driver", cache_bytes: int | None = None) -> None:
+        """``cache_bytes`` is what may be kept, by default a `MemoryShare`."""
         size = image.cluster_size
         self._image = image
-        self._cache_bytes = cache_bytes
+        self._share = MemoryShare(cache_bytes)
         # From the one that was used the longest time ago to the last one.
         self._cache: dict[int, Buffer] = {}
         self._nb_bytes = 0
@@ -71,6 +72,7 @@ class CompressedClusters:
         """The worker threads; images without compressed clusters take none."""
         if self._pool is None:
             self._pool = Pool()
+            self._share.join()
             self._loop = asyncio.get_running_loop()
         return self._pool
 
@@ -304,7 +306,7 @@ class CompressedClusters:
         cache = self._cache
         self._nb_bytes += len(plain) - len(cache.pop(descriptor, b""))
         cache[descriptor] = plain
-        while self._nb_bytes > self._cache_bytes and len(cache) > 1:
+        while self._nb_bytes > self._share.nb_bytes and len(cache) > 1:
             self._nb_bytes -= len(cache.pop(next(iter(cache))))
 
     def drop(self, descriptor: int) -> None:
@@ -319,7 +321,10 @@ class CompressedClusters:
         self._image.refcounts.stop_packing(offset, length)
 
     async def close(self) -> None:
-        """Let go of the worker threads."""
+        """Let go of the worker threads, and of the memory."""
+        self._share.leave()
+        self._cache.clear()
+        self._nb_bytes = 0
         if self._pool is not None:
             await self._pool.close()
             self._pool = None

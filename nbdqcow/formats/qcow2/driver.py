@@ -130,7 +130,7 @@ class Qcow2Driver(Operations):
             settings.refcount_cache_bytes,
         )
         self.refcounts.note_used = self.note_used
-        self.compressed = CompressedClusters(self)
+        self.compressed = CompressedClusters(self, settings.compressed_cache_bytes)
         self.writeback = Writeback(self)
         end = round_up(storage.length, self.cluster_size)
         # A data file may hold anything where nothing is mapped.

@@ -32,6 +32,8 @@ class Settings:
 
     Attributes:
         l2_cache_bytes, refcount_cache_bytes: memory for tables.
+        compressed_cache_bytes: memory for decompressed clusters; None for a share
+            of what all images have.
         clean_interval: seconds after which a cached table that was not used
             is dropped; 0 for never.
         lazy_refcounts: refcounts may wait until the image is closed.
@@ -46,6 +48,7 @@ class Settings:
 
     l2_cache_bytes: int = DEFAULT_L2_CACHE
     refcount_cache_bytes: int = _DEFAULT_REFCOUNT_CACHE
+    compressed_cache_bytes: int | None = None
     clean_interval: int = 0
     lazy_refcounts: bool = False
     discard_request: bool = True
@@ -78,6 +81,7 @@ class Settings:
         return cls(
             l2_cache_bytes=l2_cache,
             refcount_cache_bytes=refcount_cache,
+            compressed_cache_bytes=options.get("compressed_cache_size"),
             clean_interval=options.get("cache_clean_interval", 0),
             lazy_refcounts=header.lazy_refcounts if lazy is None else lazy,
             discard_request=bool(request),
