@@ -58,12 +58,12 @@ def open_blocking(filename: str, flags: int) -> int:
     """
     try:
         with contextlib.suppress(FileNotFoundError):
-            _check_kind(filename, os.stat(filename))
+            _check_kind(filename, os.stat(filename), flags)
         # Should the name become a pipe's just now, it doesn't wait either. A
         # disk's file does not know the flag.
         fd = os.open(filename, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
         try:
-            _check_kind(filename, os.fstat(fd))
+            _check_kind(filename, os.fstat(fd), flags)
         except ImageError:
             os.close(fd)
             raise
@@ -79,7 +79,10 @@ def open_blocking(filename: str, flags: int) -> int:
     return fd
 
 
-def _check_kind(filename: str, status: os.stat_result) -> None:
+def _check_kind(filename: str, status: os.stat_result, flags: int) -> None:
+    if stat.S_ISDIR(status.st_mode) and flags & os.O_ACCMODE != os.O_RDONLY:
+        # As open(2) has it.
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
         raise ImageError(
             f"Could not open '{filename}': 'file' driver requires '{filename}' to be a"
