@@ -1,6 +1,7 @@
 """``nbdqcow-nbd``: one image as an NBD export, with the options of qemu-nbd."""
 
 import errno
+import math
 import os
 import sys
 from typing import TYPE_CHECKING, Final
@@ -161,6 +162,7 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
     server = Server(
         ServerOptions(
             max_connections=settings.shared or NO_LIMIT,
+            handshake_timeout=settings.handshake_limit or math.inf,
             wait_when_full=True,
             sole_is_default=False,
         ),

@@ -54,6 +54,7 @@ _LONG: Final = {
     "fork": "",
     "pid-file=": "",
     "selinux-label=": "",
+    "handshake-limit=": "",
 }
 # Options of qemu-nbd that are known and refused: what messages call them.
 _REFUSED: Final = {
@@ -101,6 +102,8 @@ The server:
   -k, --socket=PATH          listen on a unix socket instead
   -e, --shared=NUM           clients at a time, 0 for any number (default: 1)
   -t, --persistent           go on after the last client has left
+      --handshake-limit=SECS seconds that a client's handshake may take, 0 for
+                             any (default: 10)
   -x, --export-name=NAME     name of the export (default: the empty name)
   -D, --description=TEXT     description of the export
       --fork                 return when the server is ready; it runs on
@@ -158,6 +161,7 @@ class Settings:
         host, port: TCP address; the port may be a service's name.
         socket: path of a unix socket, which takes the place of TCP.
         shared: clients at a time; 0 is any number.
+        handshake_limit: seconds; 0 is none.
         objects: what --object said, in order.
         tls_creds, tls_authz: ids of objects.
         tls_hostname: what a client finds in the server's certificate.
@@ -179,6 +183,7 @@ class Settings:
     port: str = "10809"
     socket: str | None = None
     shared: int = 1
+    handshake_limit: int = 10
     persistent: bool = False
     verbose: bool = False
     export_name: str = ""
@@ -212,7 +217,8 @@ def parse_arguments(
     arguments: list[str], activated: Sequence[tuple[int, str]] = ()
 ) -> Settings:
     """Return what ``arguments`` ask for; ``activated`` are the sockets that the
-    service manager has opened for us. Raises `UsageError`."""
+    service manager has opened for us. Raises `UsageError`, and `Answered` if an
+    ``--object`` asked which there are."""
     try:
         options, operands = getopt_long(
             arguments, _SHORT, {k: v or k.rstrip("=") for k, v in _LONG.items()}
@@ -244,7 +250,9 @@ def _apply(settings: Settings, name: str, value: str) -> None:
                 raise UsageError("socket path must be absolute")
             settings.socket = value
         case "e":
-            settings.shared = _parse_shared(value)
+            settings.shared = _parse_number(value, "shared device number")
+        case "handshake-limit":
+            settings.handshake_limit = _parse_number(value, "handshake limit")
         case "t":
             settings.persistent = True
         case "v":
@@ -275,6 +283,9 @@ def _apply(settings: Settings, name: str, value: str) -> None:
         case "image-opts":
             settings.image_opts = True
         case "object":
+            from nbdqcow.cli.objects import answer_help
+
+            answer_help(value)
             settings.objects += (value,)
         case "tls-creds":
             settings.tls_creds = value
@@ -386,11 +397,11 @@ def _check_activation(settings: Settings) -> None:
             raise UsageError(f"{text} can't be set when using socket activation")
 
 
-def _parse_shared(text: str) -> int:
-    shared = _parse_integer(text)
-    if shared is None or not 0 <= shared < NO_LIMIT:
-        raise UsageError(f"Invalid shared device number '{text}'")
-    return shared
+def _parse_number(text: str, what: str) -> int:
+    number = _parse_integer(text)
+    if number is None or not 0 <= number < NO_LIMIT:
+        raise UsageError(f"Invalid {what} '{text}'")
+    return number
 
 
 def _parse_snapshot(text: str) -> str | tuple[str | None, str | None]:

@@ -5,10 +5,11 @@ import binascii
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from nbdqcow.cli.image_opts import parse_keyval
+from nbdqcow.cli.program import Answered
 from nbdqcow.errors import UsageError
 
 if TYPE_CHECKING:
@@ -18,6 +19,35 @@ if TYPE_CHECKING:
 
 _IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _BOOLEANS: Final = {"on": True, "yes": True, "off": False, "no": False}
+_HELP: Final = frozenset(("help", "?"))
+_KEY_LENGTH: Final = 32
+_BLOCK_LENGTH: Final = 16
+_CREDENTIALS: Final = {
+    "dir": "string",
+    "endpoint": "QCryptoTLSCredsEndpoint",
+    "priority": "string",
+    "verify-peer": "bool",
+}
+_PROPERTIES: Final[Mapping[str, Mapping[str, str]]] = {
+    "authz-list": {"policy": "QAuthZListPolicy", "rules": "QAuthZListRule"},
+    "authz-list-file": {"filename": "string", "refresh": "bool"},
+    "authz-simple": {"identity": "string"},
+    "secret": {
+        "data": "string",
+        "file": "string",
+        "format": "QCryptoSecretFormat",
+        "iv": "string",
+        "keyid": "string",
+    },
+    "tls-creds-psk": {**_CREDENTIALS, "username": "string"},
+    "tls-creds-x509": {
+        **_CREDENTIALS,
+        "passwordid": "string",
+        "sanity-check": "bool",
+    },
+}
+"""What objects there are, and their properties with QEMU's names of the types."""
+_ALIASES: Final = {"authz-listfile": "authz-list-file"}
 
 
 class Objects:
@@ -31,7 +61,9 @@ class Objects:
             self.add(text)
 
     def add(self, text: str) -> None:
-        """Make one object. Raises `UsageError` and `CredentialsError`."""
+        """Make one object. Raises `UsageError` and `CredentialsError`, and
+        `Answered` if ``text`` asked which there are."""
+        answer_help(text)
         properties = parse_object(text)
         kind = properties.take("qom-type")
         maker = _MAKERS.get(kind)
@@ -51,9 +83,8 @@ class Objects:
                 f"attempt to add duplicate property '{name}' to object (type "
                 "'container')"
             )
-        made = maker(self, properties)
-        properties.check_end()
-        self._objects[name] = made
+        properties.check(_PROPERTIES[_ALIASES.get(kind, kind)])
+        self._objects[name] = maker(self, properties)
 
     def credentials(self, name: str, *, is_server: bool) -> "TlsCredentials":
         """Return the credentials of that id. Raises `UsageError`."""
@@ -102,13 +133,17 @@ class Objects:
 
     def secret(self, name: str) -> str:
         """Return the text of a secret. Raises `UsageError`."""
+        try:
+            return self.secret_bytes(name).decode()
+        except UnicodeDecodeError:
+            raise UsageError(f"Data from secret {name} is not valid UTF-8") from None
+
+    def secret_bytes(self, name: str) -> bytes:
+        """Return the bytes of a secret. Raises `UsageError`."""
         found = self._objects.get(name)
         if not isinstance(found, bytes):
             raise UsageError(f"No secret with id '{name}'")
-        try:
-            return found.decode()
-        except UnicodeDecodeError:
-            raise UsageError(f"Data from secret {name} is not valid UTF-8") from None
+        return found
 
 
 class Properties:
@@ -154,10 +189,30 @@ class Properties:
         rest, self._given = self._given, {}
         return rest
 
-    def check_end(self) -> None:
-        """Raise `UsageError` unless all was taken."""
+    def check(self, known: Container[str]) -> None:
+        """Raise `UsageError` for a property that is not ``known``."""
         for key in self._given:
-            raise UsageError(f"Parameter '{key}' is unexpected")
+            if key.partition(".")[0] not in known:
+                _unexpected(key)
+
+
+def answer_help(text: str) -> None:
+    """Print which objects there are, or which properties one has, if an
+    ``--object`` asks for that; raise `Answered` then."""
+    if text.startswith("{"):
+        return
+    kind, *rest = text.split(",")
+    kind = kind.removeprefix("qom-type=")
+    if kind in _HELP or not _HELP.isdisjoint(rest):
+        if kind in _PROPERTIES:
+            print(f"{kind} options:")
+            for name, value in sorted(_PROPERTIES[kind].items()):
+                print(f"  {name}=<{value}>")
+        else:
+            print("List of user creatable objects:")
+            for name in sorted(_PROPERTIES):
+                print(f"  {name}")
+        raise Answered
 
 
 def parse_object(text: str) -> Properties:
@@ -198,13 +253,47 @@ def _secret(objects: Objects, properties: Properties) -> bytes:
         assert data is not None
         # An argument that is no UTF-8 has surrogates, and is none as bytes, too.
         content = data.encode("utf-8", "surrogatepass")
+    key_id, iv = properties.take_optional("keyid"), properties.take_optional("iv")
+    if key_id is not None:
+        return _decrypt(content, encoding, objects.secret_bytes(key_id), iv)
+    return _decode_base64(content) if encoding == "base64" else content
+
+
+def _decode_base64(content: bytes) -> bytes:
+    try:
+        # Lines of any length are welcome, as in QEMU.
+        return base64.b64decode(content.replace(b"\n", b""), validate=True)
+    except (binascii.Error, ValueError):
+        raise UsageError("Base64 data contains invalid characters") from None
+
+
+def _decrypt(content: bytes, encoding: str, key: bytes, iv: str | None) -> bytes:
+    """Return what another secret, the key of AES-256-CBC, has encrypted."""
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    if len(key) != _KEY_LENGTH:
+        raise UsageError(f"Key should be {_KEY_LENGTH} bytes in length")
+    if iv is None:
+        raise UsageError("IV is required to decrypt secret")
+    vector = _decode_base64(iv.encode("utf-8", "surrogateescape"))
+    if len(vector) != _BLOCK_LENGTH:
+        raise UsageError(
+            f"IV should be {_BLOCK_LENGTH} bytes in length not {len(vector)}"
+        )
     if encoding == "base64":
-        try:
-            # Lines of any length are welcome, as in QEMU.
-            return base64.b64decode(content.replace(b"\n", b""), validate=True)
-        except (binascii.Error, ValueError):
-            raise UsageError("Base64 data contains invalid characters") from None
-    return content
+        content = _decode_base64(content)
+    if not content or len(content) % _BLOCK_LENGTH:
+        raise UsageError(
+            f"Length {len(content)} must be a multiple of block size {_BLOCK_LENGTH}"
+        )
+    decryptor = Cipher(algorithms.AES(key), modes.CBC(vector)).decryptor()
+    plain = decryptor.update(content) + decryptor.finalize()
+    padding = plain[-1]
+    if not 1 <= padding <= _BLOCK_LENGTH:
+        raise UsageError(
+            f"Incorrect number of padding bytes ({padding}) found on decrypted data"
+        )
+    return plain[:-padding]
 
 
 def _tls_creds_x509(objects: Objects, properties: Properties) -> "TlsCredentials":

@@ -26,6 +26,10 @@ class Signalled(BaseException):
         self.number = number
 
 
+class Answered(BaseException):
+    """An option's value asked what there is; that is printed, and all is done."""
+
+
 class _Output(io.FileIO):
     """Standard output or error. That nobody can read what is printed ends no
     work on an image; `failure` says so when the work is done."""
@@ -51,7 +55,8 @@ def run_program(main: Callable[[], int], *, print_failures_last: bool = False) -
     outputs = _remember_failures() if print_failures_last else []
     status = 0
     try:
-        status = main()
+        with contextlib.suppress(Answered):
+            status = main()
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has gone; so has the wish for the rest.

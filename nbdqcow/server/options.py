@@ -17,7 +17,8 @@ class ServerOptions:
         max_export_connections: clients of one export at a time; 0 for any
             number.
         max_option_length: bytes of data of one option in the handshake.
-        handshake_timeout: seconds from connecting to the transmission phase.
+        handshake_timeout: seconds from connecting to the transmission phase;
+            infinity for no limit.
         idle_timeout: seconds without a request, after which a client is
             closed; 0 for never.
         reply_timeout: seconds in which a client takes nothing of the replies
