@@ -30,6 +30,13 @@ _DISCARD_MODES: Final = {
 _DETECT_ZEROES_MODES: Final = {mode: mode for mode in ("off", "on", "unmap")}
 _FILE_DRIVERS: Final = ("file", "host_device")
 
+_ENCRYPTING: Final = {
+    "encrypt.format": ("qcow", "qcow2"),
+    "encrypt.key-secret": ("qcow", "qcow2"),
+    "key-secret": ("luks",),
+}
+"""Options that only these formats have."""
+
 _DRIVER_FLAGS: Final = (
     *("lazy-refcounts", "discard-no-unref"),
     *("pass-discard-request", "pass-discard-snapshot", "pass-discard-other"),
@@ -168,7 +175,10 @@ def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
     for key, value in own.items():
         if value is None:
             raise ImageError(f"Parameter '{key}' has no value")
-        if not (_take_own(key, value, options) or _take_driver_own(key, value, more)):
+        fits = driver is None or driver in _ENCRYPTING.get(key, (driver,))
+        if not fits or not (
+            _take_own(key, value, options) or _take_driver_own(key, value, more)
+        ):
             raise ImageError(
                 f"Block format '{driver or 'raw'}' does not support the option '{key}'"
             )
@@ -218,9 +228,6 @@ def _take_own(key: str, value: str, options: dict[str, Any]) -> bool:
             options["l2_cache_size"] = _size(key, value)
         case "encrypt.key-secret" | "key-secret":
             options["key_secret"] = value
-        case "encrypt.format":
-            # The image says the same; it is not asked for twice.
-            _choice(key, value, {"aes": "aes", "luks": "luks"})
         case "cache.direct" | "cache.no-flush" | "cache.writeback" | "auto-read-only":
             _boolean(key, value)
         case "node-name":
@@ -238,8 +245,8 @@ def _take_driver_own(key: str, value: str, more: dict[str, Any]) -> bool:
         more[name] = _boolean(key, value)
     elif key in _DRIVER_SIZES or key == "cache-clean-interval":
         more[name] = _size(key, value)
-    elif key in ("offset", "size"):
-        more[key] = value
+    elif key in ("offset", "size", "encrypt.format"):
+        more[key.replace(".", "_")] = value
     elif key.partition(".")[0] != _OVERLAP:
         return False
     return True

@@ -291,6 +291,8 @@ def _read_config_blocking(path: str) -> bytes:
     # Whoever opens a FIFO without the flag may wait for ever.
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
+        if path == os.devnull:
+            return b""
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise ImageError(f"'{path}' is no regular file")
         return os.pread(fd, _MAX_CONFIG_LENGTH, 0)

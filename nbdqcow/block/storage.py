@@ -42,6 +42,7 @@ class StorageDriver(ABC):
             zeroes once the file grows over them (a regular file; not a disk).
         read_alignment: what is read begins and ends with a multiple of so many
             bytes in the file: it is open past the page cache.
+        resizable: whether it can be given another length by who asks for it.
         inner: the file that this one is a filter over, if it is one.
         shows_context: True if a map of the file is to show a metadata context
             of the server's, `context_extents`, in the place of what is where.
@@ -55,6 +56,7 @@ class StorageDriver(ABC):
     length: int
     zero_beyond_end: bool
     defers_reads: ClassVar[bool] = False
+    resizable: ClassVar[bool] = True
     shows_context: bool = False
     read_alignment: int = 1
     inner: "StorageDriver | None" = None

@@ -26,6 +26,11 @@ _LONG: Final = {
     "object=": "--object",
     "image-opts": "--image-opts",
     "force": "--force",
+    "options=": "-o",
+    "format=": "-f",
+    "cache=": "-t",
+    "progress": "-p",
+    "quiet": "-q",
 }
 _AMENDABLE: Final = (
     *("backing_file", "backing_fmt", "compat", "data_file", "data_file_raw"),
@@ -61,7 +66,10 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError("Must specify options (-o)")
     text = ",".join(option_lists)
     if images.format is not None and wants_help(text):
-        _print_help(images.format)
+        try:
+            _print_help(images.format)
+        finally:
+            ProgressLine(shown, quiet=quiet).end()
         return 0
     if len(operands) != 1:
         raise ImageError("Expecting one image file name")
@@ -111,11 +119,13 @@ async def _amend(
             for spec in tool.key_options
             if spec.name in values
         }
-        if keys:
-            await driver.amend_keys(keys, images.secret, force=force)
-        if values:
-            await _amend_format(node, values, progress)
-        progress.show(100)
+        try:
+            if keys:
+                await driver.amend_keys(keys, images.secret, force=force)
+            if values:
+                await _amend_format(node, values, progress)
+        finally:
+            progress.show(100)
     finally:
         await node.close()
     return 0

@@ -17,6 +17,22 @@ class PassphraseRequired(ImageError):
     """An encrypted image was opened without a passphrase."""
 
 
+def check_method(found: str | None, wanted: str | None) -> None:
+    """See that an image is encrypted by the method that its options name, if any.
+
+    ``found`` is None for one that is not encrypted. Raises `ImageError`.
+    """
+    if wanted in (None, found):
+        return
+    if found is None:
+        raise ImageError(
+            f"No encryption in image header, but options specified format '{wanted}'"
+        )
+    raise ImageError(
+        f"Header reported '{found}' encryption format but options specify '{wanted}'"
+    )
+
+
 class Secret:
     """Bytes that neither ``repr`` nor a traceback's text shows."""
 

@@ -151,6 +151,8 @@ class RawDriver(FormatDriver):
 
     async def resize(self, size: int, *, preallocation: str = "off") -> None:
         """Set the file's length. Raises `BlockError`."""
+        if not self.storage.resizable:
+            raise NotSupported("Image format driver does not support resize")
         if preallocation == "metadata":
             raise NotSupported("Unsupported preallocation mode: metadata")
         if self._is_window:

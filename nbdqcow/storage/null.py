@@ -20,6 +20,7 @@ class NullStorage(StorageDriver):
     """
 
     name: ClassVar[str] = "null"
+    resizable: ClassVar[bool] = False
 
     def __init__(
         self,

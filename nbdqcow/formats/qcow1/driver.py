@@ -14,6 +14,7 @@ from nbdqcow.block.inflight import Epochs, Writers
 from nbdqcow.block.status import Kinds
 from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import StorageDriver
+from nbdqcow.crypto.secrets import check_method
 from nbdqcow.errors import BlockError, CorruptImage, NotSupported
 from nbdqcow.formats.qcow1 import encryption, extents, write
 from nbdqcow.formats.qcow1 import header as qcow1_header
@@ -108,7 +109,10 @@ class Qcow1Driver(FormatDriver):
         header = await run_steps(read_header(storage.length), storage)
         header.check_l1(storage.length)
         data = None
-        if header.crypt_method == qcow1_header.CRYPT_AES:
+        is_encrypted = header.crypt_method == qcow1_header.CRYPT_AES
+        method = "aes" if is_encrypted else None
+        check_method(method, options.get("encrypt_format"))
+        if is_encrypted:
             data = encryption.open_data(storage, options.get("secret"))
         l1 = await load_l1(storage, header)
         return cls(

@@ -2,10 +2,11 @@
 
 from array import array
 from collections.abc import Mapping as Options
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from nbdqcow.block.steps import run_steps
 from nbdqcow.block.storage import StorageDriver
+from nbdqcow.crypto.secrets import check_method
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2 import encryption, overlap
 from nbdqcow.formats.qcow2 import header as qcow2_header
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
 D = TypeVar("D", bound="Qcow2Driver")
+_METHODS: Final = {
+    qcow2_header.CRYPT_NONE: None,
+    qcow2_header.CRYPT_AES: "aes",
+    qcow2_header.CRYPT_LUKS: "luks",
+}
 
 
 async def open_driver(
@@ -39,6 +45,7 @@ async def open_driver(
     settings = Settings.parse(options, header)
     if header.dirty and not read_only:
         header = await repair_dirty(storage, header)
+    check_method(_METHODS[header.crypt_method], options.get("encrypt_format"))
     wanted_snapshot = options.get("snapshot")
     if wanted_snapshot is not None:
         if not read_only:

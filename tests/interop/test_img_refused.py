@@ -1,0 +1,119 @@
+"""Names and options that qemu-img refuses, or answers without doing anything."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.interop.img_beside_qemu import prepare, settle
+from tests.interop.test_img_conformance import run_ours, run_theirs
+
+ONE = "--object secret,id=s,data=one"
+LUKS = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+
+
+@pytest.fixture(scope="module")
+def disks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("qemu-img") is None:
+        pytest.skip("qemu-img is not installed (tools/setup-system.sh test)")
+    directory = tmp_path_factory.mktemp("refused") / "disks"
+    prepare(directory)
+    run_theirs("create -f qcow old.qcow 1M", directory)
+    run_theirs(f"create {ONE} -f qcow2 -o {LUKS} encrypted.qcow2 1M", directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        # A directory.
+        "create -f raw sub 1M",
+        "create -f qcow2 sub 1M",
+        "create -f qcow2 -b sub -F raw new 1M",
+        "info sub",
+        "check -f qcow2 sub",
+        "map sub",
+        "convert sub new",
+        "convert base.raw sub",
+        "convert -O qcow2 base.raw sub",
+        "convert -n -O raw base.raw sub",
+        "compare base.raw sub",
+        "resize -f raw sub 1M",
+        "snapshot -c a sub",
+        "commit sub",
+        "rebase -b '' sub",
+        "amend -o compat=1.1 sub",
+        "dd if=base.raw of=sub",
+        "bench -w sub",
+        "bitmap --add sub x",
+        # Encryption that an image does not have.
+        *(
+            f"{command} {ONE} --image-opts {options}"
+            for command in ("map", "compare base.raw")
+            for options in (
+                "driver=qcow2,encrypt.key-secret=s,file.filename=base.qcow2",
+                f"driver=qcow2,{LUKS[:41]},file.filename=base.qcow2",
+                "driver=qcow2,encrypt.format=aes,file.filename=base.qcow2",
+                "driver=qcow,encrypt.format=luks,file.filename=old.qcow",
+                "driver=qcow2,encrypt.format=aes,encrypt.key-secret=s,"
+                "file.filename=encrypted.qcow2",
+                "driver=qcow2,encrypt.format=nosuch,encrypt.key-secret=s,"
+                "file.filename=encrypted.qcow2",
+                "driver=raw,encrypt.key-secret=s,file.filename=base.raw",
+                "driver=raw,key-secret=s,file.filename=base.raw",
+            )
+        ),
+        # Disks that are what they are.
+        *(
+            f"resize {option} 'json:{{{name}}}' {size}"
+            for option in ("", "--preallocation=full", "--preallocation=falloc")
+            for name in (
+                '"driver": "null-co", "size": 1048576',
+                '"driver": "raw", "file": {"driver": "null-co", "size": 1048576}',
+            )
+            for size in ("2M", "+1M")
+        ),
+        'resize --shrink \'json:{"driver":"null-co","size":1048576}\' 1k',
+        # Questions, and what -p says of an end.
+        "amend -p -o help -f qcow2 base.qcow2",
+        "amend -p -o help -f luks",
+        "amend -p -o help base.qcow2",
+        "amend -pq -o help -f qcow2",
+        "amend -p -o help -f raw base.raw",
+        "amend -p -o compat=9 base.qcow2",
+        "amend -p -o size=1k base.qcow2",
+        "amend -p -o nosuch=1 base.qcow2",
+        "amend -p -o compat=1.1 absent",
+        "info --object secret,help absent",
+        "create --object secret,id=s,help",
+        "map --object tls-creds-psk,help absent",
+        "convert --object tls-creds-x509,?",
+        "check --object authz-list,help absent",
+        "check --object qom-type=authz-simple,help absent",
+        "check --object authz-list-file,help absent",
+        "info --object tls-creds-x509,id=a,nosuch=b base.raw",
+        "info --object secret,id=a,data=b,nosuch=c base.raw",
+        "info --object secret,id=a,data=b,iv=c base.raw",
+        "info --object secret,id=a,data=b,keyid=c base.raw",
+        # A configuration of nothing.
+        "map blkdebug:/dev/null:base.raw",
+        "map --image-opts driver=raw,file.driver=blkdebug,file.config=/dev/null,"
+        "file.image.filename=base.raw",
+    ],
+)
+def test_refused(line: str, disks: Path, tmp_path: Path) -> None:
+    for name in ("theirs", "ours"):
+        subprocess.run(["cp", "-a", "--", disks, tmp_path / name], check=True)
+    expected = settle(run_theirs(line, tmp_path / "theirs"))
+    assert settle(run_ours(line, tmp_path / "ours")) == expected
+
+
+def test_list_of_objects(disks: Path) -> None:
+    """Ours is shorter, and nothing is done."""
+    status, out, err = run_ours("create --object help new 1M", disks)
+    assert (status, err) == (0, b"")
+    listed = run_theirs("info --object help absent", disks)[1].splitlines()
+    assert set(out.splitlines()) <= set(listed)
+    assert b"  secret" in out.splitlines()
+    assert not (disks / "new").exists()
