@@ -29,9 +29,10 @@ _COMMANDS: Final = {
     "bitmap": (
         "nbdqcow.cli.img_bitmap",
         "add, remove and change an image's dirty bitmaps",
-        "(--merge source | --add | --remove | --clear | --enable | --disable)... "
+        "(--merge source | --add | --remove | --remove-all | --clear | --enable | "
+        "--disable)... "
         "[-b source_file [-F source_fmt]] [-g granularity] [--object objectdef] "
-        "[--image-opts | -f fmt] filename bitmap",
+        "[--image-opts | -f fmt] filename [bitmap]",
     ),
     "check": (
         "nbdqcow.cli.img_check",
@@ -76,8 +77,8 @@ _COMMANDS: Final = {
     "info": (
         "nbdqcow.cli.img_info",
         "show what an image says of itself",
-        "[--object objectdef] [--image-opts] [-f fmt] [--output=human|json] "
-        "[--backing-chain] [-U] filename",
+        "[--object objectdef] [--image-opts] [-f fmt] [-t cache] "
+        "[--output=human|json] [--backing-chain] [--limits] [-U] filename",
     ),
     "map": (
         "nbdqcow.cli.img_map",
@@ -96,7 +97,7 @@ _COMMANDS: Final = {
         "nbdqcow.cli.img_rebase",
         "give an image another backing file",
         "[--object objectdef] [--image-opts] [-U] [-q] [-f fmt] [-t cache] "
-        "[-T src_cache] [-p] [-u] -b backing_file [-F backing_fmt] filename",
+        "[-T src_cache] [-p] [-u] [-c] -b backing_file [-F backing_fmt] filename",
     ),
     "rename": (
         "nbdqcow.cli.img_rename",

@@ -18,6 +18,18 @@ _LONG: Final = {
     "no-drain": "--no-drain",
     "image-opts": "--image-opts",
     "force-share": "-U",
+    "object=": "--object",
+    "format=": "-f",
+    "cache=": "-t",
+    "count=": "-c",
+    "depth=": "-d",
+    "offset=": "-o",
+    "buffer-size=": "-s",
+    "step-size=": "-S",
+    "write": "-w",
+    "aio=": "-i",
+    "native": "-n",
+    "quiet": "-q",
 }
 _AIO: Final = ("threads", "native", "io_uring")
 _MAX_LENGTH: Final = (1 << 31) - 1

@@ -15,8 +15,10 @@ _LONG: Final = {
     "help": "-h",
     "object=": "--object",
     "image-opts": "--image-opts",
+    "format=": "-f",
     "add": "add",
     "remove": "remove",
+    "remove-all": "remove-all",
     "clear": "clear",
     "enable": "enable",
     "disable": "disable",
@@ -25,7 +27,9 @@ _LONG: Final = {
     "source-format=": "-F",
     "granularity=": "-g",
 }
-_ACTIONS: Final = ("add", "remove", "clear", "enable", "disable", "merge")
+_ACTIONS: Final = (
+    *("add", "remove", "remove-all", "clear", "enable", "disable", "merge"),
+)
 _MAX_NAME: Final = 1023
 _NODE: Final = "#block100"
 """What QEMU calls an image inside; only the number means nothing to us."""
@@ -62,7 +66,8 @@ def run(arguments: Sequence[str]) -> int:
             case _:
                 settings.images.take(name, value)
     _check(settings, operands)
-    filename, bitmap = operands
+    filename, *bitmaps = operands
+    bitmap = bitmaps[0] if bitmaps else ""
     settings.images.check()
     return run_command(lambda: _operate(settings, filename, bitmap))
 
@@ -80,7 +85,10 @@ def _check(settings: _Settings, operands: Sequence[str]) -> None:
         raise ImageError("-F only supported with -b")
     if settings.source_file is not None and "merge" not in names:
         raise ImageError("Merge bitmap source file only supported with --merge")
-    if len(operands) != 2:
+    if all(name == "remove-all" for name in names):
+        if len(operands) != 1:
+            raise ImageError("Expecting filename")
+    elif len(operands) != 2:
         raise ImageError("Expecting filename and bitmap name")
 
 
@@ -120,6 +128,10 @@ async def _act(
     found = {}
     if hasattr(driver, "bitmap_list"):
         found = {info.name: info for info in driver.bitmap_list()}
+    if action == "remove-all":
+        for name in found:
+            await driver.bitmap_remove(name)
+        return
     if action == "add":
         _check_new(settings, driver, bitmap, found)
         driver.bitmap_add(bitmap, granularity=settings.granularity)

@@ -32,6 +32,8 @@ _LONG: Final = {
     "object=": "--object",
     "image-opts": "--image-opts",
     "force-share": "-U",
+    "cache=": "-T",
+    "quiet": "-q",
 }
 _REPAIRS: Final = {"leaks": REPAIR_LEAKS, "all": REPAIR_ALL}
 

@@ -14,7 +14,18 @@ from nbdqcow.jobs.commit import commit
 from nbdqcow.jobs.control import JobControl
 from nbdqcow.jobs.convert import CopyError, reason_of
 
-_LONG: Final = {"help": "-h", "object=": "--object", "image-opts": "--image-opts"}
+_LONG: Final = {
+    "help": "-h",
+    "object=": "--object",
+    "image-opts": "--image-opts",
+    "format=": "-f",
+    "cache=": "-t",
+    "drop": "-d",
+    "base=": "-b",
+    "rate-limit=": "-r",
+    "progress": "-p",
+    "quiet": "-q",
+}
 
 
 def run(arguments: Sequence[str]) -> int:

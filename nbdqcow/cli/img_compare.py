@@ -18,6 +18,12 @@ _LONG: Final = {
     "object=": "--object",
     "image-opts": "--image-opts",
     "force-share": "-U",
+    "a-format=": "-f",
+    "b-format=": "-F",
+    "strict": "-s",
+    "cache=": "-T",
+    "progress": "-p",
+    "quiet": "-q",
 }
 
 _DIFFERENT: Final = 1

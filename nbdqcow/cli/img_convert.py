@@ -18,6 +18,7 @@ from nbdqcow.cli.img_nodes import (
 )
 from nbdqcow.cli.img_options import (
     check_cache,
+    check_compression,
     is_option_list,
     parse_amount,
     parse_arguments,
@@ -55,6 +56,23 @@ _LONG: Final = {
     "target-is-zero": "--target-is-zero",
     "bitmaps": "--bitmaps",
     "skip-broken-bitmaps": "--skip-broken-bitmaps",
+    "source-format=": "-f",
+    "source-cache=": "-T",
+    "snapshot=": "-l",
+    "target-format=": "-O",
+    "target-format-options=": "-o",
+    "target-cache=": "-t",
+    "backing=": "-B",
+    "backing-format=": "-F",
+    "sparse-size=": "-S",
+    "no-create": "-n",
+    "compress": "-c",
+    "rate-limit=": "-r",
+    "parallel=": "-m",
+    "oob-writes": "-W",
+    "copy-range-offloading": "-C",
+    "progress": "-p",
+    "quiet": "-q",
 }
 _MAX_IN_FLIGHT: Final = 16
 _MAX_SPARSE: Final = 16 * MiB
@@ -93,7 +111,7 @@ class _Settings:
 def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     options, operands = parse_arguments(
-        arguments, ":hf:O:B:CcF:o:l:S:pt:T:qnm:WUr:", _LONG
+        arguments, ":hf:O:b:B:CcF:o:l:S:pt:T:qnm:WUr:", _LONG
     )
     settings = _Settings()
     for name, value in options:
@@ -130,7 +148,7 @@ def _take(settings: _Settings, name: str, value: str) -> None:
     match name:
         case "-O":
             settings.target_format = value
-        case "-B":
+        case "-B" | "-b":
             settings.backing_file = value
         case "-F":
             settings.backing_format = value
@@ -388,7 +406,7 @@ def _creation_values(
     if "backing_file" in values and "backing_fmt" not in values:
         raise ImageError("Use of backing file requires explicit backing format")
     if settings.compressed:
-        _check_compression(tool.name)
+        check_compression(tool.name)
         if values.get("encryption") or values.get("encrypt.format"):
             raise ImageError(
                 "Compression and encryption not supported at the same time"
@@ -414,11 +432,6 @@ def _begins_zero(target: Node, values: dict[str, OptionValue]) -> bool:
     )
 
 
-def _check_compression(format_: str) -> None:
-    if format_ == "raw":
-        raise ImageError("Compression not supported for this file format")
-
-
 async def _copy(
     settings: _Settings,
     sources: Sequence[Node],
@@ -429,7 +442,7 @@ async def _copy(
     is_new: bool,
 ) -> None:
     if settings.compressed:
-        _check_compression(target.format_name)
+        check_compression(target.format_name)
     if settings.bitmaps:
         check_bitmaps(target)
     if disk_size(target) < sum(map(disk_size, sources)):

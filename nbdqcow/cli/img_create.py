@@ -34,7 +34,16 @@ from nbdqcow.cli.img_options import (
 from nbdqcow.cli.messages import error
 from nbdqcow.errors import ImageError, UsageError
 
-_LONG: Final = {"help": "-h", "object=": "--object"}
+_LONG: Final = {
+    "help": "-h",
+    "object=": "--object",
+    "format=": "-f",
+    "options=": "-o",
+    "backing=": "-b",
+    "backing-format=": "-F",
+    "backing-unsafe": "-u",
+    "quiet": "-q",
+}
 
 # Options of the file below, whatever its format: nbdqcow takes them, and
 # acts on ``preallocation``.
@@ -53,7 +62,7 @@ _FILE_OPTIONS: Final = (
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    options, operands = parse_arguments(arguments, ":F:b:f:ho:qu", _LONG)
+    options, operands = parse_arguments(arguments, ":B:F:b:f:ho:qu", _LONG)
     format_, quiet, unsafe = "raw", False, False
     given: dict[str, str] = {}
     option_lists: list[str] = []
@@ -67,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
                 format_ = value
             case "-b":
                 given["backing_file"] = value
-            case "-F":
+            case "-F" | "-B":
                 given["backing_fmt"] = value
             case "-o":
                 if not is_option_list(value):

@@ -23,6 +23,8 @@ _LONG: Final = {
     "object=": "--object",
     "image-opts": "--image-opts",
     "force-share": "-U",
+    "format=": "-f",
+    "output-format=": "-O",
 }
 _MAX_BLOCK: Final = (1 << 31) - 1
 

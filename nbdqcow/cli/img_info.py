@@ -1,5 +1,6 @@
 """``nbdqcow-img info``: what an image says of itself."""
 
+import mmap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_names import GivenObjects, image_name
 from nbdqcow.cli.img_open import OpenImage, backing_path, describe_chain
 from nbdqcow.cli.img_options import (
+    check_cache,
     format_json,
     parse_arguments,
     print_tree,
@@ -28,14 +30,19 @@ _LONG: Final = {
     "object=": "--object",
     "image-opts": "--image-opts",
     "force-share": "-U",
+    "cache=": "-t",
+    "limits": "--limits",
 }
+_SECTOR: Final = 512
+_MAX_BUFFERS: Final = 1024
+"""Of one request, as Linux takes them (IOV_MAX)."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    options, operands = parse_arguments(arguments, ":hf:U", _LONG)
-    format_, output = None, "human"
-    whole_chain = force_share = image_opts = False
+    options, operands = parse_arguments(arguments, ":hf:t:U", _LONG)
+    format_, output, cache = None, "human", "writeback"
+    whole_chain = force_share = image_opts = limits = False
     objects = GivenObjects()
     for name, value in options:
         match name:
@@ -46,6 +53,10 @@ def run(arguments: Sequence[str]) -> int:
                 format_ = value
             case "-U":
                 force_share = True
+            case "-t":
+                cache = value
+            case "--limits":
+                limits = True
             case "--output":
                 output = value
             case "--backing-chain":
@@ -57,6 +68,7 @@ def run(arguments: Sequence[str]) -> int:
     if len(operands) != 1:
         raise UsageError("Expecting one image file name")
     json = wants_json(output)
+    cache = check_cache(cache, "Invalid cache option: ")
     named = image_name(operands[0], format_, image_opts=image_opts)
     named = replace(
         named, filename=objects.with_credentials(named.filename, named.text)
@@ -78,6 +90,9 @@ def run(arguments: Sequence[str]) -> int:
         if not shown and info.format == "raw":
             _take_window(info, named.pairs)
         values = _as_json(image, info)
+        if limits:
+            guessed = info.format == "raw" and named.format is None
+            values = {"limits": _limits(info, cache, guessed=guessed)} | values
         if not shown and (json_name := named.as_json(info.format)):
             values["filename"] = json_name
         shown.append((info, values))
@@ -106,6 +121,25 @@ def _take_window(info: ImageInfo, pairs: Mapping[str, str]) -> None:
             "the file"
         )
     info.virtual_size = size
+
+
+def _limits(info: ImageInfo, cache: str, *, guessed: bool) -> dict[str, int]:
+    """Return what requests are best aligned to, in bytes, as QEMU has it for the
+    image. What it only guesses to be raw it writes whole sectors of."""
+    values: dict[str, int] = {}
+    by_sectors = info.format == "qcow" or info.encrypted or guessed
+    if info.format == "qcow2":
+        assert info.cluster_size is not None
+        extended = (info.specific or {}).get("extended-l2", False)
+        values["write-zeroes-alignment"] = info.cluster_size // (32 if extended else 1)
+    values["request-alignment"] = _SECTOR if by_sectors else 1
+    values["min-mem-alignment"] = _SECTOR if cache in ("none", "directsync") else 1
+    if info.format == "qcow2":
+        assert info.cluster_size is not None
+        values["discard-alignment"] = info.cluster_size
+    values["opt-mem-alignment"] = mmap.PAGESIZE
+    values["max-iov"] = _MAX_BUFFERS
+    return values
 
 
 def _as_json(image: OpenImage, info: ImageInfo) -> dict[str, Any]:
@@ -171,6 +205,9 @@ def _print_human(info: ImageInfo, values: dict[str, Any]) -> None:
         print(f"backing file: {info.backing_filename}{actual}")
         if info.backing_format is not None:
             print(f"backing file format: {info.backing_format}")
+    if "limits" in values:
+        print("Block limits:")
+        print_tree(values["limits"], 1)
     if info.snapshots:
         print_snapshots(info.snapshots)
     if info.specific is not None:

@@ -28,15 +28,18 @@ _LONG: Final = {
     "image-opts": "--image-opts",
     "object=": "--object",
     "output=": "--output",
-    "size=": "--size",
+    "size=": "-s",
     "force-share": "-U",
+    "format=": "-f",
+    "snapshot=": "-l",
+    "target-format=": "-O",
 }
 _DEFAULT_CLUSTER: Final = 65536
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    options, operands = parse_arguments(arguments, ":hf:l:o:O:U", _LONG)
+    options, operands = parse_arguments(arguments, ":hf:l:o:O:s:U", _LONG)
     format_, output = "raw", "human"
     common: list[tuple[str, str]] = []
     objects = GivenObjects()
@@ -60,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
                 objects.add(value)
             case "--output":
                 output = value
-            case "--size":
+            case "-s":
                 size = parse_amount(value, "image size")
             case _:
                 common.append((name, value))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdqcow.block.image_options import JSON_PREFIX, json_pairs, parse_pairs
+from nbdqcow.block.registry import is_remote
 from nbdqcow.block.tools import no_secrets
 from nbdqcow.errors import CredentialsError, ImageError, UsageError
 
@@ -81,7 +82,8 @@ class ImageName:
     def as_json(self, format_: str) -> str | None:
         """Return the ``json:`` name that QEMU gives an image of that format if
         options make it another one than its file alone; None without any."""
-        if self.pairs.keys().isdisjoint(_IDENTIFYING):
+        if self.pairs.keys().isdisjoint(_IDENTIFYING) or is_remote(self.filename):
+            # What is no file has a name that says all.
             return None
         import json
 

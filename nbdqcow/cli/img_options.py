@@ -74,6 +74,12 @@ def check_cache(text: str, message: str) -> str:
     return text
 
 
+def check_compression(format_: str) -> None:
+    """Raise `ImageError` for a format without compressed clusters."""
+    if format_ in ("raw", "luks"):
+        raise ImageError("Compression not supported for this file format")
+
+
 # -- -o ----------------------------------------------------------------------
 
 

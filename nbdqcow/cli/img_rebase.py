@@ -11,7 +11,7 @@ from nbdqcow.block.registry import format_driver
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_chain import overlay_of
 from nbdqcow.cli.img_nodes import ImageArguments, closing, open_node
-from nbdqcow.cli.img_options import check_cache, parse_arguments
+from nbdqcow.cli.img_options import check_cache, check_compression, parse_arguments
 from nbdqcow.cli.img_run import ProgressLine, run_command
 from nbdqcow.errors import BlockError, ImageError, NotSupported, UsageError
 from nbdqcow.jobs.control import JobControl
@@ -22,29 +22,40 @@ _LONG: Final = {
     "object=": "--object",
     "image-opts": "--image-opts",
     "force-share": "-U",
+    "format=": "-f",
+    "cache=": "-t",
+    "backing=": "-b",
+    "backing-format=": "-F",
+    "backing-cache=": "-T",
+    "backing-unsafe": "-u",
+    "compress": "-c",
+    "progress": "-p",
+    "quiet": "-q",
 }
 _MAX_NAME_BYTES: Final = 1023
 
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    options, operands = parse_arguments(arguments, ":hf:F:b:upt:T:qU", _LONG)
+    options, operands = parse_arguments(arguments, ":hf:F:B:b:cupt:T:qU", _LONG)
     images = ImageArguments()
     base: str | None = None
     base_format: str | None = None
     source_cache = "writeback"
-    unsafe = shown = quiet = force_share = False
+    unsafe = compressed = shown = quiet = force_share = False
     for name, value in options:
         match name:
             case "-h":
                 print_help()
                 return 0
-            case "-F":
+            case "-F" | "-B":
                 base_format = value
             case "-b":
                 base = value
             case "-u":
                 unsafe = True
+            case "-c":
+                compressed = True
             case "-p":
                 shown = True
             case "-t":
@@ -69,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
         force_share=force_share, cache=source_cache, objects=images.objects
     )
     progress = ProgressLine(shown, quiet=quiet)
-    change = _Change(base or None, base_format, unsafe)
+    change = _Change(base or None, base_format, unsafe, compressed)
     try:
         return run_command(
             lambda: change.run(operands[0], images, sources, progress), progress
@@ -81,10 +92,13 @@ def run(arguments: Sequence[str]) -> int:
 class _Change:
     """One run of the command: the image gets the backing file ``base``."""
 
-    def __init__(self, base: str | None, base_format: str | None, unsafe: bool) -> None:
+    def __init__(
+        self, base: str | None, base_format: str | None, unsafe: bool, compressed: bool
+    ) -> None:
         self._base = base
         self._base_format = base_format
         self._unsafe = unsafe
+        self._compressed = compressed
 
     async def run(
         self,
@@ -99,6 +113,8 @@ class _Change:
             name, images, writable=True, with_backing=not self._unsafe
         )
         async with closing(node):
+            if self._compressed:
+                check_compression(node.format_name)
             if self._base_format is not None:
                 self._check_format(self._base_format)
             if self._base is not None and self._base_format is None:
@@ -122,12 +138,18 @@ class _Change:
     ) -> None:
         """Copy what the new backing image has otherwise."""
         if self._base is None:
-            await rebase(node, None, control)
+            await rebase(node, None, control, compressed=self._compressed)
             return
         path = backing_path(node.filename, self._base)
         above = overlay_of(node, self._base)
         if above is not None:
-            await rebase(node, above.backing, control, shared=above.backing)
+            await rebase(
+                node,
+                above.backing,
+                control,
+                shared=above.backing,
+                compressed=self._compressed,
+            )
             return
         try:
             backing = await open_node(
@@ -142,7 +164,7 @@ class _Change:
                 f"Could not open new backing file '{self._base}': {text}"
             ) from None
         try:
-            await rebase(node, backing, control)
+            await rebase(node, backing, control, compressed=self._compressed)
         finally:
             await backing.close()
 

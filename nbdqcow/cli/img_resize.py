@@ -17,6 +17,8 @@ _LONG: Final = {
     "image-opts": "--image-opts",
     "preallocation=": "--preallocation",
     "shrink": "--shrink",
+    "format=": "-f",
+    "quiet": "-q",
 }
 _MAX_SIZE: Final = (1 << 63) - 1
 

@@ -17,6 +17,12 @@ _LONG: Final = {
     "object=": "--object",
     "image-opts": "--image-opts",
     "force-share": "-U",
+    "format=": "-f",
+    "list": "-l",
+    "create=": "-c",
+    "apply=": "-a",
+    "delete=": "-d",
+    "quiet": "-q",
 }
 _MAX_NAME_BYTES: Final = 255
 _VERBS: Final = {"-a": "apply", "-c": "create", "-d": "delete"}
@@ -24,7 +30,7 @@ _VERBS: Final = {"-a": "apply", "-c": "create", "-d": "delete"}
 
 def run(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    options, operands = parse_arguments(arguments, ":la:c:d:hqU", _LONG)
+    options, operands = parse_arguments(arguments, ":la:c:d:f:hqU", _LONG)
     action, snapshot = "", ""
     common: list[tuple[str, str]] = []
     for name, value in options:

@@ -24,17 +24,21 @@ async def rebase(
     control: JobControl,
     *,
     shared: Node | None = None,
+    compressed: bool = False,
 ) -> None:
     """Copy into an image what ``new_backing`` has otherwise than its backing
     image, so that it may take that one's place.
 
     ``node`` has its old backing image still. ``shared`` is an image of its
     chain that the new one is the same as: what only it and those below have
-    need not be looked at. All is durable on return; the image's header is the
+    need not be looked at. ``compressed``: whole clusters are stored compressed.
+    All is durable on return; the image's header is the
     caller's. Raises `CopyError` and `nbdqcow.jobs.control.JobCancelled`: the
     image is then as good as before.
     """
     control.expect(node.size)
+    unit = node.driver.cluster_size if compressed else _unit(node)
+    write = _write_compressed if compressed else _write
 
     async def compare(offset: int, length: int) -> None:
         old = await _read(node, offset, length)
@@ -43,8 +47,8 @@ async def rebase(
             inside = max(0, min(length, new_backing.size - offset))
             new = (await _read(new_backing, offset, inside)).ljust(length, b"\0")
         if old != new:
-            for start, stop in _differences(old, new, offset, _unit(node)):
-                await _write(node, offset + start, old[start:stop])
+            for start, stop in _differences(old, new, offset, unit):
+                await write(node, offset + start, old[start:stop])
         control.advance(length)
 
     node.driver.gets_backing = new_backing is not None
@@ -59,6 +63,8 @@ async def rebase(
                     wanted, length = await _may_differ(
                         node, new_backing, offset, length
                     )
+                if compressed:
+                    wanted, length = _whole_clusters(node, wanted, offset, length)
                 if wanted:
                     length = min(length, _PIECE)
                     await flight.add(compare(offset, length))
@@ -114,6 +120,19 @@ async def _may_differ(
     return kind != ZERO or other != ZERO, length
 
 
+def _whole_clusters(
+    node: Node, wanted: bool, offset: int, length: int
+) -> tuple[bool, int]:
+    """Return the same of whole clusters: one that is wanted in part is wanted."""
+    size = node.driver.cluster_size
+    whole = length - length % size
+    if offset + length == node.size or whole == length:
+        return wanted, length
+    if whole and not wanted:
+        return False, whole
+    return True, min(whole + size, node.size - offset)
+
+
 def _differences(
     old: bytes, new: bytes, offset: int, unit: int
 ) -> Iterator[tuple[int, int]]:
@@ -141,6 +160,17 @@ async def _read(node: Node, offset: int, length: int) -> bytes:
         return bytes(await node.pread(offset, length))
     except OSError as error:
         raise CopyError("reading", offset, reason_of(error)) from error
+
+
+async def _write_compressed(node: Node, offset: int, data: bytes) -> None:
+    """Write whole clusters."""
+    if is_zero(data):
+        await _write(node, offset, data)
+        return
+    try:
+        await node.pwrite_compressed(offset, data)
+    except OSError as error:
+        raise CopyError("writing", offset, reason_of(error)) from error
 
 
 async def _write(node: Node, offset: int, data: bytes) -> None:
