@@ -38,6 +38,7 @@ from nbdqcow.errors import ImageError
 from nbdqcow.jobs.bitmaps import (
     check_bitmaps,
     copy_bitmaps,
+    has_bitmaps,
     inconsistent_bitmaps,
 )
 from nbdqcow.jobs.control import JobControl
@@ -316,6 +317,8 @@ async def _convert_to_target(
         values = _creation_values(settings, tool, text, size, sources)
     if settings.bitmaps and len(sources) > 1:
         raise ImageError("Copying bitmaps only possible with single source")
+    if settings.bitmaps and not has_bitmaps(sources[0]):
+        raise ImageError("Source lacks bitmap support")
     if settings.bitmaps and not settings.skip_broken_bitmaps:
         for name in inconsistent_bitmaps(sources[0]):
             raise ImageError(

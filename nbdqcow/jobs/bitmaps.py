@@ -16,9 +16,15 @@ def bitmap_driver(node: Node) -> Any:
     return node.driver
 
 
+def has_bitmaps(node: Node) -> bool:
+    """Tell whether an image can have bitmaps."""
+    driver: Any = node.driver
+    return hasattr(driver, "bitmap_list") and bool(driver.header.version >= 3)
+
+
 def check_bitmaps(node: Node) -> None:
     """See that an image can have bitmaps. Raises `ImageError`."""
-    if bitmap_driver(node).header.version < 3:
+    if not has_bitmaps(node):
         raise ImageError(f"Format driver '{node.format_name}' does not support bitmaps")
 
 

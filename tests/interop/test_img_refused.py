@@ -96,6 +96,11 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "info --object secret,id=a,data=b,nosuch=c base.raw",
         "info --object secret,id=a,data=b,iv=c base.raw",
         "info --object secret,id=a,data=b,keyid=c base.raw",
+        # Bitmaps of what can have none.
+        "convert --bitmaps base.raw new",
+        "convert --bitmaps -O qcow2 base.raw new",
+        "convert --bitmaps -O qcow2 v2.qcow2 new",
+        "convert --bitmaps -O raw bitmaps.qcow2 new",
         # A configuration of nothing.
         "map blkdebug:/dev/null:base.raw",
         "map --image-opts driver=raw,file.driver=blkdebug,file.config=/dev/null,"
