@@ -361,7 +361,6 @@ SNAPSHOT = [
     "snapshot -U -c x snap.qcow2",
     "snapshot -U snap.qcow2",
     "snapshot -x",
-    "snapshot -f qcow2 snap.qcow2",
     "snapshot -c",
     "snapshot -l orphan.qcow2",
     "snapshot -l wrong.qcow2",
