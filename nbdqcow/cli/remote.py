@@ -99,10 +99,7 @@ def _start_tls(
     client.starttls()
     answer = _answer(sock, client)
     if answer.error:
-        raise NbdQcowError(
-            "the server does not offer TLS: "
-            f"{nbd.reply_name(answer.error)} {answer.text}".rstrip()
-        )
+        raise NbdQcowError(answer.refusal)
     context = tls.credentials.context_blocking()
     verifies = context.verify_mode is not ssl.CERT_NONE
     if verifies and tls.hostname is None:
@@ -121,10 +118,7 @@ def _list(sock: socket.socket, client: ClientHandshake) -> list[ListedExport]:
     client.list_exports()
     listed = _answer(sock, client)
     if listed.error:
-        raise NbdQcowError(
-            f"the server does not list its exports: "
-            f"{nbd.reply_name(listed.error)} {listed.text}".rstrip()
-        )
+        raise NbdQcowError(listed.refusal)
     exports = []
     for name, description in listed.exports:
         client.info(name, _ALL_INFOS)

@@ -28,6 +28,15 @@ _CONTEXT_OPTIONS: Final = (nbd.OPT_LIST_META_CONTEXT, nbd.OPT_SET_META_CONTEXT)
 _MAX_ANSWER: Final = 32 << 20
 """Bytes of all replies to one option, headers included."""
 _RECEIVE_LENGTH: Final = 64 << 10
+# In the words of QEMU's client, up to the option.
+_REFUSALS: Final = {
+    nbd.REP_ERR_POLICY: "Denied by server for",
+    nbd.REP_ERR_INVALID: "Invalid parameters for",
+    nbd.REP_ERR_PLATFORM: "Server lacks support for",
+    nbd.REP_ERR_TLS_REQD: "TLS negotiation required before",
+    nbd.REP_ERR_SHUTDOWN: "Server shutting down before",
+    nbd.REP_ERR_BLOCK_SIZE_REQD: "Server requires INFO_BLOCK_SIZE for",
+}
 
 
 class ClientState(enum.Enum):
@@ -80,6 +89,26 @@ class OptionResult:
     export: RemoteExport | None = None
     contexts: list[str] = field(default_factory=list)
     context_ids: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def refusal(self) -> str:
+        """What ``error`` and ``text`` mean, as QEMU's client says it: in lines."""
+        name = nbd.option_name(self.option)
+        if self.error == nbd.REP_ERR_UNKNOWN:
+            lines = ["Requested export not available"]
+        elif self.error == nbd.REP_ERR_UNSUP:
+            return f"Server don't support {name} option"
+        else:
+            what = _REFUSALS.get(
+                self.error, f"Server says {nbd.reply_name(self.error)} to"
+            )
+            name = name.lower().replace("_", " ")
+            lines = [f"{what} option {self.option} ({name})"]
+        if self.error == nbd.REP_ERR_TLS_REQD:
+            lines.append("Did you forget a valid tls-creds?")
+        if self.text:
+            lines.append(f"server reported: {self.text}")
+        return "\n".join(lines)
 
 
 class ClientHandshake:

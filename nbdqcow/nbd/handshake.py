@@ -321,7 +321,9 @@ class ServerHandshake:
             and not self.encrypted
             and option != nbd.OPT_STARTTLS
         ):
-            return OptionError(nbd.REP_ERR_TLS_REQD, "this server requires TLS")
+            return OptionError(
+                nbd.REP_ERR_TLS_REQD, f"Option {option:#x} not permitted before TLS"
+            )
         if option not in _HANDLERS:
             return OptionError(nbd.REP_ERR_UNSUP, f"{name} is not supported")
         if length > self._max_option_length:
@@ -380,7 +382,7 @@ class ServerHandshake:
         if self.encrypted:
             raise OptionError(nbd.REP_ERR_INVALID, "TLS has begun already")
         if self._tls is TlsMode.OFF:
-            raise OptionError(nbd.REP_ERR_POLICY, "TLS is not configured")
+            raise OptionError(nbd.REP_ERR_POLICY, "TLS not configured")
         if self._in:
             # Somebody between us and the client may have put it there, to have
             # it taken for the client's own once the connection is secure.

@@ -273,5 +273,5 @@ def _negotiate(sock: socket.socket, export_name: str) -> RemoteExport:
     result = client.result
     assert result is not None
     if result.error or result.export is None:
-        raise ProtocolError(f"{nbd.reply_name(result.error)} {result.text}".rstrip())
+        raise ProtocolError(result.refusal)
     return result.export

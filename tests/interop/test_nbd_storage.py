@@ -277,7 +277,7 @@ async def test_tls(served, pki, seed, name):
 @pytest.mark.asyncio
 async def test_no_tls(start, pki):
     uri = start("qemu-nbd").replace("nbd+unix", "nbds+unix")
-    with pytest.raises(ImageError, match="does not offer TLS"):
+    with pytest.raises(ImageError, match="TLS not configured"):
         await NbdStorage.open(f"{uri}&tls-certificates={pki}/nobody")
 
 

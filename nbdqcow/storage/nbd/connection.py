@@ -131,21 +131,18 @@ class Connection(asyncio.BufferedProtocol):
             handshake.export_name(name)
             answer = await self._answer()
         if answer.error:
-            text = answer.text or nbd.reply_name(answer.error)
-            raise ImageError(f"the server refuses export '{name}': {text}")
+            raise ImageError(answer.refusal)
         self._begin(answer, structured=structured, contexts=contexts)
 
     async def _start_tls(self) -> None:
         """Go on encrypted. Raises `ImageError` or `CredentialsError`."""
         context, hostname = await asyncio.to_thread(client_context_blocking, self._uri)
-        if self._handshake.server_flags & nbd.FLAG_FIXED_NEWSTYLE:
-            self._handshake.starttls()
-            answer = await self._answer()
-            refusal = answer.error and (answer.text or nbd.reply_name(answer.error))
-        else:
-            refusal = "it is too old"
-        if refusal:
-            raise ImageError(f"the server does not offer TLS: {refusal}")
+        if not self._handshake.server_flags & nbd.FLAG_FIXED_NEWSTYLE:
+            raise ImageError("the server is too old to offer TLS")
+        self._handshake.starttls()
+        answer = await self._answer()
+        if answer.error:
+            raise ImageError(answer.refusal)
         assert self._transport is not None
         try:
             transport = await asyncio.get_running_loop().start_tls(

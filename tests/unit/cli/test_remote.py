@@ -99,7 +99,7 @@ def refusal(option):
                 refusal(nbd.OPT_LIST),
             ),
             NbdQcowError,
-            "ERR_POLICY no",
+            r"Denied by server for option 3 \(list\)\nserver reported: no",
         ),
     ],
 )
