@@ -229,7 +229,8 @@ def main() -> int:
             names, pool.map(both, names), strict=True
         ):
             if qemus is not Outcome.PASSED and ours is not Outcome.SAME:
-                print(f"{name}: {qemus.value} with QEMU's programs, not counted")
+                text = f"{name}: {qemus.value} with QEMU's programs, not counted"
+                print(text, flush=True)
                 continue
             nb_counted += 1
             good = ours in (Outcome.PASSED, Outcome.SAME)

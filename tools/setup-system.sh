@@ -61,6 +61,7 @@ need_test_tools() {
     need_command nbd-server nbd-server
     need_command systemd-socket-activate systemd
     need_command ss iproute2
+    need_command certtool gnutls-bin
     need_command flock util-linux
     need_command fio fio
     need_command mkfs.ext4 e2fsprogs

@@ -35,7 +35,7 @@ _FILTERS: Final = {
 """Storage drivers over others. They are for tests: nothing loads them but a name
 that asks for one."""
 
-_ALIASES: Final = {"file": "raw", "host_device": "raw"}
+_ALIASES: Final = {"file": "raw", "host_device": "raw", "nbd": "raw"}
 """QEMU's names for no format at all: images name their backing file's so."""
 
 _BLOCKING_FILE: Final = "nbdqcow.storage.blocking:BlockingLocalFile"

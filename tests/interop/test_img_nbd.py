@@ -186,6 +186,19 @@ def test_a_map_of_a_context(directory, context):
         assert run_ours(line, directory) == (0, b"Images are identical.\n", b"")
 
 
+def test_nbd_is_a_format_too(directory):
+    """One that images name for their backing file."""
+    with exported(directory / "base.qcow2", "qcow2", "-r") as uri:
+        for line in (
+            f"create -f qcow2 -b {uri} -F nbd top.qcow2",
+            "map --output=json top.qcow2",
+            f"compare -f qcow2 -F nbd top.qcow2 {uri}",
+        ):
+            expected = run_theirs(line, directory)
+            assert expected[0] == 0
+            assert run_ours(line, directory) == expected
+
+
 def test_nobody_serves(directory):
     uri = f"nbd+unix:///?socket={directory}/absent"
     for line in (f"info {uri}", f"map {uri}", f"convert base.qcow2 {uri}"):
