@@ -56,6 +56,10 @@ KNOWN: Final[Mapping[str, str]] = {
     "113": "reads a bochs image",
     "162": "asks for QEMU's ssh driver",
     "217": _FAULTS,
+    "233": (
+        "failures of TLS are in OpenSSL's words, and TLS-PSK needs Python 3.13; info "
+        "shows credentials; a client that may not use an export is told so"
+    ),
     "241": (
         "an export has the size of its file; QEMU's is a multiple of 512, so that a "
         "copy of it is longer, and writing there makes the file longer"
