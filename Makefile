@@ -70,7 +70,7 @@ matrix: setup-test  ## qcow2 images of every two options, by QEMU and us, both w
 differential-long: setup-test  ## the differential tests for hours rather than minutes
 	$(PYTEST) $(LONG) -m slow tests/differential
 
-SAFETY := tests/crash tests/faults tests/kills tests/adversity tests/fuzz \
+SAFETY := tests/crash tests/plug tests/faults tests/kills tests/adversity tests/fuzz \
     tests/interleavings tests/hostile tests/differential
 FUZZ_SECONDS ?= 60
 LINES_SECONDS ?= 600

@@ -69,6 +69,8 @@ need_test_tools() {
     need_command fstrim util-linux
     need_command file file
     need_command strace strace
+    need_command gcc gcc
+    [[ -e /usr/include/dlfcn.h ]] || missing+=(libc6-dev)
     need_command cmp diffutils
     # nbdsh and its module belong to the distribution's own Python.
     /usr/bin/python3 -c 'import nbd' 2>/dev/null || missing+=(python3-libnbd)

@@ -1,11 +1,11 @@
 """Giving an image's file another name while it is in use."""
 
-import contextlib
 import errno
 import os
 from pathlib import Path
 from typing import NamedTuple
 
+from nbdqcow.block.directories import sync_directory_blocking
 from nbdqcow.block.node import Node
 from nbdqcow.block.open import backing_path
 from nbdqcow.block.registry import is_remote, split_protocol
@@ -98,10 +98,4 @@ def _rename_blocking(old_path: str, new_path: str) -> None:
     else:
         os.unlink(old_path)
     for path in {Path(old_path).absolute().parent, Path(new_path).absolute().parent}:
-        # Some file systems sync no directories.
-        with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+        sync_directory_blocking(path)

@@ -374,7 +374,7 @@ async def _convert_to_target(
                 and not (new.holds_old_data and target.format_name == "raw"),
             )
         if new is not None:
-            new.commit()
+            new.commit(durable=target_cache != "unsafe")
     finally:
         if new is not None:
             new.discard()

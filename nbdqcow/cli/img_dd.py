@@ -122,7 +122,7 @@ async def _copy(
                     error(f"{source_name}: cannot skip to specified offset")
                 if start < end:
                     await _copy_blocks(source, target, start, end - start)
-            new.commit()
+            new.commit(durable=True)
         finally:
             if new is not None:
                 new.discard()

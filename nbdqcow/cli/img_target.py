@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Mapping
 
+from nbdqcow.block.directories import sync_directory_blocking
 from nbdqcow.block.registry import blocking_file, is_remote
 from nbdqcow.block.tools import FormatTool, OptionValue, Secrets, no_secrets
 from nbdqcow.cli.img_create import create_data_file, option_specs, write_image
@@ -119,10 +120,13 @@ class NewImage:
         """Return a message with the name that people know."""
         return text.replace(self.path, self.filename)
 
-    def commit(self) -> None:
-        """The image is complete: let it have its name. Raises `OSError`."""
+    def commit(self, *, durable: bool) -> None:
+        """The image is complete: let it have its name, ``durable`` if the image is.
+        Raises `OSError`."""
         if self._final is not None:
             os.replace(self.path, self._final)
+            if durable:
+                sync_directory_blocking(os.path.dirname(self._final) or ".")
             self._final = None
         self.discard()
 

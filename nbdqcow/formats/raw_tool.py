@@ -76,3 +76,6 @@ class RawTool(FormatTool):
             # block what a block is. QEMU does, and writes one, too.
             file.write_zeroes(0, min(plan.length, _FIRST_BLOCK))
         file.truncate(plan.length)
+        if plan.preallocation == "full":
+            # What is asked for is blocks of the disk, not of page cache.
+            file.flush()

@@ -1,0 +1,16 @@
+"""The names of files."""
+
+import contextlib
+import os
+from pathlib import Path
+
+
+def sync_directory_blocking(path: str | Path) -> None:
+    """Make the names in a directory durable, where that can be done."""
+    # Some file systems sync no directories.
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
