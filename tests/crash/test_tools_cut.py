@@ -11,6 +11,7 @@ import errno
 import functools
 import os
 import random
+import struct
 from collections.abc import Callable
 
 import pytest
@@ -19,7 +20,7 @@ from nbdqcow.block.node import Node
 from nbdqcow.block.tools import REPAIR_ALL, REPAIR_LEAKS
 from nbdqcow.formats.qcow2 import check as qcow2_check
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
-from nbdqcow.formats.qcow2.entries import OFLAG_COPIED, OFLAG_ZERO
+from nbdqcow.formats.qcow2.entries import OFFSET_MASK, OFLAG_COPIED, OFLAG_ZERO
 from nbdqcow.formats.qcow2.header import MAGIC, Header
 from nbdqcow.formats.qcow2.tool import Qcow2Tool
 from nbdqcow.storage.memory import MemoryStorage
@@ -290,6 +291,22 @@ def test_power_cuts_during_a_repair_without_room(damage, seed, figures):
     found = Figures()
     repair_and_cut(damage, REPAIR_ALL, seed, STATES, found, FullFile)
     figures(f"power cuts, check -r all, file is full, {damage.__name__}: {found}")
+
+
+def test_a_repair_of_what_is_not_on_disk_yet(seed):
+    """A server was killed that had given a cluster up: so says page cache. The disk
+    still names it, and may go on doing so while its refcount goes."""
+    image = base().build()
+    file = RecordedFile(image)
+    (l1_offset,) = struct.unpack_from(">Q", image, 40)
+    (l1_entry,) = struct.unpack_from(">Q", image, l1_offset)
+    file.pwrite(l1_entry & OFFSET_MASK, bytes(8))
+    result = Qcow2Tool().check(file, REPAIR_LEAKS, lambda line: None)
+    assert result.leaks_fixed == 1
+    rnd = random.Random(seed)
+    for cut, disk in distinct_disks(file.history, STATES, rnd, Figures()):
+        result, text = check_by_us(disk)
+        assert is_sound(result), f"{cut}:\n{text}"
 
 
 @pytest.mark.slow

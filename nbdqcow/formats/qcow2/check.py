@@ -73,6 +73,10 @@ def check_image(
         raise ImageError(
             f"The file has too many clusters to be checked: more than {MAX_CLUSTERS}"
         )
+    if repair:
+        # What is read may be in page cache alone, if who wrote it was killed: on
+        # disk, entries may still name what seems to be free.
+        yield Flush()
     try:
         report = _limited(report)
         snapshots = yield from load_snapshots(header, file_length, repair, report)
