@@ -413,5 +413,5 @@ FileStorage._fail_syncs = lambda self, error: error
     case = Case("forgetful", commands="wwwwf", patch=patch)
     rnd = random.Random(seed)
     played = play(case, tmp_path, recorder, rnd, NB_REQUESTS, "F:2:5:1")
-    with pytest.raises(AssertionError, match="problems"):
+    with pytest.raises(AssertionError):
         played.pull_the_plug(10 * NB_CUTS, rnd)
