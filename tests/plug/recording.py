@@ -69,8 +69,8 @@ class Recording:
 
     @property
     def lost_at(self) -> int:
-        """The first place at which the kernel told of lost data."""
-        return min(
+        """How long the log was when the kernel first told of lost data."""
+        place = min(
             (
                 call.ended
                 for calls in self.files.values()
@@ -80,6 +80,7 @@ class Recording:
             ),
             default=NEVER,
         )
+        return self.ends[place] if place < NEVER else NEVER
 
 
 def read_recording(log: Path) -> Recording:
@@ -151,7 +152,7 @@ class FileHistory:
         self._lengths: list[tuple[Call, int]] = []
         disk = bytearray(base)
         for call in calls:
-            if call.kind == "W" or (call.kind in "TA" and call.result >= 0):
+            if call.data or (call.kind in "TA" and call.result >= 0):
                 self._apply(disk, call)
         self.last = bytes(disk)
 
