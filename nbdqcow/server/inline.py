@@ -35,6 +35,7 @@ from nbdqcow.server.dispatch import (
     request_error,
 )
 from nbdqcow.server.export import Export, Refusal
+from nbdqcow.server.large_writes import LargeWrites
 from nbdqcow.server.options import ServerOptions
 from nbdqcow.server.sendfile import BrokenReplyError, FileSender
 from nbdqcow.server.tls import TlsTransport
@@ -50,14 +51,6 @@ is cheaper than looking whether all pages are there."""
 
 _MAX_SENDFILE: Final = 256 * KiB
 """Bytes of a read up to which a system call for it alone pays."""
-
-_WRITE_PIECE: Final = 256 * KiB
-"""Bytes of a large write that are written at once."""
-_MIN_WRITE_PIECE: Final = 64 * KiB
-_WRITE_ALIGNMENT: Final = 4 * KiB
-"""No sector is half written while the rest of it is under way."""
-_NOT_AHEAD: Final = -1
-"""`RequestReader.nb_ahead` of a write that must wait for something."""
 
 _ALLOWANCE: Final = 2 * MiB
 _REQUEST_COST: Final = 4 * KiB
@@ -145,6 +138,7 @@ class Transmission(asyncio.BufferedProtocol):
         node = export.node
         self._defers_reads = node.defers_reads
         self._try_pread = node.try_pread_later if self._defers_reads else node.try_pread
+        self._large_writes = LargeWrites(reader, export, terms)
         self._inline_write = -1 if export.read_only else STAGED_PAYLOAD
         self._out: list[Buffer] = []
         # Views that may not have left yet: their tokens.
@@ -413,7 +407,8 @@ class Transmission(asyncio.BufferedProtocol):
                 return
             request = reader.next_request()
             if request is None:
-                self._write_ahead()
+                if not self._draining:
+                    self._large_writes.write_ahead()
                 return
             allowance -= _REQUEST_COST
             if request.command <= nbd.CMD_WRITE:
@@ -466,7 +461,7 @@ class Transmission(asyncio.BufferedProtocol):
                 self._out += self._replies.read(cookie, offset, views, whole=whole)
                 return True
             if payload is not None and length > STAGED_PAYLOAD and not flags:
-                if not self._try_write_pieces(offset, payload, length):
+                if not self._large_writes.try_write(offset, payload, length):
                     return False
                 self._out.append(self._replies.success(cookie, offset))
                 return True
@@ -477,42 +472,6 @@ class Transmission(asyncio.BufferedProtocol):
             self._fail(cookie, offset, exc)
             return True
         return False
-
-    def _write_ahead(self) -> None:
-        """Write what is here of a large write's data, while it is in the
-        processor's cache. If that can't be done now, all of it is written once
-        it is here."""
-        request = self._reader.arriving
-        if request is None or self._reader.nb_ahead < 0 or self._draining:
-            return
-        _, flags, _, offset, _, payload = request
-        assert payload is not None
-        if flags or self._export.check(request, self._terms) is not None:
-            self._reader.nb_ahead = _NOT_AHEAD
-            return
-        stop = (offset + len(payload)) // _WRITE_ALIGNMENT * _WRITE_ALIGNMENT - offset
-        if stop - self._reader.nb_ahead < _MIN_WRITE_PIECE:
-            return
-        try:
-            self._try_write_pieces(offset, payload, stop)
-        except Exception:
-            # Whoever writes all of it finds the same, and tells the client.
-            self._reader.nb_ahead = _NOT_AHEAD
-
-    def _try_write_pieces(self, offset: int, payload: memoryview, stop: int) -> bool:
-        """Write the data of a large write up to ``stop``, from where that was
-        left off. Returns False if it has to be written anew, and waited for."""
-        reader, try_pwrite = self._reader, self._node.try_pwrite
-        start = reader.nb_ahead
-        if start < 0:
-            return False
-        while start < stop:
-            end = min(start + _WRITE_PIECE, stop)
-            if not try_pwrite(offset + start, payload[start:end]):
-                reader.nb_ahead = _NOT_AHEAD
-                return False
-            reader.nb_ahead = start = end
-        return True
 
     def _try_copy(self, request: Request) -> bool:
         """Serve a large read for encryption, which reads the data in this
