@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from nbdqcow.nbd import constants as nbd
+from nbdqcow.server import connection as connection_module
 from tests.block.server.support import EIO_ERROR, FakeNode, serving
 
 MiB = 1 << 20
@@ -379,7 +380,9 @@ async def test_requests_while_the_server_stops(tmp_path, extended):
         assert await client.reader.read() == b""
 
 
-async def test_options_while_the_server_stops(tmp_path):
+async def test_options_while_the_server_stops(tmp_path, monkeypatch):
+    # Longer than a busy machine lets anybody wait.
+    monkeypatch.setattr(connection_module, "_DRAIN_TIMEOUT", 3)
     async with serving(tmp_path, FakeNode()) as served:
         client, silent = await served.connect_raw(), await served.connect_raw()
         await client.greet()
