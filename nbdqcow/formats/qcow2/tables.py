@@ -158,7 +158,8 @@ class Tables:
     def try_load(self, key: int) -> L2Slice | None:
         """Return a slice that is in memory or in reach without waiting.
 
-        The caller has made sure that its L2 table exists.
+        The caller has seen that its L2 table exists; one that has gone since then
+        gives an empty slice that is kept nowhere.
         """
         found = self.cached(key)
         if found is not None:
@@ -166,6 +167,8 @@ class Tables:
         l1_index = key >> self._slices_per_table_bits
         if l1_index in self.fresh:
             return self._insert(L2Slice(key, array("Q", bytes(self.slice_bytes))))
+        if not self.table_offset(l1_index):
+            return L2Slice(key, array("Q", bytes(self.slice_bytes)))
         data = self.storage.try_pread(self.slice_offset(key), self.slice_bytes)
         return (
             None
@@ -174,22 +177,20 @@ class Tables:
         )
 
     async def load(self, key: int) -> L2Slice:
-        """Return a slice, reading it if needed. Its L2 table exists."""
-        found = self.try_load(key)
-        while found is None:
+        """Do as `try_load` does, reading the slice if needed."""
+        while (found := self.try_load(key)) is None:
             # While we wait, somebody else may load the slice, change it, and
             # see it written back and dropped: what we read is stale then.
             ticket = self._loading.setdefault(key, object())
             offset = self.slice_offset(key)
             self.storage.announce("l2_load")
             data = await self.storage.pread(offset, self.slice_bytes)
-            found = self.cached(key)
             if (
-                found is None
-                and self._loading.get(key) is ticket
+                self._loading.get(key) is ticket
+                and self.cached(key) is None
                 and self.slice_offset(key) == offset
             ):
-                found = self._insert(L2Slice(key, self.load_entries(data)))
+                return self._insert(L2Slice(key, self.load_entries(data)))
         return found
 
     def slice_offset(self, key: int) -> int:

@@ -1,0 +1,106 @@
+"""Requests that meet a disk, or its tables, that have become smaller."""
+
+import asyncio
+import errno
+
+import pytest
+
+from nbdqcow import open_image
+from nbdqcow.block.node import Node
+from nbdqcow.errors import BlockError
+from nbdqcow.formats.qcow2.driver import Qcow2Driver
+from nbdqcow.storage.memory import MemoryStorage
+from tests.block.qemu import create
+from tests.crash.histories import created
+
+KiB, MiB, GiB = 1 << 10, 1 << 20, 1 << 30
+pytestmark = pytest.mark.asyncio
+
+
+class LateStorage(MemoryStorage):
+    """A file whose reads end only once `gate` is open, if there is one."""
+
+    gate: asyncio.Event | None = None
+
+    def try_pread(self, offset, length):
+        return None if self.gate else super().try_pread(offset, length)
+
+    async def pread(self, offset, length):
+        data, gate = super().try_pread(offset, length), self.gate
+        if gate is not None:
+            await gate.wait()
+        return data
+
+
+async def disk_of(size):
+    storage = LateStorage(created(size=size, cluster_size=65536))
+    driver = await Qcow2Driver.open(storage, read_only=False, options={})
+    return Node(driver, filename="disk"), storage
+
+
+async def forget_tables(node, storage):
+    """Let all tables be read anew, once the gate that is returned is open."""
+    await node.flush()
+    node.driver.tables.turn()
+    node.driver.tables.turn()
+    storage.gate = asyncio.Event()
+    return storage.gate
+
+
+async def turns():
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("ask", ["read", "status"])
+async def test_an_l2_table_that_goes_while_it_is_read(ask):
+    """What is in the file where a table at offset 0 would be is no table."""
+    node, storage = await disk_of(64 * MiB)
+    await node.driver.snapshot_create("empty")
+    await node.pwrite(0, b"x" * 64 * KiB)
+    gate = await forget_tables(node, storage)
+    asked = asyncio.create_task(
+        node.pread(0, 512) if ask == "read" else node.block_status(0, MiB)
+    )
+    await turns()
+    storage.gate = None
+    await node.driver.snapshot_apply("empty")
+    gate.set()
+    await asked
+    # The header's words would be read as clusters, of which one is metadata.
+    for offset in range(0, MiB, 64 * KiB):
+        assert bytes(await node.pread(offset, 64 * KiB)) == bytes(64 * KiB)
+    await node.close()
+
+
+async def test_past_the_new_end_nothing_can_be_asked(tmp_path):
+    path = create(tmp_path / "a", 4 * GiB)
+    async with open_image(path) as node:
+        node.driver.bitmap_add("b")
+        await node.pwrite(MiB, b"x")
+        await node.resize(64 * MiB)
+        bitmap = node.find_bitmap("b")
+        for request in (
+            node.pread(3 * GiB, 512),
+            node.block_status(3 * GiB, MiB),
+            bitmap.extents(3 * GiB, MiB, 4),
+        ):
+            with pytest.raises(BlockError) as error:
+                await request
+            assert error.value.errno == errno.EINVAL
+        lengths, dirty = await bitmap.extents(0, 4 * GiB, 9)
+        assert dirty.tolist() == [False, True, False]
+        assert lengths.sum() == 64 * MiB
+
+
+async def test_a_status_of_a_disk_that_shrinks_meanwhile():
+    node, storage = await disk_of(4 * GiB)
+    await node.pwrite(0, b"x")
+    gate = await forget_tables(node, storage)
+    asked = asyncio.create_task(node.block_status(0, 4 * GiB))
+    await turns()
+    storage.gate = None
+    await node.resize(64 * MiB)
+    gate.set()
+    assert int((await asked).lengths.sum()) <= 4 * GiB
+    await node.close()
