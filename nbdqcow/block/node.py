@@ -103,6 +103,7 @@ class Node(WriteRequests):
         self, offset: int, length: int, limit: int = DEFAULT_LIMIT
     ) -> Extents:
         """Return at most ``limit`` extents from ``offset`` on; see `Extents`."""
+        self._check_inside(offset, length, errno.EINVAL)
         return await block_status(self, offset, length, limit)
 
     # -- the image as a whole --------------------------------------------

@@ -31,7 +31,7 @@ class ReadRequests(InlineRequests):
         yielded. What the maps say is zero, `nbdqcow.buffers.is_zeroes` knows.
         """
         driver = self.driver
-        self._check_inside(offset, length)
+        self._check_inside(offset, length, errno.EINVAL)
         epoch = driver.epochs.enter()
         try:
             while length:
@@ -116,9 +116,11 @@ class ReadRequests(InlineRequests):
             # Where there is nothing to read, nothing else gives way to others.
             await asyncio.sleep(0)
 
-    def _check_inside(self, offset: int, length: int) -> None:
+    def _check_inside(
+        self, offset: int, length: int, error: int = errno.ENOSPC
+    ) -> None:
         if length and offset + length > self.size:
             raise BlockError(
-                errno.ENOSPC,
+                error,
                 f"{self.filename} has {self.size} bytes: the request goes past them",
             )

@@ -33,7 +33,9 @@ class DirtyBitmap(Protocol):
     ) -> tuple["npt.NDArray[np.uint64]", "npt.NDArray[np.bool_]"]:
         """Return at most ``limit`` extents from ``offset`` on: the bytes of
         each, and whether it is dirty. Neighbours differ; together they may
-        cover less than ``length`` (at least a byte) and never more."""
+        cover less than ``length`` (at least a byte) and never more.
+
+        Raises `BlockError` past the end of the disk."""
 
 
 @dataclass(slots=True)

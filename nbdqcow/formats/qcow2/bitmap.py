@@ -158,7 +158,8 @@ class Bitmap:
         states: list[npt.NDArray[np.uint8]] = []
         previous = 2
         nb_found = 0
-        while position <= last and nb_found <= limit:
+        # The disk may become smaller meanwhile.
+        while position <= (last := min(last, self.nb_bits - 1)) and nb_found <= limit:
             stop = min(last + 1, (position & ~7) + _STRIDE_BITS)
             raw = np.frombuffer(self.bits, np.uint8)[position >> 3 : (stop + 7) >> 3]
             flags = np.unpackbits(raw, bitorder="little")
@@ -171,6 +172,8 @@ class Bitmap:
             previous = int(flags[-1])
             position = stop
             await asyncio.sleep(0)
+        if not starts:
+            raise BlockError(errno.EINVAL, "the disk has become smaller")
         bounds = np.concatenate(starts).astype(np.uint64) << np.uint64(shift)
         bounds[0] = offset
         covered = min(end, position << shift)

@@ -79,6 +79,9 @@ def _empty_until(image: "Qcow2Driver", position: int, end: int) -> int:
 
     tables = image.tables
     first, last = position >> tables.l1_shift, (end - 1) >> tables.l1_shift
+    if first >= len(tables.l1):
+        # The disk has become smaller.
+        return end
     if tables.l1[first] & OFFSET_MASK:
         return position
     last = min(last, first + _NB_AT_A_TIME - 1)
