@@ -135,8 +135,10 @@ def test_snapshots_and_downgrade(tmp_path):
     path = create(tmp_path / "a")
     qemu_img("snapshot", "-c", "s", path)
     qemu_img("resize", path, 8 * MiB)
+    qemu_img("bitmap", "--add", path, "b")
     with pytest.raises(BlockError) as caught:
         amend(path, compat="0.10")
+    assert [bitmap["name"] for bitmap in specific(path)["bitmaps"]] == ["b"]
     theirs = qemu_img("amend", "-o", "compat=0.10", path, check=False)
     assert theirs.stderr == f"qemu-img: {caught.value}\n"
 

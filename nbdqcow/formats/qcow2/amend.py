@@ -257,19 +257,23 @@ async def _complete_snapshots(image: "Qcow2Driver") -> None:
     await generation.switch()
 
 
-async def _check_snapshots(image: "Qcow2Driver", size: int) -> None:
+async def _check_snapshots(image: "Qcow2Driver") -> None:
     """Refuse a downgrade that version 2 can't tell snapshots for: all have the
-    ``size`` that the image will have."""
+    size of the image."""
     snapshots, _ = await read(image)
     for one in snapshots:
-        if one.disk_size not in (None, size) or one.info.vm_state_length >= 1 << 32:
+        if (
+            one.disk_size not in (None, image.size)
+            or one.info.vm_state_length >= 1 << 32
+        ):
             raise NotSupported("Internal snapshots prevent downgrade of image")
 
 
 async def _downgrade(image: "Qcow2Driver", progress: Progress) -> None:
+    # While nothing is lost yet.
+    await _check_snapshots(image)
     await image.bitmaps.remove_all()
     async with alone(image):
-        await _check_snapshots(image, image.size)
         image.lazy_refcounts = False
         await image.mark_clean()
         await expand_zero_clusters(image, progress)
