@@ -154,6 +154,27 @@ def test_a_long_way_gives_others_turns(tmp_path, image_format, options, size):
     asyncio.run(look())
 
 
+def test_where_nothing_is_stored_a_discard_is_short(tmp_path):
+    path = str(tmp_path / "disk")
+    subprocess.run(
+        ["qemu-img", "create", "-qf", "qcow2", "-o", "cluster_size=2M", path,
+         str(1 << 60)],
+        check=True,
+    )  # fmt: skip
+
+    async def clear():
+        async with open_image(path) as node:
+            await node.pwrite(1 << 59, b"x" * 4096)
+            for clear in (node.write_zeroes, node.discard):
+                async with Turns() as turns:
+                    await clear(0, 1 << 60)
+                # A look at one L1 entry after the other takes 2000.
+                assert 2 < turns.nb < 200
+            assert await node.reads_zero(0, 1 << 60)
+
+    asyncio.run(clear())
+
+
 LOADING = """
 import asyncio, builtins, sys, threading
 from nbdqcow import open_image

@@ -28,7 +28,7 @@ _ChangePiece: TypeAlias = Callable[[int, int], Awaitable[None]]
 _SLICE_COST: Final = 64
 _COST_PER_LOCK: Final = 16 * _SLICE_COST
 """What is done before others get a turn at the lock, and at the event loop: 16
-slices, or 1024 missing tables passed over."""
+slices, or 1024 looks at where there are no tables."""
 
 
 async def write_zeroes(
@@ -177,6 +177,11 @@ async def _change_clusters(
                 end = max(offset, end // unit * unit)
             cost = 0
             while offset < end and cost < _COST_PER_LOCK:
+                # Nobody writes where there is no table.
+                if not covered and (stop := tables.empty_until(offset, end)) > offset:
+                    offset = stop
+                    cost += 1
+                    continue
                 slice_end = ((offset >> tables.slice_shift) + 1) << tables.slice_shift
                 piece_end = min(end, slice_end)
                 busy = image.in_flight.first_overlap(
@@ -184,14 +189,9 @@ async def _change_clusters(
                 )
                 if busy is not None:
                     break
-                if covered or tables.table_offset(offset >> tables.l1_shift):
-                    await change_piece(offset, piece_end)
-                    offset = piece_end
-                    cost += _SLICE_COST
-                else:
-                    table_end = ((offset >> tables.l1_shift) + 1) << tables.l1_shift
-                    offset = min(end, table_end)
-                    cost += 1
+                await change_piece(offset, piece_end)
+                offset = piece_end
+                cost += _SLICE_COST
         image.start_writeback_if_due()
         if busy is not None:
             await busy.wait()
