@@ -2,7 +2,8 @@
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -115,11 +116,7 @@ class WriteRequests(ReadRequests):
                 offset, length, may_unmap=self._detect_zeroes == "unmap", fua=fua
             )
             return
-        if self._guard is not None and offset < GUARD_LENGTH:
-            async with self._guard_lock:
-                await self._check_guard(offset, data)
-                await self._write_data(offset, memoryview(data))
-        else:
+        async with self._guarded(offset, data):
             await self._write_data(offset, memoryview(data))
         if fua or self._writethrough:
             await self.flush()
@@ -174,6 +171,17 @@ class WriteRequests(ReadRequests):
         await storage.write_by(
             plan.host_offset - nb_before, nb_before + plan.length + nb_after, write_all
         )
+
+    @asynccontextmanager
+    async def _guarded(self, offset: int, data: Buffer) -> AsyncIterator[None]:
+        """Write ``data`` inside, of which only what comes before `GUARD_LENGTH`
+        must be there. Raises `BlockError` (EPERM)."""
+        if self._guard is None or offset >= GUARD_LENGTH:
+            yield
+            return
+        async with self._guard_lock:
+            await self._check_guard(offset, data)
+            yield
 
     async def _check_guard(self, offset: int, data: Buffer) -> None:
         """Refuse to turn a guessed raw image into one of another format."""
@@ -314,8 +322,10 @@ class WriteRequests(ReadRequests):
         self._check_writable()
         self._check_inside(offset, length)
         may_unmap = may_unmap and self._discard
+        end = offset + length
         try:
-            await self._write_zeroes(offset, offset + length, may_unmap, no_fallback)
+            async with self._guarded(offset, ZERO_VIEW[: min(length, GUARD_LENGTH)]):
+                await self._write_zeroes(offset, end, may_unmap, no_fallback)
         finally:
             if length:
                 self.driver.note_request(offset, length)
@@ -406,7 +416,9 @@ class WriteRequests(ReadRequests):
             end = end // size * size
         try:
             if start < end:
-                await self.driver.discard(start, end - start)
+                zeroes = ZERO_VIEW[: min(end - start, GUARD_LENGTH)]
+                async with self._guarded(start, zeroes):
+                    await self.driver.discard(start, end - start)
         finally:
             # As with QEMU, dirty bitmaps show the request, not what came of it.
             self.driver.note_request(offset, length)

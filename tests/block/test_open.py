@@ -37,6 +37,26 @@ def test_a_guessed_raw_image_stays_raw(tmp_path):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("request_name", ["write_zeroes", "discard", "pwrite"])
+def test_nor_do_zeroes_make_it_another_format(tmp_path, request_name):
+    """A LUKS container of version 257 is none yet."""
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(8192))
+
+    async def run():
+        async with open_image(path, detect_zeroes="on") as node:
+            await node.pwrite(0, b"LUKS\xba\xbe\1\1" + b"\1" * 100)
+            with pytest.raises(BlockError, match="guessed as raw"):
+                if request_name == "pwrite":
+                    await node.pwrite(6, b"\0")
+                else:
+                    await getattr(node, request_name)(6, 1)
+            await node.write_zeroes(0, 8192)
+
+    asyncio.run(run())
+    assert path.read_bytes() == bytes(8192)
+
+
 def test_backing_files_are_relative_to_the_image(tmp_path, monkeypatch):
     (tmp_path / "sub").mkdir()
     base, top = tmp_path / "sub" / "base.raw", tmp_path / "sub" / "top.qcow2"
