@@ -61,6 +61,8 @@ class Node(WriteRequests):
         self._guard = guard
         self._guard_lock = asyncio.Lock()
         self._reopening = asyncio.Lock()
+        # What is prepared for one new size is not enough for another.
+        self._resizing = asyncio.Lock()
         driver.has_backing = backing is not None
         self._bind()
         driver.when_rebound = self._bind
@@ -122,16 +124,18 @@ class Node(WriteRequests):
             )
         if size < 0:
             raise BlockError(errno.EINVAL, "The new size is below 0")
-        await prepare_resize(self, size)
-        await self.driver.resize(size, preallocation=preallocation)
+        async with self._resizing:
+            await prepare_resize(self, size)
+            await self.driver.resize(size, preallocation=preallocation)
 
     async def amend(
         self, options: Mapping[str, OptionValue], progress: Progress
     ) -> None:
         """See `FormatDriver.amend`."""
         self._check_writable()
-        await prepare_resize(self, int(options.get("size", self.size)))
-        await self.driver.amend(options, progress)
+        async with self._resizing:
+            await prepare_resize(self, int(options.get("size", self.size)))
+            await self.driver.amend(options, progress)
 
     async def change_backing_file(
         self, filename: str | None, format_name: str | None

@@ -104,3 +104,35 @@ async def test_a_status_of_a_disk_that_shrinks_meanwhile():
     gate.set()
     assert int((await asked).lengths.sum()) <= 4 * GiB
     await node.close()
+
+
+@pytest.mark.parametrize("format_", ["qcow2", "raw"])
+async def test_two_new_sizes_at_the_same_time(tmp_path, format_):
+    """What one cuts off within a cluster, the other does not show."""
+    path = tmp_path / "a"
+    if format_ == "qcow2":
+        create(path, MiB)
+    else:
+        path.write_bytes(bytes(MiB))
+    async with open_image(path, format=format_) as node:
+        await node.pwrite(0, b"x" * MiB)
+        await asyncio.gather(node.resize(100 * KiB), node.resize(120 * KiB))
+        assert node.size == 120 * KiB
+        data = bytes(await node.pread(0, 120 * KiB))
+    assert data == b"x" * 100 * KiB + bytes(20 * KiB)
+
+
+@pytest.mark.parametrize("raw", ["off", "on"])
+async def test_a_data_file_is_cut_once_its_bytes_have_left(tmp_path, raw):
+    data_file = tmp_path / "data"
+    path = create(tmp_path / "a", MiB, data_file=data_file, data_file_raw=raw)
+    async with open_image(path) as node:
+        await node.pwrite(0, b"x" * MiB)
+        found = node.try_pread_views(512 * KiB, 512 * KiB)
+        assert found is not None
+        resizing = asyncio.create_task(node.resize(256 * KiB))
+        await asyncio.sleep(0.5)
+        assert data_file.stat().st_size == MiB
+        node.release(found[1])
+        await resizing
+    assert data_file.stat().st_size == 256 * KiB

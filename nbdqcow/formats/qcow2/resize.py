@@ -168,6 +168,8 @@ async def _shrink(image: "Qcow2Driver", size: int) -> None:
     await _free_tables(image, old_l1[nb_entries:])
     image.trim_when_freed()
     if image.data_file is not None:
+        # What replies show of it may not have left yet.
+        await image.epochs.quiet()
         await image.data_file.truncate(size)
 
 
