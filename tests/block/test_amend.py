@@ -131,6 +131,16 @@ def test_counts_that_do_not_fit(tmp_path):
     assert content(path, "-l", "c") == content(path)
 
 
+def test_a_refcount_block_that_can_not_be(tmp_path):
+    path = create(tmp_path / "a")
+    with path.open("r+b") as file:
+        file.seek(65536 + 5 * 8)
+        file.write((1 << 50).to_bytes(8, "big"))
+    with pytest.raises(BlockError, match="past the file's end"):
+        amend(path, refcount_bits=8)
+    assert specific(path)["refcount-bits"] == 16
+
+
 def test_snapshots_and_downgrade(tmp_path):
     path = create(tmp_path / "a")
     qemu_img("snapshot", "-c", "s", path)

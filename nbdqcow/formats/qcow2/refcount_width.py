@@ -13,7 +13,7 @@ import numpy as np
 
 from nbdqcow.block.steps import run_steps
 from nbdqcow.block.tools import Progress
-from nbdqcow.errors import BlockError, ImageError
+from nbdqcow.errors import BlockError, CorruptImage, ImageError
 from nbdqcow.formats.qcow2.entries import REFTABLE_OFFSET_MASK
 from nbdqcow.formats.qcow2.rebuild import rebuild_refcounts
 from nbdqcow.formats.qcow2.refcount_codec import unpack_refcounts
@@ -33,7 +33,8 @@ async def change_refcount_width(
 ) -> None:
     """Give all refcounts ``1 << order`` bits. The image is `alone`.
 
-    Raises `BlockError` if one does not fit.
+    Raises `BlockError` if one does not fit, `CorruptImage` for a block that can't
+    be.
     """
     header, bits = image.header, image.cluster_bits
     nb_clusters = max(
@@ -51,6 +52,10 @@ async def change_refcount_width(
             f" offset {index << bits:#x} has a refcount of {int(counts[index])}",
         )
     old = _structures(image)
+    if max(old) >= nb_clusters:
+        raise CorruptImage(
+            f"refcount block at {max(old) << bits:#x} is past the file's end"
+        )
     counts[list(old)] = 0
     new_header = replace(header, refcount_order=order)
     try:
