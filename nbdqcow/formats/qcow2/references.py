@@ -288,6 +288,14 @@ class L2Tables:
                     "entry corrupted",
                     nb,
                 )
+        for offset, nb in zip(map(int, offsets), map(int, times), strict=True):
+            if self._is_fixed(offset):
+                self.references.bad(
+                    f"ERROR l2_offset={offset:x}: Table overlaps with one that the "
+                    "header names; L1 entry corrupted",
+                    nb,
+                )
+                self._damaged.append(offset)
         if self.references.result.corruptions != before:
             self.references.incomplete = True
         both = np.concatenate((self._offsets, offsets))
@@ -297,6 +305,19 @@ class L2Tables:
         self._offsets, self._times = merged, sums
         order = np.argsort(first)
         return np.stack((offsets[order], times[order].astype(np.uint64)))
+
+    def _is_fixed(self, offset: int) -> bool:
+        """Whether an L2 table there would overlap with the header, the active L1
+        table or the refcount table."""
+        header, size = self.header, self.header.cluster_size
+        ranges = (
+            (0, size),
+            (header.l1_table_offset, header.l1_size * 8),
+            (header.refcount_table_offset, header.refcount_table_clusters * size),
+        )
+        return any(
+            start - size < offset < start + length for start, length in ranges if length
+        )
 
     def count(self, active: "Entries") -> Steps[None]:
         """Count what all tables refer to, the ``active`` ones first; only

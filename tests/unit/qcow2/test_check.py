@@ -336,6 +336,25 @@ def test_nothing_is_freed_if_a_table_is_damaged(entry):
         assert again.leaks == 2
 
 
+@pytest.mark.parametrize("what", ["header", "L1 table", "refcount table"])
+def test_a_table_of_the_headers_is_no_l2_table(what):
+    """Its entry lost another name: what that one maps is not free."""
+    image = build().build()
+    header = Header.parse(image)
+    place = {
+        "header": 512,
+        "L1 table": header.l1_table_offset,
+        "refcount table": header.refcount_table_offset,
+    }[what]
+    image = patched(image, (header.l1_table_offset, "Q", place))
+    result, lines, after = check(image, REPAIR_ALL)
+    assert any("overlaps with one that the header names" in line for line in lines)
+    assert result.corruptions
+    again, _, _ = check(after)
+    assert again.corruptions
+    assert again.leaks == result.leaks == 10
+
+
 @pytest.mark.parametrize("bit", [1, 2])
 def test_marks_are_cleared_by_a_repair(bit):
     image = patched(build().build(), (72, "Q", bit), (88, "Q", 1 << 40))
