@@ -157,7 +157,13 @@ class Node(WriteRequests):
         short of changing it. Raises `BlockError` and `ImageError`, and leaves
         all as it was then.
         """
-        async with self._reopening:
+        await self._reopening.acquire()
+        # Half of it might leave bitmaps marked as in use for good. Like other
+        # operations it runs to its end even if its caller is cancelled.
+        await asyncio.shield(asyncio.create_task(self._reopen(read_only)))
+
+    async def _reopen(self, read_only: bool) -> None:
+        try:
             if read_only == self.read_only:
                 return
             if read_only:
@@ -170,6 +176,8 @@ class Node(WriteRequests):
                 await self.driver.storage.reopen(read_only=True)
                 raise
             self._allow_changes(True)
+        finally:
+            self._reopening.release()
 
     async def _stop_changes(self) -> None:
         self._allow_changes(False)
@@ -200,7 +208,8 @@ class Node(WriteRequests):
     async def close(self) -> None:
         """Write back all metadata and close the whole chain."""
         try:
-            await self.driver.close()
+            async with self._reopening:
+                await self.driver.close()
         finally:
             await self.driver.close_files()
             if self.backing is not None:

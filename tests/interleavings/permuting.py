@@ -156,6 +156,12 @@ class PermutedStorage(StorageDriver):
 
         await self._carry_out([longer])
 
+    async def reopen(self, *, read_only: bool) -> None:
+        def change() -> None:
+            self.read_only = read_only
+
+        await self._carry_out([change])
+
     async def close(self) -> None:
         pass
 

@@ -20,6 +20,7 @@ from tests.crash.histories import (
     Disk,
     History,
     base_content,
+    filled,
 )
 from tests.crash.test_histories import check_by_us, is_sound
 from tests.interleavings.permuting import InlinePool, PermutedStorage, PermutingLoop
@@ -160,6 +161,48 @@ def test_each_step_is_cancelled_at_any_await(history, seed, figures):
 def test_each_step_is_cancelled_at_every_await(history, seed, figures):
     nb_cancelled = sum(cancel_all(history, seed + n) for n in range(NB_LONG_ROUNDS))
     figures(f"cancelled at length, {history}: at {nb_cancelled} awaits, seed {seed}")
+
+
+async def cancel_reopening(seed: int, after: int, read_only: bool) -> bool:
+    """Cancel it after some turns of the loop; return False if it has ended by
+    then."""
+    storage = PermutedStorage(filled(10), random.Random(seed))
+    node = await HISTORIES[0].open(storage)
+    node.driver.bitmap_add("all", granularity=SECTOR)
+    await node.pwrite(30 * SECTOR, b"x" * SECTOR)
+    if not read_only:
+        await node.reopen(read_only=True)
+    task = asyncio.ensure_future(node.reopen(read_only=read_only))
+    for _ in range(after):
+        await asyncio.sleep(0)
+    in_time = task.cancel()
+    await asyncio.wait([task])
+    if after % 2:
+        await node.reopen(read_only=False)
+        await node.pwrite(31 * SECTOR, b"y" * SECTOR)
+    await node.close()
+    result, text = check_by_us(storage.content)
+    assert is_sound(result, leaks=False), text
+    node = await HISTORIES[0].open(MemoryStorage(storage.content))
+    assert not any(info.inconsistent for info in node.driver.bitmap_list())
+    assert bytes(await node.pread(30 * SECTOR, SECTOR)) == b"x" * SECTOR
+    await node.close()
+    return in_time
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_reopening_is_cancelled_at_any_moment(seed, read_only):
+    after = 0
+    in_time = True
+    while in_time:
+        loop = PermutingLoop(seed + after)
+        try:
+            run = cancel_reopening(seed + after, after, read_only)
+            in_time = loop.run_until_complete(run)
+        finally:
+            loop.close()
+        after += 3
+    assert after > 9
 
 
 def test_a_broken_driver_is_caught(monkeypatch, seed):
