@@ -360,14 +360,16 @@ class L2Tables:
         """Return the offsets of tables that are not to be written to: an L1
         entry may be wrong that names them.
 
-        Most of what they hold can't be, and somebody else uses their clusters,
+        They are not aligned, and end in another cluster than they begin in. Or
+        most of what they hold can't be, and somebody else uses their clusters,
         too: what is there may well be data. All references have been counted.
         """
-        found: set[int] = set()
         bits, size = self.header.cluster_bits, self.header.cluster_size
+        unaligned = (self._offsets & np.uint64(size - 1)) != 0
+        found: set[int] = set(self._offsets[unaligned].tolist())
         for offset in self._damaged:
             times = int(self._times[np.searchsorted(self._offsets, offset)])
-            if offset % size or (
+            if (
                 offset < self.references.file_length
                 and int(self.references.counts[offset >> bits]) != times
             ):

@@ -318,6 +318,22 @@ def test_data_across_two_clusters_that_an_l1_entry_names_is_not_repaired():
     assert after[place : place + 8192] == data * 2
 
 
+@pytest.mark.parametrize("repair", [REPAIR_LEAKS, REPAIR_ALL])
+def test_data_behind_a_table_is_not_repaired(repair):
+    """By one bit of an L1 entry a table ends with the data of the next cluster."""
+    builder = build()
+    place = builder.l1[0] & OFFSET_MASK
+    assert builder.l2[0][3] & OFFSET_MASK == place + 4096
+    words = [0x3200 | OFLAG_ZERO, builder.l2[0][3] & OFFSET_MASK] * 256
+    data = builder.clusters[place + 4096] = struct.pack(">512Q", *words)
+    for index in range(64, 512):
+        builder.add_data(index)
+    entry = (builder.header.l1_table_offset, "Q", place + 512 | OFLAG_COPIED)
+    _, lines, after = check(patched(builder.build(), entry), repair)
+    assert any("is not cluster aligned" in line for line in lines)
+    assert after[place + 4096 : place + 8192] == data
+
+
 @pytest.mark.parametrize("entry", [0x7000000000, OFLAG_COPIED])
 def test_nothing_is_freed_if_a_table_is_damaged(entry):
     builder = build()
