@@ -213,6 +213,27 @@ async def test_failed_flush_stays_failed(tmp_path):
             await storage.flush()
 
 
+async def test_the_failure_of_a_cancelled_flush_stays(tmp_path):
+    """The server has told of the loss, and may succeed from then on."""
+    node = VolatileNode()
+    async with serving(tmp_path, node), storage_on(tmp_path) as storage:
+        await storage.pwritev(0, [b"x"])
+        node.gate.clear()
+        task = asyncio.create_task(storage.flush())
+        await settle(lambda: node.nb_waiting == 1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        node.failure = EIO_ERROR
+        node.gate.set()
+        await settle(lambda: not node.nb_waiting)
+        node.failure = None
+        assert await storage.pread(1, 1) == b"\1"
+        with pytest.raises(OSError, match="failed a FLUSH"):
+            await storage.flush()
+        assert not storage._client._requests
+
+
 async def test_kept_writes_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(nbd_client, "MAX_UNFLUSHED", 64 << 10)
     node = VolatileNode()

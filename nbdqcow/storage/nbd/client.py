@@ -191,9 +191,11 @@ class Client:
             if call.command in _CHANGES and self._connection is not None:
                 request.unwanted = True
                 await self._see_end(request)
+            if call.command != nbd.CMD_FLUSH:
+                # The answer to a flush counts all the same: of a loss a server
+                # may tell once.
+                self._requests.pop(request, None)
             raise
-        finally:
-            self._requests.pop(request, None)
         return request
 
     async def _see_end(self, request: _Request) -> None:
