@@ -50,7 +50,8 @@ class Lane:
     """Calls that go one after the other, in the order in which they came.
 
     For what would wait for each other in the kernel anyway: the thread that has
-    ended one goes on with the next, and nobody has to be woken.
+    ended one goes on with the next, unless other calls wait, and nobody has to be
+    woken.
     """
 
     def __init__(self) -> None:
@@ -134,6 +135,10 @@ class _Workers:
                 self._ended.append(job)
                 # An idle thread must not keep the last request's buffers.
                 job = None if lane is None else lane.leave()
+                if job is not None and not self._queue.empty():
+                    # Or a lane that never empties would have a thread for ever.
+                    self._queue.put(job)
+                    job = None
                 # The loop clears the flag before it empties the deque, so a flag
                 # that is set here means that it will still see the job.
                 if not self._woken:

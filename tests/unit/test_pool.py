@@ -83,6 +83,26 @@ async def test_calls_of_a_lane_go_one_after_the_other():
 
 
 @pytest.mark.asyncio
+async def test_full_lanes_leave_threads_to_others():
+    pool = Pool()
+    gate = threading.Event()
+    ended: list[str] = []
+
+    def call(name: str) -> None:
+        assert gate.wait(20)
+        ended.append(name)
+
+    lanes = [Lane() for _ in range(NB_THREADS)]
+    calls = [pool.run_in(lane, call, "lane") for lane in lanes for _ in range(9)]
+    running = [asyncio.create_task(one) for one in (*calls, pool.run(call, "other"))]
+    await asyncio.sleep(0)
+    gate.set()
+    await asyncio.gather(*running)
+    assert ended.index("other") < 2 * NB_THREADS
+    await pool.close()
+
+
+@pytest.mark.asyncio
 async def test_raises_what_the_call_raises_with_its_traceback():
     def fails() -> None:
         raise OSError(5, "broken")
