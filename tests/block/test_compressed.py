@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from nbdqcow import open_image
+from nbdqcow import open_image, pool
 from nbdqcow.cli.img import main
 from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.formats import memory_share
@@ -399,6 +399,31 @@ def test_parts_of_a_damaged_cluster_are_errors(tmp_path, seed, cluster_size):
                     found = await asyncio.gather(*readers, return_exceptions=True)
                 assert [each.errno for each in found] == [errno.EIO] * nb_readers
             assert not driver.compressed._loading
+
+    asyncio.run(run())
+
+
+def test_a_read_without_a_thread_fails_alone(tmp_path, monkeypatch):
+    """Nobody waits for what no thread has begun."""
+    raw, path = tmp_path / "raw", tmp_path / "a"
+    raw.write_bytes(bytes(range(256)) * (MiB // 256))
+    qemu_img(*("convert", "-cf", "raw", "-O", "qcow2"), raw, path)
+
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pread(0, 512)
+            compressed = node.driver.compressed
+            # The loop has done its share in this turn.
+            compressed._inline_left = 0
+            with monkeypatch.context() as patch:
+                patch.setattr(pool._Workers, "submit", refuse)
+                with pytest.raises(RuntimeError, match="can't start"):
+                    node.try_pread(65536, 512)
+            async with asyncio.timeout(20):
+                assert await node.pread(65536, 4) == bytes(range(4))
 
     asyncio.run(run())
 

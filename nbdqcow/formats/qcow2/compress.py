@@ -259,12 +259,14 @@ class CompressedClusters:
     def _start_load(self, descriptor: int, stream: Buffer) -> None:
         """Have a thread decompress a cluster, to be kept; `read` waits for that."""
         assert self._loop is not None
-        ticket = self._loading[descriptor] = self._loop.create_future()
+        ticket = self._loop.create_future()
         self.threads.start(
             partial(self._end_load, descriptor, ticket),
             self._decompress_all_blocking,
             (stream,),
         )
+        # Now that it will be kept: there may be no thread to be had.
+        self._loading[descriptor] = ticket
 
     def _end_load(
         self,
