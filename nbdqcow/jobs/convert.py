@@ -15,7 +15,13 @@ from typing import Final
 from nbdqcow.block.node import Node
 from nbdqcow.errors import BlockError, NbdQcowError, NotSupported
 from nbdqcow.jobs.control import Flight, JobControl
-from nbdqcow.jobs.status import LookAhead, disk_size, stretch_of, try_places
+from nbdqcow.jobs.status import (
+    LookAhead,
+    chain_of,
+    disk_size,
+    stretch_of,
+    try_places,
+)
 from nbdqcow.jobs.transfer import CHUNK, ReadError, Transfer
 from nbdqcow.jobs.zeroes import data_runs
 from nbdqcow.types import DATA, UNALLOCATED, ZERO, Buffer
@@ -151,17 +157,21 @@ class _Conversion:
             and not (options.salvage or options.compressed)
             and (not options.sparse or CHUNK % self._unit == 0)
         )
+        images = [image for source in sources for image in chain_of(source)]
         if (
             self._moves
             and cluster_size == 1
             and self._skip_zeroes
             and options.sparse
             and not control.rate
+            and all(image.driver.data.reads_in_threads for image in images)
         ):
             # Threads pass by what is a hole: the longer, the less is left to say.
             self._piece = min(max(_PIECE, end // _NB_PIECES), _LONG_PIECE)
             self._piece = round_down(self._piece, _PIECE)
-            self._short_hole = self._piece
+            if all(image.driver.cluster_size > 1 for image in images):
+                # In a raw image they would have to read it.
+                self._short_hole = self._piece
 
     async def run(self) -> None:
         options, control = self._options, self._control
@@ -316,6 +326,8 @@ class _Conversion:
             else:
                 await self._write(piece, data)
         except ReadError as error:
+            # Where that was, reading as a whole tells.
+            await self._read(piece)
             reason = reason_of(error.reason)
             raise CopyError("reading", piece.offset, reason) from error
         except OSError as error:
@@ -417,13 +429,19 @@ class _Conversion:
         """Read sectors of one disk, of which the last may be a part only."""
         offset = position - disk.start
         inside = min(length, max(0, disk.node.size - offset))
+        pieces: list[Buffer] = []
+        place = position
         try:
-            data = await disk.node.pread(offset, inside)
+            async for piece in disk.node.pread_pieces(offset, inside):
+                pieces.append(piece)
+                place += len(piece)
         except OSError as error:
             if not self._options.salvage:
-                raise CopyError("reading", position, reason_of(error)) from error
-            data = await self._salvage(disk, position, inside)
-        return data if inside == length else bytes(data).ljust(length, b"\0")
+                raise CopyError("reading", place, reason_of(error)) from error
+            pieces = [await self._salvage(disk, position, inside)]
+        if inside < length:
+            pieces.append(bytes(length - inside))
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     async def _salvage(self, disk: _Disk, position: int, length: int) -> bytes:
         pieces: list[Buffer] = []

@@ -1,5 +1,6 @@
 """What a stretch of a disk is, through its backing chain, without numpy."""
 
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -160,6 +161,14 @@ def try_places(
             return None
         offset += covered
     return places
+
+
+def chain_of(node: Node) -> Iterator[Node]:
+    """Yield an image and those below it."""
+    below: Node | None = node
+    while below is not None:
+        yield below
+        below = below.backing
 
 
 def disk_size(node: Node) -> int:

@@ -304,10 +304,61 @@ async def test_compressed_clusters(tmp_path, monkeypatch, cluster_size, at_lengt
             )
         texts.add(str(caught.value))
     assert len(texts) == 1
-    # Parts of a long piece are as long as a cluster.
-    place = cluster_size if at_length and cluster_size == 512 * KiB else 0
-    wanted = f"error while reading at byte {place}: damaged compressed cluster"
+    wanted = f"error while reading at byte {cluster_size}: damaged compressed cluster"
     assert wanted in texts.pop()
+
+
+@pytest.mark.parametrize("in_threads", [True, False])
+async def test_holes_of_raw_images_are_not_read(tmp_path, monkeypatch, in_threads):
+    """Nobody but the file system knows of them; a server may be far away."""
+    with (tmp_path / "disk").open("wb") as file:
+        file.truncate(8 * MiB)
+        for place in range(0, 8 * MiB, MiB):
+            os.pwrite(file.fileno(), b"x" * 64 * KiB, place)
+    (tmp_path / "out").touch()
+    os.truncate(tmp_path / "out", 8 * MiB)
+    move_at_length(monkeypatch)
+    monkeypatch.setattr(FileStorage, "reads_in_threads", in_threads)
+    nb_read = 0
+
+    def count(name, length_of):
+        read = getattr(FileStorage, name)
+
+        def counted(self, offset, what):
+            nonlocal nb_read
+            found = read(self, offset, what)
+            if found is not None or name == "pread_into_blocking":
+                nb_read += length_of(what)
+            return found
+
+        monkeypatch.setattr(FileStorage, name, counted)
+
+    count("pread_into_blocking", len)
+    count("try_pread", int)
+    count("pread", int)
+    sources = [(tmp_path / "disk", "raw")]
+    disk = await convert_file(sources, tmp_path / "out", "raw", target_is_zero=True)
+    assert disk == (tmp_path / "disk").read_bytes()
+    assert nb_read == 8 * 64 * KiB
+
+
+async def test_an_error_behind_a_hole_is_told_of_its_place(tmp_path):
+    """And not of the hole's, with which it is in one piece."""
+    path = tmp_path / "packed"
+    img("create", "-q", "-f", "qcow2", path, 4 * MiB)
+    async with open_image(path) as node:
+        for place in (0, MiB, MiB + 64 * KiB):
+            await node.pwrite_compressed(place, b"some data" * 7281 + b"\0" * 7)
+        _, descriptor, _ = await node.driver.map(MiB + 64 * KiB, 512)
+    with path.open("r+b") as file:
+        file.seek(descriptor & ((1 << 40) - 1))
+        file.write(b"\xff" * 20)
+    (tmp_path / "out").touch()
+    os.truncate(tmp_path / "out", 4 * MiB)
+    with pytest.raises(CopyError) as caught:
+        sources = [(path, "qcow2")]
+        await convert_file(sources, tmp_path / "out", "raw", target_is_zero=True)
+    assert caught.value.offset == MiB + 64 * KiB
 
 
 @pytest.mark.parametrize("action", ["reading", "writing"])
