@@ -15,6 +15,7 @@ from nbdqcow.formats.qcow2.entries import (
 )
 from nbdqcow.formats.qcow2.write import free_entry, slice_for_change
 from nbdqcow.types import UNALLOCATED, ZERO, ZERO_ALLOCATED
+from nbdqcow.units import round_up
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
@@ -131,20 +132,23 @@ async def _discard_kept(image: "Qcow2Driver", offset: int, length: int) -> None:
 
     The lock is held, or a writer might use them meanwhile.
     """
-    bits = image.cluster_bits
-    for start in range(offset, offset + length, image.cluster_size):
+    size, start = image.cluster_size, offset
+    end = round_up(offset + length, size)
+    while start < end:
         async with image.lock:
             image.check_writable()
-            if image.in_flight.find(start, start + image.cluster_size) is not None:
-                continue
-            kind, host_offset, covered = await image.mapping.map(
-                start, image.cluster_size
-            )
-            if kind != ZERO_ALLOCATED or covered < image.cluster_size:
-                continue
-            # A snapshot may show data there.
-            if await image.refcounts.count(host_offset >> bits) == 1:
-                await image.data.discard(host_offset, image.cluster_size)
+            kind, host_offset, covered = await image.mapping.map(start, end - start)
+            if kind != ZERO_ALLOCATED:
+                start += max(covered // size, 1) * size
+            else:
+                if (
+                    covered >= size
+                    and image.in_flight.find(start, start + size) is None
+                    # A snapshot may show data there.
+                    and await image.refcounts.count(host_offset // size) == 1
+                ):
+                    await image.data.discard(host_offset, size)
+                start += size
         await asyncio.sleep(0)
 
 
