@@ -185,7 +185,7 @@ def test_a_large_request_gives_others_turns(tmp_path, what, keeps):
             asyncio.timeout(60),
             open_image(path, discard="unmap", driver_options=options) as node,
         ):
-            # Tables, in memory: slices of them cost more than tables to pass over.
+            # Tables, in memory: slices of them cost more than what is passed over.
             await node.pwrite(0, b"x")
             await node.pwrite(size // 2, b"x")
             request = asyncio.create_task(getattr(node, what)(0, size))
@@ -195,6 +195,6 @@ def test_a_large_request_gives_others_turns(tmp_path, what, keeps):
             await request
 
     asyncio.run(work())
-    nb_tables = size >> 29
-    assert nb_turns > nb_tables // 1024 - 8
+    # Most of it is passed over, hundreds of missing tables at a look.
+    assert nb_turns > 2
     qemu_img("check", path)
