@@ -167,6 +167,26 @@ def test_cached_tables_are_given_up(tmp_path):
     run(path, work, **{"cache-clean-interval": 1, "cache-size": MiB})
 
 
+def test_nobody_looks_after_an_image_that_could_not_be_opened(tmp_path):
+    path = create(tmp_path / "a")
+    qemu_img("bitmap", "--add", path, "b0")
+    image = bytearray(path.read_bytes())
+    # Behind the extension's head are the number of bitmaps, and of their directory
+    # the length and the offset; there is the length of a table.
+    start = image.index((0x23852875).to_bytes(4, "big")) + 24
+    entry = int.from_bytes(image[start : start + 8], "big")
+    image[entry + 8 : entry + 12] = b"\xff" * 4
+    path.write_bytes(image)
+
+    async def work():
+        with pytest.raises(ImageError, match="Bitmap 'b0' doesn't satisfy"):
+            async with open_image(path, driver_options={"cache_clean_interval": 600}):
+                pass
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(work())
+
+
 @pytest.mark.parametrize(
     ("what", "keeps"),
     [("discard", False), ("discard", True), ("write_zeroes", False)],

@@ -75,10 +75,11 @@ async def open_driver(
         image.shows_old_disk = wanted_snapshot is not None
         if not read_only:
             await image.prepare_for_writing()
-        if settings.clean_interval:
-            image.spawn_forever(image.drop_unused(settings.clean_interval))
         if wanted_snapshot is None and header.bitmaps_consistent:
             await image.bitmaps.load()
+        # Until it is closed, so not before it is open.
+        if settings.clean_interval:
+            image.spawn_forever(image.drop_unused(settings.clean_interval))
     except BaseException:
         if data_file is not None:
             await data_file.close()
