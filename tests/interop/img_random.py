@@ -242,7 +242,7 @@ def main() -> int:
             if time.monotonic() > end:
                 break
             count += 1
-            found = unintended(line, pair.differences(line))
+            found = unintended(pair.differences(line))
             if not found:
                 continue
             shape = shape_of(found)
@@ -252,10 +252,10 @@ def main() -> int:
 
             def fails(candidate: list[str], shape: object = shape) -> bool:
                 again = pair.differences(candidate)
-                return shape_of(unintended(candidate, again)) == shape
+                return shape_of(unintended(again)) == shape
 
             short = shrink(line, fails)
-            found = unintended(short, pair.differences(short))
+            found = unintended(pair.differences(short))
             print(f"--- {shlex.join(short)}\n    (from: {shlex.join(line)})")
             print(describe(found), flush=True)
         print(f"{count} lines, seed {given.seed}, {len(seen)} differ")
