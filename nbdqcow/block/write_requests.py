@@ -3,7 +3,7 @@
 import asyncio
 import errno
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -26,6 +26,8 @@ Work: TypeAlias = Callable[[int, int, WriteBlocking], None]
 """See `WriteRequests.pwrite_by`."""
 Find: TypeAlias = Callable[[int, int], Iterable[tuple[StorageDriver, int, int]]]
 """See `WriteRequests.copy_by`."""
+
+_UNGUARDED: Final = nullcontext()
 
 
 class WriteRequests(ReadRequests):
@@ -172,13 +174,15 @@ class WriteRequests(ReadRequests):
             plan.host_offset - nb_before, nb_before + plan.length + nb_after, write_all
         )
 
-    @asynccontextmanager
-    async def _guarded(self, offset: int, data: Buffer) -> AsyncIterator[None]:
+    def _guarded(self, offset: int, data: Buffer) -> AbstractAsyncContextManager[None]:
         """Write ``data`` inside, of which only what comes before `GUARD_LENGTH`
-        must be there. Raises `BlockError` (EPERM)."""
+        must be there. Entering it raises `BlockError` (EPERM)."""
         if self._guard is None or offset >= GUARD_LENGTH:
-            yield
-            return
+            return _UNGUARDED
+        return self._checked(offset, data)
+
+    @asynccontextmanager
+    async def _checked(self, offset: int, data: Buffer) -> AsyncIterator[None]:
         async with self._guard_lock:
             await self._check_guard(offset, data)
             yield

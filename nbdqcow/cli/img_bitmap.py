@@ -27,9 +27,7 @@ _LONG: Final = {
     "source-format=": "-F",
     "granularity=": "-g",
 }
-_ACTIONS: Final = (
-    *("add", "remove", "remove-all", "clear", "enable", "disable", "merge"),
-)
+_ACTIONS: Final = ("add", "remove", "remove-all", "clear", "enable", "disable", "merge")
 _MAX_NAME: Final = 1023
 _NODE: Final = "#block100"
 """What QEMU calls an image inside; only the number means nothing to us."""

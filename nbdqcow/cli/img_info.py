@@ -20,7 +20,7 @@ from nbdqcow.cli.img_options import (
 )
 from nbdqcow.cli.messages import error
 from nbdqcow.errors import ImageError, UsageError
-from nbdqcow.units import format_size, parse_size
+from nbdqcow.units import SECTOR_SIZE, format_size, parse_size
 
 _LONG: Final = {
     "help": "-h",
@@ -33,7 +33,6 @@ _LONG: Final = {
     "cache=": "-t",
     "limits": "--limits",
 }
-_SECTOR: Final = 512
 _MAX_BUFFERS: Final = 1024
 """Of one request, as Linux takes them (IOV_MAX)."""
 
@@ -132,8 +131,8 @@ def _limits(info: ImageInfo, cache: str, *, guessed: bool) -> dict[str, int]:
         assert info.cluster_size is not None
         extended = (info.specific or {}).get("extended-l2", False)
         values["write-zeroes-alignment"] = info.cluster_size // (32 if extended else 1)
-    values["request-alignment"] = _SECTOR if by_sectors else 1
-    values["min-mem-alignment"] = _SECTOR if cache in ("none", "directsync") else 1
+    values["request-alignment"] = SECTOR_SIZE if by_sectors else 1
+    values["min-mem-alignment"] = SECTOR_SIZE if cache in ("none", "directsync") else 1
     if info.format == "qcow2":
         assert info.cluster_size is not None
         values["discard-alignment"] = info.cluster_size

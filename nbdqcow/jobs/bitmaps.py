@@ -12,8 +12,13 @@ def bitmap_driver(node: Node) -> Any:
     Raises `ImageError` for a format without.
     """
     if not hasattr(node.driver, "bitmap_list"):
-        raise ImageError(f"Format driver '{node.format_name}' does not support bitmaps")
+        raise _unsupported(node)
     return node.driver
+
+
+def _unsupported(node: Node) -> ImageError:
+    text = f"Format driver '{node.format_name}' does not support bitmaps"
+    return ImageError(text)
 
 
 def has_bitmaps(node: Node) -> bool:
@@ -25,7 +30,7 @@ def has_bitmaps(node: Node) -> bool:
 def check_bitmaps(node: Node) -> None:
     """See that an image can have bitmaps. Raises `ImageError`."""
     if not has_bitmaps(node):
-        raise ImageError(f"Format driver '{node.format_name}' does not support bitmaps")
+        raise _unsupported(node)
 
 
 def inconsistent_bitmaps(node: Node) -> list[str]:

@@ -288,14 +288,16 @@ class L2Tables:
                     "entry corrupted",
                     nb,
                 )
-        for offset, nb in zip(map(int, offsets), map(int, times), strict=True):
-            if self._is_fixed(offset):
-                self.references.bad(
-                    f"ERROR l2_offset={offset:x}: Table overlaps with one that the "
-                    "header names; L1 entry corrupted",
-                    nb,
-                )
-                self._damaged.append(offset)
+        fixed = self._are_fixed(offsets)
+        for offset, nb in zip(
+            map(int, offsets[fixed]), map(int, times[fixed]), strict=True
+        ):
+            self.references.bad(
+                f"ERROR l2_offset={offset:x}: Table overlaps with one that the "
+                "header names; L1 entry corrupted",
+                nb,
+            )
+            self._damaged.append(offset)
         if self.references.result.corruptions != before:
             self.references.incomplete = True
         both = np.concatenate((self._offsets, offsets))
@@ -306,8 +308,8 @@ class L2Tables:
         order = np.argsort(first)
         return np.stack((offsets[order], times[order].astype(np.uint64)))
 
-    def _is_fixed(self, offset: int) -> bool:
-        """Whether an L2 table there would overlap with the header, the active L1
+    def _are_fixed(self, offsets: "Entries") -> "npt.NDArray[np.bool_]":
+        """Whether L2 tables there would overlap with the header, the active L1
         table or the refcount table."""
         header, size = self.header, self.header.cluster_size
         ranges = (
@@ -315,9 +317,12 @@ class L2Tables:
             (header.l1_table_offset, header.l1_size * 8),
             (header.refcount_table_offset, header.refcount_table_clusters * size),
         )
-        return any(
-            start - size < offset < start + length for start, length in ranges if length
-        )
+        fixed = np.zeros(len(offsets), np.bool_)
+        for start, length in ranges:
+            if length:
+                first = max(0, start - size + 1)
+                fixed |= (offsets >= first) & (offsets < start + length)
+        return fixed
 
     def count(self, active: "Entries") -> Steps[None]:
         """Count what all tables refer to, the ``active`` ones first; only
