@@ -3,19 +3,18 @@
 How they are compared: `img_beside_qemu`.
 """
 
-import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import find_tool
 from tests.interop.img_beside_qemu import compare, lines, prepare, qemu_io
 from tests.interop.test_img_conformance import run_ours, run_theirs
 
 
 @pytest.fixture(scope="session")
 def disks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("qemu-img") is None:
-        pytest.skip("qemu-img is not installed (tools/setup-system.sh test)")
+    find_tool("qemu-img")
     directory = tmp_path_factory.mktemp("commands") / "disks"
     prepare(directory)
     return directory

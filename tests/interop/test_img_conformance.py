@@ -23,6 +23,7 @@ from nbdqcow.cli.img import main
 from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2.entries import OFLAG_COPIED, OFLAG_ZERO
 from tests.builder import ImageBuilder, patched
+from tests.conftest import find_tool
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 IN_A_PROCESS = [
@@ -149,8 +150,7 @@ def prepare(directory: Path) -> None:
 
 @pytest.fixture(scope="session")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("qemu-img") is None:
-        pytest.skip("qemu-img is not installed (tools/setup-system.sh test)")
+    find_tool("qemu-img")
     directory = tmp_path_factory.mktemp("conformance") / "pristine"
     prepare(directory)
     return directory

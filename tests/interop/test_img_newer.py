@@ -2,12 +2,12 @@
 
 import re
 import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import find_tool
 from tests.interop.img_beside_qemu import (
     READING,
     files_of,
@@ -21,8 +21,7 @@ from tests.interop.test_img_conformance import run_ours, run_theirs
 
 @pytest.fixture(scope="module")
 def disks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("qemu-img") is None:
-        pytest.skip("qemu-img is not installed (tools/setup-system.sh test)")
+    find_tool("qemu-img")
     directory = tmp_path_factory.mktemp("newer") / "disks"
     prepare(directory)
     return directory

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import find_tool
 from tests.interop.img_beside_qemu import files_of, qemu_io
 from tests.interop.test_img_conformance import run_ours, run_theirs
 
@@ -26,8 +27,7 @@ ONE = "--object secret,id=s,data=one"
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with chains of images, longer and shorter ones."""
-    if shutil.which("qemu-img") is None:
-        pytest.skip("qemu-img is not installed (tools/setup-system.sh test)")
+    find_tool("qemu-img")
     path = tmp_path_factory.mktemp("rebase") / "chain"
     path.mkdir()
 

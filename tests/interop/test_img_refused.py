@@ -1,11 +1,11 @@
 """Names and options that qemu-img refuses, or answers without doing anything."""
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import find_tool
 from tests.interop.img_beside_qemu import prepare, settle
 from tests.interop.test_img_conformance import run_ours, run_theirs
 
@@ -15,8 +15,7 @@ LUKS = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
 
 @pytest.fixture(scope="module")
 def disks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("qemu-img") is None:
-        pytest.skip("qemu-img is not installed (tools/setup-system.sh test)")
+    find_tool("qemu-img")
     directory = tmp_path_factory.mktemp("refused") / "disks"
     prepare(directory)
     run_theirs("create -f qcow old.qcow 1M", directory)

@@ -2,12 +2,22 @@
 
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.serving import server_environment
 
 SOURCE = Path(__file__).with_name("recorder.c")
+NB_ROUNDS = int(os.environ.get("NBDQCOW_PLUGS", "20"))
 SECRET = ["--object", "secret,id=s,data=sesame"]
+
+
+def rounds(directory: Path) -> Iterator[tuple[int, Path]]:
+    """Yield the number of each round of a long test, and a directory for it."""
+    for number in range(NB_ROUNDS):
+        own = directory / str(number)
+        own.mkdir()
+        yield number, own
 
 
 def build_recorder(directory: Path) -> Path:

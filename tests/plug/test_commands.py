@@ -14,12 +14,19 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import find_tool
-from tests.plug.programs import build_recorder, check, content, recorded, run, write_all
+from tests.plug.programs import (
+    build_recorder,
+    check,
+    content,
+    recorded,
+    rounds,
+    run,
+    write_all,
+)
 from tests.plug.recording import NEVER, FileHistory, Recording, read_recording
 
 KiB, MiB = 1 << 10, 1 << 20
 NB_CUTS = 4
-NB_ROUNDS = int(os.environ.get("NBDQCOW_PLUGS", "20"))
 
 OPTIONS = ("", "cluster_size=4k", "compat=0.10", "extended_l2=on", "lazy_refcounts=on")
 
@@ -263,7 +270,5 @@ def test_power_cuts(prepare, tmp_path, recorder, seed, figures):
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("prepare", COMMANDS)
 def test_many_power_cuts(prepare, tmp_path, recorder, seed, figures):
-    for number in range(NB_ROUNDS):
-        directory = tmp_path / str(number)
-        directory.mkdir()
+    for number, directory in rounds(tmp_path):
         figures(cut_power(prepare, directory, recorder, seed + number, 4 * NB_CUTS))

@@ -29,6 +29,7 @@ from tests.plug.programs import (
     content,
     image_words,
     recorded,
+    rounds,
     run,
     write_all,
 )
@@ -42,7 +43,6 @@ from tests.plug.recording import (
 
 KiB, MiB = 1 << 10, 1 << 20
 NB_REQUESTS, NB_CUTS = 120, 3
-NB_ROUNDS = int(os.environ.get("NBDQCOW_PLUGS", "20"))
 
 MIXED = "wwwwwwzztf"
 SMALL_WRITES = "w" * 40 + "f"
@@ -326,9 +326,7 @@ def test_power_cuts(case, tmp_path, recorder, seed, figures):
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("case", CASES + MORE_CASES, ids=str)
 def test_many_power_cuts(case, tmp_path, recorder, seed, figures):
-    for number in range(NB_ROUNDS):
-        directory = tmp_path / str(number)
-        directory.mkdir()
+    for number, directory in rounds(tmp_path):
         figures(cut_power(case, directory, recorder, seed + number, 3))
 
 
@@ -369,9 +367,7 @@ def test_failing_calls(case, kinds, tmp_path, recorder, seed, figures):
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("case", CASES + MORE_CASES, ids=str)
 def test_many_failing_calls(case, tmp_path, recorder, seed, figures):
-    for number in range(NB_ROUNDS):
-        directory = tmp_path / str(number)
-        directory.mkdir()
+    for number, directory in rounds(tmp_path):
         kinds = ("F", "W", "A", "WA")[number % 4]
         figures(fail_a_call(case, kinds, directory, recorder, seed + number))
 
