@@ -24,6 +24,7 @@ from importlib import import_module
 from pathlib import Path
 
 from nbdqcow.cli import img
+from tests.conftest import with_luks
 from tests.interop.img_beside_qemu import prepare as prepare_disks
 from tests.interop.img_beside_qemu import qemu_io, settle
 from tests.interop.img_intended import Difference, unintended
@@ -41,9 +42,12 @@ def prepare(directory: Path) -> None:
     prepare_disks(directory)
 
     def img_(*words: str) -> None:
-        subprocess.run(
-            ["qemu-img", *words], cwd=directory, check=True, capture_output=True
+        done = with_luks(
+            lambda: subprocess.run(
+                ["qemu-img", *words], cwd=directory, capture_output=True
+            )
         )
+        done.check_returncode()
 
     (directory / "secret").write_text("one")
     secret = ("--object", "secret,id=s,data=one")
@@ -150,7 +154,7 @@ class Pair:
             for copy in self._copies:
                 shutil.rmtree(copy, ignore_errors=True)
                 subprocess.run(["cp", "-a", "--", self._pristine, copy], check=True)
-        expected = settle(run_theirs(line, theirs))
+        expected = settle(with_luks(lambda: run_theirs(line, theirs)))
         got = settle(run_ours(line, ours))
         found = [
             Difference(what, one, other)

@@ -15,13 +15,12 @@ import pytest
 from nbdqcow import open_image
 from nbdqcow.block.node import Node
 from nbdqcow.cli.img import main
-from tests.conftest import SEED
+from tests.conftest import SEED, with_luks
 from tests.pairwise import pairwise
 from tests.serving import need, run
 
 KiB, MiB = 1 << 10, 1 << 20
 NB_QUICK = 3
-NB_TRIES = 20
 NB_REQUESTS = 25
 SECRET = ("--object", "secret,id=s,data=one")
 ENCRYPTION = {
@@ -235,11 +234,7 @@ class Image:
         return run("qemu-img", command, *map(str, words), *options).stdout
 
     def create_by_qemu(self) -> None:
-        for _ in range(NB_TRIES):
-            done = run("qemu-img", *self.create_words(), check=False)
-            # So says QEMU 7.2 on some virtual machines, now and then.
-            if "accurate CPU usage" not in done.stderr:
-                break
+        done = with_luks(lambda: run("qemu-img", *self.create_words(), check=False))
         assert done.returncode == 0, done.stderr
         if self.starts_as_noise:
             self.qemu_io([f"write -P 7 0 {self.size}"])

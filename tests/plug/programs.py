@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.conftest import with_luks
 from tests.serving import server_environment
 
 SOURCE = Path(__file__).with_name("recorder.c")
@@ -43,12 +44,14 @@ def recorded(
 
 def run(*words: str | Path | int, check: bool = True) -> tuple[int, str]:
     """Run a program; return its exit status and what it said."""
-    done = subprocess.run(
-        [str(word) for word in words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=100,
+    done = with_luks(
+        lambda: subprocess.run(
+            [str(word) for word in words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=100,
+        )
     )
     assert not check or done.returncode == 0, f"{words}: {done.stdout}"
     return done.returncode, done.stdout
