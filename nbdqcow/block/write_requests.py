@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
@@ -150,6 +151,66 @@ class WriteRequests(ReadRequests):
                 plan, partial(work, done, plan.length)
             ),
         )
+
+    async def pwrite_runs_by(self, runs: Iterable[tuple[int, int]], work: Work) -> None:
+        """Let ``work`` write several runs, given by offset and length, of which none
+        touches another's clusters.
+
+        It is called as `pwrite_by` does, but with ``start`` counting through all of
+        the runs as if nothing were between them, and a stretch may be several whose
+        new clusters are neighbours: one call of a thread does much.
+        """
+        self._check_writable()
+        driver = self.driver
+        waiting = deque(runs)
+        for offset, length in waiting:
+            self._check_inside(offset, length)
+        done = 0
+        while waiting:
+            offset, length = waiting.popleft()
+            plan = await driver.begin_write(offset, length)
+            if plan.length < length:
+                waiting.appendleft((offset + plan.length, length - plan.length))
+            plans = [plan]
+            try:
+                # Nobody waits for another's clusters while this holds some.
+                if not plan.head and not plan.tail:
+                    host_end = plan.host_offset + plan.length
+                    plans.extend(self._plan_neighbours(host_end, waiting))
+                length = sum(plan.length for plan in plans)
+                work_on = partial(work, done, length)
+                if len(plans) == 1:
+                    await self._write_piece_by(plan, work_on)
+                else:
+                    await driver.data.write_by(plan.host_offset, length, work_on)
+            except BaseException:
+                for plan in plans:
+                    driver.abort_write(plan)
+                raise
+            for plan in plans:
+                driver.end_write(plan)
+            done += length
+
+    def _plan_neighbours(
+        self, host_offset: int, waiting: deque[tuple[int, int]]
+    ) -> Iterator[WritePlan]:
+        """Yield plans for the runs that ``waiting`` begins with, as far as they are
+        whole clusters and one follows the other in the file, from ``host_offset``
+        on; take them from there."""
+        driver = self.driver
+        while waiting:
+            offset, length = waiting[0]
+            if offset % driver.cluster_size or length % driver.cluster_size:
+                return
+            plan = driver.try_begin_write(offset, length)
+            if plan is None:
+                return
+            if plan.host_offset != host_offset:
+                driver.cancel_write(plan)
+                return
+            waiting.popleft()
+            host_offset += plan.length
+            yield plan
 
     async def _write_piece_by(
         self, plan: WritePlan, work: Callable[[WriteBlocking], None]

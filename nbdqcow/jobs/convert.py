@@ -13,10 +13,12 @@ from functools import partial
 from typing import Final
 
 from nbdqcow.block.node import Node
+from nbdqcow.block.write_requests import Work
 from nbdqcow.errors import BlockError, NbdQcowError, NotSupported
 from nbdqcow.jobs.control import Flight, JobControl
 from nbdqcow.jobs.status import (
     LookAhead,
+    Place,
     chain_of,
     disk_size,
     stretch_of,
@@ -30,6 +32,8 @@ from nbdqcow.units import SECTOR_SIZE, GiB, KiB, MiB, round_down, round_up
 _PIECE: Final = 2 * MiB
 _LONG_PIECE: Final = 16 * MiB
 """Bytes of a piece that threads move from file to file, holes and all."""
+_MAX_JOINED: Final = 8 * MiB
+"""Bytes of pieces that threads move into clusters at once, past the holes between."""
 _NB_PIECES: Final = 256
 """Pieces that make for smooth progress."""
 _SHORT_HOLE: Final = 64 * KiB
@@ -158,12 +162,17 @@ class _Conversion:
             and (not options.sparse or CHUNK % self._unit == 0)
         )
         images = [image for source in sources for image in chain_of(source)]
-        if (
+        # A rate wants short pieces.
+        moves_much = (
             self._moves
-            and cluster_size == 1
             and self._skip_zeroes
-            and options.sparse
+            and options.sparse > 0
             and not control.rate
+        )
+        self._joins = moves_much and cluster_size > 1 and self._unit >= _MIN_LOOK
+        if (
+            moves_much
+            and cluster_size == 1
             and all(image.driver.data.reads_in_threads for image in images)
         ):
             # Threads pass by what is a hole: the longer, the less is left to say.
@@ -183,22 +192,17 @@ class _Conversion:
         control.expect(total)
         turn: asyncio.Future[None] | None = None
         async with Flight(options.nb_in_flight) as flight:
-            async for piece in self._pieces():
-                await control.checkpoint()
-                if self._is_there(piece):
-                    if not options.count_data:
-                        control.advance(piece.length)
-                    continue
+            async for pieces in self._joined_pieces():
                 begun = asyncio.get_running_loop().create_future()
                 await flight.add(
-                    self._copy(piece, turn if options.in_order else None, begun)
+                    self._copy(pieces, turn if options.in_order else None, begun)
                 )
                 turn = begun
                 if options.salvage:
                     # What is lost is told in its order.
                     await flight.drain()
                 # Said when begun, as QEMU does: pieces end in any order.
-                control.advance(piece.length)
+                control.advance(sum(piece.length for piece in pieces))
             await flight.drain()
 
     def _is_there(self, piece: _Piece) -> bool:
@@ -208,6 +212,30 @@ class _Conversion:
         )
 
     # -- cutting ---------------------------------------------------------
+
+    async def _joined_pieces(self) -> AsyncIterator[list[_Piece]]:
+        """Yield the pieces that have to be copied, those together that are copied in
+        one go."""
+        control = self._control
+        joined: list[_Piece] = []
+        nb_bytes = 0
+        async for piece in self._pieces():
+            await control.checkpoint()
+            if self._is_there(piece):
+                if not self._options.count_data:
+                    control.advance(piece.length)
+                continue
+            joins = self._joins and piece.kind == DATA
+            if joined and not (joins and nb_bytes + piece.length <= _MAX_JOINED):
+                yield joined
+                joined, nb_bytes = [], 0
+            joined.append(piece)
+            nb_bytes += piece.length
+            if not joins:
+                yield joined
+                joined, nb_bytes = [], 0
+        if joined:
+            yield joined
 
     async def _pieces(self) -> AsyncIterator[_Piece]:
         position = 0
@@ -301,12 +329,33 @@ class _Conversion:
 
     async def _copy(
         self,
+        pieces: list[_Piece],
+        turn: "asyncio.Future[None] | None",
+        begun: "asyncio.Future[None]",
+    ) -> None:
+        """Copy pieces; their writing begins after ``turn``, and then ``begun``
+        is set."""
+        try:
+            joined = self._try_join(pieces)
+            if joined is not None:
+                await _begin(turn, begun)
+                # Where it does not go well, each piece will tell of itself.
+                with suppress(ReadError, OSError):
+                    await self._target.pwrite_runs_by(*joined)
+                    return
+            for piece in pieces:
+                await self._copy_piece(piece, turn, begun)
+        finally:
+            # Nobody waits for ever for a piece that failed.
+            if not begun.done():
+                begun.cancel()
+
+    async def _copy_piece(
+        self,
         piece: _Piece,
         turn: "asyncio.Future[None] | None",
         begun: "asyncio.Future[None]",
     ) -> None:
-        """Copy a piece; its writing begins after ``turn``, and then ``begun``
-        is set."""
         try:
             data: Buffer | None = None
             move = None
@@ -316,11 +365,7 @@ class _Conversion:
                     move = partial(self._move_long, move, piece)
                 elif move is None:
                     data = await self._read(piece)
-            if turn is not None:
-                await turn
-            # Whoever waits for this runs once this task waits for something:
-            # by then it has its clusters.
-            begun.set_result(None)
+            await _begin(turn, begun)
             if move is not None:
                 await move()
             else:
@@ -332,24 +377,52 @@ class _Conversion:
             raise CopyError("reading", piece.offset, reason) from error
         except OSError as error:
             raise CopyError("writing", piece.offset, reason_of(error)) from error
-        finally:
-            # Nobody waits for ever for a piece that failed.
-            if not begun.done():
-                begun.cancel()
+
+    def _try_join(
+        self, pieces: list[_Piece]
+    ) -> tuple[list[tuple[int, int]], Work] | None:
+        """Return what `Node.pwrite_runs_by` is to do for all the pieces at once.
+
+        None if they go one by one.
+        """
+        if len(pieces) == 1 or self._copy_range:
+            return None
+        runs: list[tuple[int, int]] = []
+        places: list[Place] = []
+        for piece in pieces:
+            transfer = self._try_transfer(piece)
+            if transfer is None or piece.offset % self._unit:
+                return None
+            found = transfer.try_find_runs(self._unit)
+            if found is None:
+                return None
+            position = 0
+            for has_data, length in found:
+                if has_data:
+                    runs.append((piece.offset + position, length))
+                    places += transfer.stretches(position, length)
+                position += length
+        return runs, partial(Transfer(places).write_blocking, 0)
+
+    def _try_transfer(self, piece: _Piece) -> Transfer | None:
+        """Return a piece's bytes; None if threads can't move them."""
+        disk = next(disk for disk in self._disks if piece.offset < disk.end)
+        if not self._moves or piece.offset + piece.length > disk.end:
+            return None
+        places = try_places(
+            disk.node, piece.offset - disk.start, piece.length, longest_unit=CHUNK
+        )
+        return None if places is None else Transfer(places)
 
     def _try_plan_move(self, piece: _Piece) -> Callable[[], Awaitable[None]] | None:
         """Return what moves a piece from file to file, where threads can.
 
         None if the piece must be read as a whole.
         """
-        disk = next(disk for disk in self._disks if piece.offset < disk.end)
-        if not self._moves or piece.offset + piece.length > disk.end:
+        transfer = self._try_transfer(piece)
+        if transfer is None:
             return None
         start, length = piece.offset, piece.length
-        places = try_places(disk.node, start - disk.start, length, longest_unit=CHUNK)
-        if places is None:
-            return None
-        transfer = Transfer(places)
         if not self._options.sparse:
             return partial(self._move, transfer, start, [(True, length)])
         if start % self._unit:
@@ -529,6 +602,18 @@ class _Conversion:
                 # Nor will the next pieces be.
                 self._copy_range = False
         await self._write(piece, await self._read(piece))
+
+
+async def _begin(
+    turn: "asyncio.Future[None] | None", begun: "asyncio.Future[None]"
+) -> None:
+    """Wait for one's turn to write, and let others wait for theirs."""
+    if turn is not None:
+        await turn
+    if not begun.done():
+        # Whoever waits for this runs once this task waits for something: by then
+        # it has its clusters.
+        begun.set_result(None)
 
 
 def reason_of(error: OSError) -> str:

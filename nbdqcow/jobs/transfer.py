@@ -61,7 +61,7 @@ class Transfer:
     ) -> Iterator[tuple[StorageDriver, int, int]]:
         """Yield where the bytes of a plain copy are; see `WriteRequests.copy_by`.
         ``skipped`` is as in `write_blocking`."""
-        for source, offset, count in self._stretches(skipped + start, length):
+        for source, offset, count in self.stretches(skipped + start, length):
             assert isinstance(source, StorageDriver)
             yield source, offset, count
 
@@ -144,14 +144,14 @@ class Transfer:
         chunk, counted from ``start``, ends."""
         cut: list[Place] = []
         done = 0
-        for source, offset, count in self._stretches(start, length):
+        for source, offset, count in self.stretches(start, length):
             while count:
                 covered = min(count, CHUNK - done % CHUNK)
                 cut.append(Place(source, offset, covered))
                 offset, count, done = offset + covered, count - covered, done + covered
         return cut
 
-    def _stretches(self, start: int, length: int) -> Iterator[Place]:
+    def stretches(self, start: int, length: int) -> Iterator[Place]:
         """Yield where our bytes ``[start, start + length)`` are."""
         for source, offset, count in self._places:
             if start < count and length:
