@@ -12,7 +12,7 @@ from nbdqcow.cli.img_run import ProgressLine, run_command
 from nbdqcow.errors import ImageError, NotSupported, UsageError
 from nbdqcow.jobs.commit import commit
 from nbdqcow.jobs.control import JobControl
-from nbdqcow.jobs.convert import CopyError, reason_of
+from nbdqcow.jobs.errors import CopyError, reason_of
 
 _LONG: Final = {
     "help": "-h",

@@ -42,7 +42,8 @@ from nbdqcow.jobs.bitmaps import (
     inconsistent_bitmaps,
 )
 from nbdqcow.jobs.control import JobControl
-from nbdqcow.jobs.convert import ConvertOptions, convert
+from nbdqcow.jobs.convert import convert
+from nbdqcow.jobs.pieces import ConvertOptions
 from nbdqcow.jobs.status import disk_size
 from nbdqcow.jobs.stream import stream
 from nbdqcow.units import SECTOR_SIZE, KiB, MiB

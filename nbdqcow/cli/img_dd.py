@@ -14,8 +14,8 @@ from nbdqcow.cli.img_target import NewImage
 from nbdqcow.cli.messages import error
 from nbdqcow.errors import ImageError
 from nbdqcow.jobs.control import JobControl
-from nbdqcow.jobs.convert import CopyError
 from nbdqcow.jobs.copy import copy
+from nbdqcow.jobs.errors import CopyError
 from nbdqcow.jobs.status import disk_size
 
 _LONG: Final = {

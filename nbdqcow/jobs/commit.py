@@ -4,7 +4,7 @@ from typing import Final
 
 from nbdqcow.block.node import Node
 from nbdqcow.jobs.control import Flight, JobControl
-from nbdqcow.jobs.convert import CopyError, reason_of
+from nbdqcow.jobs.errors import CopyError, reason_of
 from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO
 from nbdqcow.units import MiB
 

@@ -12,7 +12,7 @@ from nbdqcow.block.node import Node
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import NbdQcowError
 from nbdqcow.jobs.control import JobControl
-from nbdqcow.jobs.convert import reason_of
+from nbdqcow.jobs.errors import reason_of
 from nbdqcow.jobs.status import Entry, disk_size, entry_of, place_in
 from nbdqcow.jobs.zeroes import is_zero
 from nbdqcow.pool import Pool

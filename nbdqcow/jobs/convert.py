@@ -6,105 +6,21 @@ order, so that an image that grows is laid out as a reader will want it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
 
 from nbdqcow.block.node import Node
 from nbdqcow.block.write_requests import Work
-from nbdqcow.errors import BlockError, NbdQcowError, NotSupported
+from nbdqcow.errors import NotSupported
 from nbdqcow.jobs.control import Flight, JobControl
-from nbdqcow.jobs.status import (
-    LookAhead,
-    Place,
-    chain_of,
-    disk_size,
-    stretch_of,
-    try_places,
-)
+from nbdqcow.jobs.errors import CopyError, reason_of
+from nbdqcow.jobs.pieces import ConvertOptions, Cutter, Piece, SourceDisk
+from nbdqcow.jobs.status import Place, try_places
 from nbdqcow.jobs.transfer import CHUNK, ReadError, Transfer
 from nbdqcow.jobs.zeroes import data_runs
-from nbdqcow.types import DATA, UNALLOCATED, ZERO, Buffer
-from nbdqcow.units import SECTOR_SIZE, GiB, KiB, MiB, round_down, round_up
-
-_PIECE: Final = 2 * MiB
-_LONG_PIECE: Final = 16 * MiB
-"""Bytes of a piece that threads move from file to file, holes and all."""
-_MAX_JOINED: Final = 8 * MiB
-"""Bytes of pieces that threads move into clusters at once, past the holes between."""
-_NB_PIECES: Final = 256
-"""Pieces that make for smooth progress."""
-_SHORT_HOLE: Final = 64 * KiB
-_MIN_LOOK: Final = 16 * KiB
-"""Units from which on looking for zeroes before reading is cheap."""
-_EMPTY_PIECE: Final = 1 * GiB
-"""Bytes that can be zeroed in one go: more would keep others from the image."""
-
-
-@dataclass(frozen=True, slots=True)
-class ConvertOptions:
-    """How disks are copied.
-
-    Attributes:
-        sparse: bytes of zeroes in a row that are worth a hole, a multiple of
-            512; 0 writes every zero out.
-        compressed: write compressed clusters.
-        target_is_zero: the target reads as zeroes all over, and has no backing
-            file: what is zero need not be written.
-        target_has_backing: what the sources' own images do not have comes from
-            the target's backing file. That holds for ``backing_size`` bytes,
-            the target's backing file being as long.
-        whole_chain: read through the sources' backing files.
-        nb_in_flight: pieces worked on at the same time.
-        in_order: write them in order.
-        copy_range: let the kernel copy data that needs no look.
-        salvage: zeroes take the place of what can't be read.
-        count_data: progress is told of what must be read; the maps are gone
-            through once more for that.
-    """
-
-    sparse: int = 4 * KiB
-    compressed: bool = False
-    target_is_zero: bool = False
-    target_has_backing: bool = False
-    backing_size: int = 0
-    nb_in_flight: int = 8
-    in_order: bool = True
-    copy_range: bool = False
-    salvage: bool = False
-    count_data: bool = False
-
-
-class CopyError(NbdQcowError):
-    """A piece could not be copied; ``action`` is ``reading``, ``reading block
-    status`` or ``writing``, ``reason`` what was said of it."""
-
-    def __init__(self, action: str, offset: int, reason: str) -> None:
-        # QEMU's words.
-        unit = "offset" if action == "reading block status" else "byte"
-        super().__init__(f"error while {action} at {unit} {offset}: {reason}")
-        self.action = action
-        self.reason = reason
-        self.offset = offset
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    kind: int
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Disk:
-    """A source, and the place in the target of its whole sectors."""
-
-    node: Node
-    start: int
-    end: int
-    ahead: LookAhead = field(default_factory=LookAhead)
+from nbdqcow.types import DATA, ZERO, Buffer
+from nbdqcow.units import SECTOR_SIZE
 
 
 async def convert(
@@ -125,6 +41,8 @@ async def convert(
 
 
 class _Conversion:
+    """One run of `convert`."""
+
     def __init__(
         self,
         sources: Sequence[Node],
@@ -133,66 +51,24 @@ class _Conversion:
         control: JobControl,
         on_salvaged: Callable[[str, int, str], None],
     ) -> None:
-        self._disks: list[_Disk] = []
-        end = 0
-        for source in sources:
-            start, end = end, end + disk_size(source)
-            self._disks.append(_Disk(source, start, end))
+        self._cutter = Cutter(sources, target, options, control, on_salvaged)
         self._target = target
         self._options = options
         self._control = control
         self._on_salvaged = on_salvaged
-        self._skip_zeroes = options.target_is_zero
         self._copy_range = options.copy_range
-        cluster_size = target.driver.cluster_size
-        # Within a cluster holes save nothing; clusters below a backing file
-        # must not be copied for the sake of zeroes beside data.
-        self._unit = max(options.sparse, SECTOR_SIZE)
-        if options.compressed:
-            self._unit = cluster_size
-        elif options.target_is_zero and cluster_size > self._unit:
-            self._unit = getattr(target.driver, "subcluster_size", cluster_size)
-        self._piece = self._most_read = max(_PIECE, cluster_size)
-        # Up to where the rest of a piece may be a hole.
-        self._short_hole = _SHORT_HOLE
-        # Salvaging goes sector by sector, compressing wants the whole.
-        self._moves = (
-            target.writes_in_threads
-            and not (options.salvage or options.compressed)
-            and (not options.sparse or CHUNK % self._unit == 0)
-        )
-        images = [image for source in sources for image in chain_of(source)]
-        # A rate wants short pieces.
-        moves_much = (
-            self._moves
-            and self._skip_zeroes
-            and options.sparse > 0
-            and not control.rate
-        )
-        self._joins = moves_much and cluster_size > 1 and self._unit >= _MIN_LOOK
-        if (
-            moves_much
-            and cluster_size == 1
-            and all(image.driver.data.reads_in_threads for image in images)
-        ):
-            # Threads pass by what is a hole: the longer, the less is left to say.
-            self._piece = min(max(_PIECE, end // _NB_PIECES), _LONG_PIECE)
-            self._piece = round_down(self._piece, _PIECE)
-            if all(image.driver.cluster_size > 1 for image in images):
-                # In a raw image they would have to read it.
-                self._short_hole = self._piece
 
     async def run(self) -> None:
         options, control = self._options, self._control
-        total = self._disks[-1].end
+        total = self._cutter.disks[-1].end
         if options.count_data:
             total = 0
-            async for piece in self._pieces():
-                total += 0 if self._is_there(piece) else piece.length
+            async for piece in self._cutter.pieces():
+                total += 0 if self._cutter.is_there(piece) else piece.length
         control.expect(total)
         turn: asyncio.Future[None] | None = None
         async with Flight(options.nb_in_flight) as flight:
-            async for pieces in self._joined_pieces():
+            async for pieces in self._cutter.joined_pieces():
                 begun = asyncio.get_running_loop().create_future()
                 await flight.add(
                     self._copy(pieces, turn if options.in_order else None, begun)
@@ -205,131 +81,11 @@ class _Conversion:
                 control.advance(sum(piece.length for piece in pieces))
             await flight.drain()
 
-    def _is_there(self, piece: _Piece) -> bool:
-        """Whether nothing has to be done for a piece."""
-        return piece.kind == UNALLOCATED or (
-            piece.kind == ZERO and self._skip_zeroes and self._options.sparse > 0
-        )
-
-    # -- cutting ---------------------------------------------------------
-
-    async def _joined_pieces(self) -> AsyncIterator[list[_Piece]]:
-        """Yield the pieces that have to be copied, those together that are copied in
-        one go."""
-        control = self._control
-        joined: list[_Piece] = []
-        nb_bytes = 0
-        async for piece in self._pieces():
-            await control.checkpoint()
-            if self._is_there(piece):
-                if not self._options.count_data:
-                    control.advance(piece.length)
-                continue
-            joins = self._joins and piece.kind == DATA
-            if joined and not (joins and nb_bytes + piece.length <= _MAX_JOINED):
-                yield joined
-                joined, nb_bytes = [], 0
-            joined.append(piece)
-            nb_bytes += piece.length
-            if not joins:
-                yield joined
-                joined, nb_bytes = [], 0
-        if joined:
-            yield joined
-
-    async def _pieces(self) -> AsyncIterator[_Piece]:
-        position = 0
-        for disk in self._disks:
-            while position < disk.end:
-                kind, length = await self._stretch(disk, position)
-                yield _Piece(kind, position, length)
-                # A piece to be compressed may reach into the next disk.
-                position += length
-
-    async def _stretch(self, disk: _Disk, position: int) -> tuple[int, int]:
-        """Return the kind and length of the piece that begins at ``position``."""
-        source, offset = disk.node, position - disk.start
-        length, inside = disk.end - position, source.size - offset
-        kind, covered = ZERO, length
-        boundary = round_down(position, self._piece) + self._piece - position
-        if inside > 0:
-            kind, covered = await self._look(
-                disk, offset, min(inside, _EMPTY_PIECE), boundary
-            )
-        if self._options.compressed:
-            return self._whole_clusters(kind, position, covered, boundary)
-        if kind == ZERO:
-            return self._zero_kind(position, covered)
-        if kind == UNALLOCATED:
-            return kind, covered
-        # Up to the next boundary all is read at once, short holes with it.
-        boundary = min(boundary, inside)
-        while covered < boundary:
-            kind, more = await self._look(
-                disk, offset + covered, boundary - covered, boundary
-            )
-            if kind == UNALLOCATED or (kind == ZERO and more > self._short_hole):
-                break
-            covered += more
-        return DATA, min(covered, boundary)
-
-    async def _look(
-        self, disk: _Disk, offset: int, length: int, enough_data: int
-    ) -> tuple[int, int]:
-        """Return what `stretch_of` does; a sector without a map is data."""
-        chain = not self._options.target_has_backing
-        joins = True
-        while True:
-            try:
-                return await stretch_of(
-                    disk.node,
-                    offset,
-                    length,
-                    whole_chain=chain,
-                    enough_data=enough_data,
-                    joins=joins,
-                    ahead=disk.ahead,
-                )
-            except OSError as error:
-                position, reason = disk.start + offset, reason_of(error)
-                if not self._options.salvage:
-                    action = "reading block status"
-                    raise CopyError(action, position, reason) from error
-                if not joins:
-                    self._on_salvaged("block status at offset", position, reason)
-                    return DATA, min(SECTOR_SIZE, length)
-                joins = False
-
-    def _whole_clusters(
-        self, kind: int, position: int, covered: int, boundary: int
-    ) -> tuple[int, int]:
-        """Return a piece of the target's clusters that are all of one kind, or
-        are read because they are not."""
-        rest, unit = self._disks[-1].end - position, self._unit
-        if kind != DATA and self._options.sparse:
-            if covered >= rest:
-                return kind, rest
-            if whole := round_down(position + covered, unit) - position:
-                return kind, whole
-        return DATA, min(round_up(position + covered, unit) - position, boundary, rest)
-
-    def _zero_kind(self, position: int, length: int) -> tuple[int, int]:
-        """Return a piece of zeroes: behind the end of the target's backing
-        file they are there already."""
-        options = self._options
-        if options.target_has_backing:
-            if position >= options.backing_size:
-                return UNALLOCATED, length
-            length = min(length, options.backing_size - position)
-        if not options.sparse:
-            return ZERO, min(length, _PIECE - position % _PIECE)
-        return ZERO, length
-
     # -- copying ---------------------------------------------------------
 
     async def _copy(
         self,
-        pieces: list[_Piece],
+        pieces: list[Piece],
         turn: "asyncio.Future[None] | None",
         begun: "asyncio.Future[None]",
     ) -> None:
@@ -352,7 +108,7 @@ class _Conversion:
 
     async def _copy_piece(
         self,
-        piece: _Piece,
+        piece: Piece,
         turn: "asyncio.Future[None] | None",
         begun: "asyncio.Future[None]",
     ) -> None:
@@ -361,7 +117,7 @@ class _Conversion:
             move = None
             if piece.kind == DATA and not self._copy_range:
                 move = self._try_plan_move(piece)
-                if piece.length > self._most_read:
+                if piece.length > self._cutter.most_read:
                     move = partial(self._move_long, move, piece)
                 elif move is None:
                     data = await self._read(piece)
@@ -379,7 +135,7 @@ class _Conversion:
             raise CopyError("writing", piece.offset, reason_of(error)) from error
 
     def _try_join(
-        self, pieces: list[_Piece]
+        self, pieces: list[Piece]
     ) -> tuple[list[tuple[int, int]], Work] | None:
         """Return what `Node.pwrite_runs_by` is to do for all the pieces at once.
 
@@ -391,9 +147,9 @@ class _Conversion:
         places: list[Place] = []
         for piece in pieces:
             transfer = self._try_transfer(piece)
-            if transfer is None or piece.offset % self._unit:
+            if transfer is None or piece.offset % self._cutter.unit:
                 return None
-            found = transfer.try_find_runs(self._unit)
+            found = transfer.try_find_runs(self._cutter.unit)
             if found is None:
                 return None
             position = 0
@@ -404,17 +160,17 @@ class _Conversion:
                 position += length
         return runs, partial(Transfer(places).write_blocking, 0)
 
-    def _try_transfer(self, piece: _Piece) -> Transfer | None:
+    def _try_transfer(self, piece: Piece) -> Transfer | None:
         """Return a piece's bytes; None if threads can't move them."""
-        disk = next(disk for disk in self._disks if piece.offset < disk.end)
-        if not self._moves or piece.offset + piece.length > disk.end:
+        disk = self._cutter.disk_of(piece)
+        if not self._cutter.moves or piece.offset + piece.length > disk.end:
             return None
         places = try_places(
             disk.node, piece.offset - disk.start, piece.length, longest_unit=CHUNK
         )
         return None if places is None else Transfer(places)
 
-    def _try_plan_move(self, piece: _Piece) -> Callable[[], Awaitable[None]] | None:
+    def _try_plan_move(self, piece: Piece) -> Callable[[], Awaitable[None]] | None:
         """Return what moves a piece from file to file, where threads can.
 
         None if the piece must be read as a whole.
@@ -425,17 +181,17 @@ class _Conversion:
         start, length = piece.offset, piece.length
         if not self._options.sparse:
             return partial(self._move, transfer, start, [(True, length)])
-        if start % self._unit:
+        if start % self._cutter.unit:
             return None
         if self._target.driver.cluster_size == 1:
             return partial(self._move_sparse, transfer, start, length)
-        if self._unit < _MIN_LOOK:
+        if not self._cutter.looks_first:
             return None
-        runs = transfer.try_find_runs(self._unit)
+        runs = transfer.try_find_runs(self._cutter.unit)
         return None if runs is None else partial(self._move, transfer, start, runs)
 
     async def _move_long(
-        self, move: Callable[[], Awaitable[None]] | None, piece: _Piece
+        self, move: Callable[[], Awaitable[None]] | None, piece: Piece
     ) -> None:
         """Move a piece that is too long to be read as a whole. Where that does not
         go well, reading and writing its parts will find out what is wrong."""
@@ -444,8 +200,8 @@ class _Conversion:
                 await move()
                 return
         end = piece.offset + piece.length
-        for start in range(piece.offset, end, self._most_read):
-            part = _Piece(DATA, start, min(self._most_read, end - start))
+        for start in range(piece.offset, end, self._cutter.most_read):
+            part = Piece(DATA, start, min(self._cutter.most_read, end - start))
             data = await self._read(part)
             try:
                 await self._write(part, data)
@@ -483,22 +239,22 @@ class _Conversion:
 
     async def _move_sparse(self, transfer: Transfer, offset: int, length: int) -> None:
         """Write data, and zero the rest, in an image where all has its place."""
-        work = partial(transfer.write_data_blocking, self._unit)
+        work = partial(transfer.write_data_blocking, self._cutter.unit)
         await self._target.pwrite_by(offset, length, work)
         for start, count in transfer.zeroes:
             await self._write_zeroes(offset + start, count)
 
-    async def _read(self, piece: _Piece) -> Buffer:
+    async def _read(self, piece: Piece) -> Buffer:
         parts: list[Buffer] = []
         start, end = piece.offset, piece.offset + piece.length
-        for disk in self._disks:
+        for disk in self._cutter.disks:
             if disk.start <= start < min(end, disk.end):
                 length = min(end, disk.end) - start
                 parts.append(await self._read_disk(disk, start, length))
                 start += length
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _read_disk(self, disk: _Disk, position: int, length: int) -> Buffer:
+    async def _read_disk(self, disk: SourceDisk, position: int, length: int) -> Buffer:
         """Read sectors of one disk, of which the last may be a part only."""
         offset = position - disk.start
         inside = min(length, max(0, disk.node.size - offset))
@@ -516,7 +272,7 @@ class _Conversion:
             pieces.append(bytes(length - inside))
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    async def _salvage(self, disk: _Disk, position: int, length: int) -> bytes:
+    async def _salvage(self, disk: SourceDisk, position: int, length: int) -> bytes:
         pieces: list[Buffer] = []
         for start in range(position, position + length, SECTOR_SIZE):
             count = min(SECTOR_SIZE, position + length - start)
@@ -527,7 +283,7 @@ class _Conversion:
                 pieces.append(bytes(count))
         return b"".join(pieces)
 
-    async def _write(self, piece: _Piece, data: Buffer | None) -> None:
+    async def _write(self, piece: Piece, data: Buffer | None) -> None:
         target, options = self._target, self._options
         if piece.kind == ZERO:
             if options.sparse:
@@ -546,7 +302,7 @@ class _Conversion:
     async def _write_sparse(self, offset: int, data: Buffer) -> None:
         if isinstance(data, memoryview):
             data = data.tobytes()
-        unit = self._unit
+        unit = self._cutter.unit
         ahead = -offset % unit
         runs = []
         if ahead:
@@ -567,16 +323,16 @@ class _Conversion:
                 await self._target.pwrite(
                     offset + position, view[position : position + length]
                 )
-            elif not self._skip_zeroes:
+            elif not self._cutter.skip_zeroes:
                 await self._write_zeroes(offset + position, length)
             position += length
 
     async def _write_zeroes(self, offset: int, length: int) -> None:
-        if not self._skip_zeroes:
+        if not self._cutter.skip_zeroes:
             await self._target.write_zeroes(offset, length, may_unmap=True)
 
     async def _write_compressed(self, offset: int, data: Buffer) -> None:
-        target, unit = self._target, self._unit
+        target, unit = self._target, self._cutter.unit
         if isinstance(data, memoryview):
             data = data.tobytes()
         position = 0
@@ -586,12 +342,12 @@ class _Conversion:
                 await target.pwrite_compressed(
                     offset + position, chunk, store_zeroes=not self._options.sparse
                 )
-            elif not self._skip_zeroes:
+            elif not self._cutter.skip_zeroes:
                 await self._write_zeroes(offset + position, length)
             position += length
 
-    async def _offload(self, piece: _Piece) -> None:
-        disk = next(disk for disk in self._disks if piece.offset < disk.end)
+    async def _offload(self, piece: Piece) -> None:
+        disk = self._cutter.disk_of(piece)
         if self._copy_range:
             try:
                 await self._target.copy_range(
@@ -614,8 +370,3 @@ async def _begin(
         # Whoever waits for this runs once this task waits for something: by then
         # it has its clusters.
         begun.set_result(None)
-
-
-def reason_of(error: OSError) -> str:
-    """Return what an error says, without its number."""
-    return str(error) if isinstance(error, BlockError) else error.strerror or str(error)

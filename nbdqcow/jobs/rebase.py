@@ -5,7 +5,7 @@ from typing import Final
 
 from nbdqcow.block.node import Node
 from nbdqcow.jobs.control import Flight, JobControl
-from nbdqcow.jobs.convert import CopyError, reason_of
+from nbdqcow.jobs.errors import CopyError, reason_of
 from nbdqcow.jobs.status import stretch_of
 from nbdqcow.jobs.zeroes import is_zero
 from nbdqcow.types import UNALLOCATED, ZERO

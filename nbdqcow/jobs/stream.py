@@ -8,7 +8,7 @@ from typing import Final
 from nbdqcow.block.node import Node
 from nbdqcow.buffers import zero_views
 from nbdqcow.jobs.control import JobControl
-from nbdqcow.jobs.convert import CopyError, reason_of
+from nbdqcow.jobs.errors import CopyError, reason_of
 from nbdqcow.jobs.status import disk_size
 from nbdqcow.types import Buffer
 from nbdqcow.units import MiB

@@ -16,9 +16,11 @@ from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.formats.raw import RawDriver
 from nbdqcow.jobs.compare import CompareError, Comparison, compare
 from nbdqcow.jobs.control import Flight, JobCancelled, JobControl
-from nbdqcow.jobs.convert import ConvertOptions, CopyError, convert
+from nbdqcow.jobs.convert import convert
 from nbdqcow.jobs.copy import copy
+from nbdqcow.jobs.errors import CopyError
 from nbdqcow.jobs.map import HAS_DATA, HAS_OFFSET, IS_PRESENT, IS_ZERO, map_disk
+from nbdqcow.jobs.pieces import ConvertOptions
 from nbdqcow.jobs.zeroes import data_runs, is_zero
 from nbdqcow.storage.memory import MemoryStorage
 from tests.conftest import SEED

@@ -12,8 +12,11 @@ from nbdqcow import open_image
 from nbdqcow.cli.img import main
 from nbdqcow.errors import NotSupported
 from nbdqcow.jobs import convert as convert_module
+from nbdqcow.jobs import pieces as pieces_module
 from nbdqcow.jobs.control import JobCancelled, JobControl
-from nbdqcow.jobs.convert import ConvertOptions, CopyError, convert
+from nbdqcow.jobs.convert import convert
+from nbdqcow.jobs.errors import CopyError
+from nbdqcow.jobs.pieces import ConvertOptions
 from nbdqcow.jobs.status import ZEROES, Place
 from nbdqcow.jobs.transfer import CHUNK, Transfer
 from nbdqcow.jobs.zeroes import data_runs
@@ -107,7 +110,7 @@ def see(monkeypatch):
 
 
 def move_one_by_one(monkeypatch):
-    monkeypatch.setattr(convert_module, "_MAX_JOINED", 0)
+    monkeypatch.setattr(pieces_module, "_MAX_JOINED", 0)
 
 
 def copy_plainly(monkeypatch, allowed=True):
@@ -121,8 +124,8 @@ def copy_plainly(monkeypatch, allowed=True):
 
 def move_at_length(monkeypatch):
     """Have pieces be longer than what is read at a time, in a small disk."""
-    monkeypatch.setattr(convert_module, "_PIECE", 512 * KiB)
-    monkeypatch.setattr(convert_module, "_NB_PIECES", 1)
+    monkeypatch.setattr(pieces_module, "_PIECE", 512 * KiB)
+    monkeypatch.setattr(pieces_module, "_NB_PIECES", 1)
 
 
 @pytest.mark.parametrize("sparse", [0, 4096, 65536])
