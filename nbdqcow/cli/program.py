@@ -9,9 +9,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from nbdqcow.cli.messages import describe, error, is_our_name
+
+SWITCH_INTERVAL: Final = 0.0001
+"""Seconds after which a thread that wants the interpreter gets it. A worker thread has
+a few lines to run between two calls that take 100 us; by Python's own 5 ms it could
+wait for the loop for as long as fifty of them."""
 
 
 class Signalled(BaseException):
@@ -51,6 +56,7 @@ def run_program(main: Callable[[], int], *, print_failures_last: bool = False) -
 
     ``print_failures_last``: the work is done although nobody reads about it.
     """
+    sys.setswitchinterval(SWITCH_INTERVAL)
     open_standard_streams()
     outputs = _remember_failures() if print_failures_last else []
     status = 0
