@@ -92,8 +92,10 @@ class FileStorage(InlineFile):
 
         self._holes = Holes(fd, self._is_device, self._pwritev_blocking)
         self._has_dsync = True
-        # Writes that have ended, and how many of them are known durable.
-        self._write_sequence = 0
+        # Writes that have ended, and how many of them are known durable. What was
+        # written before is one of them: whoever did it may have been killed, and
+        # those who were answered ask us to flush it.
+        self._write_sequence = 0 if read_only else 1
         self._durable_sequence = 0
         self._sync_waiters: list[asyncio.Future[None]] | None = None
         self._sync_error: OSError | None = None
@@ -494,6 +496,8 @@ class FileStorage(InlineFile):
             reopen_blocking, self._fd, self.filename, self.permissions, read_only
         )
         self.read_only = read_only
+        if not read_only:
+            self._write_sequence += 1
         self._set_inline_writes()
 
     async def close(self) -> None:

@@ -7,17 +7,15 @@ import pytest
 
 from nbdqcow.block.registry import format_tool
 from nbdqcow.errors import ImageError, NotSupported
+from tests.conftest import with_luks
 
 MiB = 1 << 20
 SECRET = ["--object", "secret,id=s,data=x"]
 
 
 def qemu(*arguments):
-    done = subprocess.run(
-        ["qemu-img", "measure", "--output=json", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-    )
+    words = ["qemu-img", "measure", "--output=json", *map(str, arguments)]
+    done = with_luks(lambda: subprocess.run(words, capture_output=True, text=True))
     if done.returncode:
         return done.stderr.removeprefix("qemu-img: ").rstrip("\n")
     return json.loads(done.stdout)

@@ -51,6 +51,8 @@ class Client:
     """Sends random requests; those that are in flight share no sector.
 
     ``commands``: letters to draw from: w(rite), z(eroes), t(rim), f(lush).
+    ``before``: requests to a server that is no more; those that follow, and these,
+    are for whole sectors.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class Client:
         rnd: random.Random,
         commands: str,
         max_length: int,
+        before: list[Request] | None = None,
     ) -> None:
+        self._whole_sectors = before is not None
         nb_connections, self._depth = rnd.choice((1, 2, 3)), rnd.choice((1, 4, 16))
         self._connections = [NbdClient(socket) for _ in range(nb_connections)]
         self._size = self._connections[0].size
@@ -68,13 +72,13 @@ class Client:
         self._rnd = rnd
         self._commands = commands
         self._max_length = max_length
-        self.requests: list[Request] = []
+        self.requests = [] if before is None else before
         self._in_flight: dict[int, Request] = {}
         self._answered: set[int] = set()
 
-    def run(self, nb_requests: int) -> None:
-        """Send so many requests and wait for all replies."""
-        while len(self.requests) < nb_requests or self._in_flight:
+    def run(self, nb_requests: int, *, wait: bool = True) -> None:
+        """Send requests until they are so many, and ``wait`` for all replies."""
+        while len(self.requests) < nb_requests or (wait and self._in_flight):
             for connection in self._connections:
                 while (
                     connection.nb_in_flight < self._depth
@@ -125,7 +129,7 @@ class Client:
         while True:
             length = rnd.choice((512, 4096, 4096, rnd.randrange(1, self._max_length)))
             offset = rnd.randrange(self._size)
-            if whole_sectors or rnd.random() < 0.9:
+            if whole_sectors or self._whole_sectors or rnd.random() < 0.9:
                 offset = offset // SECTOR * SECTOR
                 length = -(-length // SECTOR) * SECTOR
             length = min(length, self._size - offset)
@@ -180,9 +184,11 @@ class Model:
         recording: Recording,
         *,
         write_through: bool = False,
+        nb_killed: int = 0,
     ) -> None:
         """``base`` is the disk's content before, ``backing`` that of its backing
-        image. ``write_through``: what is answered is durable."""
+        image. ``write_through``: what is answered is durable. ``nb_killed``: of the
+        requests, so many were sent to a server that was killed then."""
         self._base, self._backing = base, backing
         durable_at = {r.cookie: NEVER for r in requests}
         for request in requests:
@@ -194,7 +200,9 @@ class Model:
                 durable_at[cookie] = min(durable_at[cookie], at)
         self._changes: dict[int, list[_Change]] = {}
         begun = 0
-        for request in requests:
+        for number, request in enumerate(requests):
+            if number == nb_killed:
+                self._forget_what_came_last()
             while (
                 begun < recording.nb_records
                 and recording.ends[begun] <= request.log_length
@@ -208,6 +216,18 @@ class Model:
                         before = changes[-1].values
                     values = self._values_after(request, sector, before)
                     changes.append(_Change(begun, durable_at[request.cookie], values))
+
+    def _forget_what_came_last(self) -> None:
+        """Let the next change of each sector find whatever may be there after a kill:
+        what was not flushed may have been in memory only."""
+        for sector, changes in self._changes.items():
+            values = [self._old(sector)]
+            for change in changes:
+                if change.durable_at < NEVER:
+                    values.clear()
+                values += change.values
+            found = tuple(dict.fromkeys(values))
+            changes.append(_Change(changes[-1].begun, NEVER, found))
 
     def _old(self, sector: int) -> bytes:
         return self._base[sector * SECTOR : (sector + 1) * SECTOR]

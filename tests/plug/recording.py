@@ -9,6 +9,7 @@ import os
 import random
 import re
 import struct
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,7 +84,30 @@ class Recording:
         return self.ends[place] if place < NEVER else NEVER
 
 
-def read_recording(log: Path) -> Recording:
+@dataclass(slots=True)
+class Kill:
+    """When a program was killed, by the log's length, and the files by inode."""
+
+    log_length: int
+    files: dict[int, bytes]
+
+
+def note_kill(log: Path, directory: Path) -> Kill:
+    """Note what a killed program has left, and end the log after its last whole
+    record: what the program was writing down it had not done."""
+    data = log.read_bytes()
+    position = end = 0
+    while end <= len(data):
+        position = end
+        if position + _RECORD.size > len(data):
+            break
+        end = position + _RECORD.size + _RECORD.unpack_from(data, position)[-1]
+    os.truncate(log, position)
+    files = {path.stat().st_ino: path.read_bytes() for path in directory.iterdir()}
+    return Kill(position, files)
+
+
+def read_recording(log: Path, kill: Kill | None = None) -> Recording:
     data = log.read_bytes() if log.exists() else b""
     recording = Recording()
     by_number: dict[int, Call] = {}
@@ -109,9 +133,26 @@ def read_recording(log: Path) -> Recording:
             by_number[number] = call
             recording.files.setdefault(file, []).append(call)
         recording.ends.append(position)
-    for calls in recording.files.values():
+    for file, calls in recording.files.items():
+        if kill is not None:
+            place = bisect_right(recording.ends, kill.log_length)
+            for call in calls:
+                if call.ended == NEVER and call.begun < place and call.kind != "F":
+                    _take_as_found(call, kill.files[file], place)
         _settle(calls)
     return recording
+
+
+def _take_as_found(call: Call, content: bytes, place: int) -> None:
+    """Make of a call in which its program was killed what it has done."""
+    call.ended = place
+    if call.kind == "T":
+        call.length = len(content)
+        return
+    length = len(call.data) if call.kind == "W" else call.length
+    call.kind, call.flags = "W", 0
+    call.data = content[call.offset : call.offset + length]
+    call.result = len(call.data)
 
 
 def _settle(calls: list[Call]) -> None:

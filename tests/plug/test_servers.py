@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import find_tool, wait_until_listening
-from tests.nbd_client import CMD_FLAG_FUA, CMD_FLUSH
-from tests.plug.client import Client, Model
+from tests.nbd_client import CMD_FLAG_FUA, CMD_FLUSH, NbdClient
+from tests.plug.client import Client, Model, Request
 from tests.plug.programs import (
     SECRET,
     build_recorder,
@@ -38,6 +38,7 @@ from tests.plug.recording import (
     NEVER,
     FileHistory,
     Recording,
+    note_kill,
     read_recording,
 )
 
@@ -237,23 +238,34 @@ def play(
     rnd: random.Random,
     nb_requests: int,
     fail: str = "",
+    nb_killed: int = 0,
 ) -> Played:
-    """Let a client work on a server until it is told to end."""
+    """Let a client work on a server until it is told to end; before that on one that
+    is killed after ``nb_killed`` requests."""
     files = directory / "files"
     files.mkdir()
     image, log = make_image(case, files), directory / "log"
     before = {path: path.read_bytes() for path in files.iterdir()}
     base = content(image, case.format, luks=case.luks)
     environment = recorded(recorder, files, log, fail=fail)
+    requests: list[Request] | None = None
+    kill = None
+    if nb_killed:
+        requests = []
+        with served(case, image, environment) as (_, socket):
+            client = Client(socket, log, rnd, case.commands, case.max_length, requests)
+            client.run(nb_killed, wait=False)
+        client.close()
+        kill = note_kill(log, files)
     with served(case, image, environment) as (process, socket):
-        client = Client(socket, log, rnd, case.commands, case.max_length)
+        client = Client(socket, log, rnd, case.commands, case.max_length, requests)
         with contextlib.closing(client):
-            client.run(nb_requests)
+            client.run(nb_killed + nb_requests)
             if rnd.random() < 0.5:
                 client.disconnect()
             process.send_signal(signal.SIGTERM)
             errors = process.communicate(timeout=100)[1].decode()
-    recording = read_recording(log)
+    recording = read_recording(log, kill)
     histories = {
         path: FileHistory(data, recording.calls_of(path))
         for path, data in before.items()
@@ -265,7 +277,10 @@ def play(
         mode in (case.qemu_options or ())
         for mode in ("--cache=writethrough", "--cache=directsync")
     )
-    model = Model(base, below, client.requests, recording, write_through=write_through)
+    model = Model(
+        base, below, client.requests, recording,
+        write_through=write_through, nb_killed=nb_killed,
+    )  # fmt: skip
     assert "Traceback" not in errors, errors
     return Played(
         case, image, histories, recording, client, model, base,
@@ -328,6 +343,70 @@ def test_power_cuts(case, tmp_path, recorder, seed, figures):
 def test_many_power_cuts(case, tmp_path, recorder, seed, figures):
     for number, directory in rounds(tmp_path):
         figures(cut_power(case, directory, recorder, seed + number, 3))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("default"),
+        Case("data_file", "data_file=data"),
+        Case("qcow1", format="qcow"),
+        Case("raw", format="raw"),
+        Case("raw_direct", format="raw", qemu_options=("--cache=none",)),
+    ],
+    ids=str,
+)
+def test_a_flush_covers_what_a_killed_server_wrote(case, tmp_path, recorder, seed):
+    """Its clients come back, and ask for a flush of what it had answered."""
+    rnd = random.Random(seed)
+    files = tmp_path / "files"
+    files.mkdir()
+    image, log = make_image(case, files), tmp_path / "log"
+    before = {path: path.read_bytes() for path in files.iterdir()}
+    environment = recorded(recorder, files, log)
+    with served(case, image, environment) as (_, socket):
+        client = Client(socket, log, rnd, "w", 32 * KiB)
+        with contextlib.closing(client):
+            client.run(40)
+    with (
+        served(case, image, environment) as (_, socket),
+        contextlib.closing(NbdClient(socket)) as connection,
+    ):
+        assert connection.request(CMD_FLUSH).error == 0
+    recording = read_recording(log)
+    for path, data in before.items():
+        calls = recording.calls_of(path)
+        assert any(call.kind == "W" for call in calls), path
+        history = FileHistory(data, calls)
+        assert path.read_bytes() == history.last
+        assert history.file_at(recording.nb_records, "old", rnd) == history.last
+
+
+def kill_and_cut_power(
+    case: Case, directory: Path, recorder: Path, seed: int, size: int
+) -> str:
+    """Kill a server at work, let another go on with the image, and cut power."""
+    rnd = random.Random(seed)
+    nb_killed = rnd.randrange(1, NB_REQUESTS)
+    played = play(
+        case, directory, recorder, rnd, NB_REQUESTS * size // 2, nb_killed=nb_killed
+    )
+    assert played.status == 0, played.errors
+    nb_disks = played.pull_the_plug(NB_CUTS * size, rnd)
+    return f"plugs after kills: {case}, {nb_disks} disks of {NB_CUTS * size + 1} cuts"
+
+
+@pytest.mark.parametrize("case", CASES[:4], ids=str)
+def test_power_cuts_after_a_kill(case, tmp_path, recorder, seed, figures):
+    figures(kill_and_cut_power(case, tmp_path, recorder, seed, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("case", CASES + MORE_CASES, ids=str)
+def test_many_power_cuts_after_kills(case, tmp_path, recorder, seed, figures):
+    for number, directory in rounds(tmp_path):
+        figures(kill_and_cut_power(case, directory, recorder, seed + number, 2))
 
 
 def fail_a_call(

@@ -43,6 +43,8 @@ async def open_driver(
     header = Header.parse(head)
     header.check_supported(read_only=read_only)
     settings = Settings.parse(options, header)
+    if not read_only:
+        await storage.flush()
     if header.dirty and not read_only:
         header = await repair_dirty(storage, header)
     check_method(_METHODS[header.crypt_method], options.get("encrypt_format"))
@@ -90,6 +92,9 @@ async def open_driver(
 async def prepare_for_writing(image: "Qcow2Driver") -> None:
     """Load what only writers need. Raises `ImageError`."""
     header, bits, size = image.header, image.cluster_bits, image.cluster_size
+    # What is built upon must be durable: clusters that whoever was killed has freed
+    # get new data, and after a power cut the old tables must not name them.
+    await image.storage.flush()
     if not image.refcounts.table:
         image.storage.announce("reftable_load")
         image.refcounts.table = await _read_table(
