@@ -272,7 +272,7 @@ async def test_server_that_does_not_come_back(tmp_path):
 
 async def test_another_export_came_back(tmp_path):
     async with serving(tmp_path, FakeNode(MiB)):
-        storage = await NbdStorage.open(uri(tmp_path), reconnect_delay=0.2)
+        storage = await NbdStorage.open(uri(tmp_path), reconnect_delay=2)
     async with serving(tmp_path, FakeNode(2 * MiB)):
         with pytest.raises(OSError, match="another export"):
             await storage.pread(0, 1)
