@@ -71,6 +71,7 @@ class KernelDevice:
         """Open the device. Raises `UsageError`."""
         self.path = path
         self.nb_left_out = 0
+        self._nb_sectors = 0
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
@@ -92,7 +93,7 @@ class KernelDevice:
         self._set_up(sock, export)
 
     def _set_up(self, sock: socket.socket, export: RemoteExport) -> None:
-        nb_sectors, self.nb_left_out = divmod(export.size, SECTOR_SIZE)
+        self._nb_sectors, self.nb_left_out = divmod(export.size, SECTOR_SIZE)
         read_only = ctypes.c_int(bool(export.flags & nbd.FLAG_READ_ONLY))
         step = "socket"
         try:
@@ -101,7 +102,7 @@ class KernelDevice:
             # A partition table counts in them: those of most disks.
             _ioctl(self._fd, _SET_BLKSIZE, SECTOR_SIZE)
             step = "size"
-            _ioctl(self._fd, _SET_SIZE_BLOCKS, nb_sectors)
+            _ioctl(self._fd, _SET_SIZE_BLOCKS, self._nb_sectors)
             step = "flags"
             _ioctl(self._fd, _SET_FLAGS, export.flags)
             step = "read-only attribute"
@@ -127,10 +128,22 @@ class KernelDevice:
         """Return once the device has its size and its partitions, while another
         thread is in `run_blocking`."""
         deadline = time.monotonic() + _ATTACH_TIMEOUT
-        while _is_idle(self.path) and time.monotonic() < deadline:
+        while not self._has_its_size() and time.monotonic() < deadline:
             time.sleep(_LOOK_AGAIN)
         # Whoever opens the device first makes the kernel read its partitions.
         os.close(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+
+    def _has_its_size(self) -> bool:
+        """Whether sysfs says that the device is attached, and how long it is; that
+        comes a little later, and only then the kernel will read the partitions."""
+        if _is_idle(self.path):
+            return False
+        try:
+            size = _state_of(self.path).joinpath("size").read_text()
+        except OSError:
+            # There is no sysfs.
+            return True
+        return int(size) == self._nb_sectors
 
     def detach_blocking(self) -> None:
         """Write back what the kernel's cache has for the device, then detach it:
@@ -157,9 +170,13 @@ def disconnect_blocking(path: str) -> None:
         os.close(fd)
 
 
+def _state_of(path: str) -> Path:
+    return Path("/sys/block", os.path.basename(path))
+
+
 def _is_idle(path: str) -> bool:
     """Whether sysfs says that a device is attached to nothing."""
-    state = Path("/sys/block", os.path.basename(path))
+    state = _state_of(path)
     return state.exists() and not (state / "pid").exists()
 
 
