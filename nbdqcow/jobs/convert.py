@@ -37,7 +37,8 @@ async def convert(
     `CopyError` and `nbdqcow.jobs.control.JobCancelled`; the target is then half
     written.
     """
-    await _Conversion(sources, target, options, control, on_salvaged).run()
+    cutter = Cutter(sources, target, options, control, on_salvaged)
+    await _Conversion(cutter, target, options, control, on_salvaged).run()
 
 
 class _Conversion:
@@ -45,13 +46,13 @@ class _Conversion:
 
     def __init__(
         self,
-        sources: Sequence[Node],
+        cutter: Cutter,
         target: Node,
         options: ConvertOptions,
         control: JobControl,
         on_salvaged: Callable[[str, int, str], None],
     ) -> None:
-        self._cutter = Cutter(sources, target, options, control, on_salvaged)
+        self._cutter = cutter
         self._target = target
         self._options = options
         self._control = control
@@ -323,12 +324,12 @@ class _Conversion:
                 await self._target.pwrite(
                     offset + position, view[position : position + length]
                 )
-            elif not self._cutter.skip_zeroes:
+            elif not self._options.target_is_zero:
                 await self._write_zeroes(offset + position, length)
             position += length
 
     async def _write_zeroes(self, offset: int, length: int) -> None:
-        if not self._cutter.skip_zeroes:
+        if not self._options.target_is_zero:
             await self._target.write_zeroes(offset, length, may_unmap=True)
 
     async def _write_compressed(self, offset: int, data: Buffer) -> None:
@@ -342,7 +343,7 @@ class _Conversion:
                 await target.pwrite_compressed(
                     offset + position, chunk, store_zeroes=not self._options.sparse
                 )
-            elif not self._cutter.skip_zeroes:
+            elif not self._options.target_is_zero:
                 await self._write_zeroes(offset + position, length)
             position += length
 

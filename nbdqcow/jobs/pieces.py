@@ -88,7 +88,6 @@ class Cutter:
         moves: whether threads may move pieces from file to file.
         looks_first: whether looking for zeroes before reading is cheap.
         most_read: bytes of the longest piece that is read as a whole.
-        skip_zeroes: what is zero need not be written.
     """
 
     def __init__(
@@ -107,7 +106,6 @@ class Cutter:
         self._options = options
         self._control = control
         self._on_salvaged = on_salvaged
-        self.skip_zeroes = options.target_is_zero
         cluster_size = target.driver.cluster_size
         # Within a cluster holes save nothing; clusters below a backing file
         # must not be copied for the sake of zeroes beside data.
@@ -128,7 +126,10 @@ class Cutter:
         images = [image for source in sources for image in chain_of(source)]
         # A rate wants short pieces.
         moves_much = (
-            self.moves and self.skip_zeroes and options.sparse > 0 and not control.rate
+            self.moves
+            and options.target_is_zero
+            and options.sparse > 0
+            and not control.rate
         )
         self.looks_first = self.unit >= _MIN_LOOK
         self._joins = moves_much and cluster_size > 1 and self.looks_first
@@ -150,8 +151,9 @@ class Cutter:
 
     def is_there(self, piece: Piece) -> bool:
         """Whether nothing has to be done for a piece."""
+        options = self._options
         return piece.kind == UNALLOCATED or (
-            piece.kind == ZERO and self.skip_zeroes and self._options.sparse > 0
+            piece.kind == ZERO and options.target_is_zero and options.sparse > 0
         )
 
     async def joined_pieces(self) -> AsyncIterator[list[Piece]]:
