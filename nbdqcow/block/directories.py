@@ -2,10 +2,9 @@
 
 import contextlib
 import os
-from pathlib import Path
 
 
-def sync_directory_blocking(path: str | Path) -> None:
+def sync_directory_blocking(path: str | os.PathLike[str]) -> None:
     """Make the names in a directory durable, where that can be done."""
     # Some file systems sync no directories.
     with contextlib.suppress(OSError):

@@ -6,8 +6,8 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from nbdqcow.block.filter_names import filtered_name
 from nbdqcow.block.registry import filter_names, format_names
@@ -16,6 +16,8 @@ from nbdqcow.units import parse_size
 
 Pairs: TypeAlias = Mapping[str, str | None]
 """Dotted keys and their values as text; None is JSON's null."""
+
+NO_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({})
 
 JSON_PREFIX: Final = "json:"
 _MAX_DEPTH: Final = 300
@@ -54,8 +56,7 @@ OVERLAP_CLASSES: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class BackingOverride:
+class BackingOverride(NamedTuple):
     """What to open in the place of the backing file that an image names.
 
     Attributes:
@@ -66,7 +67,7 @@ class BackingOverride:
 
     filename: str | None = None
     none: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = NO_OPTIONS
 
 
 def parse_json_name(name: str) -> tuple[str, dict[str, Any]]:

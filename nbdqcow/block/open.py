@@ -8,9 +8,8 @@ import asyncio
 import os
 import stat
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from nbdqcow.block.driver import FormatDriver
 from nbdqcow.block.filter_names import (
@@ -21,6 +20,7 @@ from nbdqcow.block.filter_names import (
 )
 from nbdqcow.block.image_options import (
     JSON_PREFIX,
+    NO_OPTIONS,
     BackingOverride,
     parse_json_name,
     parse_pairs,
@@ -44,8 +44,7 @@ MAX_CHAIN_DEPTH: Final = 256
 _MAX_CONFIG_LENGTH: Final = MiB
 
 
-@dataclass(frozen=True, slots=True)
-class OpenOptions:
+class OpenOptions(NamedTuple):
     """How an image is opened. Sizes are bytes.
 
     Attributes:
@@ -81,7 +80,7 @@ class OpenOptions:
     allowed_paths: Sequence[str] | None = None
     lock: bool = True
     force_share: bool = False
-    driver_options: Mapping[str, Any] = field(default_factory=dict)
+    driver_options: Mapping[str, Any] = NO_OPTIONS
     with_backing: bool = True
     backing: BackingOverride | None = None
     secrets: Secrets = no_secrets
@@ -261,8 +260,8 @@ async def _open_child(
     ``probes``: without a format it is one that is to be found out.
     """
     name, given = parse_pairs(pairs)
-    plain = replace(
-        options, format=None, driver_options={}, detect_zeroes="off", backing=None
+    plain = options._replace(
+        format=None, driver_options={}, detect_zeroes="off", backing=None
     )
     below = _with_given(plain, given)
     plain_formats = ("raw",) if probes else (None, "raw")
@@ -373,8 +372,7 @@ async def _open_backing(
     filename: str, driver: FormatDriver, options: OpenOptions, above: tuple[str, ...]
 ) -> Node | None:
     wanted = options.backing or BackingOverride()
-    below = replace(
-        options,
+    below = options._replace(
         format=driver.backing_format,
         detect_zeroes="off",
         driver_options=_passed_down(options.driver_options),
@@ -384,7 +382,7 @@ async def _open_backing(
         return None
     if wanted.filename is not None:
         path = wanted.filename
-        below = replace(below, format=None)
+        below = below._replace(format=None)
         if driver.backing_filename is None:
             # What is discarded must not show what is there now.
             driver.backing_filename = path
@@ -399,7 +397,7 @@ async def _open_backing(
             _check_named(path, options)
     else:
         return None
-    below = replace(_with_given(below, wanted.options), read_only=True)
+    below = _with_given(below, wanted.options)._replace(read_only=True)
     try:
         return await _open_chain(path, below, above)
     except (ImageError, OSError) as error:
@@ -424,7 +422,7 @@ def _with_given(options: OpenOptions, given: Mapping[str, Any]) -> OpenOptions:
     changes = {**given, "driver_options": more}
     if (key := changes.pop("key_secret", None)) is not None:
         more["secret"] = options.secrets(key)
-    return replace(options, **changes)
+    return options._replace(**changes)
 
 
 def _check_names_allowed(

@@ -4,8 +4,7 @@ The result is in numpy arrays, because a fragmented image has millions of
 extents; numpy is imported when somebody first asks.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED
 
@@ -38,8 +37,7 @@ class DirtyBitmap(Protocol):
         Raises `BlockError` past the end of the disk."""
 
 
-@dataclass(slots=True)
-class Kinds:
+class Kinds(NamedTuple):
     """Extents of one image, without its backing.
 
     Attributes:
@@ -51,8 +49,7 @@ class Kinds:
     kinds: "npt.NDArray[np.uint8]"
 
 
-@dataclass(slots=True)
-class Extents:
+class Extents(NamedTuple):
     """Extents of an image with its backing chain.
 
     Attributes:

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from nbdqcow.block.tools import (
@@ -82,8 +81,8 @@ def run(arguments: Sequence[str]) -> int:
     # It is nothing that a check could notice.
     check_cache(cache, "Invalid source cache option: ")
     named = image_name(operands[0], format_, image_opts=image_opts)
-    named = replace(
-        named, filename=objects.with_credentials(named.filename, named.text)
+    named = named._replace(
+        filename=objects.with_credentials(named.filename, named.text)
     )
     try:
         return _check(

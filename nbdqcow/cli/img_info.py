@@ -3,7 +3,6 @@
 import mmap
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from nbdqcow.block.filter_names import shown_name
@@ -69,8 +68,8 @@ def run(arguments: Sequence[str]) -> int:
     json = wants_json(output)
     cache = check_cache(cache, "Invalid cache option: ")
     named = image_name(operands[0], format_, image_opts=image_opts)
-    named = replace(
-        named, filename=objects.with_credentials(named.filename, named.text)
+    named = named._replace(
+        filename=objects.with_credentials(named.filename, named.text)
     )
     for key in named.pairs:
         if key.startswith("backing."):

@@ -2,10 +2,9 @@
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from nbdqcow.block.image_options import JSON_PREFIX, json_pairs, parse_pairs
+from nbdqcow.block.image_options import JSON_PREFIX, NO_OPTIONS, json_pairs, parse_pairs
 from nbdqcow.block.registry import is_remote
 from nbdqcow.block.tools import no_secrets
 from nbdqcow.errors import CredentialsError, ImageError, UsageError
@@ -63,8 +62,7 @@ class GivenObjects:
             raise ImageError(f"Could not open '{shown}': {exc}") from None
 
 
-@dataclass(frozen=True, slots=True)
-class ImageName:
+class ImageName(NamedTuple):
     """An image as a command line names it.
 
     Attributes:
@@ -77,7 +75,7 @@ class ImageName:
     filename: str
     format: str | None
     key_id: str | None = None
-    pairs: Mapping[str, str] = field(default_factory=dict)
+    pairs: Mapping[str, str] = NO_OPTIONS
 
     def as_json(self, format_: str) -> str | None:
         """Return the ``json:`` name that QEMU gives an image of that format if

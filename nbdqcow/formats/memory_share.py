@@ -3,7 +3,6 @@
 import contextlib
 import os
 from functools import cache
-from pathlib import Path
 from typing import Final
 from weakref import WeakSet
 
@@ -15,8 +14,8 @@ _MOST: Final = 256 * MiB
 _LEAST_SHARE: Final = 4 * MiB
 
 _LIMITS: Final = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
 )
 """What a container may have, in either version of control groups."""
 
@@ -26,8 +25,8 @@ def usable_memory() -> int:
     amounts = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for path in _LIMITS:
         # "max" is none.
-        with contextlib.suppress(OSError, ValueError):
-            amounts.append(int(path.read_text()))
+        with contextlib.suppress(OSError, ValueError), open(path) as file:
+            amounts.append(int(file.read()))
     return min(amounts)
 
 

@@ -1,8 +1,7 @@
 """Cutting disks into the pieces that `nbdqcow.jobs.convert` copies."""
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from nbdqcow.block.node import Node
 from nbdqcow.jobs.control import JobControl
@@ -26,8 +25,7 @@ _EMPTY_PIECE: Final = 1 * GiB
 """Bytes that can be zeroed in one go: more would keep others from the image."""
 
 
-@dataclass(frozen=True, slots=True)
-class ConvertOptions:
+class ConvertOptions(NamedTuple):
     """How disks are copied.
 
     Attributes:
@@ -60,8 +58,7 @@ class ConvertOptions:
     count_data: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Bytes of one kind (`nbdqcow.types`), by their place in the target."""
 
     kind: int
@@ -69,14 +66,13 @@ class Piece:
     length: int
 
 
-@dataclass(frozen=True, slots=True)
-class SourceDisk:
+class SourceDisk(NamedTuple):
     """A source, and the place in the target of its whole sectors."""
 
     node: Node
     start: int
     end: int
-    ahead: LookAhead = field(default_factory=LookAhead)
+    ahead: LookAhead
 
 
 class Cutter:
@@ -102,7 +98,7 @@ class Cutter:
         end = 0
         for source in sources:
             start, end = end, end + disk_size(source)
-            self.disks.append(SourceDisk(source, start, end))
+            self.disks.append(SourceDisk(source, start, end, LookAhead()))
         self._options = options
         self._control = control
         self._on_salvaged = on_salvaged

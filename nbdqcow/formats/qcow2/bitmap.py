@@ -12,9 +12,8 @@ import errno
 import mmap
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from nbdqcow.block.steps import run_steps
 from nbdqcow.errors import BlockError, ImageError, NotSupported
@@ -51,8 +50,7 @@ _STRIDE_BITS: Final = 1 << 20
 _BITMAPS: Final = struct.Struct(">IIQQ")
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapInfo:
+class BitmapInfo(NamedTuple):
     """One bitmap, for lists; ``granularity`` is bytes of the disk for a bit.
 
     ``inconsistent``: it was in use when its last user died. It holds nothing
@@ -242,7 +240,7 @@ class Bitmaps:
             # Clusters of these may be new.
             await self._image.writeback.flush(accurate=True)
         await self._note_metadata(entries)
-        in_use = [replace(e, flags=e.flags | FLAG_IN_USE) for e in entries]
+        in_use = [e._replace(flags=e.flags | FLAG_IN_USE) for e in entries]
         data = pack_bitmap_directory(in_use)
         if len(data) != extension.directory_length:
             # Storing them ended half the way: there is no directory of these.
@@ -378,7 +376,7 @@ class Bitmaps:
             self._changed()
             if entry is not None:
                 stored = [b.entry for b in self._all.values() if b.entry is not None]
-                in_use = [replace(e, flags=e.flags | FLAG_IN_USE) for e in stored]
+                in_use = [e._replace(flags=e.flags | FLAG_IN_USE) for e in stored]
                 await self._switch(in_use, old)
 
     async def remove_all(self) -> None:

@@ -5,8 +5,7 @@ Source: qcow2.txt, "Bitmaps".
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from nbdqcow.block.steps import Read, Steps
 from nbdqcow.errors import ImageError
@@ -24,8 +23,7 @@ MAX_NAME_BYTES: Final = 1023
 _ENTRY: Final = struct.Struct(">QIIBBHI")
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapEntry:
+class BitmapEntry(NamedTuple):
     """One bitmap of the directory; ``table_entries`` counts 8-byte entries."""
 
     name: str

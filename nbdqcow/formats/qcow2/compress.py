@@ -5,19 +5,19 @@ Source: qcow2.txt, "Compressed Clusters Descriptor".
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import BlockError
 from nbdqcow.formats.memory_share import MemoryShare
-from nbdqcow.formats.qcow2.codec import Decompress, codec
 from nbdqcow.formats.qcow2.entries import compressed_range
 from nbdqcow.pool import Pool
 from nbdqcow.types import Buffer
 from nbdqcow.units import KiB
 
 if TYPE_CHECKING:
+    from nbdqcow.formats.qcow2.codec import Compress, Decompress
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
 _INLINE_BYTES: Final = 512 * KiB
@@ -64,8 +64,23 @@ class CompressedClusters:
         self._inline_bytes = _INLINE_BYTES if size <= _MAX_INLINE else 0
         self._inline_left = self._inline_bytes
         self._group = max(1, _GROUP_BYTES // size)
-        self.compress, self._decompress = codec(image.header.compression_type)
         self.placing = asyncio.Lock()
+
+    @property
+    def _codec(self) -> "tuple[Compress, Decompress]":
+        # Not above: most images have no compressed clusters.
+        from nbdqcow.formats.qcow2.codec import codec
+
+        return codec(self._image.header.compression_type)
+
+    @cached_property
+    def compress(self) -> "Compress":
+        """What compresses a cluster's bytes; it blocks."""
+        return self._codec[0]
+
+    @cached_property
+    def _decompress(self) -> "Decompress":
+        return self._codec[1]
 
     @property
     def threads(self) -> Pool:
@@ -342,7 +357,7 @@ class ClusterSource:
         storage: StorageDriver,
         offset: int,
         length: int,
-        decompress: Decompress,
+        decompress: "Decompress",
         size: int,
     ) -> None:
         """Its stream is ``length`` bytes at ``offset``, and it has ``size``."""

@@ -11,8 +11,7 @@ import struct
 import sys
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.errors import ImageError
@@ -46,8 +45,7 @@ _FEATURE_NAMES_MIN_CLUSTER: Final = 8192
 _ZEROES_CHUNK: Final = 1 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CreateOptions:
+class CreateOptions(NamedTuple):
     """What a new image is to be like; sizes in bytes.
 
     Attributes:
@@ -124,8 +122,7 @@ class CreateOptions:
             raise ImageError("Backing format cannot be used without backing file")
 
 
-@dataclass(frozen=True, slots=True)
-class CreatePlan:
+class CreatePlan(NamedTuple):
     """A new image's bytes and where they go.
 
     Attributes:

@@ -1,7 +1,6 @@
 """The options of a command line as those of a new image."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Final
 
 from nbdqcow.block.tools import Measure, OptionValue, Secrets
@@ -30,7 +29,7 @@ def plan_image(values: Mapping[str, OptionValue], secrets: Secrets) -> CreatePla
     options = _create_options(values)
     options.check()
     encryption = new_encryption(values, secrets)
-    return plan_create(replace(options, encryption=encryption))
+    return plan_create(options._replace(encryption=encryption))
 
 
 def measure_image(

@@ -6,8 +6,7 @@ pointer".
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from nbdqcow.block.tools import OptionValue, Secrets
 from nbdqcow.errors import ImageError
@@ -54,8 +53,7 @@ def luks_range(header: Header) -> tuple[int, int] | None:
     return offset, length
 
 
-@dataclass(frozen=True, slots=True)
-class NewEncryption:
+class NewEncryption(NamedTuple):
     """How a new image is encrypted.
 
     Attributes:

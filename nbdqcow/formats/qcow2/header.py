@@ -11,7 +11,7 @@ image file.
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from nbdqcow.errors import ImageError, UnsupportedFeature
 from nbdqcow.formats.qcow2.entries import (
@@ -93,16 +93,14 @@ _BITMAPS: Final = struct.Struct(">IIQQ")
 _FEATURE_NAME_LENGTH: Final = 48
 
 
-@dataclass(frozen=True, slots=True)
-class Extension:
+class Extension(NamedTuple):
     """One header extension; ``data`` excludes the padding."""
 
     type: int
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapsExtension:
+class BitmapsExtension(NamedTuple):
     """The bitmaps extension ("Bitmaps extension").
 
     ``directory_length`` is in bytes, ``directory_offset`` in the image file.

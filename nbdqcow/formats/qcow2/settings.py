@@ -1,8 +1,7 @@
 """How an image is opened: what the options mean, with QEMU's defaults."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2.header import Header
@@ -26,8 +25,7 @@ _TEMPLATES: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
+class Settings(NamedTuple):
     """The options of `Qcow2Driver.open` that are about caches and behaviour.
 
     Attributes:

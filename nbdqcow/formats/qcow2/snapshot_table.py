@@ -6,8 +6,8 @@ Source: qcow2.txt, "Snapshots".
 import errno
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 from nbdqcow.block.steps import Read, Steps
 from nbdqcow.block.tools import Report, SnapshotInfo
@@ -29,8 +29,7 @@ _V3_EXTRA_LENGTH: Final = 16
 _NO_ICOUNT: Final = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """One internal snapshot; lengths in bytes.
 
     Attributes:
@@ -57,7 +56,7 @@ class Snapshot:
         disk_size = size if self.disk_size is None else self.disk_size
         known = pack_extra(self.info.vm_state_length, disk_size, self.info.icount)
         extra = known + self.extra[len(known) :]
-        return replace(self, disk_size=disk_size, extra=extra)
+        return self._replace(disk_size=disk_size, extra=extra)
 
     def check_l1_table(self, cluster_size: int) -> None:
         """Refuse an L1 table that none can be. Raises `ImageError`."""
