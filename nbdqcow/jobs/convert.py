@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Final
 
 from nbdqcow.block.node import Node
 from nbdqcow.block.write_requests import Work
@@ -17,10 +18,13 @@ from nbdqcow.jobs.control import Flight, JobControl
 from nbdqcow.jobs.errors import CopyError, reason_of
 from nbdqcow.jobs.pieces import ConvertOptions, Cutter, Piece, SourceDisk
 from nbdqcow.jobs.status import Place, try_places
-from nbdqcow.jobs.transfer import CHUNK, ReadError, Transfer
+from nbdqcow.jobs.transfer import CHUNK, ReadError, Transfer, ZeroesFound
 from nbdqcow.jobs.zeroes import data_runs
 from nbdqcow.types import DATA, ZERO, Buffer
-from nbdqcow.units import SECTOR_SIZE
+from nbdqcow.units import SECTOR_SIZE, MiB
+
+_FULL_ENOUGH: Final = 256 * MiB
+"""Data without a unit of zeroes after which none is expected."""
 
 
 async def convert(
@@ -58,6 +62,8 @@ class _Conversion:
         self._control = control
         self._on_salvaged = on_salvaged
         self._copy_range = options.copy_range
+        self._nb_full = 0
+        """Bytes of data since the last zeroes in what the maps call data."""
 
     async def run(self) -> None:
         options, control = self._options, self._control
@@ -97,8 +103,13 @@ class _Conversion:
             if joined is not None:
                 await _begin(turn, begun)
                 # Where it does not go well, each piece will tell of itself.
-                with suppress(ReadError, OSError):
+                try:
                     await self._target.pwrite_runs_by(*joined)
+                except ZeroesFound:
+                    self._nb_full = 0
+                except (ReadError, OSError):
+                    pass
+                else:
                     return
             for piece in pieces:
                 await self._copy_piece(piece, turn, begun)
@@ -144,13 +155,19 @@ class _Conversion:
         """
         if len(pieces) == 1 or self._copy_range:
             return None
+        unit = self._cutter.unit
+        # Looking costs a system call for each unit; threads see it for less, but
+        # when there are clusters for it already.
+        looks = self._nb_full < _FULL_ENOUGH
         runs: list[tuple[int, int]] = []
         places: list[Place] = []
         for piece in pieces:
             transfer = self._try_transfer(piece)
-            if transfer is None or piece.offset % self._cutter.unit:
+            if transfer is None or piece.offset % unit:
                 return None
-            found = transfer.try_find_runs(self._cutter.unit)
+            found: list[tuple[bool, int]] | None = [(True, piece.length)]
+            if looks or not transfer.is_cut_at(unit):
+                found = transfer.try_find_runs(unit)
             if found is None:
                 return None
             position = 0
@@ -159,7 +176,14 @@ class _Conversion:
                     runs.append((piece.offset + position, length))
                     places += transfer.stretches(position, length)
                 position += length
-        return runs, partial(Transfer(places).write_blocking, 0)
+        nb_bytes = sum(piece.length for piece in pieces)
+        if nb_bytes > sum(length for _, length in runs):
+            self._nb_full = 0
+        else:
+            self._nb_full += nb_bytes
+        if looks:
+            return runs, partial(Transfer(places).write_blocking, 0)
+        return runs, partial(Transfer(places).write_full_blocking, unit)
 
     def _try_transfer(self, piece: Piece) -> Transfer | None:
         """Return a piece's bytes; None if threads can't move them."""

@@ -12,6 +12,7 @@ from typing import Final
 from nbdqcow.block.storage import BlockingSource, StorageDriver, WriteBlocking
 from nbdqcow.jobs.status import ZEROES, Place
 from nbdqcow.jobs.zeroes import data_runs, is_zero
+from nbdqcow.types import Buffer
 from nbdqcow.units import KiB
 
 CHUNK: Final = 256 * KiB
@@ -24,6 +25,10 @@ class ReadError(Exception):
     def __init__(self, reason: OSError) -> None:
         super().__init__(str(reason))
         self.reason = reason
+
+
+class ZeroesFound(Exception):
+    """A unit that was to hold data holds nothing but zeroes."""
 
 
 class _Buffers(threading.local):
@@ -65,6 +70,10 @@ class Transfer:
             assert isinstance(source, StorageDriver)
             yield source, offset, count
 
+    def is_cut_at(self, unit: int) -> bool:
+        """Whether no unit lies in two places."""
+        return all(count % unit == 0 for _, _, count in self._places[:-1])
+
     def try_find_runs(self, unit: int) -> list[tuple[bool, int]] | None:
         """Return what `data_runs` would say of all the bytes, from a look at
         page cache alone; None if that is not to be had.
@@ -72,11 +81,10 @@ class Transfer:
         Mostly a word of each unit tells, so this costs a twentieth of reading.
         """
         runs: list[tuple[bool, int]] = []
-        last = len(self._places) - 1
-        for index, (storage, start, count) in enumerate(self._places):
+        if not self.is_cut_at(unit):
+            return None
+        for storage, start, count in self._places:
             if not isinstance(storage, StorageDriver):
-                return None
-            if count % unit and index != last:
                 return None
             words = storage.try_pick(start, count, unit)
             if words is None:
@@ -110,6 +118,20 @@ class Transfer:
             _read(source, offset, chunk)
             write(position, chunk)
             position += count
+
+    def write_full_blocking(
+        self, unit: int, start: int, length: int, write: WriteBlocking
+    ) -> None:
+        """Do as `write_blocking` does, of bytes of which every ``unit`` is known to
+        hold data. Raises `ZeroesFound` before it writes one that does not."""
+
+        def write_full(position: int, chunk: Buffer) -> None:
+            count = len(chunk)
+            if data_runs(_buffers.data, unit, count) != [(True, count)]:
+                raise ZeroesFound
+            write(position, chunk)
+
+        self.write_blocking(0, start, length, write_full)
 
     def write_data_blocking(
         self, unit: int, start: int, length: int, write: WriteBlocking

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import itertools
 import os
 import random
 import re
@@ -205,9 +206,10 @@ async def test_what_the_kernel_can_not_copy_is_moved(
     copy_plainly(monkeypatch)
     move_one_by_one(monkeypatch)
     copied = {"all": 0, "some": 0, "none": 0}
+    ways = itertools.cycle(copied)
 
     def copy(source_fd, source_offset, fd, offset, length):
-        way = rng.choice(list(copied))
+        way = next(ways)
         copied[way] += 1
         if way != "none":
             part = length if way == "all" else length // 2
@@ -457,80 +459,6 @@ async def test_work_beside_old_content(tmp_path, cluster_size):
             )
             expected[offset : offset + length] = data
         assert bytes(await node.pread(0, len(expected))) == expected
-    img("check", "-q", path)
-
-
-@pytest.mark.parametrize("options", ["", "cluster_size=512", "extended_l2=on"])
-async def test_work_on_several_runs(tmp_path, options):
-    """Some of them in place, some in new clusters of which only a part is written."""
-    rng = random.Random(SEED)
-    size = 4 * MiB - 512
-    expected = bytearray(rng.randbytes(size))
-    (tmp_path / "below").write_bytes(expected)
-    path = tmp_path / "overlay"
-    words = ["-o", options] if options else []
-    below = tmp_path / "below"
-    img("create", "-q", "-f", "qcow2", "-F", "raw", "-b", below, *words, path)
-    nb_calls = nb_runs = 0
-    async with open_image(path) as node:
-        cluster_size = node.driver.cluster_size
-        for _ in range(30):
-            cuts = sorted(rng.sample(range(-(-size // cluster_size)), 16))
-            runs = []
-            for first, end in zip(cuts[::2], cuts[1::2], strict=True):
-                start, stop = first * cluster_size, min(end * cluster_size, size)
-                if rng.random() < 0.3:
-                    start += rng.randrange(cluster_size)
-                    stop -= rng.randrange(cluster_size)
-                if start < stop:
-                    runs.append((start, stop - start))
-            data = b"".join(rng.randbytes(length) for _, length in runs)
-
-            def work(start, count, write, data=data):
-                nonlocal nb_calls
-                nb_calls += 1
-                middle = count // 2
-                write(middle, data[start + middle : start + count])
-                write(0, data[start : start + middle])
-
-            await node.pwrite_runs_by(runs, work)
-            nb_runs += len(runs)
-            position = 0
-            for start, length in runs:
-                part = data[position : position + length]
-                expected[start : start + length] = part
-                position += length
-        assert bytes(await node.pread(0, size)) == expected
-    img("check", "-q", path)
-    assert nb_calls != nb_runs
-
-
-async def test_neighbours_are_written_by_one_call(tmp_path):
-    path = tmp_path / "disk"
-    img("create", "-q", "-f", "qcow2", path, 64 * MiB)
-    calls = []
-    async with open_image(path) as node:
-        runs = [(start, 128 * KiB) for start in range(0, 64 * MiB, MiB)]
-        await node.pwrite_runs_by(runs, lambda start, count, write: calls.append(count))
-        assert sum(calls) == len(runs) * 128 * KiB
-        assert len(calls) < 4
-
-
-async def test_a_failure_leaves_no_run_behind(tmp_path):
-    path = tmp_path / "disk"
-    img("create", "-q", "-f", "qcow2", path, 8 * MiB)
-
-    def fail(start, count, write):
-        write(0, b"x" * 100)
-        raise OSError(errno.EIO, "as bad as can be")
-
-    async with open_image(path) as node:
-        runs = [(start, 128 * KiB) for start in range(0, 8 * MiB, MiB)]
-        with pytest.raises(OSError, match="as bad"):
-            await node.pwrite_runs_by(runs, fail)
-        assert await node.reads_zero(0, 8 * MiB)
-        # Nobody waits for those clusters.
-        await node.pwrite(0, b"y" * 8 * MiB)
     img("check", "-q", path)
 
 
