@@ -102,7 +102,7 @@ class BlockingLocalFile:
 
     def flush(self) -> None:
         """Make all writes so far durable."""
-        os.fsync(self._fd)
+        os.fdatasync(self._fd)
 
     def allocated_length(self) -> int:
         """Return the bytes that the file takes of its file system."""
