@@ -7,10 +7,10 @@ import gc
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Final
+from typing import Final, NoReturn
 
 from nbdqcow.cli.messages import describe, error, printable, program_name
-from nbdqcow.cli.program import run_program
+from nbdqcow.cli.program import leave, run_program
 
 _COMMANDS: Final = {
     "amend": (
@@ -132,6 +132,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program(lambda: _run(arguments), print_failures_last=True)
 
 
+def script() -> NoReturn:
+    """The program ``nbdqcow-img``."""
+    leave(main())
+
+
 def _run(arguments: list[str]) -> int:
     from nbdqcow.errors import NbdQcowError, UsageError
 
@@ -201,4 +206,4 @@ def _format_names() -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

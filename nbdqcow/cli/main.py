@@ -13,10 +13,10 @@ def main() -> int:
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     # These read their command lines as QEMU's tools do, not as click does.
     if command == "img":
-        from nbdqcow.cli.img import main as img_main
+        from nbdqcow.cli.img import script as img
 
         sys.argv[:2] = ["nbdqcow-img"]
-        return int(img_main())
+        img()
     if command == "nbd":
         from nbdqcow.cli.nbd import main as nbd_main
 

@@ -14,7 +14,7 @@ MiB = 1 << 20
 CLOSED = {"<&-", ">&-", "2>&-", "<&- >&- 2>&-"}
 PROGRAMS = {
     "nbdqcow": "from nbdqcow.cli.main import main",
-    "nbdqcow-img": "from nbdqcow.cli.img import main",
+    "nbdqcow-img": "from nbdqcow.cli.img import script as main",
     "nbdqcow-nbd": "from nbdqcow.cli.nbd import main",
 }
 
