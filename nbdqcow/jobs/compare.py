@@ -1,12 +1,11 @@
 """Comparing two disks."""
 
 import asyncio
-import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
-from typing import Final
+from itertools import takewhile
+from typing import Final, NamedTuple
 
 from nbdqcow.block.node import Node
 from nbdqcow.block.storage import StorageDriver
@@ -23,6 +22,10 @@ _CHUNK: Final = 256 * KiB
 """What a thread reads of each disk at a time: both stay in its processor's cache
 until they are compared."""
 _NB_IN_FLIGHT: Final = 4
+_GROUP: Final = 16 * MiB
+"""Bytes that are read of pieces that go to a thread together, and"""
+_MAX_GROUP: Final = 64
+"""their greatest number."""
 
 
 class CompareError(NbdQcowError):
@@ -34,8 +37,7 @@ class CompareError(NbdQcowError):
         self.offset = offset
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(NamedTuple):
     """What was found, each None or False if there is nothing of it.
 
     Attributes:
@@ -50,14 +52,14 @@ class Comparison:
     sizes_differ: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(NamedTuple):
     """A stretch of both disks.
 
     Attributes:
         reads: which of them must be read; the others are zero.
         places: where these are in files, if threads can read them there.
         status_differs: a strict comparison ends here.
+        failure: why nobody knows what is here, or None.
     """
 
     offset: int
@@ -65,6 +67,17 @@ class _Piece:
     reads: tuple[int, ...]
     places: list[tuple[StorageDriver, int]]
     status_differs: bool
+    failure: CompareError | None = None
+
+    @property
+    def end(self) -> int:
+        """Where the next one begins."""
+        return self.offset + self.length
+
+    @property
+    def in_threads(self) -> bool:
+        """Whether threads can read all of it."""
+        return len(self.places) == len(self.reads)
 
 
 async def compare(
@@ -88,34 +101,43 @@ async def compare(
         return Comparison(sizes_differ=True)
     control.expect(max(map(disk_size, nodes)))
     common = min(map(disk_size, nodes))
-    running: deque[tuple[_Piece, asyncio.Task[int | None]]] = deque()
+    running: deque[tuple[list[_Piece], asyncio.Task[int | None]]] = deque()
     pool = Pool()
 
     async def finish_one() -> Comparison | None:
-        piece, task = running.popleft()
-        if piece.offset == common:
+        group, task = running.popleft()
+        if group[0].offset == common:
             on_longer()
-        offset = await task
-        if offset is not None:
-            return Comparison(offset, None, sizes_differ and offset >= common)
-        control.advance(piece.length)
-        return None
+        try:
+            offset = await task
+        except CompareError as error:
+            advance(group, error.offset)
+            raise
+        if offset is None:
+            advance(group, group[-1].end)
+            return None
+        advance(group, offset)
+        return Comparison(offset, None, sizes_differ and offset >= common)
 
+    def advance(group: list[_Piece], end: int) -> None:
+        # Piece by piece, as QEMU does.
+        for piece in takewhile(lambda piece: piece.end <= end, group):
+            control.advance(piece.length)
+
+    last = Comparison(sizes_differ=sizes_differ)
     try:
-        async for piece in _pieces(nodes):
+        async for group in _groups(_pieces(nodes), common, strict=strict):
             await control.checkpoint()
-            if strict and piece.status_differs:
-                while running:
-                    if found := await finish_one():
-                        return found
-                return Comparison(status_offset=piece.offset)
-            running.append((piece, asyncio.create_task(_compare(nodes, piece, pool))))
+            if strict and group[0].status_differs:
+                last = Comparison(status_offset=group[0].offset)
+                break
+            running.append((group, asyncio.create_task(_compare(nodes, group, pool))))
             if len(running) >= _NB_IN_FLIGHT and (found := await finish_one()):
                 return found
         while running:
             if found := await finish_one():
                 return found
-        return Comparison(sizes_differ=sizes_differ)
+        return last
     finally:
         for _, task in running:
             task.cancel()
@@ -135,7 +157,12 @@ async def _pieces(nodes: tuple[Node, Node]) -> AsyncIterator[_Piece]:
             entries[which] = None
             ends[which] = max(sizes)
             if offset < sizes[which]:
-                entry = await _entry(which, node, offset, sizes[which] - offset)
+                try:
+                    entry = await _entry(which, node, offset, sizes[which] - offset)
+                except CompareError as error:
+                    # What is before it counts first.
+                    yield _Piece(offset, 0, (which,), [], False, error)
+                    return
                 entries[which], ends[which] = entry, offset + entry.length
         reads = tuple(
             which
@@ -156,6 +183,28 @@ async def _pieces(nodes: tuple[Node, Node]) -> AsyncIterator[_Piece]:
         offset = end
 
 
+async def _groups(
+    pieces: AsyncIterator[_Piece], common: int, *, strict: bool
+) -> AsyncIterator[list[_Piece]]:
+    """Yield pieces, together those that a thread goes through in one go. One that
+    begins at ``common`` begins a group, one that ends a comparison is alone."""
+    group: list[_Piece] = []
+    nb_read = 0
+    async for piece in pieces:
+        alone = not piece.in_threads or (strict and piece.status_differs)
+        full = nb_read >= _GROUP or len(group) == _MAX_GROUP
+        if group and (full or alone or piece.offset == common):
+            yield group
+            group, nb_read = [], 0
+        group.append(piece)
+        nb_read += len(piece.reads) * piece.length
+        if alone:
+            yield group
+            group, nb_read = [], 0
+    if group:
+        yield group
+
+
 async def _entry(which: int, node: Node, offset: int, length: int) -> Entry:
     try:
         entry = await entry_of(node, offset, length)
@@ -172,15 +221,26 @@ def _status(entry: Entry | None) -> tuple[bool, ...]:
     return entry.is_data, entry.is_zero, entry.present, entry.host_offset >= 0
 
 
-async def _compare(nodes: tuple[Node, Node], piece: _Piece, pool: Pool) -> int | None:
+async def _compare(
+    nodes: tuple[Node, Node], group: list[_Piece], pool: Pool
+) -> int | None:
     """Return the first sector that differs, None if there is none."""
-    if not piece.reads:
-        return None
-    if len(piece.places) == len(piece.reads):
-        # If that fails, the slow way says which of them it was.
-        with contextlib.suppress(OSError):
-            if await pool.run(_is_same_blocking, piece.places, piece.length):
-                return None
+    pieces = [piece for piece in group if piece.reads]
+    while pieces:
+        if pieces[0].in_threads:
+            nb_same = await pool.run(_nb_same_blocking, pieces)
+            del pieces[:nb_same]
+        if pieces:
+            # Which disk can't be read, or where they differ, this way tells.
+            piece = pieces.pop(0)
+            if (offset := await _compare_piece(nodes, piece)) is not None:
+                return offset
+    return None
+
+
+async def _compare_piece(nodes: tuple[Node, Node], piece: _Piece) -> int | None:
+    if piece.failure is not None:
+        raise piece.failure
     found = await asyncio.gather(
         *(_read(which, nodes[which], piece) for which in piece.reads)
     )
@@ -199,6 +259,17 @@ class _Buffers(threading.local):
 
 
 _buffers: Final = _Buffers()
+
+
+def _nb_same_blocking(pieces: Sequence[_Piece]) -> int:
+    """Return how many pieces, from the first one on, are found to be the same."""
+    for number, piece in enumerate(pieces):
+        try:
+            if not _is_same_blocking(piece.places, piece.length):
+                return number
+        except OSError:
+            return number
+    return len(pieces)
 
 
 def _is_same_blocking(places: Sequence[tuple[StorageDriver, int]], length: int) -> bool:

@@ -4,12 +4,14 @@ import asyncio
 import errno
 import gc
 import itertools
+import os
 import random
 
 import pytest
 
 from nbdqcow.block.node import Node
 from nbdqcow.block.open import open_image
+from nbdqcow.cli.img import main
 from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow2.create import CreateOptions, create
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
@@ -311,6 +313,66 @@ async def test_compare_of_files_finds_the_sector(tmp_path, offset):
         found = await compare(first, second, JobControl())
         assert found == Comparison(content_offset=offset // 512 * 512)
         assert await compare(first, first, JobControl()) == Comparison()
+
+
+async def test_compare_of_data_and_holes(tmp_path):
+    """The first of several differences counts, in whatever order threads find them."""
+    rng = random.Random(SEED)
+    size, piece = 64 * MiB, 128 << 10
+    data = {
+        place: rng.randbytes(piece) for place in range(0, size, 2 * piece) if place % 7
+    }
+    for name in ("first", "second"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size)
+            for place, content in data.items():
+                os.pwrite(file.fileno(), content, place)
+    places = sorted(rng.randrange(size) for _ in range(5))
+    (tmp_path / "third").write_bytes((tmp_path / "first").read_bytes())
+    with (tmp_path / "third").open("r+b") as file:
+        for place in places:
+            os.pwrite(file.fileno(), b"different"[: size - place], place)
+    done = []
+    async with (
+        await open_image(str(tmp_path / "first"), format="raw") as first,
+        await open_image(str(tmp_path / "second"), format="raw") as second,
+        await open_image(str(tmp_path / "third"), format="raw") as third,
+    ):
+        control = JobControl(lambda *progress: done.append(progress))
+        assert await compare(first, second, control) == Comparison()
+        assert done[-1] == (size, size)
+        assert len(done) >= len(data)
+        found = await compare(first, third, JobControl())
+        assert found == Comparison(content_offset=places[0] // 512 * 512)
+
+
+@pytest.mark.parametrize("differs", [False, True])
+async def test_compare_of_a_damaged_map(tmp_path, differs):
+    """What is before the damage counts first."""
+    for name in ("first", "second"):
+        assert main(["create", "-q", "-f", "qcow2", str(tmp_path / name), "3G"]) == 0
+        async with await open_image(str(tmp_path / name)) as node:
+            for place in (0, MiB, 600 * MiB):
+                await node.pwrite(place, b"some data" * 100)
+            if differs and name == "second":
+                await node.pwrite(MiB, b"other data")
+    with (tmp_path / "second").open("r+b") as file:
+        file.seek(40)
+        l1_offset = int.from_bytes(file.read(8))
+        file.seek(l1_offset + 8)
+        file.write(((1 << 63) | 0x1000200).to_bytes(8))
+    async with (
+        await open_image(str(tmp_path / "first"), read_only=True) as first,
+        await open_image(str(tmp_path / "second"), read_only=True) as second,
+    ):
+        if differs:
+            found = await compare(first, second, JobControl())
+            assert found == Comparison(content_offset=MiB)
+            return
+        with pytest.raises(CompareError) as caught:
+            await compare(first, second, JobControl())
+        assert caught.value.which == 1
+        assert MiB < caught.value.offset <= 512 * MiB
 
 
 async def test_compare_of_different_sizes():
