@@ -183,6 +183,7 @@ NB_CONNECTIONS: Final = 1000
 CONNECTIONS_LIMIT: Final = 100 * MiB
 
 STRUCTURED: Final = "structured"
+STRUCTURED_FIO: Final = "structured-fio"
 STRUCTURED_CELL: Final = "randread-4k-qd16"
 STRUCTURED_LIMIT: Final = 5.0
 
