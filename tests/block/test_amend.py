@@ -378,3 +378,24 @@ def test_a_downgrade_writes_to_no_place_that_can_not_be(tmp_path, what):
     assert caught.value.errno == errno.EIO
     assert specific(path)["corrupt"]
     assert path.read_bytes()[512 : len(image)] == image[512:]
+
+
+def test_refcounts_of_another_width_while_clusters_wait_to_be_given_back(tmp_path):
+    """What a deleted snapshot had is given back once no read is left, by then
+    with other refcount blocks."""
+    path = create(tmp_path / "a", MiB, cluster_size=512)
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite(0, b"x" * 200 * KiB)
+            await node.driver.snapshot_create("one")
+            await node.pwrite(150 * KiB, b"y" * 25 * KiB)
+            reading = node.driver.epochs.enter()
+            await node.driver.snapshot_delete("one")
+            await node.amend({"refcount_bits": 64}, lambda done, total: None)
+            node.driver.epochs.leave(reading)
+
+    asyncio.run(run())
+    check(path)
+    disk = b"x" * 150 * KiB + b"y" * 25 * KiB + b"x" * 25 * KiB
+    assert content(path) == disk + bytes(824 * KiB)
