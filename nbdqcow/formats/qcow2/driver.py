@@ -450,7 +450,10 @@ class Qcow2Driver(Operations):
         self.mapping.freeze(True)
 
     def set_size(self, size: int) -> None:
-        """The header on disk has another size of the disk."""
+        """The header on disk has another size of the disk, or the same."""
+        if size != self.size:
+            # Whatever fails from here on: a bitmap of another size can't be stored.
+            self.bitmaps.resize(size)
         self.size = self.header.size = size
         self.when_rebound()
 

@@ -266,12 +266,16 @@ class Generation:
         """Make the generation valid, on disk and in memory."""
         image, header, refcounts = self._image, self._image.header, self._counts
         storage, bits = image.storage, image.cluster_bits
-        await refcounts.finish()
-        storage.announce("l1_update")
-        await storage.pwritev(self._l1_offset, [dump_be64(self.l1)])
-        storage.announce("reftable_update")
-        await storage.pwritev(self._table_offset, [dump_be64(refcounts.table)])
-        await image.writeback.flush_files()
+        try:
+            await refcounts.finish()
+            storage.announce("l1_update")
+            await storage.pwritev(self._l1_offset, [dump_be64(self.l1)])
+            storage.announce("reftable_update")
+            await storage.pwritev(self._table_offset, [dump_be64(refcounts.table)])
+            await image.writeback.flush_files()
+        except BaseException:
+            await self.abandon()
+            raise
         roots = _ROOTS.pack(
             self.size,
             header.crypt_method,

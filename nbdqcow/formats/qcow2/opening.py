@@ -43,9 +43,9 @@ async def open_driver(
     header = Header.parse(head)
     header.check_supported(read_only=read_only)
     settings = Settings.parse(options, header)
-    if not read_only:
-        await storage.flush()
     if header.dirty and not read_only:
+        # As in `prepare_for_writing`.
+        await storage.flush()
         header = await repair_dirty(storage, header)
     check_method(_METHODS[header.crypt_method], options.get("encrypt_format"))
     wanted_snapshot = options.get("snapshot")

@@ -163,7 +163,6 @@ async def _shrink(image: "Qcow2Driver", size: int) -> None:
             _l1_clusters(image, len(old_l1)) - nb_clusters,
         )
         await _clear_entries(image, round_up(size, image.cluster_size))
-        image.bitmaps.resize(size)
     image.storage.announce("l1_shrink_free_l2_clusters")
     await _free_tables(image, old_l1[nb_entries:])
     image.trim_when_freed()
@@ -291,7 +290,6 @@ async def _grow(image: "Qcow2Driver", size: int, preallocation: str) -> None:
         await _or_fail(image, image.storage.pwritev(ROOTS_OFFSET, [data]))
         await _or_fail(image, image.storage.flush())
         image.set_size(size)
-        image.bitmaps.resize(size)
 
 
 async def _grow_l1(image: "Qcow2Driver", size: int) -> "array[int]":
