@@ -199,6 +199,11 @@ class FormatDriver(ABC):
         """
         return None
 
+    def try_begin_long_write(self, offset: int, length: int) -> WritePlan | None:
+        """Do as `try_begin_write` does, but for a plan that is kept, as those of
+        `begin_write` are, until a later turn."""
+        return self.try_begin_write(offset, length)
+
     def cancel_write(self, plan: WritePlan) -> None:
         """Undo `try_begin_write`: nothing is in flight for the plan."""
         raise AssertionError("this format never plans without waiting")

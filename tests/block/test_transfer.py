@@ -580,3 +580,27 @@ async def test_units_across_places(unit):
 
     transfer.write_blocking(start // 2, start - start // 2, len(part), write_part)
     assert part == disk[start:]
+
+
+async def test_runs_that_could_not_be_written_leave_nothing_behind(tmp_path):
+    """The first run is overwritten in place, its neighbour gets a new cluster."""
+    path = tmp_path / "target"
+    img("create", "-q", "-f", "qcow2", path, MiB)
+    async with open_image(path) as node:
+        await node.pwrite(0, b"x" * 64 * KiB)
+        nb_calls = 0
+
+        def work(start, count, write):
+            nonlocal nb_calls
+            nb_calls += 1
+            assert (start, count) == (0, 128 * KiB)
+            assert node.driver.in_flight
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        runs = [(0, 64 * KiB), (512 * KiB, 64 * KiB)]
+        with pytest.raises(OSError, match="No space left"):
+            await node.pwrite_runs_by(runs, work)
+        assert nb_calls == 1
+        assert not node.driver.in_flight
+        assert await node.pread(512 * KiB, 64 * KiB) == bytes(64 * KiB)
+    img("check", "-q", path)

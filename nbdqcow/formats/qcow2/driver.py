@@ -282,6 +282,11 @@ class Qcow2Driver(Operations):
                 return None
         return None if plan is None else encryption.tag_plan(self.header, plan)
 
+    def try_begin_long_write(self, offset: int, length: int) -> WritePlan | None:
+        """See `FormatDriver.try_begin_long_write`: an `InlineWriter`'s plan is
+        registered nowhere."""
+        return type(self).try_begin_write(self, offset, length)
+
     async def begin_write(self, offset: int, length: int) -> WritePlan:
         """See `FormatDriver.begin_write`."""
         self.check_writable()
