@@ -136,3 +136,23 @@ async def test_a_data_file_is_cut_once_its_bytes_have_left(tmp_path, raw):
         node.release(found[1])
         await resizing
     assert data_file.stat().st_size == 256 * KiB
+
+
+async def test_a_disk_that_becomes_another_before_it_grows():
+    """What a snapshot's disk has behind its end stays hidden, although a resize
+    was asked for while the disk was another one."""
+    storage = MemoryStorage(created(size=16 * KiB, cluster_size=4096))
+    driver = await Qcow2Driver.open(storage, read_only=False, options={})
+    node = Node(driver, filename="disk")
+    await node.pwrite(0, b"x" * 16 * KiB)
+    await node.resize(8 * KiB + 512)
+    await driver.snapshot_create("old")
+    async with driver.operating:
+        applied = asyncio.create_task(driver.snapshot_apply("old"))
+        await turns()
+        resized = asyncio.create_task(node.resize(12 * KiB))
+        await turns()
+    await applied
+    await resized
+    assert await node.pread(8 * KiB, 4 * KiB) == b"x" * 512 + bytes(3584)
+    await node.close()

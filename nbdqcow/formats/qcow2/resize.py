@@ -249,6 +249,7 @@ class _Preallocation(Allocation):
 
 
 async def _grow(image: "Qcow2Driver", size: int, preallocation: str) -> None:
+    await image.prepare_growing(size)
     old_size, cluster_size = image.size, image.cluster_size
     backing_size = image.backing_size
     if (
