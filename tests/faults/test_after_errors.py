@@ -137,6 +137,28 @@ def test_bitmaps_shrink_with_a_disk_that_could_not_be_cleaned_up():
     asyncio.run(run())
 
 
+def test_refcounts_that_may_be_valid_are_not_cut_off(caplog):
+    """Those of another width are behind all that the old ones count; a smaller
+    disk, with less to count, lets the file end there."""
+    caplog.set_level(logging.CRITICAL)
+
+    async def run():
+        node, storage, memory = await opened(filled(6))
+        await node.pwrite(64 * SECTOR, b"x" * SECTOR)
+        reading = node.driver.epochs.enter()
+        await node.resize(6 * SECTOR)
+        storage.rules = [Rule(kinds=[WRITE], first=48, end=60, effect="all")]
+        with pytest.raises(OSError, match="injected"):
+            await node.amend({"refcount_bits": 32}, lambda done, total: None)
+        assert node.driver.failed
+        node.driver.epochs.leave(reading)
+        await node.driver.settle()
+        await node.close()
+        look(memory)
+
+    asyncio.run(run())
+
+
 def test_an_image_is_flushed_once_when_it_is_opened():
     async def run():
         node, storage, _ = await opened(filled(6))

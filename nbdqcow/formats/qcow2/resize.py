@@ -422,6 +422,9 @@ async def trim(image: "Qcow2Driver") -> None:
     refcounts = image.refcounts
     await image.writeback.flush()
     async with image.writeback.paused(), image.lock:
+        if image.failed or image.header.corrupt or refcounts.may_have_moved:
+            # What the disk names may be behind all that we know of.
+            return
         await image.writeback.commit_alone()
         # The last may have been all that another one counted.
         while empty := overlap.not_overlapping(image, await refcounts.empty_blocks()):
