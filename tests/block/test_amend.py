@@ -399,3 +399,27 @@ def test_refcounts_of_another_width_while_clusters_wait_to_be_given_back(tmp_pat
     check(path)
     disk = b"x" * 150 * KiB + b"y" * 25 * KiB + b"x" * 25 * KiB
     assert content(path) == disk + bytes(824 * KiB)
+
+
+def test_a_downgrade_while_tables_wait_to_be_given_back(tmp_path):
+    """A table that two snapshots had, and then the disk no longer, is counted once
+    more than it has users while a read is in flight."""
+    path = create(tmp_path / "a", 64 * KiB, cluster_size=512)
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite(0, b"x" * 4 * KiB)
+            await node.write_zeroes(KiB, KiB, may_unmap=False)
+            await node.driver.snapshot_create("one")
+            await node.driver.snapshot_create("two")
+            reading = node.driver.epochs.enter()
+            await node.pwrite(6 * KiB, b"y" * KiB)
+            await node.flush()
+            await node.amend({"compat": "0.10"}, lambda done, total: None)
+            node.driver.epochs.leave(reading)
+
+    asyncio.run(run())
+    assert "leaks" not in check(path)
+    start = b"x" * KiB + bytes(KiB) + b"x" * 2 * KiB
+    assert content(path) == start + bytes(2 * KiB) + b"y" * KiB + bytes(57 * KiB)
+    assert content(path, "-l", "two") == start + bytes(60 * KiB)

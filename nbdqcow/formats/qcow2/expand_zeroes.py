@@ -7,6 +7,9 @@ Source: qcow2.txt, "Standard Cluster Descriptor".
 """
 
 import asyncio
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -46,26 +49,47 @@ async def expand_zero_clusters(image: "Qcow2Driver", progress: Progress) -> None
             if offset:
                 places.setdefault(offset, (index, l1 is tables.l1))
     nb_entries = sum(map(len, (tables.l1, *l1_tables)))
+    waiting = _waiting_references(
+        image, [place >> image.cluster_bits for place in places]
+    )
     try:
         # Told by the L1 entry, as QEMU does.
         for nb_done, entry in enumerate(chain(tables.l1, *l1_tables), 1):
             if (place := places.pop(entry & OFFSET_MASK, None)) is not None:
                 index, active = place
                 guest_offset = index << tables.l1_shift
-                await _expand_table(image, entry & OFFSET_MASK, guest_offset, active)
+                offset = entry & OFFSET_MASK
+                cluster_index = offset >> image.cluster_bits
+                # Those that wait are counted, and do not need anything.
+                nb_users = await image.refcounts.count(cluster_index)
+                nb_users -= waiting[cluster_index]
+                await _expand_table(image, offset, guest_offset, nb_users, active)
             progress(nb_done, nb_entries)
         await image.writeback.commit_alone()
     finally:
         tables.replace(tables.l1, tables.l1_offset)
 
 
+def _waiting_references(
+    image: "Qcow2Driver", cluster_indices: Sequence[int]
+) -> Counter[int]:
+    """Return how many references to clusters wait to be given back."""
+    ordered = sorted(cluster_indices)
+    waiting: Counter[int] = Counter()
+    for freed in (*image.writeback.waiting, image.freed):
+        for first, nb_clusters, _ in freed.ranges:
+            start = bisect_left(ordered, first)
+            waiting.update(ordered[start : bisect_left(ordered, first + nb_clusters)])
+    return waiting
+
+
 async def _expand_table(
-    image: "Qcow2Driver", offset: int, guest_offset: int, active: bool
+    image: "Qcow2Driver", offset: int, guest_offset: int, nb_users: int, active: bool
 ) -> None:
-    """Do so in one L2 table, whose first entry is for ``guest_offset``."""
-    size, bits = image.cluster_size, image.cluster_bits
+    """Do so in one L2 table, whose first entry is for ``guest_offset``; ``nb_users``
+    L1 tables name it."""
+    size = image.cluster_size
     words = load_be64(await image.storage.pread(offset, size))
-    nb_users = await image.refcounts.count(offset >> bits)
     change = _Change()
     nb_changed = 0
     try:
