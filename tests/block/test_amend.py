@@ -10,9 +10,15 @@ import subprocess
 import pytest
 
 from nbdqcow import open_image
-from nbdqcow.errors import BlockError
+from nbdqcow.block.node import Node
+from nbdqcow.errors import BlockError, NotSupported
+from nbdqcow.formats.qcow2.driver import Qcow2Driver
+from nbdqcow.storage.memory import MemoryStorage
 from tests.block.qemu import check, create
 from tests.block.qemu import run_qemu_img as qemu_img
+from tests.crash.histories import filled
+from tests.crash.test_histories import check_by_us, is_sound
+from tests.faults.faulty import FaultyStorage, Rule
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -423,3 +429,31 @@ def test_a_downgrade_while_tables_wait_to_be_given_back(tmp_path):
     start = b"x" * KiB + bytes(KiB) + b"x" * 2 * KiB
     assert content(path) == start + bytes(2 * KiB) + b"y" * KiB + bytes(57 * KiB)
     assert content(path, "-l", "two") == start + bytes(60 * KiB)
+
+
+def test_no_bitmap_is_added_while_an_image_is_downgraded():
+    """Version 2 has no place for it."""
+
+    async def run():
+        memory = MemoryStorage(filled(6))
+        storage = FaultyStorage(memory)
+        driver = await Qcow2Driver.open(storage, read_only=False, options={})
+        node = Node(driver, filename="disk")
+        driver.bitmap_add("old")
+        # Each request takes turns of the loop.
+        storage.rules = [Rule(0, count=-1, turns=2)]
+        options = {"compat": "0.10"}
+        task = asyncio.create_task(node.amend(options, lambda done, total: None))
+        names = {"old"}
+        while not task.done():
+            await asyncio.sleep(0)
+            with contextlib.suppress(NotSupported, BlockError):
+                driver.bitmap_add(f"b{len(names)}")
+                names.add(f"b{len(names)}")
+        await task
+        assert driver.bitmap_list() == []
+        await node.close()
+        result, text = check_by_us(bytes(memory.data))
+        assert is_sound(result, leaks=False), text
+
+    asyncio.run(run())

@@ -8,10 +8,11 @@ Source: qcow2.txt, "Bitmaps", "Bitmaps extension".
 """
 
 import asyncio
+import contextlib
 import errno
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -211,6 +212,7 @@ class Bitmaps:
         self._image = image
         self._all: dict[str, Bitmap] = {}
         self._lock = asyncio.Lock()
+        self._refused = False
 
     # -- opening ---------------------------------------------------------
 
@@ -348,7 +350,7 @@ class Bitmaps:
     def add(self, name: str, granularity: int | None, *, enabled: bool) -> None:
         """See `Qcow2Driver.bitmap_add`."""
         image = self._image
-        if image.header.version < 3:
+        if image.header.version < 3 or self._refused:
             raise NotSupported("version 2 images have no bitmaps")
         if name in self._all:
             raise BlockError(errno.EEXIST, f"there is a bitmap '{name}' already")
@@ -390,10 +392,16 @@ class Bitmaps:
             del self._all[name]
             self._changed()
 
-    async def remove_all(self) -> None:
-        """Remove all bitmaps."""
-        for name in list(self._all):
-            await self.remove(name)
+    @contextlib.asynccontextmanager
+    async def removed(self) -> AsyncIterator[None]:
+        """Remove all bitmaps, and let none be added meanwhile."""
+        self._refused = True
+        try:
+            for name in list(self._all):
+                await self.remove(name)
+            yield
+        finally:
+            self._refused = False
 
     def enable(self, name: str, enabled: bool) -> None:
         """See `Qcow2Driver.bitmap_enable`."""
