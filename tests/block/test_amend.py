@@ -457,3 +457,35 @@ def test_no_bitmap_is_added_while_an_image_is_downgraded():
         assert is_sound(result, leaks=False), text
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("may_unmap", [True, False])
+def test_zeroes_that_meet_a_downgrade(tmp_path, may_unmap):
+    """Version 2 has no zero flag: an entry with it shows what was there before."""
+    below = create(tmp_path / "below", 64 * KiB)
+    qemu_io(below, "write -P 98 0 64k")
+    path = tmp_path / "a"
+    qemu_img("create", "-f", "qcow2", "-b", below, "-F", "qcow2", path)
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite(0, b"x" * 64 * KiB)
+            # What is found while the image is busy has to wait.
+            await node.driver.lock.acquire()
+            zeroed = asyncio.create_task(
+                node.write_zeroes(0, 64 * KiB, may_unmap=may_unmap)
+            )
+            discarded = asyncio.create_task(node.discard(0, 64 * KiB))
+            await asyncio.sleep(0)
+            node.driver.header.version = 2
+            node.driver.rebind()
+            node.driver.lock.release()
+            await zeroed
+            await discarded
+            assert await node.pread(0, 64 * KiB) == bytes(64 * KiB)
+            node.driver.header.version = 3
+            node.driver.rebind()
+
+    asyncio.run(run())
+    check(path)
+    assert content(path) == bytes(64 * KiB)

@@ -104,6 +104,18 @@ class PatientClients(Clients):
     async def change_lazy_refcounts(self) -> None:
         await self._amend(lazy_refcounts=self.rnd.random() < 0.5)
 
+    async def change_version(self) -> None:
+        settings = self.node.driver.settings
+        if not (settings.keep_discarded or settings.lazy_refcounts):
+            await self._amend(compat=self.rnd.choice(("0.10", "1.1")))
+
+    async def reopen(self) -> None:
+        await self.node.reopen(read_only=True)
+        while not self.node.driver.failed:
+            with contextlib.suppress(OSError):
+                await self.node.reopen(read_only=False)
+                return
+
     async def _amend(self, **options: bool | int) -> None:
         await self.node.amend(options, lambda done, total: None)
 
@@ -122,7 +134,8 @@ class PatientClients(Clients):
 
     operations = (
         *(snapshot_create, snapshot_delete, resize, resize, change_width),
-        *(change_lazy_refcounts, write_header, bitmap_add, bitmap_remove),
+        *(change_lazy_refcounts, change_version, write_header, reopen),
+        *(bitmap_add, bitmap_remove),
     )
 
 
