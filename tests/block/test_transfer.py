@@ -18,7 +18,7 @@ from nbdqcow.jobs.convert import convert
 from nbdqcow.jobs.errors import CopyError
 from nbdqcow.jobs.pieces import ConvertOptions
 from nbdqcow.jobs.status import ZEROES, Place
-from nbdqcow.jobs.transfer import CHUNK, Transfer
+from nbdqcow.jobs.transfer import CHUNK, ReadError, Transfer
 from nbdqcow.jobs.zeroes import data_runs
 from nbdqcow.storage import file as file_module
 from nbdqcow.storage.file import FileStorage
@@ -604,3 +604,18 @@ async def test_runs_that_could_not_be_written_leave_nothing_behind(tmp_path):
         assert not node.driver.in_flight
         assert await node.pread(512 * KiB, 64 * KiB) == bytes(64 * KiB)
     img("check", "-q", path)
+
+
+async def test_a_file_is_as_long_as_it_was_written_before_reading_failed(tmp_path):
+    path = tmp_path / "target"
+    path.write_bytes(b"")
+    storage = await FileStorage.open(str(path))
+
+    def work(write):
+        write(0, b"x" * 4096)
+        raise ReadError(OSError(errno.EIO, os.strerror(errno.EIO)))
+
+    with pytest.raises(ReadError):
+        await storage.write_by(0, MiB, work)
+    assert storage.length == path.stat().st_size == 4096
+    await storage.close()
