@@ -10,7 +10,9 @@ import pytest
 
 from nbdqcow.block.node import Node
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
+from nbdqcow.formats.qcow2.header import AUTOCLEAR_FEATURES_OFFSET
 from nbdqcow.storage.memory import MemoryStorage
+from tests.builder import patched
 from tests.crash.histories import SECTOR, created, filled
 from tests.crash.test_histories import check_by_us, is_sound
 from tests.faults.faulty import DISCARD, FLUSH, KINDS, READ, WRITE, FaultyStorage, Rule
@@ -155,6 +157,27 @@ def test_refcounts_that_may_be_valid_are_not_cut_off(caplog):
         await node.driver.settle()
         await node.close()
         look(memory)
+
+    asyncio.run(run())
+
+
+def test_unknown_autoclear_bits_are_cleared_before_anything_is_written():
+    """Also if that has failed once."""
+    bit = 1 << 40
+
+    async def run():
+        image = patched(filled(6), (AUTOCLEAR_FEATURES_OFFSET, "Q", bit))
+        memory = MemoryStorage(image)
+        storage = FaultyStorage(memory)
+        driver = await Qcow2Driver.open(storage, read_only=True, options={})
+        node = Node(driver, filename="disk")
+        storage.rules = [Rule(kinds=[WRITE])]
+        with pytest.raises(OSError, match="injected"):
+            await node.reopen(read_only=False)
+        await node.reopen(read_only=False)
+        await node.pwrite(0, b"x" * SECTOR)
+        await node.close()
+        assert not any(memory.data[AUTOCLEAR_FEATURES_OFFSET:][:8])
 
     asyncio.run(run())
 

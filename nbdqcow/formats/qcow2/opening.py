@@ -120,10 +120,11 @@ async def prepare_for_writing(image: "Qcow2Driver") -> None:
     if unknown:
         # "An implementation may only write to an image with unknown
         # auto-clear features if it clears the respective bits first."
-        header.autoclear_features &= ~unknown
-        value = header.autoclear_features.to_bytes(8, "big")
+        known = header.autoclear_features & ~unknown
+        value = known.to_bytes(8, "big")
         await image.storage.pwritev(qcow2_header.AUTOCLEAR_FEATURES_OFFSET, [value])
         await image.storage.flush()
+        header.autoclear_features = known
 
 
 async def _read_table(
