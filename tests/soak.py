@@ -20,6 +20,7 @@ from nbdqcow.pool import Pool
 from tests.crash import states, test_histories
 from tests.crash.histories import HISTORIES
 from tests.faults.test_each_call_fails import fail_at_random, fail_each_call
+from tests.interleavings import test_faults_between
 from tests.interleavings.permuting import InlinePool
 from tests.interleavings.test_cancelled import cancel_all
 from tests.interleavings.test_interleavings import Figures, interleave
@@ -32,6 +33,7 @@ class Soak:
     def __init__(self, seed: int) -> None:
         self.rnd = random.Random(seed)
         self.meetings = Figures()
+        self.faulty_meetings = test_faults_between.Figures()
         self.cuts = states.Figures()
         self.nb_faults = 0
         self.nb_cancelled = 0
@@ -47,6 +49,8 @@ class Soak:
         compress.Pool = InlinePool  # type: ignore[attr-defined, misc]
         for number in range(200):
             interleave(seed + number, self.meetings)
+        for number in range(50):
+            test_faults_between.interleave(seed + number, self.faulty_meetings)
         self.nb_cancelled += cancel_all(history, seed)
         compress.Pool = Pool  # type: ignore[attr-defined]
         self.nb_faults += asyncio.run(fail_each_call(history, seed, 1))
@@ -63,6 +67,7 @@ class Soak:
         return "\n".join(
             [
                 f"interleavings: {self.meetings}",
+                f"interleavings with faults: {self.faulty_meetings}",
                 f"steps cancelled: {self.nb_cancelled}",
                 f"faults injected: {self.nb_faults}",
                 f"power cuts: {self.cuts}",

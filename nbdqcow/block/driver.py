@@ -76,6 +76,9 @@ class FormatDriver(ABC):
             or ``size`` has changed.
         write_plain: the node's; writes guest data as any other, for a cluster
             that gets no shorter when it is compressed.
+        prepare_growing: the node's, see `nbdqcow.block.resizing`; called with the
+            new size of the disk before it grows, while nothing else can make the
+            image another disk.
         epochs: the requests in flight on guest data, so that a freed cluster
             is not handed out again under one of them.
     """
@@ -96,6 +99,7 @@ class FormatDriver(ABC):
     dirty_bitmaps: Mapping[str, DirtyBitmap] = MappingProxyType({})
     when_rebound: Callable[[], None] = staticmethod(lambda: None)
     write_plain: Callable[[int, memoryview], Awaitable[None]]
+    prepare_growing: Callable[[int], Awaitable[None]]
     lock: asyncio.Lock
     epochs: Epochs
 
@@ -198,6 +202,11 @@ class FormatDriver(ABC):
         in the same turn of the loop.
         """
         return None
+
+    def try_begin_long_write(self, offset: int, length: int) -> WritePlan | None:
+        """Do as `try_begin_write` does, but for a plan that is kept, as those of
+        `begin_write` are, until a later turn."""
+        return self.try_begin_write(offset, length)
 
     def cancel_write(self, plan: WritePlan) -> None:
         """Undo `try_begin_write`: nothing is in flight for the plan."""

@@ -8,10 +8,11 @@ to be aligned, and falls back where a driver can't do something.
 import asyncio
 import errno
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Self
 
 from nbdqcow.block.driver import PREALLOCATIONS, FormatDriver
-from nbdqcow.block.resizing import prepare_resize
+from nbdqcow.block.resizing import prepare_growing
 from nbdqcow.block.status import DEFAULT_LIMIT, DirtyBitmap, Extents, block_status
 from nbdqcow.block.tools import OptionValue, Progress
 from nbdqcow.block.write_requests import WriteRequests
@@ -61,12 +62,13 @@ class Node(WriteRequests):
         self._guard = guard
         self._guard_lock = asyncio.Lock()
         self._reopening = asyncio.Lock()
-        # What is prepared for one new size is not enough for another.
+        # Sizes are set one after the other, and not in the middle of one.
         self._resizing = asyncio.Lock()
         driver.has_backing = backing is not None
         self._bind()
         driver.when_rebound = self._bind
         driver.write_plain = self._write_data
+        driver.prepare_growing = partial(prepare_growing, self)
 
     @property
     def format_name(self) -> str:
@@ -125,7 +127,6 @@ class Node(WriteRequests):
         if size < 0:
             raise BlockError(errno.EINVAL, "The new size is below 0")
         async with self._resizing:
-            await prepare_resize(self, size)
             await self.driver.resize(size, preallocation=preallocation)
 
     async def amend(
@@ -134,7 +135,6 @@ class Node(WriteRequests):
         """See `FormatDriver.amend`."""
         self._check_writable()
         async with self._resizing:
-            await prepare_resize(self, int(options.get("size", self.size)))
             await self.driver.amend(options, progress)
 
     async def change_backing_file(

@@ -8,6 +8,7 @@ import asyncio
 import os
 import stat
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final, NamedTuple
 
@@ -171,8 +172,7 @@ async def _open_chain(
     try:
         backing = await _open_backing(filename, driver, options, (*above, real))
     except BaseException:
-        # Nothing was written: there is nothing to write back.
-        await driver.close_files()
+        await _close_unused(driver)
         raise
     return Node(
         driver,
@@ -331,12 +331,22 @@ async def _open_driver(
     except ImageError as error:
         raise type(error)(f"Could not open '{filename}': {error}") from None
     if given is not None and driver.data_file is None:
-        await driver.close_files()
+        await _close_unused(driver)
         raise ImageError(
             f"Could not open '{filename}': 'data-file' can only be set for images with"
             f" an external data file"
         )
     return driver
+
+
+async def _close_unused(driver: FormatDriver) -> None:
+    """Close an image that is not to be opened after all, for a reason of which its
+    user is told. Its bitmaps are in use on disk by now, if it was for writing."""
+    try:
+        with suppress(OSError, ImageError):
+            await driver.close()
+    finally:
+        await driver.close_files()
 
 
 async def _open_data_file(

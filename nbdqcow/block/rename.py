@@ -96,6 +96,11 @@ def _rename_blocking(old_path: str, new_path: str) -> None:
             ) from None
         os.rename(old_path, new_path)
     else:
-        os.unlink(old_path)
+        try:
+            os.unlink(old_path)
+        except OSError:
+            # It has both names, and is to have the one that it had.
+            os.unlink(new_path)
+            raise
     for path in {Path(old_path).absolute().parent, Path(new_path).absolute().parent}:
         sync_directory_blocking(path)

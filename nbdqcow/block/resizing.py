@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from nbdqcow.block.node import Node
 
 
-async def prepare_resize(node: "Node", size: int) -> None:
+async def prepare_growing(node: "Node", size: int) -> None:
     """Tell the driver about the backing image, and zero what the last cluster
     has behind the end of the disk, as far as ``size`` shows it: a larger disk
     may have ended there once."""

@@ -202,7 +202,10 @@ class WriteRequests(ReadRequests):
             offset, length = waiting[0]
             if offset % driver.cluster_size or length % driver.cluster_size:
                 return
-            plan = driver.try_begin_write(offset, length)
+            if offset + length > driver.size:
+                # The disk has become smaller.
+                return
+            plan = driver.try_begin_long_write(offset, length)
             if plan is None:
                 return
             if plan.host_offset != host_offset:

@@ -114,16 +114,22 @@ class LuksDriver(FormatDriver):
             )
         old, self.size = self.size, min(self.size, size)
         self.when_rebound()
-        # Nobody begins any more to read or write what goes.
-        await self.epochs.quiet()
-        async with self.lock:
-            await self.storage.truncate(self._payload_offset + size)
-            if size > old:
-                await self.data.write_zeroes(
-                    self._start + old, size - old, may_unmap=False
-                )
-        self.size = size
-        self.when_rebound()
+        try:
+            # Nobody begins any more to read or write what goes.
+            await self.epochs.quiet()
+            async with self.lock:
+                await self.storage.truncate(self._payload_offset + size)
+                if size > old:
+                    await self.data.write_zeroes(
+                        self._start + old, size - old, may_unmap=False
+                    )
+            self.size = size
+        except BaseException:
+            # Whoever is cancelled may find the file shorter already.
+            self.size = min(old, self.storage.length - self._payload_offset)
+            raise
+        finally:
+            self.when_rebound()
 
     async def amend_keys(
         self,

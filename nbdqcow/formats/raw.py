@@ -161,22 +161,21 @@ class RawDriver(FormatDriver):
             raise BlockError(
                 errno.EINVAL, "Preallocation can only be used for growing images"
             )
-        if size < self.size:
-            # From here on nobody begins to read or write what goes.
-            self.size, old_size = size, self.size
-            self.when_rebound()
-            await self.epochs.quiet()
-            start = size
-        else:
-            start = old_size = self.size
+        old_size = self.size
         try:
-            await self._set_length(start, size, preallocation)
+            if size < old_size:
+                # From here on nobody begins to read or write what goes.
+                self.size = size
+                self.when_rebound()
+                await self.epochs.quiet()
+            await self._set_length(self.size, size, preallocation)
+            self.size = size
         except BaseException:
-            self.size = old_size
-            self.when_rebound()
+            # Whoever is cancelled may find the file shorter already.
+            self.size = min(old_size, self.storage.length - self._offset)
             raise
-        self.size = size
-        self.when_rebound()
+        finally:
+            self.when_rebound()
 
     async def _set_length(self, start: int, size: int, preallocation: str) -> None:
         if preallocation == "off":

@@ -250,14 +250,14 @@ class FileStorage(InlineFile):
         epoch = self._durable_changes.enter() if durable else -1
         try:
             result = await self._pool.run_in(lane, function, *arguments)
-        except OSError:
+        except asyncio.CancelledError:
+            self._note_growth(end)
+            raise
+        except Exception:
             if end > self.length:
                 # Some of it may be there.
                 length = await self._pool.run(self._find_length)
                 self.length = max(self.length, length)
-            raise
-        except asyncio.CancelledError:
-            self._note_growth(end)
             raise
         finally:
             if durable:

@@ -10,9 +10,15 @@ import subprocess
 import pytest
 
 from nbdqcow import open_image
-from nbdqcow.errors import BlockError
+from nbdqcow.block.node import Node
+from nbdqcow.errors import BlockError, NotSupported
+from nbdqcow.formats.qcow2.driver import Qcow2Driver
+from nbdqcow.storage.memory import MemoryStorage
 from tests.block.qemu import check, create
 from tests.block.qemu import run_qemu_img as qemu_img
+from tests.crash.histories import filled
+from tests.crash.test_histories import check_by_us, is_sound
+from tests.faults.faulty import FaultyStorage, Rule
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -378,3 +384,108 @@ def test_a_downgrade_writes_to_no_place_that_can_not_be(tmp_path, what):
     assert caught.value.errno == errno.EIO
     assert specific(path)["corrupt"]
     assert path.read_bytes()[512 : len(image)] == image[512:]
+
+
+def test_refcounts_of_another_width_while_clusters_wait_to_be_given_back(tmp_path):
+    """What a deleted snapshot had is given back once no read is left, by then
+    with other refcount blocks."""
+    path = create(tmp_path / "a", MiB, cluster_size=512)
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite(0, b"x" * 200 * KiB)
+            await node.driver.snapshot_create("one")
+            await node.pwrite(150 * KiB, b"y" * 25 * KiB)
+            reading = node.driver.epochs.enter()
+            await node.driver.snapshot_delete("one")
+            await node.amend({"refcount_bits": 64}, lambda done, total: None)
+            node.driver.epochs.leave(reading)
+
+    asyncio.run(run())
+    check(path)
+    disk = b"x" * 150 * KiB + b"y" * 25 * KiB + b"x" * 25 * KiB
+    assert content(path) == disk + bytes(824 * KiB)
+
+
+def test_a_downgrade_while_tables_wait_to_be_given_back(tmp_path):
+    """A table that two snapshots had, and then the disk no longer, is counted once
+    more than it has users while a read is in flight."""
+    path = create(tmp_path / "a", 64 * KiB, cluster_size=512)
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite(0, b"x" * 4 * KiB)
+            await node.write_zeroes(KiB, KiB, may_unmap=False)
+            await node.driver.snapshot_create("one")
+            await node.driver.snapshot_create("two")
+            reading = node.driver.epochs.enter()
+            await node.pwrite(6 * KiB, b"y" * KiB)
+            await node.flush()
+            await node.amend({"compat": "0.10"}, lambda done, total: None)
+            node.driver.epochs.leave(reading)
+
+    asyncio.run(run())
+    assert "leaks" not in check(path)
+    start = b"x" * KiB + bytes(KiB) + b"x" * 2 * KiB
+    assert content(path) == start + bytes(2 * KiB) + b"y" * KiB + bytes(57 * KiB)
+    assert content(path, "-l", "two") == start + bytes(60 * KiB)
+
+
+def test_no_bitmap_is_added_while_an_image_is_downgraded():
+    """Version 2 has no place for it."""
+
+    async def run():
+        memory = MemoryStorage(filled(6))
+        storage = FaultyStorage(memory)
+        driver = await Qcow2Driver.open(storage, read_only=False, options={})
+        node = Node(driver, filename="disk")
+        driver.bitmap_add("old")
+        # Each request takes turns of the loop.
+        storage.rules = [Rule(0, count=-1, turns=2)]
+        options = {"compat": "0.10"}
+        task = asyncio.create_task(node.amend(options, lambda done, total: None))
+        names = {"old"}
+        while not task.done():
+            await asyncio.sleep(0)
+            with contextlib.suppress(NotSupported, BlockError):
+                driver.bitmap_add(f"b{len(names)}")
+                names.add(f"b{len(names)}")
+        await task
+        assert driver.bitmap_list() == []
+        await node.close()
+        result, text = check_by_us(bytes(memory.data))
+        assert is_sound(result, leaks=False), text
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("may_unmap", [True, False])
+def test_zeroes_that_meet_a_downgrade(tmp_path, may_unmap):
+    """Version 2 has no zero flag: an entry with it shows what was there before."""
+    below = create(tmp_path / "below", 64 * KiB)
+    qemu_io(below, "write -P 98 0 64k")
+    path = tmp_path / "a"
+    qemu_img("create", "-f", "qcow2", "-b", below, "-F", "qcow2", path)
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite(0, b"x" * 64 * KiB)
+            # What is found while the image is busy has to wait.
+            await node.driver.lock.acquire()
+            zeroed = asyncio.create_task(
+                node.write_zeroes(0, 64 * KiB, may_unmap=may_unmap)
+            )
+            discarded = asyncio.create_task(node.discard(0, 64 * KiB))
+            await asyncio.sleep(0)
+            node.driver.header.version = 2
+            node.driver.rebind()
+            node.driver.lock.release()
+            await zeroed
+            await discarded
+            assert await node.pread(0, 64 * KiB) == bytes(64 * KiB)
+            node.driver.header.version = 3
+            node.driver.rebind()
+
+    asyncio.run(run())
+    check(path)
+    assert content(path) == bytes(64 * KiB)

@@ -8,9 +8,9 @@ import subprocess
 import pytest
 
 from nbdqcow import open_image
-from nbdqcow.errors import BlockError
+from nbdqcow.errors import BlockError, CorruptImage
 from nbdqcow.formats.qcow2.header import Header
-from tests.block.qemu import qemu_img
+from tests.block.qemu import create, qemu_img
 
 MiB = 1 << 20
 CLUSTER = 65536
@@ -204,4 +204,27 @@ def test_zeroes_over_an_unaligned_entry_mark_the_image(image):
                 await node.write_zeroes(512, 512)
 
     asyncio.run(zero())
+    assert Header.parse(path.read_bytes()).corrupt
+
+
+def test_damage_is_noted_although_nobody_waits_for_the_operation(tmp_path, monkeypatch):
+    path = create(tmp_path / "image", MiB)
+
+    async def find_damage(image, size, preallocation):
+        await asyncio.sleep(0.01)
+        raise CorruptImage("an entry that can't be")
+
+    monkeypatch.setattr("nbdqcow.formats.qcow2.resize.resize", find_damage)
+
+    async def run():
+        async with open_image(path) as node:
+            resizing = asyncio.create_task(node.resize(2 * MiB))
+            await asyncio.sleep(0)
+            resizing.cancel()
+            await asyncio.wait([resizing])
+            await node.driver.settle()
+            with pytest.raises(BlockError, match="corrupt"):
+                await node.pwrite(0, b"x")
+
+    asyncio.run(run())
     assert Header.parse(path.read_bytes()).corrupt

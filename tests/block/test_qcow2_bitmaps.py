@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nbdqcow import open_image
-from nbdqcow.errors import BlockError
+from nbdqcow.errors import BlockError, ImageError
 from nbdqcow.formats.qcow2.bitmap import Bitmap, BitmapInfo
 from tests.block.qemu import check, create, qemu_img
 from tests.conftest import wait_until_listening
@@ -248,3 +248,35 @@ def test_marks_and_extents_agree_with_a_model():
         assert lengths.sum() == length
         expected = model[start : start + length]
         assert (np.repeat(states, lengths.astype(np.int64)) == expected).all()
+
+
+@pytest.mark.parametrize("missing", ["backing file", "place for a data file"])
+def test_an_image_that_could_not_be_opened_keeps_its_bitmaps(tmp_path, missing):
+    """They are in use on disk by the time that its backing file is looked for."""
+    base = create(tmp_path / "base", MiB)
+    path = tmp_path / "a"
+    qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", path)
+    options = {}
+
+    async def use():
+        async with open_image(path) as node:
+            if not node.driver.bitmap_list():
+                node.driver.bitmap_add("kept")
+            await node.pwrite(0, b"x" * 512)
+            (info,) = node.driver.bitmap_list()
+            assert not info.inconsistent
+
+    async def fail():
+        with pytest.raises(ImageError, match="Could not open"):
+            await open_image(path, driver_options=options)
+
+    asyncio.run(use())
+    if missing == "backing file":
+        base.rename(tmp_path / "other")
+    else:
+        options["data_file"] = str(base)
+    asyncio.run(fail())
+    if missing == "backing file":
+        (tmp_path / "other").rename(base)
+    asyncio.run(use())
+    check(path)

@@ -9,6 +9,7 @@ from nbdqcow import open_image
 from nbdqcow.block.node import Node
 from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
+from nbdqcow.formats.raw import RawDriver
 from nbdqcow.storage.memory import MemoryStorage
 from tests.block.qemu import create
 from tests.crash.histories import created
@@ -136,3 +137,54 @@ async def test_a_data_file_is_cut_once_its_bytes_have_left(tmp_path, raw):
         node.release(found[1])
         await resizing
     assert data_file.stat().st_size == 256 * KiB
+
+
+async def test_a_disk_that_becomes_another_before_it_grows():
+    """What a snapshot's disk has behind its end stays hidden, although a resize
+    was asked for while the disk was another one."""
+    storage = MemoryStorage(created(size=16 * KiB, cluster_size=4096))
+    driver = await Qcow2Driver.open(storage, read_only=False, options={})
+    node = Node(driver, filename="disk")
+    await node.pwrite(0, b"x" * 16 * KiB)
+    await node.resize(8 * KiB + 512)
+    await driver.snapshot_create("old")
+    async with driver.operating:
+        applied = asyncio.create_task(driver.snapshot_apply("old"))
+        await turns()
+        resized = asyncio.create_task(node.resize(12 * KiB))
+        await turns()
+    await applied
+    await resized
+    assert await node.pread(8 * KiB, 4 * KiB) == b"x" * 512 + bytes(3584)
+    await node.close()
+
+
+class LateTruncation(MemoryStorage):
+    """A file that tells of another length only once `gate` is open."""
+
+    def __init__(self, data):
+        super().__init__(data)
+        self.gate = asyncio.Event()
+
+    async def truncate(self, length):
+        await super().truncate(length)
+        await self.gate.wait()
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+async def test_a_cancelled_resize_of_a_raw_image(is_read):
+    """The disk is as long as its file, cut already or not yet."""
+    storage = LateTruncation(b"x" * 8 * KiB)
+    driver = await RawDriver.open(storage, read_only=False, options={})
+    node = Node(driver, filename="disk")
+    reading = driver.epochs.enter() if is_read else None
+    task = asyncio.create_task(node.resize(4 * KiB))
+    await turns()
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    if reading is not None:
+        driver.epochs.leave(reading)
+    assert node.size == storage.length == (8 if is_read else 4) * KiB
+    assert await node.pread(0, node.size) == b"x" * node.size
+    await node.close()

@@ -19,7 +19,7 @@ from nbdqcow.jobs.convert import convert
 from nbdqcow.jobs.errors import CopyError
 from nbdqcow.jobs.pieces import ConvertOptions
 from nbdqcow.jobs.status import ZEROES, Place
-from nbdqcow.jobs.transfer import CHUNK, Transfer
+from nbdqcow.jobs.transfer import CHUNK, ReadError, Transfer
 from nbdqcow.jobs.zeroes import data_runs
 from nbdqcow.storage import file as file_module
 from nbdqcow.storage.file import FileStorage
@@ -508,3 +508,42 @@ async def test_units_across_places(unit):
 
     transfer.write_blocking(start // 2, start - start // 2, len(part), write_part)
     assert part == disk[start:]
+
+
+async def test_runs_that_could_not_be_written_leave_nothing_behind(tmp_path):
+    """The first run is overwritten in place, its neighbour gets a new cluster."""
+    path = tmp_path / "target"
+    img("create", "-q", "-f", "qcow2", path, MiB)
+    async with open_image(path) as node:
+        await node.pwrite(0, b"x" * 64 * KiB)
+        nb_calls = 0
+
+        def work(start, count, write):
+            nonlocal nb_calls
+            nb_calls += 1
+            assert (start, count) == (0, 128 * KiB)
+            assert node.driver.in_flight
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        runs = [(0, 64 * KiB), (512 * KiB, 64 * KiB)]
+        with pytest.raises(OSError, match="No space left"):
+            await node.pwrite_runs_by(runs, work)
+        assert nb_calls == 1
+        assert not node.driver.in_flight
+        assert await node.pread(512 * KiB, 64 * KiB) == bytes(64 * KiB)
+    img("check", "-q", path)
+
+
+async def test_a_file_is_as_long_as_it_was_written_before_reading_failed(tmp_path):
+    path = tmp_path / "target"
+    path.write_bytes(b"")
+    storage = await FileStorage.open(str(path))
+
+    def work(write):
+        write(0, b"x" * 4096)
+        raise ReadError(OSError(errno.EIO, os.strerror(errno.EIO)))
+
+    with pytest.raises(ReadError):
+        await storage.write_by(0, MiB, work)
+    assert storage.length == path.stat().st_size == 4096
+    await storage.close()

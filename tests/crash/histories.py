@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from nbdqcow.block.node import Node
 from nbdqcow.block.storage import StorageDriver
+from nbdqcow.block.tools import OptionValue
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.formats.qcow2.tool import Qcow2Tool
 from nbdqcow.formats.raw import RawDriver
@@ -242,6 +243,14 @@ def make_empty() -> Step:
         "make empty",
         lambda node: node.driver.make_empty(),
         lambda disk: dict.fromkeys(range(disk.size // SECTOR), ZERO),
+        flushes=True,
+    )
+
+
+def amend(**options: OptionValue) -> Step:
+    return Step(
+        f"amend {options}",
+        lambda node: node.amend(options, lambda done, total: None),
         flushes=True,
     )
 
@@ -548,6 +557,28 @@ HISTORIES = [
             write(0x200, 0x200),
             flush(),
             bitmap("remove", "one"),
+            write(0x400, 0x200),
+        ],
+    ),
+    History(
+        "refcount-width",
+        functools.partial(filled, 6),
+        [
+            write(0x1000, 0x200),
+            amend(refcount_bits=32),
+            write(0x1200, 0x400),
+            amend(refcount_bits=8),
+            write(0x200, 0x200),
+        ],
+    ),
+    History(
+        "downgrade",
+        functools.partial(filled, 6),
+        [
+            zero(0x200, 0x400, may_unmap=False),
+            snapshot_create("one"),
+            write(0xC00, 0x200),
+            amend(compat="0.10"),
             write(0x400, 0x200),
         ],
     ),

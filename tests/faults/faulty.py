@@ -187,5 +187,9 @@ class FaultyStorage(StorageDriver):
             self._fail(rule)
         await self.inner.truncate(length)
 
+    async def reopen(self, *, read_only: bool) -> None:
+        await self.inner.reopen(read_only=read_only)
+        self.read_only = read_only
+
     async def close(self) -> None:
         await self.inner.close()

@@ -1,6 +1,7 @@
 """An event loop that runs what is ready in any order, and a file to go with it."""
 
 import asyncio
+import mmap
 import random
 from collections.abc import Callable, Sequence
 
@@ -60,8 +61,11 @@ class PermutedStorage(StorageDriver):
         self.read_only = False
         self.zero_beyond_end = True
         self.length = len(data)
-        # Views into it stay valid: it never moves.
-        self._bytes = bytearray(capacity)
+        # Views into it stay valid: it never moves. Images refer to themselves, and
+        # many may wait for the garbage collector: what nobody wrote to takes nothing.
+        self._bytes = mmap.mmap(
+            -1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )
         self._bytes[: len(data)] = data
         self._rnd = rnd
         # Now and then a disk that answers late.
@@ -144,7 +148,7 @@ class PermutedStorage(StorageDriver):
 
     async def truncate(self, length: int) -> None:
         def cut() -> None:
-            end = len(self._bytes)
+            end = max(length, self.length)
             self._bytes[length:end] = bytes(end - length)
             self.length = length
 

@@ -236,7 +236,7 @@ def interleave(
             tasks.append(clients.snapshot_keeper())
         elif resizes and rnd.random() < 0.3:
             tasks.append(clients.resizer())
-        loop.run_until_complete(_all(tasks))
+        loop.run_until_complete(run_all(tasks))
         submitted_at = model.tick()
         before, content = (
             content,
@@ -256,18 +256,18 @@ def interleave(
     except Exception as error:
         raise AssertionError(f"{image}, seed {seed}: {error!r}") from error
     finally:
-        _end(loop)
+        end_loop(loop)
     figures.nb_runs += 1
     figures.nb_requests += clients.nb_requests
     figures.nb_cancelled += clients.nb_cancelled
     figures.nb_choices += loop.nb_choices
 
 
-async def _all(tasks: list) -> None:
+async def run_all(tasks: list) -> None:
     await asyncio.gather(*tasks)
 
 
-def _end(loop: PermutingLoop) -> None:
+def end_loop(loop: PermutingLoop) -> None:
     """Drop what a failure left behind."""
     for task in asyncio.all_tasks(loop):
         task._log_destroy_pending = False

@@ -272,8 +272,7 @@ async def _check_snapshots(image: "Qcow2Driver") -> None:
 async def _downgrade(image: "Qcow2Driver", progress: Progress) -> None:
     # While nothing is lost yet.
     await _check_snapshots(image)
-    await image.bitmaps.remove_all()
-    async with alone(image):
+    async with image.bitmaps.removed(), alone(image):
         image.lazy_refcounts = False
         await image.mark_clean()
         await expand_zero_clusters(image, progress)

@@ -8,12 +8,13 @@ Source: qcow2.txt, "Bitmaps", "Bitmaps extension".
 """
 
 import asyncio
+import contextlib
 import errno
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 from nbdqcow.block.steps import run_steps
 from nbdqcow.errors import BlockError, ImageError, NotSupported
@@ -48,6 +49,11 @@ _ALL_ONES: Final = 1
 """A table entry for a cluster of ones that has no cluster."""
 _STRIDE_BITS: Final = 1 << 20
 _BITMAPS: Final = struct.Struct(">IIQQ")
+_TURN_BYTES: Final = 4 * MiB
+"""Of a bitmap that is stored, before others get a turn at the event loop."""
+
+_Clusters: TypeAlias = list[tuple[int, int]]
+"""Ranges of host clusters: the first one, and how many there are."""
 
 
 class BitmapInfo(NamedTuple):
@@ -204,6 +210,7 @@ class Bitmaps:
         self._image = image
         self._all: dict[str, Bitmap] = {}
         self._lock = asyncio.Lock()
+        self._refused = False
 
     # -- opening ---------------------------------------------------------
 
@@ -244,7 +251,7 @@ class Bitmaps:
         data = pack_bitmap_directory(in_use)
         if len(data) != extension.directory_length:
             # Storing them ended half the way: there is no directory of these.
-            await self._switch(in_use, [])
+            await self._switch(in_use, [], [])
             return
         await self._image.storage.pwritev(extension.directory_offset, [data])
         await self._image.storage.flush()
@@ -341,7 +348,7 @@ class Bitmaps:
     def add(self, name: str, granularity: int | None, *, enabled: bool) -> None:
         """See `Qcow2Driver.bitmap_add`."""
         image = self._image
-        if image.header.version < 3:
+        if image.header.version < 3 or self._refused:
             raise NotSupported("version 2 images have no bitmaps")
         if name in self._all:
             raise BlockError(errno.EEXIST, f"there is a bitmap '{name}' already")
@@ -369,20 +376,30 @@ class Bitmaps:
     async def remove(self, name: str) -> None:
         """See `Qcow2Driver.bitmap_remove`."""
         async with self._lock:
-            bitmap = self._find(name, usable=False)
-            entry = bitmap.entry
-            old = [] if entry is None else await self._clusters_of(entry)
+            entry = self._find(name, usable=False).entry
+            if entry is not None:
+                old = await self._clusters_of(entry)
+                stored = [b.entry for b in self._all.values() if b.entry is not None]
+                in_use = [
+                    e._replace(flags=e.flags | FLAG_IN_USE)
+                    for e in stored
+                    if e is not entry
+                ]
+                # Until it is gone from the disk it is there, and is kept up to date.
+                await self._switch(in_use, [], old)
             del self._all[name]
             self._changed()
-            if entry is not None:
-                stored = [b.entry for b in self._all.values() if b.entry is not None]
-                in_use = [e._replace(flags=e.flags | FLAG_IN_USE) for e in stored]
-                await self._switch(in_use, old)
 
-    async def remove_all(self) -> None:
-        """Remove all bitmaps."""
-        for name in list(self._all):
-            await self.remove(name)
+    @contextlib.asynccontextmanager
+    async def removed(self) -> AsyncIterator[None]:
+        """Remove all bitmaps, and let none be added meanwhile."""
+        self._refused = True
+        try:
+            for name in list(self._all):
+                await self.remove(name)
+            yield
+        finally:
+            self._refused = False
 
     def enable(self, name: str, enabled: bool) -> None:
         """See `Qcow2Driver.bitmap_enable`."""
@@ -436,43 +453,57 @@ class Bitmaps:
         if not self._all:
             return
         async with self._lock:
-            entries, old = [], []
-            for bitmap in self._all.values():
-                if bitmap.inconsistent:
-                    assert bitmap.entry is not None
-                    entries.append(bitmap.entry)
-                    continue
-                if bitmap.entry is not None:
-                    old += await self._clusters_of(bitmap.entry)
-                bitmap.entry = await self._store_one(bitmap)
-                entries.append(bitmap.entry)
-            await self._switch(entries, old)
+            bitmaps = list(self._all.values())
+            entries: list[BitmapEntry] = []
+            new: _Clusters = []
+            old: _Clusters = []
+            try:
+                for bitmap in bitmaps:
+                    entry = bitmap.entry
+                    if not bitmap.inconsistent:
+                        if entry is not None:
+                            old += await self._clusters_of(entry)
+                        entry = await self._store_one(bitmap, new)
+                    assert entry is not None
+                    entries.append(entry)
+            except BaseException:
+                self._give_back(new)
+                raise
+            await self._switch(entries, new, old)
+            for bitmap, entry in zip(bitmaps, entries, strict=True):
+                bitmap.entry = entry
 
-    async def _store_one(self, bitmap: Bitmap) -> BitmapEntry:
+    async def _store_one(self, bitmap: Bitmap, new: _Clusters) -> BitmapEntry:
+        """Write one bitmap, but for its entry in the directory, to clusters that
+        are added to ``new``."""
         size = self._image.cluster_size
         table = []
         for start in range(0, len(bitmap.bits), size):
+            if not start % _TURN_BYTES:
+                await asyncio.sleep(0)
             piece = bytes(bitmap.bits[start : start + size])
             if piece == bytes(len(piece)):
                 table.append(0)
             elif piece == b"\xff" * len(piece):
                 table.append(_ALL_ONES)
             else:
-                table.append(await self._write_new(piece.ljust(size, b"\0")))
+                table.append(await self._write_new(piece.ljust(size, b"\0"), new))
         words = load_be64(b"")
         words.extend(table)
-        offset = await self._write_new(dump_be64(words))
+        offset = await self._write_new(dump_be64(words), new)
         flags = FLAG_AUTO if bitmap.enabled else 0
         return BitmapEntry(
             bitmap.name, offset, len(table), flags, bitmap.granularity_bits
         )
 
-    async def _write_new(self, data: bytes) -> int:
-        """Write data to new clusters in a row; return their host offset."""
+    async def _write_new(self, data: bytes, new: _Clusters) -> int:
+        """Write data to clusters in a row, which are added to ``new``; return their
+        host offset."""
         image, size = self._image, self._image.cluster_size
         nb_clusters = -(-len(data) // size)
         async with image.lock:
             first = await image.refcounts.allocate_contiguous(nb_clusters)
+        new.append((first, nb_clusters))
         image.metadata.update(range(first, first + nb_clusters))
         image.note_used((first + nb_clusters) * size)
         # Nobody reads the rest of the last cluster, nor need the file have it.
@@ -480,17 +511,13 @@ class Bitmaps:
         return first * size
 
     async def _switch(
-        self, entries: list[BitmapEntry], old: list[tuple[int, int]]
+        self, entries: list[BitmapEntry], new: _Clusters, old: _Clusters
     ) -> None:
         """Let a new directory take the place of the old one, durably, and
-        give the clusters ``old`` back."""
+        give the clusters ``old`` back; if that fails, those that are ``new``.
+        """
         image = self._image
-        old = [*old, self._directory_clusters()]
         extension = None
-        if entries:
-            directory = pack_bitmap_directory(entries)
-            offset = await self._write_new(directory)
-            extension = _BITMAPS.pack(len(entries), 0, len(directory), offset)
 
         def change(header: qcow2_header.Header) -> None:
             header.set_extension(qcow2_header.EXT_BITMAPS, extension)
@@ -498,9 +525,24 @@ class Bitmaps:
             if extension is not None:
                 header.autoclear_features |= qcow2_header.AUTOCLEAR_BITMAPS
 
-        await image.writeback.flush(accurate=True)
-        async with image.lock:
-            await update_header(image, change)
-            for first, nb_clusters in old:
-                image.metadata.difference_update(range(first, first + nb_clusters))
-                await image.refcounts.add(first, nb_clusters, -1)
+        try:
+            if entries:
+                directory = pack_bitmap_directory(entries)
+                offset = await self._write_new(directory, new)
+                extension = _BITMAPS.pack(len(entries), 0, len(directory), offset)
+            await image.writeback.flush(accurate=True)
+            async with image.lock:
+                old_directory = self._directory_clusters()
+                await update_header(image, change)
+        except BaseException:
+            if not image.failed:
+                self._give_back(new)
+            raise
+        self._give_back([*old, old_directory])
+
+    def _give_back(self, clusters: _Clusters) -> None:
+        """No header names these clusters any more, or none ever did."""
+        image = self._image
+        for first, nb_clusters in clusters:
+            image.metadata.difference_update(range(first, first + nb_clusters))
+            image.freed.add(first, nb_clusters, False)

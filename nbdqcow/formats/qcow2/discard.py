@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -104,6 +105,12 @@ async def discard(image: "Qcow2Driver", offset: int, length: int) -> None:
     A version 2 image with a backing file can't hide that file's data, so
     nothing is done there.
     """
+    # A hint: what would be in the way of zeroes ends it.
+    with suppress(NotSupported):
+        await _discard(image, offset, length)
+
+
+async def _discard(image: "Qcow2Driver", offset: int, length: int) -> None:
     version2 = image.header.version < 3
     covered = image.is_covering
     if version2 and covered:
@@ -168,8 +175,12 @@ async def _change_clusters(
     backing file shows through them. ``unit``: bytes that an entry changes at
     least. A part of one is left out at the end of the range, where the disk
     ended when the range was chosen: what is behind that may be somebody's now.
+
+    Raises `NotSupported` if the image becomes one of another version meanwhile, in
+    which entries mean something else.
     """
     tables, end = image.tables, offset + length
+    version = image.header.version
     cluster_mask = image.cluster_size - 1
     while offset < end:
         if tables.dirty_bytes > tables.dirty_limit:
@@ -177,6 +188,8 @@ async def _change_clusters(
         busy = None
         async with image.lock:
             image.check_writable()
+            if image.header.version != version:
+                raise NotSupported("the image has become one of another version")
             if end < image.size:
                 end = max(offset, end // unit * unit)
             cost = 0

@@ -282,6 +282,11 @@ class Qcow2Driver(Operations):
                 return None
         return None if plan is None else encryption.tag_plan(self.header, plan)
 
+    def try_begin_long_write(self, offset: int, length: int) -> WritePlan | None:
+        """See `FormatDriver.try_begin_long_write`: an `InlineWriter`'s plan is
+        registered nowhere."""
+        return type(self).try_begin_write(self, offset, length)
+
     async def begin_write(self, offset: int, length: int) -> WritePlan:
         """See `FormatDriver.begin_write`."""
         self.check_writable()
@@ -450,7 +455,10 @@ class Qcow2Driver(Operations):
         self.mapping.freeze(True)
 
     def set_size(self, size: int) -> None:
-        """The header on disk has another size of the disk."""
+        """The header on disk has another size of the disk, or the same."""
+        if size != self.size:
+            # Whatever fails from here on: a bitmap of another size can't be stored.
+            self.bitmaps.resize(size)
         self.size = self.header.size = size
         self.when_rebound()
 

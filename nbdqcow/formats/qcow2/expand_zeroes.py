@@ -7,6 +7,9 @@ Source: qcow2.txt, "Standard Cluster Descriptor".
 """
 
 import asyncio
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -24,8 +27,6 @@ from nbdqcow.formats.words import dump_be64, load_be64
 from nbdqcow.units import format_hex
 
 if TYPE_CHECKING:
-    from array import array
-
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
 
@@ -48,57 +49,100 @@ async def expand_zero_clusters(image: "Qcow2Driver", progress: Progress) -> None
             if offset:
                 places.setdefault(offset, (index, l1 is tables.l1))
     nb_entries = sum(map(len, (tables.l1, *l1_tables)))
+    waiting = _waiting_references(
+        image, [place >> image.cluster_bits for place in places]
+    )
     try:
         # Told by the L1 entry, as QEMU does.
         for nb_done, entry in enumerate(chain(tables.l1, *l1_tables), 1):
             if (place := places.pop(entry & OFFSET_MASK, None)) is not None:
                 index, active = place
                 guest_offset = index << tables.l1_shift
-                await _expand_table(image, entry & OFFSET_MASK, guest_offset, active)
+                offset = entry & OFFSET_MASK
+                cluster_index = offset >> image.cluster_bits
+                # Those that wait are counted, and do not need anything.
+                nb_users = await image.refcounts.count(cluster_index)
+                nb_users -= waiting[cluster_index]
+                await _expand_table(image, offset, guest_offset, nb_users, active)
             progress(nb_done, nb_entries)
         await image.writeback.commit_alone()
     finally:
         tables.replace(tables.l1, tables.l1_offset)
 
 
+def _waiting_references(
+    image: "Qcow2Driver", cluster_indices: Sequence[int]
+) -> Counter[int]:
+    """Return how many references to clusters wait to be given back."""
+    ordered = sorted(cluster_indices)
+    waiting: Counter[int] = Counter()
+    for freed in (*image.writeback.waiting, image.freed):
+        for first, nb_clusters, _ in freed.ranges:
+            start = bisect_left(ordered, first)
+            waiting.update(ordered[start : bisect_left(ordered, first + nb_clusters)])
+    return waiting
+
+
 async def _expand_table(
-    image: "Qcow2Driver", offset: int, guest_offset: int, active: bool
+    image: "Qcow2Driver", offset: int, guest_offset: int, nb_users: int, active: bool
 ) -> None:
-    """Do so in one L2 table, whose first entry is for ``guest_offset``."""
-    size, bits = image.cluster_size, image.cluster_bits
+    """Do so in one L2 table, whose first entry is for ``guest_offset``; ``nb_users``
+    L1 tables name it."""
+    size = image.cluster_size
     words = load_be64(await image.storage.pread(offset, size))
-    nb_users = await image.refcounts.count(offset >> bits)
-    changed = False
-    for index, entry in enumerate(words):
-        if entry & OFLAG_ZERO and not entry & OFLAG_COMPRESSED:
-            place = guest_offset + index * size
-            if entry & OFFSET_MASK & (size - 1):
-                raise CorruptImage(
-                    f"Cluster allocation offset {entry & OFFSET_MASK:#x} unaligned (L2"
-                    f" offset: {offset:#x}, L2 index: {format_hex(index)})"
-                )
-            words[index] = await _expand(image, entry, place, nb_users, active)
-            changed = True
-            if index % 16 == 0:
-                await asyncio.sleep(0)
-    if changed:
-        # Counts and zeroes before what needs them.
-        await _write_table(image, offset, words)
-
-
-async def _write_table(image: "Qcow2Driver", offset: int, words: "array[int]") -> None:
-    freed = image.take_freed()
+    change = _Change()
+    nb_changed = 0
     try:
+        for index, entry in enumerate(words):
+            if entry & OFLAG_ZERO and not entry & OFLAG_COMPRESSED:
+                place = guest_offset + index * size
+                if entry & OFFSET_MASK & (size - 1):
+                    raise CorruptImage(
+                        f"Cluster allocation offset {entry & OFFSET_MASK:#x} unaligned"
+                        f" (L2 offset: {offset:#x}, L2 index: {format_hex(index)})"
+                    )
+                words[index] = await _expand(
+                    image, entry, place, nb_users, active, change
+                )
+                nb_changed += 1
+                if index % 16 == 0:
+                    await asyncio.sleep(0)
+        if not nb_changed:
+            return
+        # Counts and zeroes before what needs them.
         await image.writeback.commit_alone()
         await image.writeback.flush_files()
-        await image.storage.pwritev(offset, [dump_be64(words)])
-        await image.storage.flush()
-    finally:
-        image.freed.take_back(freed)
+    except BaseException:
+        for cluster_index in change.taken:
+            image.freed.add(cluster_index, 1, False)
+        raise
+    # If this fails nobody knows which of all these the table names: all stay.
+    await image.storage.pwritev(offset, [dump_be64(words)])
+    await image.storage.flush()
+    for cluster_index in change.left:
+        image.freed.add(cluster_index, 1, False)
+
+
+class _Change:
+    """References that change with one L2 table, a cluster for each.
+
+    Attributes:
+        taken: counted already, for entries that are to be written.
+        left: not needed any more once they are.
+    """
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+        self.left: list[int] = []
 
 
 async def _expand(
-    image: "Qcow2Driver", entry: int, guest_offset: int, nb_users: int, active: bool
+    image: "Qcow2Driver",
+    entry: int,
+    guest_offset: int,
+    nb_users: int,
+    active: bool,
+    change: _Change,
 ) -> int:
     """Return the entry that takes a zero cluster's place.
 
@@ -111,13 +155,14 @@ async def _expand(
             await _write_zeroes(image, cluster_index, guest_offset)
             return entry & ~OFLAG_ZERO
         # Another table may show data there.
-        for _ in range(nb_users):
-            image.freed.add(cluster_index, 1, False)
+        change.left += [cluster_index] * nb_users
     if not image.is_covering:
         return 0
     cluster_index, _ = await refcounts.allocate(1)
+    change.taken.append(cluster_index)
     for _ in range(nb_users - 1):
         await refcounts.add(cluster_index, 1, 1)
+        change.taken.append(cluster_index)
     image.note_used((cluster_index + 1) << bits)
     await _write_zeroes(image, cluster_index, guest_offset)
     return (cluster_index << bits) | (OFLAG_COPIED if active and nb_users == 1 else 0)

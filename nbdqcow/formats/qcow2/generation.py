@@ -266,12 +266,16 @@ class Generation:
         """Make the generation valid, on disk and in memory."""
         image, header, refcounts = self._image, self._image.header, self._counts
         storage, bits = image.storage, image.cluster_bits
-        await refcounts.finish()
-        storage.announce("l1_update")
-        await storage.pwritev(self._l1_offset, [dump_be64(self.l1)])
-        storage.announce("reftable_update")
-        await storage.pwritev(self._table_offset, [dump_be64(refcounts.table)])
-        await image.writeback.flush_files()
+        try:
+            await refcounts.finish()
+            storage.announce("l1_update")
+            await storage.pwritev(self._l1_offset, [dump_be64(self.l1)])
+            storage.announce("reftable_update")
+            await storage.pwritev(self._table_offset, [dump_be64(refcounts.table)])
+            await image.writeback.flush_files()
+        except BaseException:
+            await self.abandon()
+            raise
         roots = _ROOTS.pack(
             self.size,
             header.crypt_method,
@@ -316,7 +320,7 @@ class Generation:
                 # The operation is done. They go with the next commit.
                 image.freed.add(first, nb_clusters, False)
         if refcounts.freed:
-            image.spawn(_drop(image, refcounts.freed))
+            image.spawn(_drop(image, refcounts.freed, image.refcounts.block_entries))
 
 
 def _compressed_clusters(
@@ -335,17 +339,20 @@ def _compressed_clusters(
     return start >> bits, (end - np.uint64(1)) >> bits
 
 
-async def _drop(image: "Qcow2Driver", freed: "dict[int, bytes]") -> None:
+async def _drop(
+    image: "Qcow2Driver", freed: "dict[int, bytes]", block_entries: int
+) -> None:
     """Give back the clusters that nothing names any more.
 
-    ``freed``: by refcount block, a bit for each of its counts.
+    ``freed``: by refcount block, a bit for each of its counts. There were
+    ``block_entries`` of them; refcounts may get another width meanwhile.
     """
     await image.epochs.quiet()
     bits, refcounts = image.cluster_bits, image.refcounts
     for block_index, packed in freed.items():
         flags = np.unpackbits(np.frombuffer(packed, np.uint8))
         clusters = np.flatnonzero(flags).astype(np.uint64)
-        clusters += np.uint64(block_index * refcounts.block_entries)
+        clusters += np.uint64(block_index * block_entries)
         ranges = runs(clusters)
         if image.settings.discard_snapshot:
             for first, nb_clusters in ranges:

@@ -43,9 +43,9 @@ async def open_driver(
     header = Header.parse(head)
     header.check_supported(read_only=read_only)
     settings = Settings.parse(options, header)
-    if not read_only:
-        await storage.flush()
     if header.dirty and not read_only:
+        # As in `prepare_for_writing`.
+        await storage.flush()
         header = await repair_dirty(storage, header)
     check_method(_METHODS[header.crypt_method], options.get("encrypt_format"))
     wanted_snapshot = options.get("snapshot")
@@ -120,10 +120,11 @@ async def prepare_for_writing(image: "Qcow2Driver") -> None:
     if unknown:
         # "An implementation may only write to an image with unknown
         # auto-clear features if it clears the respective bits first."
-        header.autoclear_features &= ~unknown
-        value = header.autoclear_features.to_bytes(8, "big")
+        known = header.autoclear_features & ~unknown
+        value = known.to_bytes(8, "big")
         await image.storage.pwritev(qcow2_header.AUTOCLEAR_FEATURES_OFFSET, [value])
         await image.storage.flush()
+        header.autoclear_features = known
 
 
 async def _read_table(

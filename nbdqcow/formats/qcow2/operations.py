@@ -37,11 +37,7 @@ class Operations(FormatDriver):
         task = asyncio.create_task(self._after_others(operation))
         self._image.tasks.add(task)
         task.add_done_callback(self._image.tasks.discard)
-        try:
-            return await asyncio.shield(task)
-        except CorruptImage as error:
-            await self._image.mark_corrupt(str(error))
-            raise
+        return await asyncio.shield(task)
 
     async def _after_others(self, operation: Coroutine[Any, Any, T]) -> T:
         """Run an operation once no other one is in the middle of its steps."""
@@ -51,7 +47,12 @@ class Operations(FormatDriver):
             except BlockError:
                 operation.close()
                 raise
-            return await operation
+            try:
+                return await operation
+            except CorruptImage as error:
+                # Here, for the caller may have been cancelled.
+                await self._image.mark_corrupt(str(error))
+                raise
 
     # -- the disk --------------------------------------------------------
 

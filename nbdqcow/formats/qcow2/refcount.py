@@ -66,6 +66,8 @@ class Refcounts:
             moves; taken inside the image's lock, or without it.
         note_used: told the host offset up to which blocks and tables are put: these
             stay in the file, whatever becomes of them.
+        may_have_moved: the header on disk may name a larger table behind all that is
+            counted, which is as this one is now.
         packed_end: host offset where the last compressed cluster ends and
             the next one may begin; 0 if that one gets a new host cluster.
     """
@@ -94,8 +96,7 @@ class Refcounts:
         self.packed_end = 0
         self._scan_index = 0
         self._free_runs: list[tuple[int, int]] = []
-        # The header on disk may name a larger table that is as this one is now.
-        self._may_have_moved = False
+        self.may_have_moved = False
 
     def _set_width(self, order: int) -> None:
         self.order = order
@@ -259,7 +260,7 @@ class Refcounts:
         self.table = table
         self.blocks.clear()
         self.packed_end = 0
-        self._may_have_moved = False
+        self.may_have_moved = False
 
     # -- giving blocks up ------------------------------------------------
 
@@ -464,7 +465,7 @@ class Refcounts:
             nb_new = 1
             while nb_new * self.block_entries < nb_new + nb_clusters:
                 nb_new += 1
-            if nb_blocks + nb_new <= len(self.table) and not self._may_have_moved:
+            if nb_blocks + nb_new <= len(self.table) and not self.may_have_moved:
                 break
             async with self.table_lock:
                 await self._grow_table(nb_blocks + nb_new - 1)
@@ -484,7 +485,7 @@ class Refcounts:
         block = await self._block(block_index)
         if block is not None:
             return block
-        if block_index >= len(self.table) or self._may_have_moved:
+        if block_index >= len(self.table) or self.may_have_moved:
             async with self.table_lock:
                 await self._grow_table(block_index)
             block = await self._block(block_index)
@@ -562,11 +563,11 @@ class Refcounts:
         pointer = new_offset.to_bytes(8, "big") + table_clusters.to_bytes(4, "big")
         # Should this fail, nobody knows which table is valid: no block is added
         # to the old one before this has been done again, at the same place.
-        self._may_have_moved = True
+        self.may_have_moved = True
         self.storage.announce("refblock_alloc_switch_table")
         await self.storage.pwritev(48, [pointer])
         await self.storage.flush()
-        self._may_have_moved = False
+        self.may_have_moved = False
         self.fresh.clear()
         self.table = table
         self.header.refcount_table_offset = new_offset

@@ -62,21 +62,25 @@ async def change_refcount_width(
         await run_steps(
             rebuild_refcounts(new_header, counts, nb_clusters), image.storage
         )
+        offset = new_header.refcount_table_offset
+        length = new_header.refcount_table_clusters << bits
+        table = load_be64(await image.storage.pread(offset, length))
     except ImageError as error:
         raise BlockError(errno.EFBIG, str(error)) from None
-    except OSError:
-        # Which refcounts are valid nobody knows now.
-        image.fail()
+    except BaseException:
+        if new_header.refcount_table_offset != header.refcount_table_offset:
+            # Which refcounts are valid nobody knows now, or what they are.
+            image.fail()
         raise
+    finally:
+        # Also where some of the new ones are, and nothing names them.
+        image.note_used(image.storage.length)
     header.refcount_order = order
     header.refcount_table_offset = new_header.refcount_table_offset
     header.refcount_table_clusters = new_header.refcount_table_clusters
-    length = header.refcount_table_clusters << bits
-    table = load_be64(await image.storage.pread(header.refcount_table_offset, length))
     image.refcounts.reload(table)
     image.metadata.difference_update(old)
     image.metadata.update(_structures(image))
-    image.note_used(image.storage.length)
     progress(nb_clusters, nb_clusters)
 
 

@@ -163,7 +163,6 @@ async def _shrink(image: "Qcow2Driver", size: int) -> None:
             _l1_clusters(image, len(old_l1)) - nb_clusters,
         )
         await _clear_entries(image, round_up(size, image.cluster_size))
-        image.bitmaps.resize(size)
     image.storage.announce("l1_shrink_free_l2_clusters")
     await _free_tables(image, old_l1[nb_entries:])
     image.trim_when_freed()
@@ -250,6 +249,7 @@ class _Preallocation(Allocation):
 
 
 async def _grow(image: "Qcow2Driver", size: int, preallocation: str) -> None:
+    await image.prepare_growing(size)
     old_size, cluster_size = image.size, image.cluster_size
     backing_size = image.backing_size
     if (
@@ -291,7 +291,6 @@ async def _grow(image: "Qcow2Driver", size: int, preallocation: str) -> None:
         await _or_fail(image, image.storage.pwritev(ROOTS_OFFSET, [data]))
         await _or_fail(image, image.storage.flush())
         image.set_size(size)
-        image.bitmaps.resize(size)
 
 
 async def _grow_l1(image: "Qcow2Driver", size: int) -> "array[int]":
@@ -423,6 +422,9 @@ async def trim(image: "Qcow2Driver") -> None:
     refcounts = image.refcounts
     await image.writeback.flush()
     async with image.writeback.paused(), image.lock:
+        if image.failed or image.header.corrupt or refcounts.may_have_moved:
+            # What the disk names may be behind all that we know of.
+            return
         await image.writeback.commit_alone()
         # The last may have been all that another one counted.
         while empty := overlap.not_overlapping(image, await refcounts.empty_blocks()):

@@ -1,11 +1,14 @@
 """An image that turns read-only and back under its clients, and is emptied."""
 
 import asyncio
+import errno
+import os
 
 import pytest
 
 from nbdqcow import open_image
 from nbdqcow.block.rename import rename_image
+from nbdqcow.errors import BlockError
 from nbdqcow.nbd import constants as nbd
 from nbdqcow.storage.file import FileStorage
 from tests.block.server.support import serving
@@ -77,3 +80,25 @@ async def test_renaming_and_emptying_under_clients(tmp_path, image):
         await asyncio.gather(*reading)
     assert check(moved) == 0
     assert moved.stat().st_size < 4096
+
+
+@pytest.mark.asyncio
+async def test_a_file_that_keeps_its_name_gets_no_second_one(image, monkeypatch):
+    moved = image.with_name("moved")
+    unlink = os.unlink
+
+    def refuse(path):
+        if path == str(image):
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        unlink(path)
+
+    async with open_image(image, format="qcow") as node:
+        monkeypatch.setattr(os, "unlink", refuse)
+        with pytest.raises(BlockError, match="Could not rename"):
+            await rename_image(node, str(moved))
+        monkeypatch.undo()
+        assert image.exists()
+        assert not moved.exists()
+        await rename_image(node, str(moved))
+        assert not image.exists()
+    check(moved)

@@ -1,0 +1,191 @@
+"""An image in use after an operation on it has failed: nothing that was taken for
+it stays taken, and what is in memory is what is on disk.
+"""
+
+import asyncio
+import errno
+import logging
+
+import pytest
+
+from nbdqcow.block.node import Node
+from nbdqcow.formats.qcow2.driver import Qcow2Driver
+from nbdqcow.formats.qcow2.header import AUTOCLEAR_FEATURES_OFFSET
+from nbdqcow.storage.memory import MemoryStorage
+from tests.builder import patched
+from tests.crash.histories import SECTOR, created, filled
+from tests.crash.test_histories import check_by_us, is_sound
+from tests.faults.faulty import DISCARD, FLUSH, KINDS, READ, WRITE, FaultyStorage, Rule
+
+
+async def opened(image):
+    memory = MemoryStorage(image)
+    storage = FaultyStorage(memory)
+    driver = await Qcow2Driver.open(storage, read_only=False, options={})
+    return Node(driver, filename="disk"), storage, memory
+
+
+async def with_snapshot(*bitmaps):
+    node, _, memory = await opened(filled(6))
+    for name in bitmaps:
+        node.driver.bitmap_add(name, granularity=SECTOR)
+    await node.driver.snapshot_create("old", date_nanoseconds=0)
+    await node.pwrite(0, b"1" * SECTOR)
+    await node.close()
+    return bytes(memory.data)
+
+
+def bitmaps_of(node):
+    return {info.name for info in node.driver.bitmap_list()}
+
+
+def look(memory, **options):
+    result, text = check_by_us(bytes(memory.data))
+    assert is_sound(result, **options), text
+
+
+# What is done, and the bitmaps that there are afterwards.
+OPERATIONS = {
+    "remove a bitmap": (lambda node: node.driver.bitmap_remove("one"), {"two"}),
+    "store bitmaps": (lambda node: node.reopen(read_only=True), {"one", "two"}),
+    "create a snapshot": (lambda node: node.driver.snapshot_create("new"), set()),
+    "delete a snapshot": (lambda node: node.driver.snapshot_delete("old"), set()),
+    "apply a snapshot": (lambda node: node.driver.snapshot_apply("old"), set()),
+}
+
+
+async def fail_one_call(operation, number):
+    """Let one storage call of an operation fail, and do it again; return whether
+    it has so many."""
+    work, bitmaps = OPERATIONS[operation]
+    before = bitmaps | {"one"} if bitmaps else set()
+    node, storage, memory = await opened(await with_snapshot(*sorted(before)))
+    await node.pwrite(0, b"2" * SECTOR)
+    kinds = [kind for kind in KINDS if kind != DISCARD]
+    storage.rules = [Rule(errno.ENOSPC, kinds=kinds, skip=number)]
+    error = None
+    try:
+        await work(node)
+    except OSError as raised:
+        error = raised
+    if error is not None:
+        assert error.errno == errno.ENOSPC
+        if not node.driver.failed:
+            assert bitmaps_of(node) == before
+            await work(node)
+    reached = storage.nb_faults > 0
+    storage.rules = []
+    failed = node.driver.failed
+    await node.close()
+    look(memory, leaks=failed)
+    node, _, _ = await opened(bytes(memory.data))
+    if not failed:
+        assert bitmaps_of(node) == bitmaps
+        assert not any(info.inconsistent for info in node.driver.bitmap_list())
+    return reached
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_a_failed_operation_leaves_nothing_behind(operation, caplog):
+    caplog.set_level(logging.CRITICAL)
+    number = 0
+    while asyncio.run(fail_one_call(operation, number)):
+        number += 1
+    assert number > 3
+
+
+def test_a_bitmap_that_could_not_be_removed_knows_of_writes():
+    async def run():
+        node, storage, memory = await opened(await with_snapshot("one", "two"))
+        storage.rules = [Rule(kinds=[WRITE])]
+        with pytest.raises(OSError, match="injected"):
+            await node.driver.bitmap_remove("one")
+        await node.pwrite(SECTOR, b"2" * SECTOR)
+        await node.close()
+        look(memory, leaks=False)
+        node, _, _ = await opened(bytes(memory.data))
+        lengths, states = await node.dirty_bitmaps["one"].extents(0, 4 * SECTOR, 10)
+        assert lengths.tolist() == [2 * SECTOR, 2 * SECTOR]
+        assert states.tolist() == [True, False]
+        await node.close()
+
+    asyncio.run(run())
+
+
+def test_bitmaps_shrink_with_a_disk_that_could_not_be_cleaned_up():
+    """They were stored for the larger disk, and the image could not be opened."""
+
+    async def run():
+        node, storage, memory = await opened(created(size=8 << 20))
+        node.driver.bitmap_add("one", granularity=SECTOR)
+        await node.pwrite(10 * SECTOR, b"x" * SECTOR)
+        await node.flush()
+        for _ in range(2):
+            node.driver.tables.turn()
+        table = node.driver.tables.table_offset(0)
+        storage.rules = [Rule(kinds=[READ], first=table, end=table + SECTOR)]
+        with pytest.raises(OSError, match="injected"):
+            await node.resize(10 * SECTOR)
+        assert node.size == 10 * SECTOR
+        await node.close()
+        look(memory)
+        node, _, _ = await opened(bytes(memory.data))
+        assert bitmaps_of(node) == {"one"}
+        await node.resize(8 << 20)
+        assert await node.pread(0, 1 << 20) == bytes(1 << 20)
+        await node.close()
+        look(memory)
+
+    asyncio.run(run())
+
+
+def test_refcounts_that_may_be_valid_are_not_cut_off(caplog):
+    """Those of another width are behind all that the old ones count; a smaller
+    disk, with less to count, lets the file end there."""
+    caplog.set_level(logging.CRITICAL)
+
+    async def run():
+        node, storage, memory = await opened(filled(6))
+        await node.pwrite(64 * SECTOR, b"x" * SECTOR)
+        reading = node.driver.epochs.enter()
+        await node.resize(6 * SECTOR)
+        storage.rules = [Rule(kinds=[WRITE], first=48, end=60, effect="all")]
+        with pytest.raises(OSError, match="injected"):
+            await node.amend({"refcount_bits": 32}, lambda done, total: None)
+        assert node.driver.failed
+        node.driver.epochs.leave(reading)
+        await node.driver.settle()
+        await node.close()
+        look(memory)
+
+    asyncio.run(run())
+
+
+def test_unknown_autoclear_bits_are_cleared_before_anything_is_written():
+    """Also if that has failed once."""
+    bit = 1 << 40
+
+    async def run():
+        image = patched(filled(6), (AUTOCLEAR_FEATURES_OFFSET, "Q", bit))
+        memory = MemoryStorage(image)
+        storage = FaultyStorage(memory)
+        driver = await Qcow2Driver.open(storage, read_only=True, options={})
+        node = Node(driver, filename="disk")
+        storage.rules = [Rule(kinds=[WRITE])]
+        with pytest.raises(OSError, match="injected"):
+            await node.reopen(read_only=False)
+        await node.reopen(read_only=False)
+        await node.pwrite(0, b"x" * SECTOR)
+        await node.close()
+        assert not any(memory.data[AUTOCLEAR_FEATURES_OFFSET:][:8])
+
+    asyncio.run(run())
+
+
+def test_an_image_is_flushed_once_when_it_is_opened():
+    async def run():
+        node, storage, _ = await opened(filled(6))
+        assert [kind for kind, *_ in storage.log].count(FLUSH) == 1
+        await node.close()
+
+    asyncio.run(run())
