@@ -64,7 +64,7 @@ class CompressedClusters:
         self._inline_bytes = _INLINE_BYTES if size <= _MAX_INLINE else 0
         self._inline_left = self._inline_bytes
         self._group = max(1, _GROUP_BYTES // size)
-        self.compress, self._decompress = codec(image.header.compression_type)
+        self.choose_codec()
         self.placing = asyncio.Lock()
 
     @property
@@ -75,6 +75,10 @@ class CompressedClusters:
             self._share.join()
             self._loop = asyncio.get_running_loop()
         return self._pool
+
+    def choose_codec(self) -> None:
+        """Compress as the header says, from now on."""
+        self.compress, self._decompress = codec(self._image.header.compression_type)
 
     # -- reading -----------------------------------------------------------
 
