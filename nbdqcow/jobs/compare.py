@@ -103,7 +103,7 @@ async def compare(
 
     try:
         async for piece in _pieces(nodes):
-            await control.checkpoint()
+            await control.checkpoint(piece.length if piece.reads else 0)
             if strict and piece.status_differs:
                 while running:
                     if found := await finish_one():
