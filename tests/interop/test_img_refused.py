@@ -108,7 +108,17 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for command in ("info", "map")
             for window in ("offset=100M", "size=100M", "offset=512,size=8M")
         ),
-        # No server.
+        # No server, or none that can be.
+        *(
+            f"info --image-opts driver=nbd,{options}"
+            for options in (
+                "path=/absent,host=x",
+                "server.type=inet,server.host=127.0.0.1",
+                "server.type=nosuch,server.host=127.0.0.1",
+                "path=/absent,reconnect-delay=1",
+                "server.type=unix,server.path=/absent,open-timeout=1",
+            )
+        ),
         "create -f raw nbd://127.0.0.1:1/x 1M",
         "create -f qcow2 nbd://127.0.0.1:1/x 1M",
         "convert -O raw base.raw nbd://127.0.0.1:1/x",
