@@ -65,8 +65,8 @@ class TlsCredentials(ABC):
         self._versions = parse_priority(priority or "NORMAL")
         self._lock = threading.Lock()
         self._files = self._look()
-        self._first_files = self._files
         self._context = self._load()
+        self._loaded_files = self._files
 
     @abstractmethod
     def as_parameters(self) -> dict[str, str]:
@@ -87,12 +87,13 @@ class TlsCredentials(ABC):
                 return self._context
             self._files = files
             try:
-                for name, first in self._first_files.items():
+                for name, loaded in self._loaded_files.items():
                     # Without its revocation list a server would let in those
                     # that were locked out.
-                    if first is not None and files[name] is None:
+                    if loaded is not None and files[name] is None:
                         raise _missing(self._path(name))
                 self._context = self._load()
+                self._loaded_files = files
             except CredentialsError as exc:
                 logger.warning("the TLS credentials stay as they were: %s", exc)
             else:
@@ -190,14 +191,15 @@ class X509Credentials(TlsCredentials):
             self._load_authority(context)
             optional = self._verify_peer is VerifyPeer.OPTIONAL
             context.verify_mode = ssl.CERT_OPTIONAL if optional else ssl.CERT_REQUIRED
-        if self.is_server or os.path.exists(self._path(self._cert_name)):
+        if self.is_server or self._files[self._cert_name] is not None:
             self._load_own(context)
         return context
 
     def _load_authority(self, context: ssl.SSLContext) -> None:
         self._load_trusted(context, CA_CERT)
         context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_PARTIAL_CHAIN
-        if os.path.exists(self._path(CA_CRL)):
+        # One that has vanished since the look is an error.
+        if self._files[CA_CRL] is not None:
             self._load_trusted(context, CA_CRL)
             context.verify_flags |= ssl.VerifyFlags.VERIFY_CRL_CHECK_LEAF
 

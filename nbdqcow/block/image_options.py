@@ -287,8 +287,10 @@ def _no_such_node(name: str | None) -> str:
 
 # -- files -----------------------------------------------------------------
 
+_NBD_WAITS: Final = ("reconnect-delay", "open-timeout")
 _NBD: Final = (
     "host", "port", "path", "export", "tls-creds", "tls-hostname", "x-dirty-bitmap",
+    *_NBD_WAITS,
 )  # fmt: skip
 _NULL: Final = ("size", "latency-ns", "read-zeroes")
 _NULL_DRIVERS: Final = ("null-co", "null-aio")
@@ -337,6 +339,13 @@ def _nbd_uri(file: dict[str, str | None]) -> str:
 
     texts = {key: value or "" for key, value in file.items()}
     kind = texts.pop("server.type", None)
+    if kind not in (None, "inet", "unix", "vsock", "fd"):
+        raise ImageError(f"Parameter 'type' does not accept value '{kind}'")
+    if "path" in texts and "host" in texts:
+        raise ImageError("path and host may not be used at the same time")
+    if "server.host" in texts and "server.port" not in texts:
+        raise ImageError("Parameter 'port' is missing")
+    waits = {f"x-{name}": _seconds(texts, name) for name in _NBD_WAITS if name in texts}
     path = texts.pop("server.path", None) or texts.pop("path", None)
     host = texts.pop("server.host", None) or texts.pop("host", None)
     port = texts.pop("server.port", None) or texts.pop("port", None) or "10809"
@@ -346,7 +355,7 @@ def _nbd_uri(file: dict[str, str | None]) -> str:
     if texts:
         raise ImageError(f"image option 'file.{next(iter(texts))}' is not supported")
     scheme = "nbd"
-    parameters = {"socket": path, "x-dirty-bitmap": context}
+    parameters = {"socket": path, "x-dirty-bitmap": context, **waits}
     if credentials is not None:
         scheme = "nbds"
         parameters |= {"tls-creds": credentials, "tls-hostname": hostname}
@@ -361,6 +370,14 @@ def _nbd_uri(file: dict[str, str | None]) -> str:
     if ":" in host:
         host = f"[{host}]"
     return f"{scheme}://{host}:{quote(port)}{behind}"
+
+
+def _seconds(texts: dict[str, str], name: str) -> str:
+    """Take a number of seconds out of options of an NBD client."""
+    text = texts.pop(name)
+    if not (text.isascii() and text.isdigit() and int(text) >> 32 == 0):
+        raise ImageError(f"Parameter '{name}' expects a number")
+    return text
 
 
 def _null_name(driver: str, file: dict[str, str | None]) -> str:

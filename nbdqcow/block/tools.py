@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 
 from nbdqcow.block.steps import BlockingFile
 from nbdqcow.errors import ImageError, NotSupported
+from nbdqcow.units import parse_size
 
 REPAIR_NONE: Final = 0
 REPAIR_LEAKS: Final = 1
@@ -189,3 +190,36 @@ class FormatTool(ABC):
         image at all, `NotSupported` if the format knows no checks.
         """
         raise NotSupported("This image format does not support checks")
+
+
+def parse_window(options: Mapping[str, Any], length: int) -> tuple[int, int]:
+    """Return the ``offset`` and the ``size`` of the part of a file of ``length``
+    bytes that is a raw disk. Raises `ImageError` if it is not within the file."""
+    offset = _parse_bytes(options, "offset", 0)
+    if offset > length:
+        raise ImageError(
+            f"Offset ({offset}) cannot be greater than size of the containing"
+            f" file ({length})"
+        )
+    size = _parse_bytes(options, "size", length - offset)
+    if offset + size > length:
+        raise ImageError(
+            f"The sum of offset ({offset}) and size ({size}) has to be smaller or"
+            f" equal to the  actual size of the containing file ({length})"
+        )
+    return offset, size
+
+
+def _parse_bytes(options: Mapping[str, Any], name: str, default: int) -> int:
+    """Return an option that is a number of bytes, or text as people write it."""
+    value = options.get(name)
+    if value is None:
+        return default
+    if isinstance(value, str):
+        try:
+            value = parse_size(value)
+        except ValueError as error:
+            raise ImageError(f"option '{name}' of the raw image: {error}") from None
+    if not isinstance(value, int) or value < 0:
+        raise ImageError(f"option '{name}' of the raw image: invalid size '{value}'")
+    return value

@@ -234,6 +234,12 @@ def _check_combinations(settings: _Settings) -> None:
         raise ImageError("Cannot enable copy offloading when -c is used")
     if settings.target_is_zero and not settings.no_create:
         raise ImageError("--target-is-zero requires use of -n flag")
+    if settings.target_is_zero and settings.backing_file is not None:
+        raise ImageError(
+            "Cannot use --target-is-zero when the destination image has a backing file"
+        )
+    if settings.bitmaps and settings.snapshot is not None:
+        raise ImageError("--bitmaps: a snapshot has no bitmaps")
 
 
 def _check_streams(settings: _Settings) -> None:

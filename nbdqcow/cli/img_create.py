@@ -249,7 +249,13 @@ def open_new(path: str) -> BlockingFile:
         # Not above: it brings the event loop.
         from nbdqcow.cli.img_remote import RemoteFile
 
-        file = RemoteFile.open(path, read_only=False)
+        try:
+            file = RemoteFile.open(path, read_only=False)
+        except ImageError as exc:
+            raise ImageError(
+                "Protocol driver 'nbd' does not support image creation, and opening "
+                f"the image failed: {exc}"
+            ) from None
     else:
         file = blocking_file().create(path)
     return file

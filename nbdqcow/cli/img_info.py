@@ -2,11 +2,11 @@
 
 import mmap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from nbdqcow.block.filter_names import shown_name
-from nbdqcow.block.tools import ImageInfo, SnapshotInfo
+from nbdqcow.block.tools import ImageInfo, SnapshotInfo, parse_window
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_names import GivenObjects, image_name
 from nbdqcow.cli.img_open import OpenImage, backing_path, describe_chain
@@ -19,7 +19,7 @@ from nbdqcow.cli.img_options import (
 )
 from nbdqcow.cli.messages import error
 from nbdqcow.errors import ImageError, UsageError
-from nbdqcow.units import SECTOR_SIZE, format_size, parse_size
+from nbdqcow.units import SECTOR_SIZE, format_size
 
 _LONG: Final = {
     "help": "-h",
@@ -86,7 +86,10 @@ def run(arguments: Sequence[str]) -> int:
         for text in info.warnings:
             error(f"warning: {text}")
         if not shown and info.format == "raw":
-            _take_window(info, named.pairs)
+            try:
+                _, info.virtual_size = parse_window(named.pairs, info.virtual_size)
+            except ImageError as exc:
+                raise ImageError(f"Could not open '{named.text}': {exc}") from None
         values = _as_json(image, info)
         if limits:
             guessed = info.format == "raw" and named.format is None
@@ -103,22 +106,6 @@ def run(arguments: Sequence[str]) -> int:
             print()
         _print_human(info, values)
     return 0
-
-
-def _take_window(info: ImageInfo, pairs: Mapping[str, str]) -> None:
-    """Let a raw image be the part of its file that ``offset`` and ``size``
-    are. Raises `ImageError`."""
-    try:
-        offset = parse_size(pairs.get("offset", "0"))
-        size = parse_size(pairs.get("size", str(info.virtual_size - offset)))
-    except ValueError as exc:
-        raise ImageError(f"raw image: {exc}") from None
-    if offset + size > info.virtual_size:
-        raise ImageError(
-            f"the raw image's {size} bytes from offset {offset} end past the end of "
-            "the file"
-        )
-    info.virtual_size = size
 
 
 def _limits(info: ImageInfo, cache: str, *, guessed: bool) -> dict[str, int]:

@@ -11,9 +11,10 @@ from nbdqcow.block.driver import FormatDriver, WritePlan
 from nbdqcow.block.inflight import Epochs, Writers
 from nbdqcow.block.status import Kinds
 from nbdqcow.block.storage import StorageDriver
-from nbdqcow.errors import BlockError, ImageError, NotSupported
+from nbdqcow.block.tools import parse_window
+from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.types import DATA, ZERO, Run
-from nbdqcow.units import MiB, parse_size
+from nbdqcow.units import MiB
 
 _NB_AHEAD: Final = 256
 
@@ -55,18 +56,7 @@ class RawDriver(FormatDriver):
 
         Raises `ImageError` if the window is not within the file.
         """
-        offset = _parse_bytes(options, "offset", 0)
-        if offset > storage.length:
-            raise ImageError(
-                f"Offset ({offset}) cannot be greater than size of the containing"
-                f" file ({storage.length})"
-            )
-        size = _parse_bytes(options, "size", storage.length - offset)
-        if offset + size > storage.length:
-            raise ImageError(
-                f"The sum of offset ({offset}) and size ({size}) has to be smaller or"
-                f" equal to the  actual size of the containing file ({storage.length})"
-            )
+        offset, size = parse_window(options, storage.length)
         return cls(storage, read_only=read_only, offset=offset, size=size)
 
     def try_map(self, offset: int, length: int) -> Run | None:
@@ -213,18 +203,3 @@ class RawDriver(FormatDriver):
         """There is nothing to write back but what a flush has to."""
         if not self.read_only:
             await self.storage.flush()
-
-
-def _parse_bytes(options: Mapping[str, Any], name: str, default: int) -> int:
-    """Return an option that is a number of bytes, or text as people write it."""
-    value = options.get(name)
-    if value is None:
-        return default
-    if isinstance(value, str):
-        try:
-            value = parse_size(value)
-        except ValueError as error:
-            raise ImageError(f"option '{name}' of the raw image: {error}") from None
-    if not isinstance(value, int) or value < 0:
-        raise ImageError(f"option '{name}' of the raw image: invalid size '{value}'")
-    return value

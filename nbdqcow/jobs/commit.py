@@ -43,14 +43,14 @@ async def commit(top: Node, base: Node, control: JobControl) -> None:
     async with Flight(_NB_IN_FLIGHT) as flight:
         offset = 0
         while offset < top.size:
-            await control.checkpoint()
             length = min(_STRETCH, top.size - offset)
             kind, length = await _kind_above(top, base, offset, length)
+            if kind == DATA:
+                length = min(length, _PIECE)
+            await control.checkpoint(length if kind == DATA else 0)
             if kind == UNALLOCATED:
                 control.advance(length)
             else:
-                if kind == DATA:
-                    length = min(length, _PIECE)
                 await flight.add(copy(kind, offset, length))
             offset += length
         await flight.drain()

@@ -127,7 +127,8 @@ async def compare(
     last = Comparison(sizes_differ=sizes_differ)
     try:
         async for group in _groups(_pieces(nodes), common, strict=strict):
-            await control.checkpoint()
+            nb_read = sum(piece.length for piece in group if piece.reads)
+            await control.checkpoint(nb_read)
             if strict and group[0].status_differs:
                 last = Comparison(status_offset=group[0].offset)
                 break

@@ -27,7 +27,7 @@ class JobControl:
         total: how much there is to do, in the job's own measure (mostly
             bytes); it may grow.
         done: how much of it is done.
-        rate: how much may be done in a second; None for any amount.
+        rate: bytes that may be moved in a second; None for any number.
     """
 
     def __init__(
@@ -38,6 +38,7 @@ class JobControl:
         self.done = 0
         self._on_progress = on_progress
         self.rate = rate
+        self._nb_moved = 0
         self._started = time.monotonic()
         self._cancelled = False
         self._resumed: asyncio.Event | None = None
@@ -87,19 +88,21 @@ class JobControl:
         self._cancelled = True
         self.resume()
 
-    async def checkpoint(self) -> None:
+    async def checkpoint(self, nb_bytes: int = 0) -> None:
         """Wait while the job is paused or ahead of its rate.
 
-        Raises `JobCancelled`.
+        ``nb_bytes`` is what it goes on to move: that counts from now on, and
+        what it passes by does not. Raises `JobCancelled`.
         """
         while self._resumed is not None:
             await self._resumed.wait()
         if self._cancelled:
             raise JobCancelled("The job was cancelled")
         if self.rate:
-            ahead = self.done / self.rate - (time.monotonic() - self._started)
+            ahead = self._nb_moved / self.rate - (time.monotonic() - self._started)
             if ahead > 0:
                 await asyncio.sleep(ahead)
+            self._nb_moved += nb_bytes
 
 
 class Flight:

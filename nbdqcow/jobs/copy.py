@@ -38,6 +38,6 @@ async def copy(
 
     async with Flight(_NB_IN_FLIGHT) as flight:
         for offset in range(0, length, _PIECE):
-            await control.checkpoint()
+            await control.checkpoint(min(_PIECE, length - offset))
             await flight.add(copy_piece(offset))
         await flight.drain()

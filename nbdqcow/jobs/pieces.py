@@ -159,8 +159,10 @@ class Cutter:
         joined: list[Piece] = []
         nb_bytes = 0
         async for piece in self.pieces():
-            await control.checkpoint()
-            if self.is_there(piece):
+            is_there = self.is_there(piece)
+            moves = not is_there and piece.kind != ZERO
+            await control.checkpoint(piece.length if moves else 0)
+            if is_there:
                 if not self._options.count_data:
                     control.advance(piece.length)
                 continue

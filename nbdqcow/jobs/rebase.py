@@ -56,7 +56,6 @@ async def rebase(
         async with Flight(_NB_IN_FLIGHT) as flight:
             offset = 0
             while offset < node.size:
-                await control.checkpoint()
                 length = node.size - offset
                 wanted, length = await _is_wanted(node, shared, offset, length)
                 if wanted:
@@ -67,6 +66,8 @@ async def rebase(
                     wanted, length = _whole_clusters(node, wanted, offset, length)
                 if wanted:
                     length = min(length, _PIECE)
+                await control.checkpoint(length if wanted else 0)
+                if wanted:
                     await flight.add(compare(offset, length))
                 else:
                     control.advance(length)

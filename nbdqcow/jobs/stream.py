@@ -44,7 +44,7 @@ async def stream(
 
     try:
         for source, offset, length in _pieces(sources):
-            await control.checkpoint()
+            await control.checkpoint(length)
             reads.append(asyncio.create_task(_read(source, offset, length)))
             if len(reads) == _NB_AHEAD:
                 await write_one()

@@ -6,6 +6,7 @@ import errno
 import json
 import random
 import subprocess
+import threading
 
 import pytest
 
@@ -75,6 +76,7 @@ GOOD = [
     ({"cluster_size": 512, "refcount_bits": 2}, {"refcount_bits": 32}),
     ({}, {"data_file_raw": False}),
     ({"compat": "0.10"}, {"refcount_bits": 16, "compat": "0.10"}),
+    ({"compression_type": "zstd"}, {"compat": "0.10"}),
 ]
 
 
@@ -169,6 +171,68 @@ def test_a_downgrade_to_the_size_of_the_snapshots(tmp_path):
     assert specific(path)["compat"] == "0.10"
     assert specific(path)["size"] == 4 * MiB
     assert content(path) == b"\3" * MiB + bytes(3 * MiB)
+
+
+@pytest.mark.parametrize("where", ["disk", "snapshot"])
+def test_zstd_clusters_prevent_a_downgrade(tmp_path, where):
+    path = create(tmp_path / "a", compression_type="zstd")
+    qemu_io(path, "write -c -P 3 1M 64k")
+    theirs = qemu_img("amend", "-o", "compat=0.10", path, check=False)
+    qemu_img("bitmap", "--add", path, "b")
+    if where == "snapshot":
+        # QEMU does not look for them there, and they can't be read any more.
+        qemu_img("snapshot", "-c", "s", path)
+        qemu_io(path, "write -P 4 1M 64k")
+    before = content(path), specific(path)
+    with pytest.raises(BlockError) as caught:
+        amend(path, compat="0.10")
+    assert theirs.stderr == f"qemu-img: {caught.value}\n"
+    assert (content(path), specific(path)) == before
+    check(path)
+
+
+async def until(condition):
+    for _ in range(3000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise TimeoutError
+
+
+def test_what_was_compressed_before_a_downgrade_is_compressed_anew(tmp_path):
+    path = create(tmp_path / "a", compression_type="zstd")
+    noise, plain = random.Random(1).randbytes(64 * KiB), b"\5" * (64 * KiB)
+    go_on = threading.Event()
+
+    async def run():
+        async with open_image(path) as node:
+            clusters = node.driver.compressed
+            compress, compressed = clusters.compress, []
+
+            def slowly(data):
+                packed = compress(data)
+                compressed.append(bytes(data))
+                if data == noise:
+                    go_on.wait(30)
+                return packed
+
+            clusters.compress = slowly
+            waiting = lambda: len(clusters.placing._waiters or ())  # noqa: E731
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(node.pwrite_compressed(0, noise))
+                await until(lambda: compressed)
+                amending = node.amend({"compat": "0.10"}, lambda *_: None)
+                tasks.create_task(amending)
+                await until(lambda: waiting() == 1)
+                tasks.create_task(node.pwrite_compressed(64 * KiB, plain))
+                await until(lambda: waiting() == 2 and len(compressed) == 2)
+                go_on.set()
+            assert await node.pread(0, 128 * KiB) == noise + plain
+
+    asyncio.run(run())
+    assert check(path)["compressed-clusters"] == 1
+    assert specific(path)["compat"] == "0.10"
+    assert content(path)[: 128 * KiB] == noise + plain
 
 
 def test_an_old_snapshot_table_is_completed(tmp_path):

@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 import random
+import time
 
 import pytest
 
@@ -16,6 +17,7 @@ from nbdqcow.errors import BlockError
 from nbdqcow.formats.qcow2.create import CreateOptions, create
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.formats.raw import RawDriver
+from nbdqcow.jobs.commit import commit
 from nbdqcow.jobs.compare import CompareError, Comparison, compare
 from nbdqcow.jobs.control import Flight, JobCancelled, JobControl
 from nbdqcow.jobs.convert import convert
@@ -23,6 +25,7 @@ from nbdqcow.jobs.copy import copy
 from nbdqcow.jobs.errors import CopyError
 from nbdqcow.jobs.map import HAS_DATA, HAS_OFFSET, IS_PRESENT, IS_ZERO, map_disk
 from nbdqcow.jobs.pieces import ConvertOptions
+from nbdqcow.jobs.stream import stream
 from nbdqcow.jobs.zeroes import data_runs, is_zero
 from nbdqcow.storage.memory import MemoryStorage
 from tests.conftest import SEED
@@ -225,6 +228,46 @@ async def test_pause_resume_cancel():
     with pytest.raises(JobCancelled):
         await task
     assert 0 < control.done < control.total
+
+
+@pytest.mark.parametrize("count_data", [False, True])
+async def test_what_is_passed_by_is_no_matter_of_the_rate(count_data):
+    source = await qcow2(1024 * MiB)
+    for offset in (0, 300 * MiB, 900 * MiB):
+        await source.pwrite(offset, b"x" * 65536)
+    options = ConvertOptions(target_is_zero=True, count_data=count_data)
+    target = await qcow2(1024 * MiB)
+    async with asyncio.timeout(20):
+        await convert([source], target, options, JobControl(rate=4 * MiB))
+        top = await qcow2(1024 * MiB)
+        top.backing = target
+        for offset in (100 * MiB, 800 * MiB):
+            await top.pwrite(offset, b"y" * 65536)
+        await commit(top, target, JobControl(rate=4 * MiB))
+    assert bytes(await target.pread(800 * MiB, 1)) == b"y"
+    assert bytes(await target.pread(900 * MiB, 1)) == b"x"
+
+
+@pytest.mark.parametrize("job", ["convert", "commit", "stream"])
+async def test_what_is_in_flight_counts_for_the_rate(job):
+    length = 12 * MiB
+    source, target = await qcow2(length), await qcow2(length)
+    await source.pwrite(0, b"x" * length)
+    control = JobControl(rate=length)
+
+    async def write(data):
+        pass
+
+    begun = time.monotonic()
+    if job == "convert":
+        await convert([source], target, ConvertOptions(), control)
+    elif job == "commit":
+        source.backing = target
+        await commit(source, target, control)
+    else:
+        await stream([source], write, control)
+    # The last piece waits for the others' time to pass, not for its own.
+    assert time.monotonic() - begun > 0.75
 
 
 async def test_progress_is_told():

@@ -270,6 +270,25 @@ async def test_server_that_does_not_come_back(tmp_path):
         await storage.close()
 
 
+async def test_the_uri_says_how_long_to_wait(tmp_path):
+    place = uri(tmp_path)
+    with pytest.raises(ImageError, match="Failed to connect"):
+        await NbdStorage.open(f"{place}&x-open-timeout=0")
+    opening = asyncio.create_task(NbdStorage.open(f"{place}&x-open-timeout=30"))
+    await asyncio.sleep(0.2)
+    async with serving(tmp_path, FakeNode()):
+        storage = await opening
+        assert await storage.pread(0, 2) == b"\0\1"
+        await storage.close()
+        storage = await NbdStorage.open(f"{place}&x-reconnect-delay=0")
+    with pytest.raises(OSError, match="no connection to"):
+        await asyncio.wait_for(storage.pread(0, 1), 10)
+    await storage.close()
+    for name in ("x-open-timeout", "x-reconnect-delay"):
+        with pytest.raises(ImageError, match=f"{name} is a number of seconds"):
+            await NbdStorage.open(f"{place}&{name}=long")
+
+
 async def test_another_export_came_back(tmp_path):
     async with serving(tmp_path, FakeNode(MiB)):
         storage = await NbdStorage.open(uri(tmp_path), reconnect_delay=2)

@@ -149,6 +149,18 @@ async def test_too_many_snapshots_are_discarded(tmp_path, monkeypatch):
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("offset", [1, 1 << 63, 0x9F << 56])
+@pytest.mark.parametrize("repair", [REPAIR_NONE, REPAIR_ALL])
+async def test_a_place_where_no_table_can_be(offset, repair):
+    """Nothing opens such an image, even without snapshots."""
+    data = bytearray(image().build())
+    struct.pack_into(">Q", data, 64, offset)
+    with pytest.raises(ImageError, match="Check failed: Invalid argument") as caught:
+        await check(MemoryStorage(data), repair)
+    assert str(caught.value.__cause__) == "ERROR snapshot table offset invalid"
+
+
+@pytest.mark.asyncio
 async def test_a_dirty_image_loses_no_snapshots_by_being_opened(tmp_path):
     builder = image(entry(b"a1", bytes(2000)))
     builder.header.incompatible_features |= 1

@@ -50,6 +50,11 @@ def test_json_is_flattened():
             "nbd://h:7",
             {"format": "raw"},
         ),
+        (
+            {"driver": "nbd", "path": "/s", "reconnect-delay": 3, "open-timeout": 4},
+            "nbd+unix://?socket=/s&x-reconnect-delay=3&x-open-timeout=4",
+            {"format": "raw"},
+        ),
         ({"driver": "null-co"}, "null-co://", {"format": "raw"}),
         (
             {"driver": "raw", "file": {"driver": "null-aio", "read-zeroes": True,
@@ -120,7 +125,11 @@ def test_meaning(given, filename, options):
         ('{"backing": "node", "file.filename": "a"}', "node-name='node'"),
         ('{"file": {"driver": "ssh", "filename": "a"}}', "Unknown driver 'ssh'"),
         ('{"file": {"driver": "nbd"}}', "address missing"),
-        ('{"file": {"driver": "nbd", "host": "a", "path": "b"}}', "address missing"),
+        ('{"file": {"driver": "nbd", "host": "a", "path": "b"}}', "at the same time"),
+        ('{"driver": "nbd", "server": {"host": "a"}}', "'port' is missing"),
+        ('{"driver": "nbd", "server": {"type": "x"}}', "not accept value 'x'"),
+        ('{"driver": "nbd", "path": "a", "open-timeout": "x"}', "expects a number"),
+        ('{"driver": "nbd", "path": "a", "reconnect-delay": -1}', "expects a number"),
         ('{"file": {"driver": "nbd", "host": "a", "x": "b"}}', "'file.x' is not"),
         (
             '{"file.filename": "a", "file.x": 1}',

@@ -169,6 +169,36 @@ def test_revocation_list_that_comes_later(server, authority):
     assert context.verify_flags & ssl.VERIFY_CRL_CHECK_LEAF
 
 
+def test_revocation_list_that_came_later_and_vanishes_stays_in_force(server, authority):
+    credentials = load(server)
+    authority.revoke(server)
+    context = credentials.context_blocking()
+    (server / "ca-crl.pem").unlink()
+    assert credentials.context_blocking() is context
+
+
+def test_revocation_list_that_vanishes_while_it_is_loaded(
+    server, authority, monkeypatch
+):
+    look = X509Credentials._look
+
+    def look_then_delete(credentials):
+        found = look(credentials)
+        (server / "ca-crl.pem").unlink(missing_ok=True)
+        return found
+
+    credentials = load(server)
+    first = credentials.context_blocking()
+    authority.revoke(server)
+    monkeypatch.setattr(X509Credentials, "_look", look_then_delete)
+    assert credentials.context_blocking() is first
+    monkeypatch.undo()
+    # Nobody was let in by a list that was never read.
+    authority.revoke(server)
+    context = credentials.context_blocking()
+    assert context.verify_flags & ssl.VERIFY_CRL_CHECK_LEAF
+
+
 def test_same_length_at_another_time(server, authority):
     credentials = load(server)
     first = credentials.context_blocking()

@@ -17,7 +17,10 @@ from nbdqcow.errors import BlockError, ImageError, NotSupported
 from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2 import resize
 from nbdqcow.formats.qcow2.create import feature_names
-from nbdqcow.formats.qcow2.expand_zeroes import expand_zero_clusters
+from nbdqcow.formats.qcow2.expand_zeroes import (
+    expand_zero_clusters,
+    has_compressed_clusters,
+)
 from nbdqcow.formats.qcow2.generation import Generation, alone
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.header_update import update_header
@@ -113,7 +116,8 @@ class _Wishes:
             raise NotSupported("Cannot downgrade an image with a data file")
         if (self.refcount_bits or header.refcount_bits) != 16:
             raise NotSupported("compat=0.10 requires refcount_bits=16")
-        features = header.incompatible_features & ~h.INCOMPAT_DIRTY
+        passing = h.INCOMPAT_DIRTY | h.INCOMPAT_COMPRESSION
+        features = header.incompatible_features & ~passing
         if features:
             raise NotSupported(
                 f"Cannot downgrade an image with incompatible features"
@@ -269,9 +273,31 @@ async def _check_snapshots(image: "Qcow2Driver") -> None:
             raise NotSupported("Internal snapshots prevent downgrade of image")
 
 
+async def _return_to_zlib(image: "Qcow2Driver") -> None:
+    """Let an image without compressed clusters have them by zlib, which is all
+    that version 2 knows. Raises `NotSupported` if it has some."""
+    if image.header.compression_type == h.COMPRESSION_ZLIB:
+        return
+    # Nobody links a new one meanwhile.
+    async with image.compressed.placing, alone(image):
+        if await has_compressed_clusters(image):
+            raise NotSupported(
+                "Cannot downgrade an image with zstd compression type and existing"
+                " compressed clusters"
+            )
+
+        def change(new: Header) -> None:
+            new.compression_type = h.COMPRESSION_ZLIB
+            new.incompatible_features &= ~h.INCOMPAT_COMPRESSION
+
+        await update_header(image, change)
+        image.compressed.choose_codec()
+
+
 async def _downgrade(image: "Qcow2Driver", progress: Progress) -> None:
     # While nothing is lost yet.
     await _check_snapshots(image)
+    await _return_to_zlib(image)
     async with image.bitmaps.removed(), alone(image):
         image.lazy_refcounts = False
         await image.mark_clean()

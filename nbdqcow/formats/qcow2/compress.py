@@ -82,6 +82,11 @@ class CompressedClusters:
     def _decompress(self) -> "Decompress":
         return self._codec[1]
 
+    def choose_codec(self) -> None:
+        """Compress as the header says now."""
+        self.__dict__.pop("compress", None)
+        self.__dict__.pop("_decompress", None)
+
     @property
     def threads(self) -> Pool:
         """The worker threads; images without compressed clusters take none."""

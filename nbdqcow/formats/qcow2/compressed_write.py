@@ -44,11 +44,15 @@ async def write_compressed(
     if length < cluster_size:
         data = bytes(data).ljust(cluster_size, b"\0")
     clusters = image.compressed
-    job = asyncio.create_task(clusters.threads.run(clusters.compress, data))
+    compress = clusters.compress
+    job = asyncio.create_task(clusters.threads.run(compress, data))
     try:
         # First come, first served: the lock keeps the order of the calls.
         async with clusters.placing:
             packed = await job
+            if clusters.compress is not compress:
+                # The image has been amended meanwhile.
+                packed = await clusters.threads.run(clusters.compress, data)
             if len(packed) >= cluster_size or not await _place(
                 image, offset, length, packed
             ):

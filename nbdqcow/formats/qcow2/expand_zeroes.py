@@ -1,4 +1,5 @@
-"""Zero clusters made plain ones, for version 2, which has none.
+"""What version 2 has no room for: zero clusters are made plain ones, and
+clusters that are not compressed by zlib are looked for.
 
 The tables change in place: until the header says version 2, an entry means
 the same with the flag and without it, once its cluster holds zeroes.
@@ -27,6 +28,8 @@ from nbdqcow.formats.words import dump_be64, load_be64
 from nbdqcow.units import format_hex
 
 if TYPE_CHECKING:
+    from array import array
+
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
 
@@ -34,27 +37,20 @@ async def expand_zero_clusters(image: "Qcow2Driver", progress: Progress) -> None
     """Do so in the tables of the disk and of all snapshots. The image is
     `alone`."""
     tables = image.tables
+    l1_tables = await _all_l1_tables(image)
     # By the table's offset: a shared one is done once.
     places: dict[int, tuple[int, bool]] = {}
-    snapshots, _ = await read(image)
-    l1_tables = [await read_l1(image, one) for one in snapshots]
-    for l1 in (tables.l1, *l1_tables):
+    for l1 in l1_tables:
         for index, entry in enumerate(l1):
-            offset = entry & OFFSET_MASK
-            if offset % image.cluster_size:
-                raise CorruptImage(
-                    f"L2 table offset {offset:#x} unaligned"
-                    f" (L1 index: {format_hex(index)})"
-                )
-            if offset:
+            if offset := _l2_offset(image, index, entry):
                 places.setdefault(offset, (index, l1 is tables.l1))
-    nb_entries = sum(map(len, (tables.l1, *l1_tables)))
+    nb_entries = sum(map(len, l1_tables))
     waiting = _waiting_references(
         image, [place >> image.cluster_bits for place in places]
     )
     try:
         # Told by the L1 entry, as QEMU does.
-        for nb_done, entry in enumerate(chain(tables.l1, *l1_tables), 1):
+        for nb_done, entry in enumerate(chain(*l1_tables), 1):
             if (place := places.pop(entry & OFFSET_MASK, None)) is not None:
                 index, active = place
                 guest_offset = index << tables.l1_shift
@@ -81,6 +77,37 @@ def _waiting_references(
             start = bisect_left(ordered, first)
             waiting.update(ordered[start : bisect_left(ordered, first + nb_clusters)])
     return waiting
+
+
+async def has_compressed_clusters(image: "Qcow2Driver") -> bool:
+    """Whether there are any, in the disk or a snapshot. The image is `alone`."""
+    offsets = {
+        _l2_offset(image, index, entry)
+        for l1 in await _all_l1_tables(image)
+        for index, entry in enumerate(l1)
+    }
+    for offset in offsets - {0}:
+        words = load_be64(await image.storage.pread(offset, image.cluster_size))
+        # Bitmaps of subclusters lie between the entries.
+        if any(map(OFLAG_COMPRESSED.__and__, words[:: image.tables.entry_words])):
+            return True
+    return False
+
+
+async def _all_l1_tables(image: "Qcow2Driver") -> "list[array[int]]":
+    """Return the L1 table of the disk, and of each snapshot."""
+    snapshots, _ = await read(image)
+    return [image.tables.l1, *[await read_l1(image, one) for one in snapshots]]
+
+
+def _l2_offset(image: "Qcow2Driver", index: int, entry: int) -> int:
+    """Return where the L2 table of an L1 entry is; 0 without one."""
+    offset = entry & OFFSET_MASK
+    if offset % image.cluster_size:
+        raise CorruptImage(
+            f"L2 table offset {offset:#x} unaligned (L1 index: {format_hex(index)})"
+        )
+    return offset
 
 
 async def _expand_table(

@@ -417,7 +417,7 @@ class Header:
             raise ImageError("Reference count table too large")
         if self.refcount_table_clusters == 0 and not for_check:
             raise ImageError("Image does not contain a reference count table")
-        self._check_range(
+        self.check_range(
             "Reference count table",
             self.refcount_table_offset,
             self.refcount_table_clusters << self.cluster_bits,
@@ -425,16 +425,17 @@ class Header:
         if not for_check:
             if self.nb_snapshots > MAX_SNAPSHOTS:
                 raise ImageError("Snapshot table too large")
-            self._check_range("Snapshot table", self.snapshots_offset, 0)
+            self.check_range("Snapshot table", self.snapshots_offset, 0)
         if self.l1_size * 8 > MAX_L1_BYTES:
             raise ImageError("Active L1 table too large")
-        self._check_range("Active L1 table", self.l1_table_offset, self.l1_size * 8)
+        self.check_range("Active L1 table", self.l1_table_offset, self.l1_size * 8)
         if self.l1_entries_needed > _MAX_L1_ENTRIES:
             raise ImageError("Image is too big")
         if self.l1_size < self.l1_entries_needed:
             raise ImageError("L1 table is too small")
 
-    def _check_range(self, name: str, offset: int, length: int) -> None:
+    def check_range(self, name: str, offset: int, length: int) -> None:
+        """See that a table can be there, in some file. Raises `ImageError`."""
         if offset % self.cluster_size or offset > _MAX_OFFSET - length:
             raise ImageError(f"{name} offset invalid")
 

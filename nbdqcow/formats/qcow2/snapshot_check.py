@@ -42,9 +42,11 @@ def load_snapshots(
     """
     discards = Discards(report, file_length) if repair == REPAIR_ALL else None
     nb_beyond = max(header.nb_snapshots - h.MAX_SNAPSHOTS, 0)
-    if header.snapshots_offset % header.cluster_size:
+    try:
+        header.check_range("snapshot table", header.snapshots_offset, 0)
+    except ImageError as error:
         raise ImageError("Check failed: Invalid argument") from ImageError(
-            "ERROR snapshot table offset invalid"
+            f"ERROR {error}"
         )
     if nb_beyond and discards is None:
         raise ImageError("Check failed: File too large") from ImageError(

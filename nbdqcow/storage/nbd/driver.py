@@ -20,7 +20,7 @@ from nbdqcow.errors import (
 )
 from nbdqcow.nbd import constants as nbd
 from nbdqcow.nbd.client_transmission import Call
-from nbdqcow.nbd.uri import parse_place
+from nbdqcow.nbd.uri import NbdUri, parse_place
 from nbdqcow.storage.nbd.client import Client
 from nbdqcow.storage.nbd.connection import BASE_ALLOCATION
 from nbdqcow.types import Buffer, Buffers
@@ -33,6 +33,8 @@ _MAX_SIZE: Final = (1 << 63) - 1 * GiB
 """Bytes of an export. Whatever is rounded up is an offset of a file, still."""
 _ZEROES: Final = bytes(1 * MiB)
 _ALLOCATION_DEPTH: Final = "qemu:allocation-depth"
+_OPEN_DELAY: Final = 0.5
+"""Seconds between two attempts to connect for the first time."""
 
 
 class NbdStorage(StorageDriver):
@@ -87,11 +89,15 @@ class NbdStorage(StorageDriver):
     ) -> "NbdStorage":
         """Connect to the export that an NBD URI, or ``nbd:HOST:PORT``, names.
 
-        The timeouts are those of `nbdqcow.storage.nbd.client.Client`. Raises
+        The timeouts are those of `nbdqcow.storage.nbd.client.Client`; parameters
+        of the URI, ``x-reconnect-delay`` and ``x-open-timeout``, say for how many
+        seconds to wait for a server that has gone, or is not there yet. Raises
         `ImageError` with one clear message.
         """
         try:
             uri = parse_place(filename)
+            reconnect_delay = _wait(uri, "x-reconnect-delay", reconnect_delay)
+            open_timeout = _wait(uri, "x-open-timeout", 0.0)
         except UsageError as exc:
             raise ImageError(str(exc)) from None
         client = Client(
@@ -101,7 +107,7 @@ class NbdStorage(StorageDriver):
             request_timeout=request_timeout,
         )
         try:
-            await client.open()
+            await _open(client, open_timeout)
             return cls(client, filename, read_only=read_only)
         except (ImageError, ProtocolError, CredentialsError) as exc:
             await client.close()
@@ -342,3 +348,27 @@ async def _all(coroutines: Iterator[Coroutine[Any, Any, Call]]) -> list[Call]:
         if isinstance(result, BaseException):
             raise result
     return [result for result in results if isinstance(result, Call)]
+
+
+def _wait(uri: NbdUri, name: str, default: float) -> float:
+    """Return the seconds that a parameter says. Raises `UsageError`."""
+    text = uri.parameters.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit()) or len(text) > 10:
+        raise UsageError(f"'{uri}': {name} is a number of seconds")
+    return float(text)
+
+
+async def _open(client: Client, timeout: float) -> None:
+    """Connect; try again for so many seconds where nobody answers."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout
+    while True:
+        try:
+            return await client.open()
+        except OSError:
+            left = deadline - loop.time()
+            if left <= 0:
+                raise
+            await asyncio.sleep(min(_OPEN_DELAY, left))
