@@ -93,7 +93,8 @@ class NbdStorage(StorageDriver):
         try:
             uri = parse_place(filename)
         except UsageError as exc:
-            raise ImageError(str(exc)) from None
+            # Who opens it names it.
+            raise ImageError(str(exc).removeprefix(f"'{filename}': ")) from None
         client = Client(
             uri,
             connect_timeout=connect_timeout,
