@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help serve test lint types check bench bench-nbd bench-img conformance iotests matrix \
- img-lines differential-long safety fuzz soak clean setup-serve setup-test
+ img-lines nbd-lines differential-long safety fuzz soak clean setup-serve setup-test
 
 BIN := .venv/bin
 IMAGE ?= var/disk.qcow2
@@ -59,6 +59,9 @@ conformance: setup-test  ## every command line of the image tool beside qemu-img
 
 img-lines: setup-test  ## random lines of the image tool beside qemu-img's for LINES_SECONDS (600)
 	$(BIN)/python -m tests.interop.img_random --seconds $(LINES_SECONDS) $(LINES)
+
+nbd-lines: setup-test  ## random lines of the server beside qemu-nbd's for LINES_SECONDS (600)
+	$(BIN)/python -m tests.interop.nbd_random --seconds $(LINES_SECONDS) $(LINES)
 
 iotests: setup-test  ## QEMU's own block tests with our programs in the place of QEMU's
 	$(BIN)/python -m tests.iotests $(IOTESTS)

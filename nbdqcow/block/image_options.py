@@ -70,12 +70,19 @@ class BackingOverride(NamedTuple):
     options: Mapping[str, Any] = NO_OPTIONS
 
 
-def parse_json_name(name: str) -> tuple[str, dict[str, Any]]:
+def parse_json_name(
+    name: str, format_: str | None = None
+) -> tuple[str, dict[str, Any]]:
     """Return what `parse_pairs` does for a name that begins with ``json:``.
 
-    Raises `ImageError`.
+    A format that is given besides takes the place of the one in the name: who says
+    ``raw`` has no guest's tables believed. Raises `ImageError`.
     """
-    return parse_pairs(json_pairs(name))
+    pairs = json_pairs(name)
+    if format_ is not None and pairs.get("driver") in format_names():
+        pairs = {**pairs, "driver": format_}
+    filename, options = parse_pairs(pairs)
+    return filename, options if format_ is None else {**options, "format": format_}
 
 
 def json_pairs(name: str) -> Pairs:
@@ -84,7 +91,7 @@ def json_pairs(name: str) -> Pairs:
     import json
 
     try:
-        given = json.loads(_double_quoted(name.removeprefix(JSON_PREFIX)))
+        given = json.loads(double_quoted(name.removeprefix(JSON_PREFIX)))
         if not isinstance(given, dict):
             raise ImageError("Invalid JSON object given")
         return flatten(given)
@@ -92,7 +99,7 @@ def json_pairs(name: str) -> Pairs:
         raise ImageError("Could not parse the JSON options") from None
 
 
-def _double_quoted(text: str) -> str:
+def double_quoted(text: str) -> str:
     """Return JSON text with the strings in double quotes that have single ones,
     which QEMU takes as well."""
 

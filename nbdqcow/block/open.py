@@ -135,7 +135,8 @@ def open_image(
 
     ``filename`` is a path, perhaps after ``file:``, the URI of an NBD export,
     or ``json:{...}`` with options as QEMU names them, which come before those
-    given here. ``blkdebug:CONFIG:FILE`` is a file that fails by rules.
+    given here, but for the format. ``blkdebug:CONFIG:FILE`` is a file that fails by
+    rules.
     Use ``async with open_image(...) as node`` or ``node = await
     open_image(...)`` and close the node. Raises `ImageError` (`ImageInUse`
     for a locked one) and `OSError`.
@@ -156,7 +157,7 @@ async def _open_chain(
     """Open ``filename`` and what it is backed by; ``above`` are the real
     paths of the overlays that led here."""
     if filename.startswith(JSON_PREFIX):
-        filename, given = _parse_json_name(filename)
+        filename, given = _parse_json_name(filename, options.format)
         options = _with_given(options, given)
     real = _real_path(filename)
     if real in above:
@@ -419,9 +420,11 @@ async def _open_backing(
         raise kind(f"Could not open backing file: {text}") from None
 
 
-def _parse_json_name(name: str) -> tuple[str, dict[str, Any]]:
+def _parse_json_name(
+    name: str, format_: str | None = None
+) -> tuple[str, dict[str, Any]]:
     try:
-        return parse_json_name(name)
+        return parse_json_name(name, format_)
     except ImageError as error:
         raise ImageError(f"Could not open '{name}': {error}") from None
 

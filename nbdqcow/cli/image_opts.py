@@ -7,17 +7,19 @@ from nbdqcow.block.image_options import parse_pairs as _parse_pairs
 from nbdqcow.errors import ImageError, UsageError
 
 
-def parse_keyval(text: str) -> dict[str, str]:
+def parse_keyval(text: str, *, flags: bool = True) -> dict[str, str]:
     """Return the pairs of ``key=value,...``; ``,,`` is a comma in a value.
 
-    A key without ``=`` is ``on``; the first one is ``file`` with that value.
-    Raises `UsageError`.
+    With ``flags`` a key without ``=`` is ``on``; the first one is ``file`` with
+    that value. Raises `UsageError`.
     """
     pairs: dict[str, str] = {}
     for index, item in enumerate(text.replace(",,", "\0").split(",")):
         if not item:
             continue
         key, equals, value = item.replace("\0", ",").partition("=")
+        if not (flags or equals):
+            raise UsageError(f"Expected '=' after parameter '{key}'")
         if not equals and index == 0:
             pairs["file"] = key
             continue

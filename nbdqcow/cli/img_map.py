@@ -165,7 +165,8 @@ def human_lines(rows: Sequence[Row]) -> list[str]:
             )
         numbers = "".join(f"{format_hex(n):16}" for n in (start, length, host_offset))
         file = node.driver.data
-        while file.inner is not None:
+        # A raw image is nowhere but in the file below its filters, as in QEMU.
+        while node.format_name == "raw" and file.inner is not None:
             file = file.inner
         lines.append(f"{numbers}{file.filename}\n")
     return lines

@@ -15,9 +15,9 @@ def program_name() -> str:
 
 
 def is_our_name() -> bool:
-    """Whether we go by our own name: if not, we stand in for qemu-img, and do
-    nothing that it does not do."""
-    return program_name() != "qemu-img"
+    """Whether we go by our own name: if not, we stand in for qemu-img or qemu-nbd,
+    and do nothing that these do not do."""
+    return program_name() not in ("qemu-img", "qemu-nbd")
 
 
 def error(text: str) -> None:

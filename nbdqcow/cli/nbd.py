@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 from nbdqcow.cli.messages import describe, error, printable, program_name, warning
 from nbdqcow.cli.nbd_options import HELP, NO_LIMIT, Settings, TryHelp, parse_arguments
 from nbdqcow.cli.program import run_program
-from nbdqcow.errors import ImageError, NbdQcowError, UsageError
+from nbdqcow.errors import CredentialsError, ImageError, NbdQcowError, UsageError
 from nbdqcow.server.systemd import take_activation
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _SECTOR: Final = 512
 
 def main() -> int:
     """Run the command; return its exit status."""
-    return run_program(_main)
+    return run_program(_main, print_failures_last=True)
 
 
 def _main() -> int:
@@ -31,7 +31,7 @@ def _main() -> int:
         error(str(exc))
         error(f"Try `{program_name()} --help' for more information.")
         return 1
-    except UsageError as exc:
+    except (UsageError, CredentialsError) as exc:
         error(str(exc))
         return 1
     if "h" in settings.given:
@@ -62,8 +62,8 @@ def _list(settings: Settings) -> int:
 
     tls = None
     try:
-        objects = Objects(settings.objects)
         if settings.tls_creds is not None:
+            objects = settings.objects or Objects()
             credentials = objects.credentials(settings.tls_creds, is_server=False)
             hostname = settings.tls_hostname
             if hostname is None and settings.socket is None:
@@ -156,7 +156,7 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
     from nbdqcow.server.server import Server
     from nbdqcow.server.systemd import notify
 
-    objects = Objects(settings.objects)
+    objects = settings.objects or Objects()
     tls, may_use = objects.server_tls(settings.tls_creds, settings.tls_authz)
     node = await open_served(settings, objects)
     server = Server(
@@ -256,6 +256,23 @@ def _meta_contexts(settings: Settings, node: "Node") -> list[str]:
         contexts.append(ALLOCATION_DEPTH)
     for bitmap in settings.bitmaps:
         if node.find_bitmap(bitmap) is None:
-            raise ImageError(f"Bitmap '{bitmap}' is not found")
+            if _is_inconsistent(node, bitmap):
+                reason = "is inconsistent and cannot be used"
+            else:
+                reason = "is not found"
+            raise ImageError(f"Bitmap '{bitmap}' {reason}")
         contexts.append(DIRTY_BITMAP + bitmap)
     return contexts
+
+
+def _is_inconsistent(node: "Node", bitmap: str) -> bool:
+    """Whether an image or one below it has that bitmap, but nobody knows what it
+    has missed."""
+    from nbdqcow.jobs.bitmaps import inconsistent_bitmaps
+
+    below: Node | None = node
+    while below is not None:
+        if bitmap in inconsistent_bitmaps(below):
+            return True
+        below = below.backing
+    return False

@@ -1,12 +1,14 @@
 """The image of ``nbdqcow-nbd``, opened as its options say, with qemu-nbd's words."""
 
+import contextlib
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from nbdqcow.block.image_options import JSON_PREFIX, parse_json_name
 from nbdqcow.block.node import Node
 from nbdqcow.cli.images import open_node
 from nbdqcow.cli.nbd_options import Settings
 from nbdqcow.crypto.secrets import PassphraseRequired
-from nbdqcow.errors import CredentialsError, ImageError
+from nbdqcow.errors import CredentialsError, ImageError, UsageError
 
 if TYPE_CHECKING:
     from nbdqcow.cli.objects import Objects
@@ -67,10 +69,13 @@ def _take_options(settings: Settings, objects: "Objects") -> tuple[str, dict[str
             _fail(name, "Block node is read-only")
         options |= given | {"read_only": options.get("read_only", False)}
         if (key_id := options.pop("key_secret", None)) is not None:
-            secret = Secret(objects.secret(key_id).encode())
+            try:
+                secret = Secret(objects.secret(key_id).encode())
+            except UsageError as exc:
+                _fail(name, str(exc))
             given = options.get("driver_options", {})
             options["driver_options"] = {**given, "secret": secret}
-    elif not filename:
+    elif not filename.removeprefix("file:"):
         _fail(name, "The 'file' block driver requires a file name")
     if settings.native_aio and options.get("cache") not in ("none", "directsync"):
         _fail(
@@ -110,6 +115,11 @@ def _raise_as_qemu(settings: Settings, filename: str, exc: ImageError) -> NoRetu
         f"{opening}Failed to connect to "
     ):
         reason = reason.removeprefix(opening)
+        if filename.startswith(JSON_PREFIX):
+            with contextlib.suppress(ImageError):
+                # The file that it names: as with other names, once is enough.
+                path, _ = parse_json_name(filename)
+                reason = reason.removeprefix(f"Could not open '{path}': ")
     if settings.snapshot is not None:
         if reason.startswith("Can't find"):
             raise ImageError(f"Failed to load snapshot: {_NO_SNAPSHOT}") from None

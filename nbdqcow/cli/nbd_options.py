@@ -4,11 +4,14 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from nbdqcow.cli.getopt_long import getopt_long
 from nbdqcow.cli.messages import program_name
 from nbdqcow.errors import UsageError
+
+if TYPE_CHECKING:
+    from nbdqcow.cli.objects import Objects
 
 _MAX_STRING_LENGTH: Final = 4096
 _SOCKET_OF_DEVICE: Final = "/var/lock/{program}-{device}"
@@ -162,7 +165,7 @@ class Settings:
         socket: path of a unix socket, which takes the place of TCP.
         shared: clients at a time; 0 is any number.
         handshake_limit: seconds; 0 is none.
-        objects: what --object said, in order.
+        objects: what --object made; None for nothing.
         tls_creds, tls_authz: ids of objects.
         tls_hostname: what a client finds in the server's certificate.
         open_options: of `nbdqcow.block.open.open_image`, where given.
@@ -199,7 +202,7 @@ class Settings:
     bitmaps: tuple[str, ...] = ()
     snapshot: str | tuple[str | None, str | None] | None = None
     filename: str = ""
-    objects: tuple[str, ...] = ()
+    objects: "Objects | None" = None
     tls_creds: str | None = None
     tls_authz: str | None = None
     tls_hostname: str | None = None
@@ -217,8 +220,8 @@ def parse_arguments(
     arguments: list[str], activated: Sequence[tuple[int, str]] = ()
 ) -> Settings:
     """Return what ``arguments`` ask for; ``activated`` are the sockets that the
-    service manager has opened for us. Raises `UsageError`, and `Answered` if an
-    ``--object`` asked which there are."""
+    service manager has opened for us. Raises `UsageError`, `CredentialsError` for
+    an ``--object``, and `Answered` if one asked which there are."""
     try:
         options, operands = getopt_long(
             arguments, _SHORT, {k: v or k.rstrip("=") for k, v in _LONG.items()}
@@ -265,7 +268,8 @@ def _apply(settings: Settings, name: str, value: str) -> None:
             settings.allocation_depth = True
         case "B":
             if value not in settings.bitmaps:
-                settings.bitmaps += (value,)
+                # QEMU's order: which one is missed first, and listed first.
+                settings.bitmaps = (value, *settings.bitmaps)
         case "l":
             settings.snapshot = _parse_snapshot(value)
         case "L":
@@ -283,10 +287,11 @@ def _apply(settings: Settings, name: str, value: str) -> None:
         case "image-opts":
             settings.image_opts = True
         case "object":
-            from nbdqcow.cli.objects import answer_help
+            from nbdqcow.cli.objects import Objects
 
-            answer_help(value)
-            settings.objects += (value,)
+            # Made at once: QEMU's errors come in the order of the options.
+            settings.objects = settings.objects or Objects()
+            settings.objects.add(value)
         case "tls-creds":
             settings.tls_creds = value
         case "tls-authz":

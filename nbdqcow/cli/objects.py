@@ -1,13 +1,14 @@
 """``--object``: credentials, secrets and rules, with the properties of QEMU."""
 
 import base64
-import binascii
 import json
 import os
 import re
+import string
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from nbdqcow.block.image_options import double_quoted
 from nbdqcow.cli.image_opts import parse_keyval
 from nbdqcow.cli.program import Answered
 from nbdqcow.errors import UsageError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 _IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _BOOLEANS: Final = {"on": True, "yes": True, "off": False, "no": False}
 _HELP: Final = frozenset(("help", "?"))
+_BASE64_DIGITS: Final = f"{string.ascii_letters}{string.digits}+/=".encode()
+_PADDING: Final = ord("=")
 _KEY_LENGTH: Final = 32
 _BLOCK_LENGTH: Final = 16
 _CREDENTIALS: Final = {
@@ -47,6 +50,8 @@ _PROPERTIES: Final[Mapping[str, Mapping[str, str]]] = {
     },
 }
 """What objects there are, and their properties with QEMU's names of the types."""
+_RULES: Final = "rules"
+"""The property that has parts."""
 _ALIASES: Final = {"authz-listfile": "authz-list-file"}
 
 
@@ -192,8 +197,13 @@ class Properties:
     def check(self, known: Container[str]) -> None:
         """Raise `UsageError` for a property that is not ``known``."""
         for key in self._given:
-            if key.partition(".")[0] not in known:
-                _unexpected(key)
+            first, dot, _ = key.partition(".")
+            if first not in known:
+                _unexpected(first)
+            if dot and first != _RULES:
+                used = first in self._given
+                what = "used inconsistently" if used else "are unexpected"
+                raise UsageError(f"Parameters '{first}.*' {what}")
 
 
 def answer_help(text: str) -> None:
@@ -221,15 +231,29 @@ def parse_object(text: str) -> Properties:
     Raises `UsageError`.
     """
     if text.startswith("{"):
-        try:
-            given = json.loads(text)
-        except (ValueError, RecursionError) as exc:
-            raise UsageError(f"--object {text}: not JSON: {exc}") from None
-        return Properties(given)
+        return Properties(_parse_json(text))
     kind, _, rest = text.partition(",")
     if "=" in kind:
-        return Properties(parse_keyval(text))
-    return Properties(({"qom-type": kind} if kind else {}) | parse_keyval(rest))
+        return Properties(parse_keyval(text, flags=False))
+    given = parse_keyval(rest, flags=False)
+    return Properties(({"qom-type": kind} if kind else {}) | given)
+
+
+def _parse_json(text: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(double_quoted(text))
+    except json.JSONDecodeError as exc:
+        if exc.pos >= len(exc.doc):
+            raise UsageError("JSON parse error, premature EOI") from None
+        if exc.msg == "Extra data":
+            raise UsageError("Expecting at most one JSON value") from None
+        raise UsageError(
+            f"JSON parse error, {exc.msg.lower()} (character {exc.pos + 1})"
+        ) from None
+    except (ValueError, RecursionError) as exc:
+        # A number of thousands of digits, or as many brackets.
+        raise UsageError(f"JSON parse error, {exc}") from None
+    return found
 
 
 def _secret(objects: Objects, properties: Properties) -> bytes:
@@ -260,11 +284,22 @@ def _secret(objects: Objects, properties: Properties) -> bytes:
 
 
 def _decode_base64(content: bytes) -> bytes:
-    try:
-        # Lines of any length are welcome, as in QEMU.
-        return base64.b64decode(content.replace(b"\n", b""), validate=True)
-    except (binascii.Error, ValueError):
-        raise UsageError("Base64 data contains invalid characters") from None
+    """Return what QEMU takes for it: lines may have any length, digits that are
+    no whole group of four are dropped, and padding may be anywhere."""
+    digits = content.replace(b"\n", b"")
+    if digits.translate(None, _BASE64_DIGITS):
+        raise UsageError("Base64 data contains invalid characters")
+    decoded = bytearray()
+    for index in range(0, len(digits) - 3, 4):
+        group = digits[index : index + 4]
+        first, second, third = base64.b64decode(group.replace(b"=", b"A"))
+        decoded.append(first)
+        decoded += bytes(
+            byte
+            for byte, digit in ((second, group[2]), (third, group[3]))
+            if digit != _PADDING
+        )
+    return bytes(decoded)
 
 
 def _decrypt(content: bytes, encoding: str, key: bytes, iv: str | None) -> bytes:
@@ -362,17 +397,26 @@ def _nest_rules(flat: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in flat.items():
         first, _, rest = key.partition(".")
         index, _, name = rest.partition(".")
-        if first != "rules" or not rest:
+        if first != _RULES or not rest:
             nested[key] = value
-        elif index.isascii() and index.isdigit() and len(index) < 7 and name:
-            rules.setdefault(int(index), {})[name] = value
+        elif not (index.isascii() and index.isdigit() and len(index) < 7):
+            _wrong_type(_RULES, "array")
+        elif not name:
+            _wrong_type(f"rules.{index}", "object")
         else:
-            _unexpected(key)
+            rules.setdefault(int(index), {})[name] = value
     if rules:
-        if sorted(rules) != list(range(len(rules))) or "rules" in nested:
-            raise UsageError("'rules' must be numbered from 0 without a gap")
-        nested["rules"] = [rules[index] for index in range(len(rules))]
+        if _RULES in nested:
+            raise UsageError(f"Parameters '{_RULES}.*' used inconsistently")
+        for number in range(len(rules)):
+            if number not in rules:
+                raise UsageError(f"Parameter 'rules.{number}' missing")
+        nested[_RULES] = [rules[index] for index in range(len(rules))]
     return nested
+
+
+def _wrong_type(key: str, expected: str) -> NoReturn:
+    raise UsageError(f"Invalid parameter type for '{key}', expected: {expected}")
 
 
 def _unexpected(key: str) -> NoReturn:

@@ -17,6 +17,8 @@ from nbdqcow.tls import TlsCredentials, describe_tls_error
 
 _TIMEOUT: Final = 30.0
 """Seconds without a byte from the server."""
+_NAME_MISMATCHES: Final = (62, 64)
+"""OpenSSL's ``X509_V_ERR_HOSTNAME_MISMATCH`` and ``_IP_ADDRESS_MISMATCH``."""
 _ALL_INFOS: Final = (nbd.INFO_NAME, nbd.INFO_DESCRIPTION, nbd.INFO_BLOCK_SIZE)
 # What qemu-nbd calls the transmission flags.
 _FLAG_WORDS: Final = {
@@ -108,6 +110,12 @@ def _start_tls(
     context.check_hostname = verifies
     try:
         return context.wrap_socket(sock, server_hostname=tls.hostname)
+    except ssl.SSLCertVerificationError as exc:
+        if exc.verify_code not in _NAME_MISMATCHES:
+            raise NbdQcowError(f"TLS: {describe_tls_error(exc)}") from None
+        raise NbdQcowError(
+            f"Certificate does not match the hostname {tls.hostname}"
+        ) from None
     except (OSError, ValueError) as exc:
         raise NbdQcowError(f"TLS: {describe_tls_error(exc)}") from None
 

@@ -138,6 +138,8 @@ def parse_place(text: str) -> NbdUri:
         if not path:
             raise UsageError(f"'{text}': a unix socket needs a path")
         return NbdUri("unix", socket=path, export=export)
+    if not place:
+        raise UsageError("NBD server address missing")
     host, port = _parse_host_port(text, place)
     if not host or port >> 16:
         raise UsageError(f"'{text}' is not nbd:HOST:PORT")

@@ -232,24 +232,25 @@ def parse_rules(given: Any) -> RuleList:
     rules = []
     items = given.get("rules", [])
     if not isinstance(items, list):
-        raise UsageError("'rules' is not a list")
-    for item in items:
-        _check_keys("a rule", item, {"match", "policy", "format"})
+        raise UsageError("Invalid parameter type for 'rules', expected: array")
+    for index, item in enumerate(items):
+        place = f"rules.{index}."
+        _check_keys("a rule", item, {"match", "policy", "format"}, place)
         match = item.get("match")
         if not isinstance(match, str):
-            raise UsageError("Parameter 'match' is missing")
+            raise UsageError(f"Parameter '{place}match' is missing")
         if "policy" not in item:
-            raise UsageError("Parameter 'policy' is missing")
+            raise UsageError(f"Parameter '{place}policy' is missing")
         glob = _choice("format", item.get("format", "exact"), ("exact", "glob"))
         rules.append(Rule(match, _policy(item["policy"]), glob == "glob"))
     return RuleList(rules, _policy(given.get("policy", "deny")))
 
 
-def _check_keys(what: str, given: Any, keys: set[str]) -> None:
+def _check_keys(what: str, given: Any, keys: set[str], place: str = "") -> None:
     if not isinstance(given, dict):
         raise UsageError(f"{what} is not an object")
     for key in given.keys() - keys:
-        raise UsageError(f"Parameter '{key}' is unexpected")
+        raise UsageError(f"Parameter '{place}{key}' is unexpected")
 
 
 def _policy(value: Any) -> bool:

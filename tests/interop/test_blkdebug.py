@@ -69,6 +69,7 @@ OVER = f"{FILTERED},file.image.filename=base.qcow2"
         "info blkdebug::absent",
         "check blkdebug::base.qcow2",
         "map blkdebug::raw",
+        "map blkdebug::base.qcow2",
         "measure -O qcow2 blkdebug::base.qcow2",
         "create -f qcow2 blkdebug::new 1M",
         f"info --image-opts {FILTERED}",

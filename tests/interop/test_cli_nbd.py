@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -184,6 +185,13 @@ SAME = [
     ),
     ["--object=secret,id=s,data=x", "--object=secret,id=s,data=x", "-k", "SOCKET",
      "IMAGE"],
+    # Objects are made in their turn, and bitmaps looked for the last one first.
+    ["--object", "secret,id=s,data", "a", "b"],
+    ["-B", "one", "-B", "two", "-k", "SOCKET", "IMAGE"],
+    ["-k", "SOCKET", "file:"],
+    ["-k", "SOCKET", "nbd:"],
+    ["-k", "SOCKET", 'json:{"driver":"qcow2","file.filename":"RAW"}'],
+    ["-k", "SOCKET", "--image-opts", "driver=luks,key-secret=s,file.filename=IMAGE"],
 ]  # fmt: skip
 
 
@@ -206,10 +214,14 @@ def test_same_message_and_status(ours, theirs, image, path, tmp_path, arguments)
     raw = tmp_path / "disk.raw"
     raw.write_bytes(bytes(1 << 20))
     names = {"IMAGE": str(image), "RAW": str(raw), "SOCKET": str(path)}
+
+    def named(word):
+        return re.sub("IMAGE|RAW|SOCKET", lambda found: names[found[0]], word)
+
     results = []
     for program in (ours, theirs):
         done = subprocess.run(
-            [program, *(names.get(a, a) for a in arguments)],
+            [program, *(named(a) for a in arguments)],
             capture_output=True,
             text=True,
             timeout=30,
@@ -219,6 +231,39 @@ def test_same_message_and_status(ours, theirs, image, path, tmp_path, arguments)
         err = done.stderr.replace(program, "qemu-nbd")
         results.append((done.returncode, done.stdout, err))
     assert results[0] == results[1]
+
+
+def test_a_format_takes_the_place_of_that_in_a_name(start, image, path):
+    """Of a disk that is raw no tables are believed, whatever its name says."""
+    start("-r", "-f", "raw", f'json:{{"driver": "qcow2", "file.filename": "{image}"}}')
+    assert info(f"nbd+unix:///?socket={path}")["export-size"] < 1 << 20
+
+
+def test_a_bitmap_that_missed_writes(ours, theirs, image, path):
+    run(find_tool("qemu-img"), "bitmap", "--add", image, "b0")
+    run(find_tool("qemu-io"), "-c", "write 0 1k", "-c", "abort", image, status=-6)
+    arguments = ("-r", "-B", "b0", "-k", path, image)
+    answers = [run(program, *arguments, status=1) for program in (ours, theirs)]
+    assert answers[0] == answers[1]
+    assert "inconsistent" in answers[0][1]
+
+
+@pytest.mark.parametrize("stream", [">/dev/full", "2>/dev/full"])
+def test_nobody_reads_what_is_printed(ours, theirs, image, path, tmp_path, stream):
+    """A server comes up, and what is done has succeeded, all the same."""
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(bytes(1 << 20))
+    for program in (ours, theirs):
+        shell = ["sh", "-c", f'exec "$@" {stream}', "sh", program]
+        with subprocess.Popen([*shell, "-t", "-k", path, raw]) as process:
+            try:
+                wait_until_listening(path, process)
+                assert info(f"nbd+unix:///?socket={path}")["export-size"] == 1 << 20
+                listed = subprocess.run([*shell, "-L", "-k", path], timeout=60)
+                assert listed.returncode == 0
+            finally:
+                process.terminate()
+        assert process.returncode == 0
 
 
 # -- the life of a server --------------------------------------------------------

@@ -303,7 +303,7 @@ async def test_older_names(start, short_path):
         ("nbd:127.0.0.1:{port}", "refused"),
         ("nbd://host.invalid/", "address resolution failed for host.invalid:10809: "),
         ("nbd+unix:///", "needs a socket"),
-        ("nbd:", "not nbd:HOST:PORT"),
+        ("nbd:", "NBD server address missing"),
         ("nbd:unix:", "needs a path"),
         ("http://h/", "Unknown protocol 'http'"),
     ],

@@ -523,7 +523,7 @@ def test_refused_by_serve(pki, image, socket, arguments, message):
         (["--object", "authz-pam,id=t,service=x"], "use authz-list"),
         (["--object", "authz-simple,id=a,identity=x", "--object=secret,id=a,data=x"],
          "duplicate property 'a'"),
-        (["--object", "{"], "not JSON"),
+        (["--object", "{"], "JSON parse error, premature EOI"),
         (
             ["--object", "tls-creds-x509,id=t,dir=DIR,endpoint=server,priority=X"],
             "priority 'X'",
@@ -535,7 +535,7 @@ def test_refused_by_serve(pki, image, socket, arguments, message):
         ),
         (
             ["--object", "authz-list,id=a,rules.1.match=x,rules.1.policy=allow"],
-            "without a gap",
+            "Parameter 'rules.0' missing",
         ),
     ],
 )  # fmt: skip

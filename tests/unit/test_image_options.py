@@ -175,3 +175,14 @@ def test_a_single_quote_in_single_quotes():
 def test_quotes_that_do_not_match(text):
     with pytest.raises(ImageError, match="Could not parse the JSON options"):
         parse_json_name(f"json:{text}")
+
+
+def test_a_format_takes_the_place_of_the_names():
+    name = 'json:{"driver": "qcow2", "file.filename": "a"}'
+    assert parse_json_name(name, "raw") == ("a", {"format": "raw"})
+    assert parse_json_name('json:{"driver": "file", "filename": "a"}', "qcow2") == (
+        "a",
+        {"format": "qcow2"},
+    )
+    with pytest.raises(ImageError, match="'qcow2' does not support the option"):
+        parse_json_name('json:{"driver":"luks","key-secret":"s","file":{}}', "qcow2")

@@ -99,7 +99,8 @@ class NbdStorage(StorageDriver):
             reconnect_delay = _wait(uri, "x-reconnect-delay", reconnect_delay)
             open_timeout = _wait(uri, "x-open-timeout", 0.0)
         except UsageError as exc:
-            raise ImageError(str(exc)) from None
+            # Who opens it names it.
+            raise ImageError(str(exc).removeprefix(f"'{filename}': ")) from None
         client = Client(
             uri,
             connect_timeout=connect_timeout,

@@ -1,6 +1,7 @@
 """``--object``: what there is to know about them, and secrets in secrets."""
 
 import base64
+import re
 
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -114,3 +115,41 @@ def test_a_key_of_another_length():
     key, data = "secret,id=key,data=short", "secret,id=s,data=x,keyid=key"
     with pytest.raises(UsageError, match="Key should be 32 bytes in length"):
         Objects([key, f"{data},{VECTOR}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [("b25l", "one"), ("b2\n5l", "one"), ("b25lMQ", "one"), ("b25", ""), ("=====", "")],
+)
+def test_base64_as_qemu_reads_it(text, secret):
+    """What is no whole group of four digits is dropped."""
+    objects = Objects([f"secret,id=s,format=base64,data={text}"])
+    assert objects.secret("s").strip("\0") == secret
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        # A secret is not called "on".
+        ("secret,id=s,data", "Expected '=' after parameter 'data'"),
+        ("secret,id=s,data=x,foo.bar=1", "Parameter 'foo' is unexpected"),
+        ("secret,id=s,data.x=1", "Parameters 'data.*' are unexpected"),
+        ("secret,id=s,data.x=1,data=x", "Parameters 'data.*' used inconsistently"),
+        ('{"qom-type": "secret"', "JSON parse error, premature EOI"),
+        ("{}x", "Expecting at most one JSON value"),
+        ("{x}", "JSON parse error, expecting property name"),
+        ("authz-list,id=a,rules.0.policy=deny", "Parameter 'rules.0.match' is missing"),
+        ("authz-list,id=a,rules.1.match=x", "Parameter 'rules.0' missing"),
+        ("authz-list,id=a,rules=x", "type for 'rules', expected: array"),
+        ("authz-list,id=a,rules.x=1", "type for 'rules', expected: array"),
+        ("authz-list,id=a,rules.0=x", "type for 'rules.0', expected: object"),
+    ],
+)
+def test_wrong_properties_in_the_words_of_qemu(text, message):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        Objects([text])
+
+
+def test_json_with_single_quotes():
+    text = "{'qom-type': 'secret', 'id': 's', 'data': 'one'}"
+    assert Objects([text]).secret("s") == "one"
