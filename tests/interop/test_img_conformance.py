@@ -605,6 +605,20 @@ def test_a_locked_image(pristine, tmp_path):
         "create -f qcow2 base.qcow2 1G",
         "create -f raw base.qcow2 1G",
         "create -f qcow2 -b base.qcow2 -F qcow2 new.img",
+        "check -U overlay.qcow2",
+        "info -U --backing-chain overlay.qcow2",
+        "map --image-opts file.filename=base.qcow2,force-share=on,"
+        "data-file.filename=overlay.qcow2",
+        *(
+            f"{command} {name}"
+            for command in ("info", "info -U", "check", "check -U", "map", "map -U")
+            for name in (
+                "--image-opts file.filename=base.qcow2,force-share=on",
+                "--image-opts file.filename=base.qcow2,force-share=off",
+                '\'json:{"file.filename": "base.qcow2", "force-share": true}\'',
+                '\'json:{"file.filename": "base.qcow2", "force-share": false}\'',
+            )
+        ),
     ]
     holder = subprocess.Popen(
         ["qemu-io", "-f", "qcow2", "base.qcow2"],
@@ -626,7 +640,7 @@ def test_a_locked_image(pristine, tmp_path):
             holder.stdin.write(line)
             holder.stdin.flush()
         for line in lines:
-            assert run_ours(line, tmp_path) == run_theirs(line, tmp_path)
+            assert run_ours(line, tmp_path) == run_theirs(line, tmp_path), line
     finally:
         holder.communicate()
 
