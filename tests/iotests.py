@@ -35,7 +35,7 @@ _PREFIX: Final = "iot-"
 """Of temporary directories' names."""
 
 _FAULTS: Final = "blkdebug: other steps fail, and leave a sound image"
-_EVENTS: Final = "on a busy machine QEMU's events come in another order, or one more"
+_EVENTS: Final = "on a busy machine QEMU's events are others, or in another order"
 _REBUILT: Final = (
     "refcount blocks that can't be are made anew, behind the end of the file; QEMU "
     "lets the file grow over them, or refuses to shrink the disk"
@@ -58,6 +58,7 @@ KNOWN: Final[Mapping[str, str]] = {
     "144": _EVENTS,
     "153": "tells who holds an image; null-co:// is shown as raw",
     "162": "asks for QEMU's ssh driver",
+    "194": _EVENTS,
     "217": _FAULTS,
     "233": (
         "failures of TLS are in OpenSSL's words, and TLS-PSK needs Python 3.13; info "
@@ -79,6 +80,7 @@ KNOWN: Final[Mapping[str, str]] = {
     ),
     "280": _EVENTS,
     "282": "a file that is there stays when creating an image in it fails",
+    "301": "qcow: vmdk and its words; a commit that is refused says why",
     "312": "asks for QEMU's quorum driver",
 }
 """What does not pass with ours, and why: some on purpose, some not yet."""
