@@ -77,13 +77,15 @@ async def open_node(
     with_backing: bool = True,
     secret: "Secret | bytes | None" = None,
     explicit_zeroes: bool = False,
+    warns: bool = True,
 ) -> Node:
     """Open an image with its backing chain.
 
     ``format_`` and ``cache`` go before those of ``arguments``; ``shown`` is
     what messages call it; ``with_backing``: see `OpenOptions`;
     ``secret`` opens it if it is encrypted, and ``name`` does not say what does;
-    ``explicit_zeroes``: see the `Settings` of qcow2.
+    ``explicit_zeroes``: see the `Settings` of qcow2; ``warns`` of a raw image
+    whose format is guessed.
     Raises `ImageError` in qemu-img's words.
     """
     filename, options = _parse_name(name, arguments)
@@ -146,7 +148,8 @@ async def open_node(
         if text.startswith(opening) and not isinstance(exc.__cause__, OSError):
             opening = ""
         raise kind(f"{opening}{text}") from None
-    if writable and options.get("format") is None and node.driver.name == "raw":
+    guessed = options.get("format") is None and node.driver.name == "raw"
+    if writable and warns and guessed:
         warn_of_guess(filename)
     return node
 

@@ -541,6 +541,33 @@ def test_unaligned_cluster_with_subclusters(zeroed, options, tmp_path):
         assert results[0][0] == 0
 
 
+def test_commit_leaves_a_guessed_raw_image_raw(tmp_path):
+    for line in (
+        "qemu-img create -q -f raw base 1M",
+        "qemu-img create -q -f qcow -F raw -b base top",
+        "qemu-img create -q -f qcow2 guests 1M",
+        "truncate -s 1M guests",
+        # qcow has no room for the backing file's format: it will be guessed.
+        "qemu-img convert -n -f raw -O qcow guests top",
+    ):
+        subprocess.run(shlex.split(line), cwd=tmp_path, check=True)
+    status, out, err = run_ours("commit -f qcow top", tmp_path)
+    assert (status, out) == (1, b"")
+    assert err.startswith(b"qemu-img: Block job failed: base: its format was guessed")
+    assert (tmp_path / "base").read_bytes() == bytes(1 << 20)
+
+
+def test_growing_within_a_cluster_of_version_2(tmp_path):
+    """Nothing that a longer backing file has is to be hidden."""
+    for line in (
+        "qemu-img create -q -f qcow2 base 1M",
+        "qemu-img create -q -f qcow2 -o compat=0.10 -F qcow2 -b base top 520k",
+    ):
+        subprocess.run(shlex.split(line), cwd=tmp_path, check=True)
+    assert run_ours("resize -q top 567k", tmp_path) == (0, b"", b"")
+    assert run_ours("resize -q top 577k", tmp_path)[0] == 1
+
+
 @pytest.mark.parametrize("order", range(7))
 @pytest.mark.parametrize("bits", [9, 12, 16])
 def test_every_width_and_cluster_size(order, bits, pristine, tmp_path):
