@@ -1,10 +1,11 @@
 """``python -m tests.iotests [OPTION ...] [NAME ...]``: QEMU's own block tests.
 
 They (QEMU's ``tests/qemu-iotests``) are run with our programs in the place of
-qemu-img and qemu-nbd; what does not pass is run with QEMU's programs, too. What
-passes with those on this machine has to pass with ours; `KNOWN` has the exceptions
-with their reasons. The tests themselves are fetched (`tools/iotests-sources.sh`)
-and not a part of this project. Takes half an hour for qcow2.
+qemu-img and qemu-nbd; what does not pass is run with QEMU's programs, too. On one
+machine it has to end alike, for some tests fail there with either; `KNOWN` has the
+exceptions with their reasons. The tests themselves are fetched
+(`tools/iotests-sources.sh`) and not a part of this project. Takes half an hour for
+qcow2.
 
 ``--protocol nbd`` puts the images behind qemu-nbd, ``--options compat=0.10`` makes
 them with these options of ``qemu-img create``; most tests can do with that.
@@ -12,7 +13,6 @@ them with these options of ``qemu-img create``; most tests can do with that.
 
 import argparse
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -35,6 +35,7 @@ _PREFIX: Final = "iot-"
 """Of temporary directories' names."""
 
 _FAULTS: Final = "blkdebug: other steps fail, and leave a sound image"
+_EVENTS: Final = "on a busy machine QEMU's events are others, or in another order"
 _REBUILT: Final = (
     "refcount blocks that can't be are made anew, behind the end of the file; QEMU "
     "lets the file grow over them, or refuses to shrink the disk"
@@ -54,7 +55,10 @@ KNOWN: Final[Mapping[str, str]] = {
     "110": "asks for QEMU's quorum driver",
     "112": "a snapshot that fails leaks nothing; other steps of -p",
     "113": "reads a bochs image",
+    "144": _EVENTS,
+    "153": "tells who holds an image; null-co:// is shown as raw",
     "162": "asks for QEMU's ssh driver",
+    "194": _EVENTS,
     "217": _FAULTS,
     "233": (
         "failures of TLS are in OpenSSL's words, and TLS-PSK needs Python 3.13; info "
@@ -64,11 +68,19 @@ KNOWN: Final[Mapping[str, str]] = {
         "an export has the size of its file; QEMU's is a multiple of 512, so that a "
         "copy of it is longer, and writing there makes the file longer"
     ),
+    "244": "tells why an external data file can't hold compressed clusters",
     "261": (
         "damage reaches from a snapshot table into the next cluster, which with QEMU "
         "is free and with ours is in use: tables are at other places"
     ),
+    "271": f"tables are at other places after a snapshot; {_REBUILT}",
+    "274": (
+        "a disk that grows hides what its backing file has, and no more; clusters "
+        "that are preallocated for that are holes of the file, not zero clusters"
+    ),
+    "280": _EVENTS,
     "282": "a file that is there stays when creating an image in it fails",
+    "301": "qcow: vmdk and its words; a commit that is refused says why",
     "312": "asks for QEMU's quorum driver",
 }
 """What does not pass with ours, and why: some on purpose, some not yet."""
@@ -83,6 +95,12 @@ for argument in "$@"; do
 done
 exec -a qemu-system-x86_64 "$QEMU_REAL" "${arguments[@]}"
 """
+
+
+_STARTING: Final = "sleep 1 # FIXME: qemu-nbd needs to be listening before we continue"
+_STARTED: Final = """\
+while [ ! -S "$SOCK_DIR/nbd" ] && kill -0 $! 2>/dev/null; do sleep 0.1; done"""
+"""A busy machine takes longer than a second to start a server."""
 
 
 class Outcome(Enum):
@@ -110,7 +128,7 @@ class Programs:
         }
         accelerators = subprocess.check_output([qemu, "-accel", "help"], text=True)
         if "qtest" not in accelerators.split():
-            wrapper = directory / "qemu"
+            wrapper = directory / Path(qemu).name  # The tests look for it in messages.
             wrapper.write_text(_TCG)
             wrapper.chmod(0o755)
             self.qemus["QEMU_PROG"] = str(wrapper)
@@ -142,6 +160,10 @@ def run(
     sources = work / f"sources-{get_ident()}"
     if not sources.exists():
         shutil.copytree(SOURCES, sources, symlinks=True)
+        functions = sources / "tests/qemu-iotests/common.rc"
+        text = functions.read_text()
+        assert _STARTING in text
+        functions.write_text(text.replace(_STARTING, _STARTED))
     with tempfile.TemporaryDirectory(
         prefix=_PREFIX,
         dir=work,
@@ -186,19 +208,19 @@ def all_names() -> list[str]:
     return sorted(numbers) + sorted(others)
 
 
-def differences(output: str) -> list[str]:
-    """Return the lines of a failed test's output that are not as expected."""
-    output = re.sub(rf"/{_PREFIX}[^/]*/", "/", output)
+def missing(output: str) -> set[str]:
+    """Return what of the expected output a failed test did not print.
+
+    What it printed in its place has process ids, times and tracebacks, which vary.
+    """
     lines = output[output.find("\n--- ") + 1 :].splitlines()
-    return [
-        line
-        for line in lines
-        if line.startswith(("+", "-")) and not line.startswith(("+++ ", "--- "))
-    ]
+    return {
+        line for line in lines if line.startswith("-") and not line.startswith("--- ")
+    }
 
 
 def main() -> int:
-    """Run what is asked for; 1 if something passes with QEMU's programs alone."""
+    """Run what is asked for; 1 if something ends otherwise with QEMU's programs."""
     parser = argparse.ArgumentParser(prog="python -m tests.iotests")
     parser.add_argument("--format", default="qcow2", choices=FORMATS)
     parser.add_argument("--protocol", default="file", choices=("file", "nbd"))
@@ -212,7 +234,9 @@ def main() -> int:
     if options.options is not None:
         how += ["-o", options.options]
     with (
-        tempfile.TemporaryDirectory(prefix=_PREFIX) as directory,
+        tempfile.TemporaryDirectory(
+            prefix=_PREFIX, ignore_cleanup_errors=True
+        ) as directory,
         ThreadPoolExecutor(options.jobs) as pool,
     ):
         work = Path(directory)
@@ -223,7 +247,7 @@ def main() -> int:
             if ours is Outcome.PASSED:
                 return ours, ours, ""
             qemus, expected = run(name, how, programs.qemus, work)
-            same = differences(output) == differences(expected)
+            same = missing(output) <= missing(expected)
             if ours is qemus is Outcome.FAILED and same:
                 ours = Outcome.SAME
             return qemus, ours, output
@@ -232,7 +256,7 @@ def main() -> int:
         for name, (qemus, ours, output) in zip(
             names, pool.map(both, names), strict=True
         ):
-            if qemus is not Outcome.PASSED and ours is not Outcome.SAME:
+            if qemus not in (Outcome.PASSED, Outcome.FAILED):
                 text = f"{name}: {qemus.value} with QEMU's programs, not counted"
                 print(text, flush=True)
                 continue

@@ -80,7 +80,9 @@ def run(arguments: Sequence[str]) -> int:
     json = wants_json(output)
     # It is nothing that a check could notice.
     check_cache(cache, "Invalid source cache option: ")
-    named = image_name(operands[0], format_, image_opts=image_opts)
+    named = image_name(
+        operands[0], format_, image_opts=image_opts, force_share=force_share
+    )
     named = named._replace(
         filename=objects.with_credentials(named.filename, named.text)
     )
@@ -91,7 +93,6 @@ def run(arguments: Sequence[str]) -> int:
             repair,
             json=json,
             quiet=quiet,
-            force_share=force_share,
         )
     except ImageError as exc:
         if str(exc).startswith("Check failed"):
@@ -108,13 +109,12 @@ def _check(
     *,
     json: bool,
     quiet: bool,
-    force_share: bool,
 ) -> int:
     with open_image_file(
         named.filename,
         named.format,
         read_only=repair == REPAIR_NONE,
-        force_share=force_share,
+        force_share=named.force_share,
     ) as image:
         tool, file = image.tool, image.file
         if repair != REPAIR_NONE and named.format is None and tool.name == "raw":
@@ -129,7 +129,10 @@ def _check(
         for text in info.warnings:
             error(f"warning: {text}")
         check_backing_chain(
-            image, info, data_file=named.pairs.get("data-file.filename")
+            image,
+            info,
+            force_share=named.force_share,
+            data_file=named.pairs.get("data-file.filename"),
         )
         result = tool.check(file, repair, _report)
         leaks_fixed, corruptions_fixed = result.leaks_fixed, result.corruptions_fixed

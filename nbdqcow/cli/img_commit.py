@@ -111,7 +111,8 @@ async def _open_for_writing(above: Node, images: ImageArguments) -> Node:
     above.backing = None
     filename, format_, secret = (
         found.filename,
-        found.format_name,
+        # A guess stays one: no header of another format may come to a raw image.
+        None if found.guessed_raw else found.format_name,
         getattr(found.driver, "secret", None),
     )
     await found.close()
@@ -121,6 +122,7 @@ async def _open_for_writing(above: Node, images: ImageArguments) -> Node:
         writable=True,
         format_=format_,
         secret=secret,
+        warns=False,
     )
     return above.backing
 

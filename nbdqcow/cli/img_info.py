@@ -67,7 +67,9 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError("Expecting one image file name")
     json = wants_json(output)
     cache = check_cache(cache, "Invalid cache option: ")
-    named = image_name(operands[0], format_, image_opts=image_opts)
+    named = image_name(
+        operands[0], format_, image_opts=image_opts, force_share=force_share
+    )
     named = named._replace(
         filename=objects.with_credentials(named.filename, named.text)
     )
@@ -80,9 +82,7 @@ def run(arguments: Sequence[str]) -> int:
                 f"support the option '{key}'"
             )
     shown: list[tuple[ImageInfo, dict[str, Any]]] = []
-    for image, info in describe_chain(
-        named, force_share=force_share, whole_chain=whole_chain
-    ):
+    for image, info in describe_chain(named, whole_chain=whole_chain):
         for text in info.warnings:
             error(f"warning: {text}")
         if not shown and info.format == "raw":

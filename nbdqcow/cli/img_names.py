@@ -69,6 +69,7 @@ class ImageName(NamedTuple):
         text: the argument as it was given, for messages.
         key_id: the id of the secret that opens it, or None.
         pairs: the options that it is a set of.
+        force_share: whether they open it beside a writer.
     """
 
     text: str
@@ -76,6 +77,7 @@ class ImageName(NamedTuple):
     format: str | None
     key_id: str | None = None
     pairs: Mapping[str, str] = NO_OPTIONS
+    force_share: bool = False
 
     def as_json(self, format_: str) -> str | None:
         """Return the ``json:`` name that QEMU gives an image of that format if
@@ -98,9 +100,20 @@ class ImageName(NamedTuple):
         return "json:" + json.dumps({k: values[k] for k in _ORDER if k in values})
 
 
-def image_name(text: str, format_: str | None, *, image_opts: bool) -> ImageName:
+def check_force_share(options: Mapping[str, Any]) -> None:
+    """See that what ``--image-opts`` became does not contradict ``-U``.
+
+    Raises `ImageError`.
+    """
+    if not options.get("force_share", True):
+        raise ImageError("--force-share/-U conflicts with image options")
+
+
+def image_name(
+    text: str, format_: str | None, *, image_opts: bool, force_share: bool = False
+) -> ImageName:
     """Return what an argument means: a file name, or with ``image_opts`` a set
-    of options. Raises `UsageError` and `ImageError`."""
+    of options. ``force_share`` is ``-U``. Raises `UsageError` and `ImageError`."""
     if not image_opts and text.startswith(JSON_PREFIX):
         try:
             pairs = json_pairs(text)
@@ -113,9 +126,10 @@ def image_name(text: str, format_: str | None, *, image_opts: bool) -> ImageName
             format_ or options.get("format"),
             options.get("key_secret"),
             {key: value for key, value in pairs.items() if value is not None},
+            force_share or options.get("force_share", False),
         )
     if not image_opts:
-        return ImageName(text, text, format_)
+        return ImageName(text, text, format_, force_share=force_share)
     if format_ is not None:
         raise ImageError("--image-opts and --format are mutually exclusive")
     from nbdqcow.cli.image_opts import parse_image_opts, parse_keyval
@@ -126,10 +140,13 @@ def image_name(text: str, format_: str | None, *, image_opts: bool) -> ImageName
         # Without the hint at --help.
         reason = str(exc).removeprefix(f"'{text}': ")
         raise ImageError(f"Could not open '{text}': {reason}") from None
+    if force_share:
+        check_force_share(options)
     return ImageName(
         text,
         filename,
         options.get("format"),
         options.get("key_secret"),
         parse_keyval(text),
+        force_share or options.get("force_share", False),
     )

@@ -10,7 +10,7 @@ from nbdqcow.block.node import Node
 from nbdqcow.block.open import open_image
 from nbdqcow.block.registry import is_remote
 from nbdqcow.cli.image_opts import parse_image_opts
-from nbdqcow.cli.img_names import GivenObjects
+from nbdqcow.cli.img_names import GivenObjects, check_force_share
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
 from nbdqcow.cli.messages import warn_of_guess
 from nbdqcow.crypto.secrets import PassphraseRequired, Secret
@@ -77,13 +77,15 @@ async def open_node(
     with_backing: bool = True,
     secret: "Secret | bytes | None" = None,
     explicit_zeroes: bool = False,
+    warns: bool = True,
 ) -> Node:
     """Open an image with its backing chain.
 
     ``format_`` and ``cache`` go before those of ``arguments``; ``shown`` is
     what messages call it; ``with_backing``: see `OpenOptions`;
     ``secret`` opens it if it is encrypted, and ``name`` does not say what does;
-    ``explicit_zeroes``: see the `Settings` of qcow2.
+    ``explicit_zeroes``: see the `Settings` of qcow2; ``warns`` of a raw image
+    whose format is guessed.
     Raises `ImageError` in qemu-img's words.
     """
     filename, options = _parse_name(name, arguments)
@@ -131,7 +133,7 @@ async def open_node(
                 f"'' {str(exc)[at:]}"
             ) from None
         if not is_remote(filename):
-            _explain(filename, options, arguments, opening, writable=writable)
+            _explain(filename, options, opening, writable, force_share=force_share)
         text = str(exc) if isinstance(exc, ImageError) else exc.strerror or str(exc)
         if filename != name:
             text = text.removeprefix(f"Could not open '{filename}': ")
@@ -146,7 +148,8 @@ async def open_node(
         if text.startswith(opening) and not isinstance(exc.__cause__, OSError):
             opening = ""
         raise kind(f"{opening}{text}") from None
-    if writable and options.get("format") is None and node.driver.name == "raw":
+    guessed = options.get("format") is None and node.driver.name == "raw"
+    if writable and warns and guessed:
         warn_of_guess(filename)
     return node
 
@@ -154,10 +157,10 @@ async def open_node(
 def _explain(
     filename: str,
     options: Mapping[str, Any],
-    arguments: ImageArguments,
     opening: str,
-    *,
     writable: bool,
+    *,
+    force_share: bool,
 ) -> None:
     """Raise what qemu-img would say of an image that could not be opened."""
     try:
@@ -165,13 +168,13 @@ def _explain(
             filename,
             options.get("format"),
             read_only=not writable,
-            force_share=arguments.force_share,
+            force_share=force_share,
         ) as image:
             info = image.tool.describe(image.file)
             check_backing_chain(
                 image,
                 info,
-                force_share=arguments.force_share,
+                force_share=force_share,
                 data_file=options.get("driver_options", {}).get("data_file"),
             )
     except ImageError as exc:
@@ -181,13 +184,18 @@ def _explain(
 def _parse_name(name: str, arguments: ImageArguments) -> tuple[str, dict[str, Any]]:
     """Return the file and the options of `open_image` that ``name`` means."""
     try:
+        given = None
         if arguments.image_opts:
-            return parse_image_opts(name)
-        if name.startswith("json:"):
-            return parse_json_name(name)
+            given = parse_image_opts(name)
+        elif name.startswith("json:"):
+            given = parse_json_name(name)
     except (ImageError, UsageError) as exc:
         reason = str(exc).removeprefix(f"'{name}': ")
         raise ImageError(f"Could not open '{name}': {reason}") from None
+    if given is not None:
+        if arguments.image_opts and arguments.force_share:
+            check_force_share(given[1])
+        return given
     if not name:
         raise ImageError(
             "Could not open '': The 'file' block driver requires a file name"

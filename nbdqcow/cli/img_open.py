@@ -126,7 +126,7 @@ def backing_path(filename: str, backing_filename: str) -> str:
 
 
 def describe_chain(
-    image: ImageName, *, force_share: bool = False, whole_chain: bool = True
+    image: ImageName, *, whole_chain: bool = True
 ) -> Iterator[tuple[OpenImage, ImageInfo]]:
     """Yield an image and what it says of itself, then its backing files.
 
@@ -142,7 +142,9 @@ def describe_chain(
             raise ImageError(f"Backing file '{name}' creates an infinite loop.")
         seen.add(identity)
         try:
-            with open_image_file(name, format_, force_share=force_share) as opened:
+            with open_image_file(
+                name, format_, force_share=image.force_share
+            ) as opened:
                 info = opened.tool.describe(opened.file)
                 yield opened, info
         except ImageError as exc:

@@ -85,7 +85,8 @@ class _Conversion:
                     # What is lost is told in its order.
                     await flight.drain()
                 # Said when begun, as QEMU does: pieces end in any order.
-                control.advance(sum(piece.length for piece in pieces))
+                for piece in pieces:
+                    control.advance(piece.length)
             await flight.drain()
 
     # -- copying ---------------------------------------------------------

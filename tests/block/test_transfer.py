@@ -430,6 +430,26 @@ async def test_cancelled_between_pieces(tmp_path):
     img("check", "-q", tmp_path / "out")
 
 
+async def test_progress_of_pieces_that_are_moved_together(tmp_path, monkeypatch):
+    """Each is told of, as in qemu-img's ``convert -p``."""
+    seen = see(monkeypatch)
+    for name in ("disk", "out"):
+        img("create", "-q", "-f", "qcow2", tmp_path / name, 64 * MiB)
+    told = []
+    control = JobControl(lambda done, total: told.append((done, total)))
+    async with open_image(tmp_path / "disk") as source:
+        for start in (0, 2, 4, 32):
+            await source.pwrite(start * MiB, b"x" * MiB)
+    async with (
+        open_image(tmp_path / "disk", read_only=True) as source,
+        open_image(tmp_path / "out") as target,
+    ):
+        options = ConvertOptions(sparse=64 * KiB, target_is_zero=True, count_data=True)
+        await convert([source], target, options, control)
+    assert seen["joined"] == 1
+    assert told == [(done * MiB, 4 * MiB) for done in range(5)]
+
+
 @pytest.mark.parametrize("cluster_size", [4096, 65536])
 async def test_work_beside_old_content(tmp_path, cluster_size):
     """Each write by work does what a plain one does, in an overlay too."""

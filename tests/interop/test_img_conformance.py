@@ -511,6 +511,63 @@ def test_damaged_image(kind, options, pristine, tmp_path):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("options", ["", "-r leaks", "-r all"])
+@pytest.mark.parametrize("zeroed", ["4k 2k", "8k 2k"])
+def test_unaligned_cluster_with_subclusters(zeroed, options, tmp_path):
+    """Its offset can go if nothing is read there: see what is left of the image."""
+    results = []
+    for name, run in (("theirs", run_theirs), ("ours", run_ours)):
+        directory = tmp_path / name
+        directory.mkdir()
+        image = directory / "image"
+        for line in (
+            "qemu-img create -q -f qcow2 -o extended_l2=on image 1M",
+            f"qemu-io -f qcow2 -c 'write 4k 2k' -c 'write -z {zeroed}' image",
+        ):
+            subprocess.run(
+                shlex.split(line), cwd=directory, check=True, capture_output=True
+            )
+        l1_offset = int.from_bytes(image.read_bytes()[40:48])
+        l2_offset = int.from_bytes(image.read_bytes()[l1_offset + 1 : l1_offset + 8])
+        image.write_bytes(patched(image.read_bytes(), (l2_offset + 6, "B", 2)))
+        status, out, err = run(f"check {options} image", directory)
+        # Where new refcount structures go differs.
+        rebuilt = b"Rebuilding" in err
+        err = err.partition(b"Rebuilding")[0]
+        shown = [status, err] if rebuilt else [status, out, err]
+        results.append([*shown, run_theirs("map --output=json image", directory)])
+    assert results[0] == results[1]
+    if (zeroed, options) == ("4k 2k", "-r all"):
+        assert results[0][0] == 0
+
+
+def test_commit_leaves_a_guessed_raw_image_raw(tmp_path):
+    for line in (
+        "qemu-img create -q -f raw base 1M",
+        "qemu-img create -q -f qcow -F raw -b base top",
+        "qemu-img create -q -f qcow2 guests 1M",
+        "truncate -s 1M guests",
+        # qcow has no room for the backing file's format: it will be guessed.
+        "qemu-img convert -n -f raw -O qcow guests top",
+    ):
+        subprocess.run(shlex.split(line), cwd=tmp_path, check=True)
+    status, out, err = run_ours("commit -f qcow top", tmp_path)
+    assert (status, out) == (1, b"")
+    assert err.startswith(b"qemu-img: Block job failed: base: its format was guessed")
+    assert (tmp_path / "base").read_bytes() == bytes(1 << 20)
+
+
+def test_growing_within_a_cluster_of_version_2(tmp_path):
+    """Nothing that a longer backing file has is to be hidden."""
+    for line in (
+        "qemu-img create -q -f qcow2 base 1M",
+        "qemu-img create -q -f qcow2 -o compat=0.10 -F qcow2 -b base top 520k",
+    ):
+        subprocess.run(shlex.split(line), cwd=tmp_path, check=True)
+    assert run_ours("resize -q top 567k", tmp_path) == (0, b"", b"")
+    assert run_ours("resize -q top 577k", tmp_path)[0] == 1
+
+
 @pytest.mark.parametrize("order", range(7))
 @pytest.mark.parametrize("bits", [9, 12, 16])
 def test_every_width_and_cluster_size(order, bits, pristine, tmp_path):
@@ -605,6 +662,20 @@ def test_a_locked_image(pristine, tmp_path):
         "create -f qcow2 base.qcow2 1G",
         "create -f raw base.qcow2 1G",
         "create -f qcow2 -b base.qcow2 -F qcow2 new.img",
+        "check -U overlay.qcow2",
+        "info -U --backing-chain overlay.qcow2",
+        "map --image-opts file.filename=base.qcow2,force-share=on,"
+        "data-file.filename=overlay.qcow2",
+        *(
+            f"{command} {name}"
+            for command in ("info", "info -U", "check", "check -U", "map", "map -U")
+            for name in (
+                "--image-opts file.filename=base.qcow2,force-share=on",
+                "--image-opts file.filename=base.qcow2,force-share=off",
+                '\'json:{"file.filename": "base.qcow2", "force-share": true}\'',
+                '\'json:{"file.filename": "base.qcow2", "force-share": false}\'',
+            )
+        ),
     ]
     holder = subprocess.Popen(
         ["qemu-io", "-f", "qcow2", "base.qcow2"],
@@ -626,7 +697,7 @@ def test_a_locked_image(pristine, tmp_path):
             holder.stdin.write(line)
             holder.stdin.flush()
         for line in lines:
-            assert run_ours(line, tmp_path) == run_theirs(line, tmp_path)
+            assert run_ours(line, tmp_path) == run_theirs(line, tmp_path), line
     finally:
         holder.communicate()
 

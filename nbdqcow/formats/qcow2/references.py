@@ -332,7 +332,7 @@ class L2Tables:
         for tables in (active, inactive):
             for batch, nb_active in _batches(tables, self.header.cluster_size):
                 entries, bitmaps = yield from read_l2_tables(self.header, batch)
-                wrong = self._leave_out_bad_zero_clusters(batch, entries)
+                wrong = self._leave_out_bad_zero_clusters(batch, entries, bitmaps)
                 times = self._times[np.searchsorted(self._offsets, batch)]
                 wrong |= self._count_batch(entries, bitmaps, times, nb_active)
                 if wrong.any():
@@ -341,23 +341,30 @@ class L2Tables:
                     mostly = (nb_wrong > 0) & (2 * nb_wrong >= nb_used)
                     self._damaged += batch[mostly].tolist()
 
-    def _bad_zero_clusters(self, entries: "Entries") -> "npt.NDArray[np.bool_]":
-        """Tell zero clusters with a host offset that can't be."""
+    def _bad_zero_clusters(
+        self, entries: "Entries", bitmaps: "Entries | None"
+    ) -> "npt.NDArray[np.bool_]":
+        """Tell clusters of which nothing is read, with a host offset that can't be."""
         hosts = entries & np.uint64(OFFSET_MASK)
+        if bitmaps is None:
+            flags = entries & np.uint64(OFLAG_COMPRESSED | OFLAG_ZERO)
+            unread = flags == OFLAG_ZERO
+        else:
+            unread = (entries & np.uint64(OFLAG_COMPRESSED)) == 0
+            unread &= (bitmaps & np.uint64(ALL_ALLOCATED)) == 0
         return np.asarray(
-            ((entries & np.uint64(OFLAG_COMPRESSED | OFLAG_ZERO)) == OFLAG_ZERO)
-            & ((hosts & np.uint64(self.header.cluster_size - 1)) != 0)
+            unread & ((hosts & np.uint64(self.header.cluster_size - 1)) != 0)
         )
 
     def _leave_out_bad_zero_clusters(
-        self, offsets: "Entries", entries: "Entries"
+        self, offsets: "Entries", entries: "Entries", bitmaps: "Entries | None"
     ) -> "npt.NDArray[np.bool_]":
         """Count nothing for what `repair_zero_clusters` will see to; return
         which entries that is."""
-        if self.header.extended_l2 or not self.references.repair:
+        if not self.references.repair:
             return np.zeros(entries.shape, np.bool_)
-        bad = self._bad_zero_clusters(entries)
-        entries[bad] = OFLAG_ZERO
+        bad = self._bad_zero_clusters(entries, bitmaps)
+        entries[bad] = OFLAG_ZERO if bitmaps is None else 0
         self._to_repair += offsets[bad.any(axis=1)].tolist()
         return bad
 
@@ -382,7 +389,7 @@ class L2Tables:
         return found
 
     def repair_zero_clusters(self, doubtful: set[int]) -> Steps[int]:
-        """Take host offsets that can't be from clusters that read as zeroes,
+        """Take host offsets that can't be from clusters of which nothing is read,
         but not in ``doubtful`` tables. Returns how many are left.
 
         Nothing is lost: it is not known which cluster was meant, and what it
@@ -392,8 +399,9 @@ class L2Tables:
         text = "Preallocated cluster is not properly aligned; L2 entry corrupted."
         for offset in self._to_repair:
             raw = yield Read(offset, self.header.cluster_size)
-            entries = np.frombuffer(raw, ">u8").astype(np.uint64)
-            bad = self._bad_zero_clusters(entries)
+            words = np.frombuffer(raw, ">u8").astype(np.uint64)
+            entries, bitmaps = _split(self.header, words)
+            bad = self._bad_zero_clusters(entries, bitmaps)
             for host in map(int, entries[bad] & np.uint64(OFFSET_MASK)):
                 if offset in doubtful:
                     self.references.bad(f"ERROR offset={host:x}: {text}")
@@ -402,8 +410,8 @@ class L2Tables:
                     self.references.report(f"Repairing offset={host:x}: {text}")
                     self.references.result.corruptions_fixed += 1
             if offset not in doubtful:
-                entries[bad] = OFLAG_ZERO
-                yield Write(offset, entries.astype(">u8").tobytes())
+                entries[bad] = OFLAG_ZERO if bitmaps is None else 0
+                yield Write(offset, words.astype(">u8").tobytes())
         return nb_left
 
     def _count_batch(
@@ -533,8 +541,10 @@ class L2Tables:
             )
         offset = entry & OFFSET_MASK
         if offset % header.cluster_size:
-            zero = entry & OFLAG_ZERO and not header.extended_l2
-            kind = "Preallocated" if zero else "Data"
+            is_read = not entry & OFLAG_ZERO
+            if header.extended_l2:
+                is_read = bool(bitmap & ALL_ALLOCATED)
+            kind = "Data" if is_read else "Preallocated"
             references.bad(
                 f"ERROR offset={offset:x}: {kind} cluster is not properly aligned; L2 "
                 "entry corrupted.",
@@ -596,6 +606,10 @@ def read_l2_tables(
     for index, offset in enumerate(map(int, offsets)):
         raw[index * length : (index + 1) * length] = yield Read(offset, length)
     words = np.frombuffer(raw, ">u8").astype(np.uint64).reshape(len(offsets), -1)
+    return _split(header, words)
+
+
+def _split(header: Header, words: "Entries") -> tuple["Entries", "Entries | None"]:
     if header.extended_l2:
-        return words[:, ::2], words[:, 1::2]
+        return words[..., ::2], words[..., 1::2]
     return words, None

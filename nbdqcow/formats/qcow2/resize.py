@@ -252,13 +252,14 @@ async def _grow(image: "Qcow2Driver", size: int, preallocation: str) -> None:
     await image.prepare_growing(size)
     old_size, cluster_size = image.size, image.cluster_size
     backing_size = image.backing_size
+    start, end = round_up(old_size, cluster_size), round_up(size, cluster_size)
     if (
-        backing_size > old_size
+        start < end
+        and backing_size > old_size
         and image.header.version < 3
         and preallocation in ("off", "metadata")
     ):
         raise NotSupported("Failed to zero out new clusters: Operation not supported")
-    start, end = round_up(old_size, cluster_size), round_up(size, cluster_size)
     is_raw = image.data_file is not None and data_file.is_raw(image.header)
     # What a raw data file has behind the disk becomes the disk's, as in a raw
     # image: people append to the file first and then tell the image.
@@ -279,7 +280,7 @@ async def _grow(image: "Qcow2Driver", size: int, preallocation: str) -> None:
             if is_raw:
                 bitmap = ALL_ALLOCATED
             await _preallocate(image, start, end, preallocation, bitmap, kept_end)
-        elif backing_size > start:
+        elif backing_size > start and start < end:
             end = min(end, round_up(backing_size, cluster_size))
             await discard.write_zeroes(image, start, end - start, may_unmap=True)
         await image.writeback.flush()
