@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import find_tool
 from tests.interop.img_beside_qemu import compare, lines, prepare, qemu_io
-from tests.interop.test_img_conformance import run_ours, run_theirs
+from tests.interop.img_programs import run_ours, run_theirs
 
 
 @pytest.fixture(scope="session")

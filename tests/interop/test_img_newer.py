@@ -16,7 +16,7 @@ from tests.interop.img_beside_qemu import (
     qemu_io,
     settle,
 )
-from tests.interop.test_img_conformance import run_ours, run_theirs
+from tests.interop.img_programs import run_ours, run_theirs
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.test_img_conformance import REPOSITORY, run_ours
+from tests.conftest import REPOSITORY
+from tests.interop.img_programs import run_ours
 
 MiB = 1 << 20
 IN_A_PROCESS = [

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SEED
-from tests.interop.test_img_conformance import REPOSITORY, run_ours
+from tests.conftest import REPOSITORY, SEED
+from tests.interop.img_programs import run_ours
 
 MiB = 1 << 20
 COMMAND = [sys.executable, "-m", "nbdqcow.cli.img", "convert"]
