@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.builder import ImageBuilder, builder_of_all_kinds
-from tests.conftest import REPOSITORY, find_tool
+from tests.conftest import REPOSITORY, find_tool, own_environment
 from tests.interop.img_programs import (
     IN_A_PROCESS,
     files_of,
@@ -418,7 +418,7 @@ def test_work_is_done_though_nobody_reads_of_it(end, pristine, tmp_path):
             ["sh", "-c", f'"$@" {line} {end}', "sh", *IN_A_PROCESS],
             cwd=tmp_path,
             capture_output=True,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            env=own_environment(),
             check=False,
         )
         assert (done.returncode, done.stderr) == (0, b"")
@@ -431,7 +431,7 @@ def test_a_closed_pipe_is_no_traceback(pristine):
         ["sh", "-c", '"$@" info base.qcow2 | true', "sh", *IN_A_PROCESS],
         cwd=pristine,
         capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env=own_environment(),
         check=False,
     )
     assert done.stderr == b""

@@ -22,9 +22,9 @@ import pytest
 from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
 from tests.certificates import Authority
-from tests.conftest import find_free_port
+from tests.conftest import find_free_port, own_environment
 from tests.nbd_client import NbdClient
-from tests.serving import REFERENCE, need, run, server_environment, serving
+from tests.serving import REFERENCE, need, run, serving
 
 pytestmark = pytest.mark.skipif(REFERENCE, reason="for our server")
 MiB = 1 << 20
@@ -221,7 +221,7 @@ def descriptor(place: Place, client: str) -> None:
         process = subprocess.Popen(
             command,
             pass_fds=[theirs.fileno()],
-            env=server_environment(),
+            env=own_environment(),
             stdout=subprocess.DEVNULL,
         )
         theirs.close()
