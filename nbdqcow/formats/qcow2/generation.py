@@ -316,7 +316,7 @@ class Generation:
                 # The operation is done. They go with the next commit.
                 image.freed.add(first, nb_clusters, False)
         if refcounts.freed:
-            image.spawn(_drop(image, refcounts.freed))
+            image.tasks.spawn(_drop(image, refcounts.freed))
 
 
 def _compressed_clusters(
