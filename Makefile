@@ -55,7 +55,7 @@ bench-img: setup-test  ## the image tool's commands beside qemu-img (BENCH_IMG='
 	$(BIN)/python -m bench.img $(BENCH_IMG)
 
 conformance: setup-test  ## every command line of the image tool beside qemu-img
-	$(PYTEST) $(PARALLEL) $(LONG) tests/interop/test_img_commands.py
+	$(PYTEST) $(PARALLEL) $(LONG) tests/interop/test_img_{conformance,convert,read,change}.py
 
 img-lines: setup-test  ## random lines of the image tool beside qemu-img's for LINES_SECONDS (600)
 	$(BIN)/python -m tests.interop.img_random --seconds $(LINES_SECONDS) $(LINES)

@@ -1,4 +1,4 @@
-"""Sizes as people write them and as qemu-img prints them."""
+"""Units and rounding; sizes as people write them and as qemu-img prints them."""
 
 import re
 from typing import Final

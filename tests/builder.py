@@ -6,6 +6,7 @@ The builder keeps clusters, tables and refcounts as plain Python values until
 
 import struct
 import zlib
+from typing import Any
 
 from nbdqcow.formats.qcow2.entries import (
     OFLAG_COMPRESSED,
@@ -247,3 +248,16 @@ class BytesFile:
 
     def close(self) -> None:
         pass
+
+
+def builder_of_all_kinds(size: int = 8 << 20, **options: Any) -> ImageBuilder:
+    """Return the builder of a sound image with every kind of cluster, in clusters of
+    4 KiB unless ``options`` say otherwise; see `ImageBuilder` for them."""
+    builder = ImageBuilder(size, **{"cluster_bits": 12, **options})
+    for number in range(6):
+        builder.add_data(number * 3, b"data%d" % number)
+    builder.add_zero(20)
+    builder.add_zero(21, allocated=True)
+    builder.add_compressed(30, b"hello" * 100)
+    builder.add_compressed(31, b"hello" * 50, skip=100)
+    return builder

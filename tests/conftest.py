@@ -188,6 +188,13 @@ def newer_clients() -> Callable[..., list[str]]:
     return lambda *words: [str(directory / "run"), *map(str, words)]
 
 
+def own_environment() -> dict[str, str]:
+    """Return an environment in which this checkout is the package that runs."""
+    path = os.environ.get("PYTHONPATH", "")
+    joined = f"{REPOSITORY}{os.pathsep}{path}" if path else str(REPOSITORY)
+    return {**os.environ, "PYTHONPATH": joined}
+
+
 def find_free_port() -> int:
     """Return a TCP port on 127.0.0.1 that nobody listened on just now."""
     with socket.socket() as probe:
@@ -236,7 +243,7 @@ class ServedProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
-                env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+                env=own_environment(),
             )
 
     def describe(self) -> str:

@@ -16,14 +16,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.conftest import find_tool
+from tests.conftest import START_SECONDS, STOP_SECONDS, find_tool, own_environment
 from tests.nbd_client import NbdClient
 
 REFERENCE = os.environ.get("NBDQCOW_TEST_SERVER", "") == "qemu-nbd"
-REPOSITORY = Path(__file__).resolve().parent.parent
-
-START_SECONDS = 20.0
-STOP_SECONDS = 30.0
 
 
 def need(*tools: str) -> None:
@@ -39,7 +35,7 @@ def run(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess
         capture_output=True,
         text=True,
         timeout=100,
-        env=server_environment(),
+        env=own_environment(),
     )
     if check:
         assert done.returncode == 0, (
@@ -54,13 +50,6 @@ def nbdqcow_img(*words: str | Path) -> subprocess.CompletedProcess[str]:
         return run("qemu-img", *words)
     program = "import sys; from nbdqcow.cli.img import main; sys.exit(main())"
     return run(sys.executable, "-c", program, *words)
-
-
-def server_environment() -> dict[str, str]:
-    """Return an environment in which this checkout is the package that runs."""
-    path = os.environ.get("PYTHONPATH", "")
-    joined = f"{REPOSITORY}{os.pathsep}{path}" if path else str(REPOSITORY)
-    return {**os.environ, "PYTHONPATH": joined}
 
 
 def server_command(
@@ -165,7 +154,7 @@ def serving(
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
-                env=server_environment(),
+                env=own_environment(),
             )
         server = Server(process, socket, errors)
         try:

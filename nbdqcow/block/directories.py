@@ -1,4 +1,4 @@
-"""The names of files."""
+"""Names of files, made as durable as what is in the files."""
 
 import contextlib
 import os

@@ -317,7 +317,8 @@ class FormatDriver(ABC):
         """Allow changes to the image, or no longer, while it is in use.
 
         To stop them it waits for writers and writes all metadata back; the
-        storage changes after that, or before changes are allowed.
+        storage changes after that, or before changes are allowed. Raises
+        `NotSupported`, `BlockError` or `OSError`; the image stays as it was.
         """
         raise NotSupported("this format can't be opened otherwise while in use")
 

@@ -161,7 +161,6 @@ def parse_pairs(pairs: Pairs) -> tuple[str, dict[str, Any]]:
 def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
     file, backing, data_file, own = _groups(pairs, ("file", "backing", "data-file"))
     options: dict[str, Any] = {}
-    more: dict[str, Any] = {}
     filename = own.pop("filename", None)
     if (driver := own.get("driver")) in filter_names():
         # All options are the filter's: also those called as others of an image.
@@ -180,17 +179,7 @@ def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
         if filename is not None:
             file.setdefault("filename", filename)
         filename = _file_name(file, options)
-    for key, value in own.items():
-        if value is None:
-            raise ImageError(f"Parameter '{key}' has no value")
-        fits = driver is None or driver in _ENCRYPTING.get(key, (driver,))
-        if not fits or not (
-            _take_own(key, value, options) or _take_driver_own(key, value, more)
-        ):
-            raise ImageError(
-                f"Block format '{driver or 'raw'}' does not support the option '{key}'"
-            )
-    _take_overlap_checks(own, more)
+    more = _take_all_own(driver, own, options)
     if data_file:
         more["data_file"] = _data_file_name(data_file)
     if backing:
@@ -215,6 +204,26 @@ def _groups(pairs: Pairs, names: tuple[str, ...]) -> list[dict[str, str | None]]
         else:
             groups[""][key] = value
     return list(groups.values())
+
+
+def _take_all_own(
+    driver: str | None, own: Pairs, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Take the image's own options; return those of its driver. Raises `ImageError`
+    for one that it does not have."""
+    more: dict[str, Any] = {}
+    for key, value in own.items():
+        if value is None:
+            raise ImageError(f"Parameter '{key}' has no value")
+        fits = driver is None or driver in _ENCRYPTING.get(key, (driver,))
+        if not fits or not (
+            _take_own(key, value, options) or _take_driver_own(key, value, more)
+        ):
+            raise ImageError(
+                f"Block format '{driver or 'raw'}' does not support the option '{key}'"
+            )
+    _take_overlap_checks(own, more)
+    return more
 
 
 def _take_own(key: str, value: str, options: dict[str, Any]) -> bool:

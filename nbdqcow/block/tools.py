@@ -38,7 +38,7 @@ CACHE_MODES: Final = ("writeback", "none", "writethrough", "unsafe", "directsync
 
 
 def no_secrets(name: str) -> bytes:
-    """Be the `Secrets` of a command line that has none."""
+    """Be the `Secrets` of a command line that has none. Raises `ImageError`."""
     raise ImageError(f"No secret with id '{name}'")
 
 

@@ -12,8 +12,8 @@ from nbdqcow.cli.img_create import find_tool, print_specs
 from nbdqcow.cli.img_nodes import ImageArguments, open_node
 from nbdqcow.cli.img_options import (
     check_cache,
+    check_option_list,
     convert_option,
-    is_option_list,
     parse_arguments,
     split_options,
     wants_help,
@@ -49,9 +49,7 @@ def run(arguments: Sequence[str]) -> int:
                 print_help()
                 return 0
             case "-o":
-                if not is_option_list(value):
-                    raise ImageError(f"Invalid option list: {value}")
-                option_lists.append(value)
+                option_lists.append(check_option_list(value))
             case "-t":
                 images.cache = value
             case "-p":

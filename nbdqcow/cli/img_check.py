@@ -12,7 +12,7 @@ from nbdqcow.block.tools import (
     Secrets,
 )
 from nbdqcow.cli.img import print_help
-from nbdqcow.cli.img_names import GivenObjects, ImageName, image_name
+from nbdqcow.cli.img_names import GivenObjects, ImageName
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
 from nbdqcow.cli.img_options import (
     check_cache,
@@ -80,11 +80,8 @@ def run(arguments: Sequence[str]) -> int:
     json = wants_json(output)
     # It is nothing that a check could notice.
     check_cache(cache, "Invalid source cache option: ")
-    named = image_name(
+    named = objects.image_name(
         operands[0], format_, image_opts=image_opts, force_share=force_share
-    )
-    named = named._replace(
-        filename=objects.with_credentials(named.filename, named.text)
     )
     try:
         return _check(
@@ -135,19 +132,13 @@ def _check(
             data_file=named.pairs.get("data-file.filename"),
         )
         result = tool.check(file, repair, _report)
-        leaks_fixed, corruptions_fixed = result.leaks_fixed, result.corruptions_fixed
-        if leaks_fixed or corruptions_fixed:
+        if result.leaks_fixed or result.corruptions_fixed:
             if not json and not quiet:
-                print(
-                    "The following inconsistencies were found and repaired:\n\n"
-                    f"    {leaks_fixed} leaked clusters\n"
-                    f"    {corruptions_fixed} corruptions\n\n"
-                    "Double checking the fixed image now..."
-                )
-                sys.stdout.flush()
-            result = tool.check(file, REPAIR_NONE, _report)
-            result.leaks_fixed = leaks_fixed
-            result.corruptions_fixed = corruptions_fixed
+                _print_fixed(result)
+            again = tool.check(file, REPAIR_NONE, _report)
+            again.leaks_fixed = result.leaks_fixed
+            again.corruptions_fixed = result.corruptions_fixed
+            result = again
         if not quiet:
             if json:
                 print(format_json(_as_json(result, image.filename, tool.name)))
@@ -158,6 +149,16 @@ def _check(
     if result.corruptions:
         return _CORRUPT
     return _LEAKING if result.leaks else 0
+
+
+def _print_fixed(result: CheckResult) -> None:
+    print(
+        "The following inconsistencies were found and repaired:\n\n"
+        f"    {result.leaks_fixed} leaked clusters\n"
+        f"    {result.corruptions_fixed} corruptions\n\n"
+        "Double checking the fixed image now..."
+    )
+    sys.stdout.flush()
 
 
 def _report(text: str) -> None:

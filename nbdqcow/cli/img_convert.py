@@ -1,7 +1,7 @@
 """``nbdqcow-img convert``: disks copied into a new image."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from nbdqcow.cli.img_nodes import (
 from nbdqcow.cli.img_options import (
     check_cache,
     check_compression,
-    is_option_list,
+    check_option_list,
     parse_amount,
     parse_arguments,
     wants_help,
@@ -159,9 +159,7 @@ def _take(settings: _Settings, name: str, value: str) -> None:
         case "-c":
             settings.compressed = True
         case "-o":
-            if not is_option_list(value):
-                raise ImageError(f"Invalid option list: {value}")
-            settings.option_lists.append(value)
+            settings.option_lists.append(check_option_list(value))
         case "-l":
             settings.snapshot = parse_snapshot(value)
         case "-S":
@@ -322,39 +320,23 @@ async def _convert_to_target(
         assert settings.target_format is not None
         tool = find_tool(settings.target_format)
         values = _creation_values(settings, tool, text, size, sources)
-    if settings.bitmaps and len(sources) > 1:
-        raise ImageError("Copying bitmaps only possible with single source")
-    if settings.bitmaps and not has_bitmaps(sources[0]):
-        raise ImageError("Source lacks bitmap support")
-    if settings.bitmaps and not settings.skip_broken_bitmaps:
-        for name in inconsistent_bitmaps(sources[0]):
-            raise ImageError(
-                f"Cannot copy inconsistent bitmap '{name}'\nTry --skip-broken-bitmaps, "
-                "or use 'qemu-img bitmap --remove' to delete it"
-            )
+    if settings.bitmaps:
+        _check_bitmaps(settings, sources)
     if tool is not None and settings.target:
         # An unknown protocol is no failure of the creation.
         is_remote(settings.target)
     target_cache = check_cache(settings.target_cache, "Invalid cache option: ")
-    new: NewImage | None = None
     target_arguments = ImageArguments(
         format=settings.target_format,
         image_opts=settings.target_image_opts,
         objects=settings.images.objects,
     )
     target_arguments.check()
-    try:
-        path = settings.target
+    new: NewImage | None = None
+    path = settings.target
+    with contextlib.ExitStack() as stack:
         if tool is not None:
-            try:
-                new = NewImage(settings.target)
-                new.create(tool, values, settings.images.secret)
-            except ImageError as exc:
-                shown = str(exc) if new is None else new.rename_in(str(exc))
-                raise ImageError(
-                    f"{settings.target}: error while converting "
-                    f"{settings.target_format}: {shown}"
-                ) from None
+            new = stack.enter_context(_create(settings, tool, values))
             path = new.path
         try:
             target = await open_node(
@@ -382,9 +364,33 @@ async def _convert_to_target(
             )
         if new is not None:
             new.commit(durable=target_cache != "unsafe")
-    finally:
-        if new is not None:
-            new.discard()
+
+
+def _check_bitmaps(settings: _Settings, sources: Sequence[Node]) -> None:
+    """See that the bitmaps can be copied. Raises `ImageError`."""
+    if len(sources) > 1:
+        raise ImageError("Copying bitmaps only possible with single source")
+    if not has_bitmaps(sources[0]):
+        raise ImageError("Source lacks bitmap support")
+    if settings.skip_broken_bitmaps:
+        return
+    for name in inconsistent_bitmaps(sources[0]):
+        raise ImageError(
+            f"Cannot copy inconsistent bitmap '{name}'\nTry --skip-broken-bitmaps, "
+            "or use 'qemu-img bitmap --remove' to delete it"
+        )
+
+
+def _create(
+    settings: _Settings, tool: FormatTool, values: Mapping[str, OptionValue]
+) -> NewImage:
+    """Return the new image, to be opened. Raises `ImageError`, and leaves none."""
+    try:
+        return NewImage.created(settings.target, tool, values, settings.images.secret)
+    except ImageError as exc:
+        raise ImageError(
+            f"{settings.target}: error while converting {settings.target_format}: {exc}"
+        ) from None
 
 
 def _creation_values(

@@ -24,8 +24,8 @@ from nbdqcow.cli.img_open import (
     open_image_file,
 )
 from nbdqcow.cli.img_options import (
+    check_option_list,
     convert_option,
-    is_option_list,
     parse_amount,
     parse_arguments,
     split_options,
@@ -79,9 +79,7 @@ def run(arguments: Sequence[str]) -> int:
             case "-F" | "-B":
                 given["backing_fmt"] = value
             case "-o":
-                if not is_option_list(value):
-                    raise ImageError(f"Invalid option list: {value}")
-                option_lists.append(value)
+                option_lists.append(check_option_list(value))
             case "-q":
                 quiet = True
             case "-u":

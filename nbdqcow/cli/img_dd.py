@@ -101,16 +101,13 @@ async def _copy(
         if operands.count is not None:
             end = min(end, operands.count * operands.block_size)
         start = min(operands.skip * operands.block_size, MAX_AMOUNT)
-        new: NewImage | None = None
         try:
-            try:
-                new = NewImage(target_name)
-                new.create(tool, {"size": max(0, end - start)})
-            except ImageError as exc:
-                text = str(exc) if new is None else new.rename_in(str(exc))
-                raise ImageError(
-                    f"{target_name}: error while creating output image: {text}"
-                ) from None
+            new = NewImage.created(target_name, tool, {"size": max(0, end - start)})
+        except ImageError as exc:
+            raise ImageError(
+                f"{target_name}: error while creating output image: {exc}"
+            ) from None
+        with new:
             target = await open_node(
                 new.path,
                 ImageArguments(format=target_format),
@@ -123,9 +120,6 @@ async def _copy(
                 if start < end:
                     await _copy_blocks(source, target, start, end - start)
             new.commit(durable=True)
-        finally:
-            if new is not None:
-                new.discard()
     finally:
         await source.close()
     return 0

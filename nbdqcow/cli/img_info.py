@@ -8,7 +8,7 @@ from typing import Any, Final
 from nbdqcow.block.filter_names import shown_name
 from nbdqcow.block.tools import ImageInfo, SnapshotInfo, parse_window
 from nbdqcow.cli.img import print_help
-from nbdqcow.cli.img_names import GivenObjects, image_name
+from nbdqcow.cli.img_names import GivenObjects, ImageName
 from nbdqcow.cli.img_open import OpenImage, backing_path, describe_chain
 from nbdqcow.cli.img_options import (
     check_cache,
@@ -67,36 +67,12 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError("Expecting one image file name")
     json = wants_json(output)
     cache = check_cache(cache, "Invalid cache option: ")
-    named = image_name(
+    named = objects.image_name(
         operands[0], format_, image_opts=image_opts, force_share=force_share
     )
-    named = named._replace(
-        filename=objects.with_credentials(named.filename, named.text)
+    shown = _describe(
+        named, whole_chain=whole_chain, limits_with=cache if limits else None
     )
-    for key in named.pairs:
-        if key.startswith("backing."):
-            # It is not opened.
-            format_ = named.format or "raw"
-            raise ImageError(
-                f"Could not open '{named.text}': Block format '{format_}' does not "
-                f"support the option '{key}'"
-            )
-    shown: list[tuple[ImageInfo, dict[str, Any]]] = []
-    for image, info in describe_chain(named, whole_chain=whole_chain):
-        for text in info.warnings:
-            error(f"warning: {text}")
-        if not shown and info.format == "raw":
-            try:
-                _, info.virtual_size = parse_window(named.pairs, info.virtual_size)
-            except ImageError as exc:
-                raise ImageError(f"Could not open '{named.text}': {exc}") from None
-        values = _as_json(image, info)
-        if limits:
-            guessed = info.format == "raw" and named.format is None
-            values = {"limits": _limits(info, cache, guessed=guessed)} | values
-        if not shown and (json_name := named.as_json(info.format)):
-            values["filename"] = json_name
-        shown.append((info, values))
     if json:
         described = [values for _, values in shown]
         print(format_json(described if whole_chain else described[0]))
@@ -106,6 +82,41 @@ def run(arguments: Sequence[str]) -> int:
             print()
         _print_human(info, values)
     return 0
+
+
+def _describe(
+    named: ImageName, *, whole_chain: bool, limits_with: str | None
+) -> list[tuple[ImageInfo, dict[str, Any]]]:
+    """Return what an image, and with ``whole_chain`` each one below it, is, and what
+    json shows of it. ``limits_with``: the cache mode whose limits are shown, too.
+
+    Raises `ImageError`.
+    """
+    for key in named.pairs:
+        if key.startswith("backing."):
+            # It is not opened.
+            format_ = named.format or "raw"
+            raise ImageError(
+                f"Could not open '{named.text}': Block format '{format_}' does not "
+                f"support the option '{key}'"
+            )
+    described: list[tuple[ImageInfo, dict[str, Any]]] = []
+    for image, info in describe_chain(named, whole_chain=whole_chain):
+        for text in info.warnings:
+            error(f"warning: {text}")
+        if not described and info.format == "raw":
+            try:
+                _, info.virtual_size = parse_window(named.pairs, info.virtual_size)
+            except ImageError as exc:
+                raise ImageError(f"Could not open '{named.text}': {exc}") from None
+        values = _as_json(image, info)
+        if limits_with is not None:
+            guessed = info.format == "raw" and named.format is None
+            values = {"limits": _limits(info, limits_with, guessed=guessed)} | values
+        if not described and (json_name := named.as_json(info.format)):
+            values["filename"] = json_name
+        described.append((info, values))
+    return described
 
 
 def _limits(info: ImageInfo, cache: str, *, guessed: bool) -> dict[str, int]:

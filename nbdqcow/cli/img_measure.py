@@ -8,8 +8,8 @@ from nbdqcow.cli.img_create import find_tool
 from nbdqcow.cli.img_names import GivenObjects
 from nbdqcow.cli.img_options import (
     PREALLOCATIONS,
+    check_option_list,
     format_json,
-    is_option_list,
     parse_amount,
     parse_arguments,
     wants_json,
@@ -54,9 +54,7 @@ def run(arguments: Sequence[str]) -> int:
             case "-l":
                 snapshot = parse_snapshot(value)
             case "-o":
-                if not is_option_list(value):
-                    raise ImageError(f"Invalid option list: {value}")
-                option_lists.append(value)
+                option_lists.append(check_option_list(value))
             case "-O":
                 format_ = value
             case "--object":

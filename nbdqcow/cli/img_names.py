@@ -48,6 +48,22 @@ class GivenObjects:
         except UsageError as exc:
             raise ImageError(str(exc)) from None
 
+    def image_name(
+        self,
+        text: str,
+        format_: str | None,
+        *,
+        image_opts: bool,
+        force_share: bool = False,
+    ) -> "ImageName":
+        """Return what an argument means, see `image_name`, with the credentials among
+        these objects that it names. Raises `UsageError` and `ImageError`."""
+        named = image_name(
+            text, format_, image_opts=image_opts, force_share=force_share
+        )
+        filename = self.with_credentials(named.filename, text)
+        return named._replace(filename=filename)
+
     def with_credentials(self, filename: str, shown: str) -> str:
         """See `nbdqcow.cli.image_tls.with_credentials`; ``shown`` is what messages
         call the image. Raises `ImageError`."""

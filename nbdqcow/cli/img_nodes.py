@@ -122,36 +122,50 @@ async def open_node(
             **options,
         )
     except (ImageError, OSError) as exc:
-        if snapshot is not None and "Can't find" in str(exc):
-            raise ImageError("Failed to load snapshot: Can't find snapshot") from None
-        if snapshot is not None and (at := str(exc).find("Snapshot L1 table")) >= 0:
-            raise ImageError(f"Failed to load snapshot: {str(exc)[at:]}") from None
-        if snapshot is not None and (at := str(exc).find(_NO_SNAPSHOTS)) >= 0:
-            format_name = str(exc)[:at].rpartition("Block format ")[2].rstrip()
-            raise ImageError(
-                f"Failed to load snapshot: Block format {format_name} used by device "
-                f"'' {str(exc)[at:]}"
-            ) from None
+        if snapshot is not None and (failure := _snapshot_failure(str(exc))):
+            raise ImageError(f"Failed to load snapshot: {failure}") from None
         if not is_remote(filename):
             _explain(filename, options, opening, writable, force_share=force_share)
-        text = str(exc) if isinstance(exc, ImageError) else exc.strerror or str(exc)
-        if filename != name:
-            text = text.removeprefix(f"Could not open '{filename}': ")
-        if isinstance(exc, PassphraseRequired):
-            before, what, _ = text.rpartition("the image is encrypted")
-            option = "encrypt.key-secret"
-            if not what:
-                before, _, _ = text.rpartition("the disk is encrypted")
-                option = "key-secret"
-            text = f"{before}Parameter '{option}' is required for cipher"
-        kind = type(exc) if isinstance(exc, ImageError) else ImageError
-        if text.startswith(opening) and not isinstance(exc.__cause__, OSError):
-            opening = ""
-        raise kind(f"{opening}{text}") from None
+        inner = None if filename == name else filename
+        raise _in_qemus_words(exc, opening, inner) from None
     guessed = options.get("format") is None and node.driver.name == "raw"
     if writable and warns and guessed:
         warn_of_guess(filename)
     return node
+
+
+def _snapshot_failure(text: str) -> str | None:
+    """Return why a snapshot can't be shown, in qemu-img's words, if that is what
+    ``text`` says of an image that could not be opened."""
+    if "Can't find" in text:
+        return "Can't find snapshot"
+    if (at := text.find("Snapshot L1 table")) >= 0:
+        return text[at:]
+    if (at := text.find(_NO_SNAPSHOTS)) >= 0:
+        format_name = text[:at].rpartition("Block format ")[2].rstrip()
+        return f"Block format {format_name} used by device '' {text[at:]}"
+    return None
+
+
+def _in_qemus_words(
+    exc: ImageError | OSError, opening: str, inner: str | None
+) -> ImageError:
+    """Return what qemu-img would say of an image that could not be opened: behind
+    ``opening``, and once. ``inner`` is the file's name if that is not the image's."""
+    text = str(exc) if isinstance(exc, ImageError) else exc.strerror or str(exc)
+    if inner is not None:
+        text = text.removeprefix(f"Could not open '{inner}': ")
+    if isinstance(exc, PassphraseRequired):
+        before, what, _ = text.rpartition("the image is encrypted")
+        option = "encrypt.key-secret"
+        if not what:
+            before, _, _ = text.rpartition("the disk is encrypted")
+            option = "key-secret"
+        text = f"{before}Parameter '{option}' is required for cipher"
+    if text.startswith(opening) and not isinstance(exc.__cause__, OSError):
+        opening = ""
+    kind = type(exc) if isinstance(exc, ImageError) else ImageError
+    return kind(f"{opening}{text}")
 
 
 def _explain(

@@ -83,10 +83,13 @@ def check_compression(format_: str) -> None:
 # -- -o ----------------------------------------------------------------------
 
 
-def is_option_list(text: str) -> bool:
-    """Whether ``-o TEXT`` has no empty first or last option (``,,`` is a comma)."""
+def check_option_list(text: str) -> str:
+    """Return the text of one ``-o TEXT``. Raises `ImageError` if its first or last
+    option is empty (``,,`` is a comma)."""
     last = len(text) - len(text.rstrip(","))
-    return bool(text) and text[0] != "," and last % 2 == 0
+    if not text or text[0] == "," or last % 2:
+        raise ImageError(f"Invalid option list: {text}")
+    return text
 
 
 def wants_help(text: str) -> bool:

@@ -5,6 +5,7 @@ import errno
 import os
 import stat
 from collections.abc import Mapping
+from typing import Self
 
 from nbdqcow.block.directories import sync_directory_blocking
 from nbdqcow.block.registry import blocking_file, is_remote
@@ -48,26 +49,7 @@ class NewImage:
         if self._remote:
             return
         try:
-            if not filename:
-                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-            try:
-                status = os.stat(filename)
-            except FileNotFoundError:
-                if os.path.islink(filename):
-                    # It leads nowhere: the file that it names is made there.
-                    return
-                self._set_aside(filename, None)
-                return
-            if stat.S_ISDIR(status.st_mode):
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            self._old = blocking_file().open(filename, read_only=False)
-            self.holds_old_data = not stat.S_ISREG(status.st_mode)
-            if stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
-                with contextlib.suppress(OSError):
-                    final = filename
-                    if os.path.islink(filename):
-                        final = os.path.realpath(filename)
-                    self._set_aside(final, status)
+            self._take_place()
         except OSError as exc:
             self.discard()
             raise ImageError(f"Could not create '{filename}': {exc.strerror}") from None
@@ -75,7 +57,31 @@ class NewImage:
             self._old.close()
             self._old = None
 
+    def _take_place(self) -> None:
+        """Find out what has the name, and where the new image is to be written.
+        Raises `OSError`."""
+        filename = self.filename
+        if not filename:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        try:
+            status = os.stat(filename)
+        except FileNotFoundError:
+            # A link that leads nowhere: the file that it names is made there.
+            if not os.path.islink(filename):
+                self._set_aside(filename, None)
+            return
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        self._old = blocking_file().open(filename, read_only=False)
+        self.holds_old_data = not stat.S_ISREG(status.st_mode)
+        if not self.holds_old_data and status.st_nlink == 1:
+            final = os.path.realpath(filename) if os.path.islink(filename) else filename
+            with contextlib.suppress(OSError):
+                self._set_aside(final, status)
+
     def _set_aside(self, final: str, old: os.stat_result | None) -> None:
+        """Let the new image be made beside ``final``, with the rights of what had the
+        name before (``old``)."""
         directory, name = os.path.split(final)
         # A name has 255 bytes at most, and what a character has of them varies.
         short = os.fsdecode(os.fsencode(name)[:100])
@@ -102,13 +108,39 @@ class NewImage:
         self.path = path
         self._final = final
 
-    def create(
-        self,
+    @classmethod
+    def created(
+        cls,
+        filename: str,
         tool: FormatTool,
         values: Mapping[str, OptionValue],
         secrets: Secrets = no_secrets,
+    ) -> Self:
+        """Take the place of ``filename``, and write an empty image there.
+
+        Leave the block of it, ``with`` it, and what has not been committed is given
+        up. Raises `ImageError`; nothing is left then.
+        """
+        new = cls(filename)
+        try:
+            new._create(tool, values, secrets)
+        except ImageError as exc:
+            new.discard()
+            raise ImageError(new.rename_in(str(exc))) from None
+        except BaseException:
+            new.discard()
+            raise
+        return new
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.discard()
+
+    def _create(
+        self, tool: FormatTool, values: Mapping[str, OptionValue], secrets: Secrets
     ) -> None:
-        """Write an empty image. Raises `ImageError`."""
         plan = tool.prepare(values, secrets=secrets)
         create_data_file(tool, plan, self._final or self.path)
         write_image(tool, plan, self.path, self.filename)

@@ -4,19 +4,20 @@ import errno
 import math
 import os
 import sys
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from nbdqcow.cli.messages import describe, error, printable, program_name, warning
 from nbdqcow.cli.nbd_options import HELP, NO_LIMIT, Settings, TryHelp, parse_arguments
 from nbdqcow.cli.program import run_program
 from nbdqcow.errors import CredentialsError, ImageError, NbdQcowError, UsageError
 from nbdqcow.server.systemd import take_activation
+from nbdqcow.units import SECTOR_SIZE
 
 if TYPE_CHECKING:
     from nbdqcow.block.node import Node
+    from nbdqcow.server.kernel_device import Attachment
     from nbdqcow.server.server import Server
-
-_SECTOR: Final = 512
 
 
 def main() -> int:
@@ -148,7 +149,7 @@ def _serve(settings: Settings, ready_fd: int) -> int:
 
 
 async def _serve_image(settings: Settings, ready_fd: int) -> None:
-    from nbdqcow.cli.listening import listen_fd, listen_unix, run_server
+    from nbdqcow.cli.listening import run_server
     from nbdqcow.cli.nbd_image import open_served
     from nbdqcow.cli.objects import Objects
     from nbdqcow.cli.pid_file import write_pid_file
@@ -174,45 +175,15 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
             from nbdqcow.server.kernel_device import Attachment
 
             attachment = Attachment(server, settings.device)
-        try:
-            server.add_export(
-                settings.export_name,
-                node,
-                read_only=node.read_only,
-                description=settings.description,
-                multi_conn=settings.shared != 1,
-                meta_contexts=_meta_contexts(settings, node),
-                minimum_block_size=_minimum_block_size(node),
-                may_use=may_use,
-            )
-        except ValueError as exc:
-            raise UsageError(str(exc)) from None
+        _add_export(server, node, settings, may_use)
         server.on_stopping = lambda: notify("STOPPING=1")
         if not settings.persistent:
             server.on_last_disconnect = server.stop
 
         async def set_up() -> None:
-            if settings.activated:
-                for fd, _ in settings.activated:
-                    await listen_fd(server, fd)
-            elif settings.socket is not None:
-                await listen_unix(server, settings.socket)
-            else:
-                await _listen_tcp(server, settings)
+            await _listen(server, settings)
             if attachment is not None:
-                await attachment.attach(settings.export_name)
-                if settings.verbose:
-                    print(
-                        f"NBD device {settings.device} is now connected to"
-                        f" {settings.filename}",
-                        file=sys.stderr,
-                    )
-                if attachment.device.nb_left_out:
-                    warning(
-                        f"{settings.device} does not show the last"
-                        f" {attachment.device.nb_left_out} bytes of the image,"
-                        " which are no whole sector"
-                    )
+                await _attach(attachment, settings)
             if settings.pid_file is not None:
                 write_pid_file(settings.pid_file, mode=0o600)
             notify("READY=1")
@@ -224,6 +195,57 @@ async def _serve_image(settings: Settings, ready_fd: int) -> None:
         if attachment is not None:
             await attachment.close()
         await node.close()
+
+
+def _add_export(
+    server: "Server",
+    node: "Node",
+    settings: Settings,
+    may_use: Callable[[bytes | None], bool],
+) -> None:
+    """Export the image as it is asked for. Raises `UsageError` and `ImageError`."""
+    try:
+        server.add_export(
+            settings.export_name,
+            node,
+            read_only=node.read_only,
+            description=settings.description,
+            multi_conn=settings.shared != 1,
+            meta_contexts=_meta_contexts(settings, node),
+            minimum_block_size=_minimum_block_size(node),
+            may_use=may_use,
+        )
+    except ValueError as exc:
+        raise UsageError(str(exc)) from None
+
+
+async def _listen(server: "Server", settings: Settings) -> None:
+    """Listen where it is asked for. Raises `UsageError`."""
+    from nbdqcow.cli.listening import listen_fd, listen_unix
+
+    if settings.activated:
+        for fd, _ in settings.activated:
+            await listen_fd(server, fd)
+    elif settings.socket is not None:
+        await listen_unix(server, settings.socket)
+    else:
+        await _listen_tcp(server, settings)
+
+
+async def _attach(attachment: "Attachment", settings: Settings) -> None:
+    """Attach the kernel's device, and tell what is to be known of it."""
+    await attachment.attach(settings.export_name)
+    if settings.verbose:
+        print(
+            f"NBD device {settings.device} is now connected to {settings.filename}",
+            file=sys.stderr,
+        )
+    if attachment.device.nb_left_out:
+        warning(
+            f"{settings.device} does not show the last"
+            f" {attachment.device.nb_left_out} bytes of the image,"
+            " which are no whole sector"
+        )
 
 
 async def _listen_tcp(server: "Server", settings: Settings) -> None:
@@ -244,7 +266,7 @@ async def _listen_tcp(server: "Server", settings: Settings) -> None:
 def _minimum_block_size(node: "Node") -> int:
     """Return what qemu-nbd tells clients that ask: whole sectors for an image
     whose format is guessed, if it has whole sectors."""
-    return _SECTOR if node.guessed_raw and node.size % _SECTOR == 0 else 1
+    return SECTOR_SIZE if node.guessed_raw and node.size % SECTOR_SIZE == 0 else 1
 
 
 def _meta_contexts(settings: Settings, node: "Node") -> list[str]:

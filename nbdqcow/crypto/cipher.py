@@ -97,7 +97,8 @@ class CipherSpec:
             raise UnsupportedFeature(f"No AES cipher with key size {length} available")
 
     def make(self, key: bytes) -> "SectorCipher":
-        """Return the cipher with a key of ``key_length`` bytes."""
+        """Return the cipher with a key of ``key_length`` bytes. Raises `ValueError`
+        for one of another length."""
         from nbdqcow.crypto.cbc import CbcCipher, EcbCipher
         from nbdqcow.crypto.iv import iv_generator
         from nbdqcow.crypto.xts import XtsCipher

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from nbdqcow.errors import ImageError
+from nbdqcow.units import SECTOR_SIZE
 
 MAX_RULES: Final = 4096
 MAX_CONFIG_LENGTH: Final = 256 << 10
-_SECTOR: Final = 512
 _MAX_NUMBER: Final = 1 << 63
 _MAX_ERRNO: Final = 4095
 
@@ -83,7 +83,7 @@ class Rule:
 
     def fails(self, kind: str, offset: int, length: int) -> bool:
         """Whether it is about a request; a flush has no length."""
-        touched = self.first < offset + length and offset < self.first + _SECTOR
+        touched = self.first < offset + length and offset < self.first + SECTOR_SIZE
         return kind in self.kinds and (self.first < 0 or (length > 0 and touched))
 
 
@@ -215,7 +215,7 @@ def _rule(name: str, pairs: Mapping[str, str]) -> Rule:
         event,
         state,
         error=error,
-        first=sector * _SECTOR if sector >= 0 else -1,
+        first=sector * SECTOR_SIZE if sector >= 0 else -1,
         once=_flag(pairs, "once"),
         kinds=_CHANGES if kind is None else (kind,),
     )

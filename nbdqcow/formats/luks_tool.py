@@ -1,4 +1,4 @@
-"""What commands do with LUKS containers: describe and create."""
+"""What commands do with LUKS containers: describe, measure and create."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class LuksTool(FormatTool):
     def prepare(
         self, values: Mapping[str, OptionValue], *, secrets: Secrets = no_secrets
     ) -> LuksPlan:
-        """Plan a new container."""
+        """Plan a new container; takes seconds. Raises `ImageError`."""
         preallocation = str(values.get("preallocation", "off"))
         if preallocation not in _PREALLOCATIONS:
             raise ImageError(f"invalid parameter value: {preallocation}")
@@ -88,7 +88,8 @@ class LuksTool(FormatTool):
         data_length: int = 0,
         bitmaps: Sequence[tuple[str, int]] | None = None,
     ) -> Measure:
-        """Say how long the file would be: the key slots and the whole disk."""
+        """Say how long the file would be: the key slots and the whole disk. Raises
+        `ImageError`."""
         from nbdqcow.crypto.luks import new_area_length
         from nbdqcow.formats.luks_options import parse_cipher
 

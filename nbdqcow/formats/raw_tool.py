@@ -1,4 +1,4 @@
-"""What commands do with raw images: describe and create."""
+"""What commands do with raw images: describe, measure and create."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple
@@ -42,7 +42,7 @@ class RawTool(FormatTool):
     def prepare(
         self, values: Mapping[str, OptionValue], *, secrets: Secrets = no_secrets
     ) -> RawPlan:
-        """Plan a new image."""
+        """Plan a new image. Raises `ImageError`."""
         preallocation = str(values.get("preallocation", "off"))
         if preallocation == "metadata":
             raise ImageError("Unsupported preallocation mode: metadata")

@@ -1,4 +1,4 @@
-"""Copying disks into another image: `convert` and `dd`.
+"""Copying disks into another image: `convert`.
 
 The source is cut into pieces of one kind each. Several are read, searched for
 zeroes and written at the same time; unless told otherwise they are written in

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from itertools import accumulate, repeat
 from typing import Final, Self, TypeAlias
 
+from nbdqcow.block.driver import FormatDriver
 from nbdqcow.block.node import Node
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.jobs.status import disk_size, has_holes, has_offsets
@@ -100,16 +101,7 @@ async def _rows(
         async for rows in _context_rows(node, start, end, depth):
             yield rows, True
         return
-    flags_of = [0] * 5
-    flags_of[DATA] = HAS_DATA | IS_PRESENT | HAS_OFFSET
-    flags_of[COMPRESSED] = HAS_DATA | IS_PRESENT
-    flags_of[ZERO] = IS_ZERO | IS_PRESENT
-    flags_of[ZERO_ALLOCATED] = IS_ZERO | IS_PRESENT | HAS_OFFSET
-    flags_of[UNALLOCATED] = IS_ZERO
-    if driver.cluster_size == 1:
-        flags_of[ZERO] |= HAS_OFFSET
-    if not has_offsets(driver):
-        flags_of = [flags & ~HAS_OFFSET for flags in flags_of]
+    flags_of = _flags_of(driver)
     # Unallocated subclusters of a cluster that has others.
     unallocated_have_places = (
         driver.subcluster_size < driver.cluster_size and has_offsets(driver)
@@ -137,6 +129,21 @@ async def _rows(
             async for below in _see_through(rows, backing, depth):
                 yield below, True
         start = starts[-1]
+
+
+def _flags_of(driver: FormatDriver) -> list[int]:
+    """Return the flags of each kind of run."""
+    flags_of = [0] * 5
+    flags_of[DATA] = HAS_DATA | IS_PRESENT | HAS_OFFSET
+    flags_of[COMPRESSED] = HAS_DATA | IS_PRESENT
+    flags_of[ZERO] = IS_ZERO | IS_PRESENT
+    flags_of[ZERO_ALLOCATED] = IS_ZERO | IS_PRESENT | HAS_OFFSET
+    flags_of[UNALLOCATED] = IS_ZERO
+    if driver.cluster_size == 1:
+        flags_of[ZERO] |= HAS_OFFSET
+    if not has_offsets(driver):
+        return [flags & ~HAS_OFFSET for flags in flags_of]
+    return flags_of
 
 
 async def _context_rows(

@@ -1,4 +1,5 @@
-"""What a stretch of a disk is, through its backing chain, without numpy."""
+"""What a stretch of a disk is, through its backing chain, and where threads can
+read it; without numpy."""
 
 from collections.abc import Iterator
 from typing import Final, NamedTuple

@@ -22,13 +22,12 @@ from nbdqcow.errors import ProtocolError
 from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
 from nbdqcow.types import Buffers
-from nbdqcow.units import KiB, MiB
+from nbdqcow.units import SECTOR_SIZE, KiB, MiB
 
 _CAPACITY: Final = 64 * KiB
 _MAX_PAYLOAD: Final = 16 * MiB
 """Bytes of a chunk that is no data: block status of a million extents."""
 
-_SECTOR: Final = 512
 _FURTHER_CHUNKS: Final = 1024
 """Chunks that a reply may have besides one for each sector of a read: a server
 that sends more of them does not mean to come to an end."""
@@ -95,7 +94,7 @@ class Call:
         self.extents: dict[str, list[tuple[int, int]]] = {}
         # Ranges of a read that have been answered: start and end.
         self._chunks: list[tuple[int, int]] = []
-        self._nb_chunks_left = len(self.data) // _SECTOR + _FURTHER_CHUNKS
+        self._nb_chunks_left = len(self.data) // SECTOR_SIZE + _FURTHER_CHUNKS
 
     def count_chunk(self) -> None:
         """Take note of one more chunk. Raises `ProtocolError` for too many."""

@@ -93,7 +93,8 @@ def lists_context(query: str, name: str) -> bool:
 
 
 def decode_string(what: str, data: bytes) -> str:
-    """Return a client's string as text (proto.md "Conventions")."""
+    """Return a client's string as text (proto.md "Conventions"). Raises
+    `OptionError`, which calls it ``what``."""
     if len(data) > nbd.MAX_STRING_LENGTH:
         raise OptionError(
             nbd.REP_ERR_TOO_BIG,

@@ -29,7 +29,7 @@ async def block_status(
     node: ExportedNode, request: Request, contexts: Sequence[tuple[int, str]]
 ) -> "list[StatusRow]":
     """Return a row for each of ``contexts`` (ID and name); see
-    `nbdqcow.nbd.replies.Replies.block_status`."""
+    `nbdqcow.nbd.replies.Replies.block_status`. Raises `BlockError`."""
     if not _numpy_loaded.is_set():
         await asyncio.to_thread(_load_numpy_blocking)
     offset, length = request.offset, request.length

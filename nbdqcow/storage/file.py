@@ -153,7 +153,8 @@ class FileStorage(InlineFile):
         """Create a file of ``length`` zero bytes and open it read-write.
 
         A file that is there loses its content, unless somebody has it locked.
-        A block device must be long enough, and keeps its content.
+        A block device must be long enough, and keeps its content. Raises
+        `ImageError` and `OSError`.
         """
         permissions = locks.READ_WRITE if locking else None
         flags = os.O_RDWR | os.O_CREAT
@@ -299,7 +300,8 @@ class FileStorage(InlineFile):
     async def copy_from(
         self, source: StorageDriver, source_offset: int, offset: int, length: int
     ) -> None:
-        """Let the kernel copy, which on some file systems shares the blocks."""
+        """Let the kernel copy, which on some file systems shares the blocks. Raises
+        `NotSupported` if ``source`` is no file."""
         if not isinstance(source, FileStorage) or not length:
             raise NotSupported("the kernel copies between files only")
         await self._change(
@@ -419,7 +421,8 @@ class FileStorage(InlineFile):
     async def truncate(self, length: int) -> None:
         """Set the file's length. No write past ``length`` is in flight.
 
-        A block device can't grow; a shorter length leaves it as it is.
+        A block device can't grow, which raises `BlockError`; a shorter length leaves
+        it as it is.
         """
         if self._is_device:
             if length > self.length:

@@ -48,7 +48,8 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 
 def filesystem_type(fd: int) -> int:
-    """Return the magic number of the file system that ``fd`` is on."""
+    """Return the magic number of the file system that ``fd`` is on. Raises
+    `OSError`."""
     # struct statfs is 120 bytes on 64-bit Linux and begins with f_type.
     statfs = (ctypes.c_long * 32)()
     if _fstatfs(fd, statfs) != 0:
@@ -84,7 +85,7 @@ def pread_into(fd: int, offset: int, view: memoryview) -> None:
 
 def pwrite_all(fd: int, offset: int, buffers: Buffers, flags: int = 0) -> None:
     """Write all of ``buffers``, however many they are, in as many calls as it
-    takes."""
+    takes. Raises `OSError`."""
     pending = [memoryview(buffer) for buffer in buffers if len(buffer)]
     index = 0
     while index < len(pending):

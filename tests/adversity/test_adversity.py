@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from tests.adversity.proxy import Proxy
+from tests.conftest import own_environment
 from tests.crash.histories import pattern
 from tests.nbd_client import CMD_READ, CMD_WRITE, NbdClient
 from tests.serving import (
     Server,
     check_image,
     nbdqcow_img,
-    server_environment,
     serving,
 )
 
@@ -234,7 +234,7 @@ def test_a_broken_server_is_caught(image, seed, monkeypatch):
         return [sys.executable, "-c", _LEAKING, *sound(*arguments, **options)[3:]]
 
     monkeypatch.setattr(serving_module, "server_command", broken)
-    assert server_environment()["PYTHONPATH"]
+    assert own_environment()["PYTHONPATH"]
     rnd = random.Random(seed)
     with pytest.raises(AssertionError), serving(image) as server:
         nb_before = nb_descriptors(server)

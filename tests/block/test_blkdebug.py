@@ -80,7 +80,7 @@ async def read_packed(node):
 async def discard(node):
     await node.discard(0, 64 * KiB)
     await node.flush()
-    await node.driver.settle()
+    await node.driver.tasks.settle()
 
 
 async def empty(node):

@@ -135,7 +135,7 @@ def test_overwriting_frees_what_was_there(tmp_path, seed, extended_l2):
                 if round_ % 20 == 0:
                     assert bytes(await node.pread(0, node.size)) == model
             assert bytes(await node.pread(0, node.size)) == model
-            await node.driver.settle()
+            await node.driver.tasks.settle()
 
     asyncio.run(run())
     check(path)
@@ -160,7 +160,7 @@ def test_a_place_that_is_used_again_is_read_anew(tmp_path, seed):
                 assert bytes(node.try_pread(100, 100)) == data[100:200]
                 await node.discard(0, 65536)
                 await node.flush()
-                await node.driver.settle()
+                await node.driver.tasks.settle()
             return seen
 
     assert len(asyncio.run(run())) < 20

@@ -349,7 +349,7 @@ async def test_a_failed_allocation_leaves_the_file_as_it_was():
         with pytest.raises(OSError):
             await node.driver.write_compressed(8192, random.Random(1).randbytes(4096))
     # The new L2 table is given up as well, so that this does not fail.
-    await node.driver._settle()
+    await node.driver.tasks.settle()
     await node.flush()
     assert file_of(node) == data
     storage.max_length = MiB
@@ -370,7 +370,7 @@ async def test_what_others_have_allocated_meanwhile_stays():
     driver.abort_write(first)
     driver.end_write(second)
     driver.abort_write(third)
-    await driver._settle()
+    await driver.tasks.settle()
     assert driver.file_end.offset == second.host_offset + 4096
     assert bytes(await node.pread(0, 12288)) == bytes(4096) + b"2" * 4096 + bytes(4096)
     await node.close()

@@ -74,7 +74,7 @@ def test_discarded_clusters_are_reused_after_a_flush(tmp_path):
             await node.pwrite(MiB, b"y" * MiB)
             length = node.driver.storage.length
             await node.flush()
-            await node.driver.settle()
+            await node.driver.tasks.settle()
             await node.pwrite(2 * MiB, b"z" * MiB)
             assert node.driver.storage.length == length
             assert bytes(await node.pread(0, 2 * MiB)) == bytes(MiB) + b"y" * MiB
@@ -98,7 +98,7 @@ def test_a_read_in_flight_keeps_its_cluster(tmp_path):
                 await node.flush()
             assert b"".join(bytes(v) for v in views)[:3] == b"old"
             node.release(token)
-            await node.driver.settle()
+            await node.driver.tasks.settle()
 
     asyncio.run(run())
     check(path)
@@ -364,7 +364,7 @@ def test_what_is_freed_while_a_flush_runs_stays_until_the_next(tmp_path):
             await node.discard(0, 65536)
             gate.set()
             await flushing
-            await node.driver.settle()
+            await node.driver.tasks.settle()
             storage.flush = sound
             await node.pwrite(5 * 65536, b"B" * 65536)
             copy.write_bytes(path.read_bytes())

@@ -25,22 +25,12 @@ from nbdqcow.formats.qcow2.write_extended import ExtendedAllocation
 from nbdqcow.formats.raw import RawDriver
 from nbdqcow.storage.memory import MemoryStorage
 from tests.crash.recording import SECTOR, RecordingStorage
+from tests.crash.sectors import SectorHistory
 
 NB_HISTORIES = int(os.environ.get("NBDQCOW_CRASH_HISTORIES", "24"))
 CUTS_PER_HISTORY = 20
 FIRST_SEED = int(os.environ.get("NBDQCOW_SEED", "1"))
 NB_CLIENTS = 4
-
-
-@dataclass(slots=True)
-class Change:
-    """One change of one sector, with the clock and the disk's event numbers
-    at its start, and the clock at its answer (0: never answered)."""
-
-    value: bytes
-    start_time: int
-    start_event: int
-    end_time: int = 0
 
 
 @dataclass(slots=True)
@@ -54,7 +44,7 @@ class Kept:
     removed_event: int | None = None
 
 
-class Workload:
+class Workload(SectorHistory):
     """Clients on one node, and what they know of each sector's history."""
 
     def __init__(
@@ -64,21 +54,11 @@ class Workload:
         rnd: random.Random,
         base: bytes = b"",
     ):
-        self.node, self.storage, self.rnd, self.base = node, storage, rnd, base
-        self.sectors: dict[int, list[Change]] = {}
-        self.flushes: list[tuple[int, int]] = []
+        super().__init__(storage)
+        self.node, self.rnd, self.base = node, rnd, base
         self.busy: set[int] = set()
-        self.clock = 0
         self.snapshots: list[Kept] = []
         self.compresses = True
-
-    def tick(self) -> int:
-        self.clock += 1
-        return self.clock
-
-    @property
-    def event(self) -> int:
-        return len(self.storage.history.events)
 
     async def client(self) -> None:
         rnd, node = self.rnd, self.node
@@ -122,12 +102,7 @@ class Workload:
             )
         else:
             data = rnd.randbytes(length) if kind == "write" else bytes(length)
-        started, event = self.tick(), self.event
-        changes = []
-        for i in range(count):
-            value = data[i * SECTOR : (i + 1) * SECTOR]
-            changes.append(Change(value, started, event))
-            self.sectors.setdefault(first + i, []).append(changes[-1])
+        changes = self.begin(first, data)
         offset = first * SECTOR
         if kind == "write":
             if not node.try_pwrite(offset, data):
@@ -138,9 +113,7 @@ class Workload:
             await node.write_zeroes(offset, len(data), may_unmap=rnd.random() < 0.7)
         else:
             await node.discard(offset, len(data))
-        ended = self.tick()
-        for change in changes:
-            change.end_time = ended
+        self.end(changes)
 
     async def snapshots_client(self) -> None:
         """Take and delete snapshots while the others write."""
@@ -172,30 +145,15 @@ class Workload:
     async def apply_snapshot(self, kept: Kept) -> None:
         """Go back, while nobody writes: each sector has what it had then."""
         assert kept.content is not None
-        started, event = self.tick(), self.event
-        changes = []
-        for sector in range(self.node.size // SECTOR):
-            value = kept.content[sector * SECTOR : (sector + 1) * SECTOR]
-            changes.append(Change(value, started, event))
-            self.sectors.setdefault(sector, []).append(changes[-1])
+        changes = self.begin(0, kept.content[: self.node.size // SECTOR * SECTOR])
         await self.node.driver.snapshot_apply(kept.name)
-        ended = self.tick()
-        for change in changes:
-            change.end_time = ended
+        self.end(changes)
         self.flushes.append((self.tick(), self.event))
 
     def allowed(self, sector: int, cut: int) -> set[bytes]:
         """Return what a sector may hold on a disk that was cut."""
-        flushed = max((t for t, event in self.flushes if event <= cut), default=0)
-        durable = self.base[sector * SECTOR :][:SECTOR].ljust(SECTOR, b"\0")
-        later = set()
-        for change in self.sectors[sector]:
-            if change.end_time and change.end_time < flushed:
-                durable = change.value
-                later = set()
-            elif change.start_event <= cut:
-                later.add(change.value)
-        return later | {durable}
+        before = self.base[sector * SECTOR :][:SECTOR].ljust(SECTOR, b"\0")
+        return self.may_hold(sector, cut, before)
 
 
 async def snapshot_content(disk: bytes, name: str, base: bytes) -> bytes | None:

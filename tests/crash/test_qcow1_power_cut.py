@@ -19,7 +19,7 @@ from nbdqcow.formats.qcow1.driver import Qcow1Driver
 from nbdqcow.formats.raw import RawDriver
 from nbdqcow.storage.memory import MemoryStorage
 from tests.crash.recording import SECTOR, RecordingStorage
-from tests.crash.test_power_cut import Change
+from tests.crash.sectors import SectorHistory
 from tests.qcow1_image import Image, Packed, Plain, check
 
 NB_HISTORIES = int(os.environ.get("NBDQCOW_CRASH_HISTORIES", "12"))
@@ -59,23 +59,13 @@ class FullDisk(RecordingStorage):
         await self._pause()
 
 
-class Workload:
+class Workload(SectorHistory):
     """Clients on one node, and what they know of each sector's history."""
 
     def __init__(self, node: Node, storage: FullDisk, rnd: random.Random) -> None:
-        self.node, self.storage, self.rnd = node, storage, rnd
-        self.sectors: dict[int, list[Change]] = {}
-        self.flushes: list[tuple[int, int]] = []
+        super().__init__(storage)
+        self.node, self.disk, self.rnd = node, storage, rnd
         self.busy: set[int] = set()
-        self.clock = 0
-
-    def tick(self) -> int:
-        self.clock += 1
-        return self.clock
-
-    @property
-    def event(self) -> int:
-        return len(self.storage.history.events)
 
     async def client(self) -> None:
         rnd, node = self.rnd, self.node
@@ -109,13 +99,8 @@ class Workload:
         elif kind == "zero":
             data = bytes(length)
         elif kind == "fail":
-            self.storage.failing = data[-16:]
-        started, event = self.tick(), self.event
-        changes = []
-        for i in range(count):
-            value = data[i * SECTOR : (i + 1) * SECTOR]
-            changes.append(Change(value, started, event))
-            self.sectors.setdefault(first + i, []).append(changes[-1])
+            self.disk.failing = data[-16:]
+        changes = self.begin(first, data)
         try:
             if kind == "pack":
                 await node.driver.write_compressed(offset, data)
@@ -128,22 +113,7 @@ class Workload:
                 raise
             # Of a write in place some sectors may be there.
             return
-        ended = self.tick()
-        for change in changes:
-            change.end_time = ended
-
-    def allowed(self, sector: int, cut: int, before: bytes) -> set[bytes]:
-        """Return what a sector may hold on a disk that was cut."""
-        flushed = max((t for t, event in self.flushes if event <= cut), default=0)
-        durable = before
-        later = set()
-        for change in self.sectors[sector]:
-            if change.end_time and change.end_time < flushed:
-                durable = change.value
-                later = set()
-            elif change.start_event <= cut:
-                later.add(change.value)
-        return later | {durable}
+        self.end(changes)
 
 
 async def open_node(
@@ -201,7 +171,7 @@ async def explore(seed: int) -> int:
             got = content[sector * SECTOR : (sector + 1) * SECTOR]
             old = before[sector * SECTOR : (sector + 1) * SECTOR]
             if sector in work.sectors:
-                assert got in work.allowed(sector, cut, old), f"{where}: {sector}"
+                assert got in work.may_hold(sector, cut, old), f"{where}: {sector}"
             else:
                 assert got == old, f"{where}: sector {sector} was never written"
         await after.close()

@@ -5,14 +5,13 @@ own, with limits on its time and its memory.
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, own_environment
 from tests.hostile.images import BUILDERS
 from tests.hostile.probe import ACTIONS, MEMORY
 
@@ -23,7 +22,7 @@ def probe(directory: Path, *mutant: str) -> list[dict]:
         stdout=subprocess.PIPE,
         text=True,
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OPENBLAS_NUM_THREADS": "1"},
+        env={**own_environment(), "OPENBLAS_NUM_THREADS": "1"},
         check=True,
     )
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -21,7 +21,12 @@ from nbdqcow.storage.memory import MemoryStorage
 from tests.differential.model import DiskModel
 from tests.differential.operations import Kind, Operation
 from tests.interleavings.permuting import InlinePool, PermutedStorage, PermutingLoop
-from tests.interleavings.test_interleavings import NB_CLIENTS, Clients, _all, _end
+from tests.interleavings.test_interleavings import (
+    NB_CLIENTS,
+    Clients,
+    end_loop,
+    run_all,
+)
 from tests.qcow1_image import Image, Packed, Plain, check
 
 NB_RUNS = int(os.environ.get("NBDQCOW_INTERLEAVINGS", "160")) // 4
@@ -117,7 +122,7 @@ def interleave(seed: int, figures: Figures) -> None:
         clients = Qcow1Clients(node, model, rnd)
         storage.failing = rnd.choice((0, 0, 0.05, 0.3))
         tasks = [clients.client(rnd.randrange(4, 14)) for _ in range(NB_CLIENTS)]
-        loop.run_until_complete(_all(tasks))
+        loop.run_until_complete(run_all(tasks))
         storage.failing = 0
         submitted_at = model.tick()
         content = bytes(loop.run_until_complete(node.pread(0, node.size)))
@@ -133,7 +138,7 @@ def interleave(seed: int, figures: Figures) -> None:
     except Exception as error:
         raise AssertionError(f"seed {seed}: {error!r}") from error
     finally:
-        _end(loop)
+        end_loop(loop)
     figures.nb_runs += 1
     figures.nb_requests += clients.nb_requests
     figures.nb_cancelled += clients.nb_cancelled

@@ -1,7 +1,7 @@
 """One command line in two copies of a directory of disks: qemu-img's and ours.
 
-As in `test_img_conformance`: standard output, standard error, exit status and
-the images must be equal. Our images are then written to by qemu-io and checked.
+Standard output, standard error, exit status and the images must be equal. Our
+images are then written to by qemu-io and checked.
 """
 
 import os
@@ -15,7 +15,13 @@ from typing import Any
 
 import pytest
 
-from tests.interop.test_img_conformance import Outcome, run_ours, run_theirs
+from tests.interop.img_programs import (
+    Outcome,
+    files_of,
+    look_at,
+    run_ours,
+    run_theirs,
+)
 
 
 def qemu_io(directory: Path, name: str, *commands: str, format_: str = "qcow2") -> None:
@@ -117,6 +123,11 @@ def settle(outcome: Outcome) -> Outcome:
     return status, VARYING.sub(b"", out), VARYING.sub(b"", err)
 
 
+def settled_look(directory: Path, name: str) -> list[Outcome]:
+    """Return what qemu-img says of an image, but for what varies."""
+    return [settle(outcome) for outcome in look_at(directory, name)]
+
+
 READING = ("compare", "map", "measure", "info", "check")
 IN_EVERY_RUN = 6
 """Of so many lines that change images one is in every test run."""
@@ -158,25 +169,10 @@ def compare(line: str, disks: Path, tmp_path: Path) -> None:
     ]
     for name in changed:
         with ThreadPoolExecutor(2) as pool:
-            same, seen = pool.map(look_at, [theirs, ours], [name, name])
+            same, seen = pool.map(settled_look, [theirs, ours], [name, name])
         assert seen == same, name
         assert_same_content(theirs / name, ours / name)
         assert_writable(ours, name)
-
-
-def files_of(directory: Path) -> list[str]:
-    return sorted(
-        str(path.relative_to(directory))
-        for path in directory.rglob("*")
-        if path.is_file()
-    )
-
-
-def look_at(directory: Path, name: str) -> list[Outcome]:
-    """Return what qemu-img says of an image."""
-    quoted = shlex.quote(name)
-    lines = [f"info {quoted}", f"check --output=json {quoted}"]
-    return [settle(run_theirs(line, directory)) for line in lines]
 
 
 def assert_same_content(theirs: Path, ours: Path) -> None:

@@ -29,7 +29,7 @@ from tests.interop.img_beside_qemu import prepare as prepare_disks
 from tests.interop.img_beside_qemu import qemu_io, settle
 from tests.interop.img_intended import Difference, unintended
 from tests.interop.img_lines import READING, CommandLines, shrink
-from tests.interop.test_img_conformance import HOLDER, TIME_ZONE, Outcome
+from tests.interop.img_programs import HOLDER, TIME_ZONE, Outcome
 
 SECONDS = 30
 """After so many a program is stopped."""

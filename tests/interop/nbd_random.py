@@ -40,9 +40,10 @@ from nbdqcow.cli.nbd_options import Settings, parse_arguments
 from nbdqcow.cli.program import Answered
 from nbdqcow.errors import NbdQcowError
 from tests.certificates import Authority
-from tests.conftest import with_luks
+from tests.conftest import own_environment, with_luks
 from tests.interop.img_intended import Difference
 from tests.interop.img_lines import shrink
+from tests.interop.img_programs import HOLDER
 from tests.interop.img_random import describe, look_at, shape_of
 from tests.interop.img_random import prepare as prepare_images
 from tests.interop.nbd_intended import unintended
@@ -54,8 +55,6 @@ from tests.interop.nbd_lines import (
     is_harmless,
     words_of,
 )
-from tests.interop.test_img_conformance import HOLDER
-from tests.serving import server_environment
 
 SECONDS: Final = 8.0
 """After so many a program is killed."""
@@ -192,7 +191,7 @@ def start(words: list[str], directory: Path, *, ours: bool, out: int, err: int) 
         for number, descriptor in enumerate((null, out, err)):
             os.dup2(descriptor, number)
         if redirections or not ours:
-            os.execvpe(command[0], command, server_environment())
+            os.execvpe(command[0], command, own_environment())
         for name, number in (("stdout", 1), ("stderr", 2)):
             stream = io.TextIOWrapper(
                 io.FileIO(number, "w", closefd=False), "utf-8", "backslashreplace"

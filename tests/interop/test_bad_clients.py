@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, find_tool
+from tests.conftest import find_tool, own_environment
 from tests.interop.test_cli_serve import images, short_path
 from tests.nbd_client import NbdClient
 
@@ -184,6 +184,6 @@ def test_clients_killed_in_the_middle(served, images, short_path, image_format, 
         done = subprocess.run(
             [find_tool("qemu-img"), "check", images["qcow2"]],
             capture_output=True, text=True, timeout=60,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            env=own_environment(),
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from tests.conftest import find_tool
-from tests.interop.test_img_conformance import run_ours, run_theirs
+from tests.interop.img_programs import run_ours, run_theirs
 
 CONFIGS = {
     "none": "",

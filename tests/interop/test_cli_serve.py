@@ -1,7 +1,6 @@
 """``nbdqcow serve``, attached to by clients of others."""
 
 import json
-import os
 import random
 import shutil
 import socket
@@ -10,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.conftest import REPOSITORY, find_tool
+from tests.conftest import find_tool, own_environment
 
 MiB = 1 << 20
 
@@ -22,7 +21,7 @@ def run(*command, status=0):
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        env=own_environment(),
     )
     assert done.returncode == status, f"{command}\n{done.stdout}{done.stderr}"
     return done.stdout, done.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.interop.img_beside_qemu import qemu_io, settle
-from tests.interop.test_img_conformance import run_ours, run_theirs
+from tests.interop.img_programs import run_ours, run_theirs
 from tests.serving import need
 
 RUNNERS = (run_theirs, run_ours)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import with_luks
-from tests.interop.test_img_conformance import Outcome, run_ours, run_theirs
+from tests.interop.img_programs import Outcome, run_ours, run_theirs
 from tests.interop.test_luks import run
 
 pytestmark = pytest.mark.skipif(

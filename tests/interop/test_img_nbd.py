@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.test_img_conformance import run_ours, run_theirs
+from tests.interop.img_programs import run_ours, run_theirs
 
 MiB = 1 << 20
 

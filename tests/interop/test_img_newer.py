@@ -7,24 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import find_tool
 from tests.interop.img_beside_qemu import (
     READING,
-    files_of,
-    look_at,
-    prepare,
     qemu_io,
     settle,
+    settled_look,
 )
-from tests.interop.test_img_conformance import run_ours, run_theirs
-
-
-@pytest.fixture(scope="module")
-def disks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    find_tool("qemu-img")
-    directory = tmp_path_factory.mktemp("newer") / "disks"
-    prepare(directory)
-    return directory
+from tests.interop.img_programs import files_of, run_ours, run_theirs
 
 
 @pytest.fixture
@@ -139,7 +128,9 @@ def test_long_names(
     assert names == files_of(tmp_path / "theirs")
     for name in names:
         if (copy / name).read_bytes() != (tmp_path / "theirs" / name).read_bytes():
-            assert look_at(copy, name) == look_at(tmp_path / "theirs", name), name
+            assert settled_look(copy, name) == settled_look(
+                tmp_path / "theirs", name
+            ), name
 
 
 QCOW2_LIMITS = """\

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import find_tool
-from tests.interop.img_beside_qemu import files_of, qemu_io
-from tests.interop.test_img_conformance import run_ours, run_theirs
+from tests.interop.img_beside_qemu import qemu_io
+from tests.interop.img_programs import files_of, run_ours, run_theirs
 
 COUNTS = re.compile(
     rb"disk size: .*"

@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import find_tool
 from tests.interop.img_beside_qemu import prepare, settle
-from tests.interop.test_img_conformance import run_ours, run_theirs
+from tests.interop.img_programs import run_ours, run_theirs
 
 ONE = "--object secret,id=s,data=one"
 LUKS = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"

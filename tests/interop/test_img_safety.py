@@ -10,21 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.test_img_conformance import REPOSITORY, run_ours
+from tests.conftest import own_environment
+from tests.interop.img_programs import IN_A_PROCESS, run_ours
 
 MiB = 1 << 20
-IN_A_PROCESS = [
-    sys.executable,
-    "-c",
-    "import sys; sys.argv[0] = 'qemu-img'; from nbdqcow.cli.img import main; "
-    "sys.exit(main())",
-]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
 
 def start(directory: Path, *arguments: str, **options) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
-        [*IN_A_PROCESS, *arguments], cwd=directory, env=ENVIRONMENT, **options
+        [*IN_A_PROCESS, *arguments], cwd=directory, env=own_environment(), **options
     )
 
 
@@ -64,7 +58,7 @@ def test_a_failing_dd_says_so_in_qemus_words(directory):
     for command in (["qemu-img"], IN_A_PROCESS):
         done = subprocess.run(
             [*command, "dd", "-Oqcow2", "bs=1M", "if=source", "of=new"],
-            cwd=directory, env=ENVIRONMENT, capture_output=True, timeout=60,
+            cwd=directory, env=own_environment(), capture_output=True, timeout=60,
             check=False, restore_signals=False,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
         )  # fmt: skip
@@ -180,7 +174,7 @@ def test_a_small_command_loads_no_event_loop(directory):
         done = subprocess.run(
             [sys.executable, "-c", program, *line.split()],
             cwd=directory,
-            env=ENVIRONMENT,
+            env=own_environment(),
             capture_output=True,
             check=True,
             timeout=60,

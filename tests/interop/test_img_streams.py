@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import SEED
-from tests.interop.test_img_conformance import REPOSITORY, run_ours
+from tests.conftest import SEED, own_environment
+from tests.interop.img_programs import run_ours
 
 MiB = 1 << 20
 COMMAND = [sys.executable, "-m", "nbdqcow.cli.img", "convert"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 CONTENT = random.Random(SEED).randbytes(MiB) + bytes(2 * MiB) + b"x" * 512
 
 
@@ -28,7 +27,7 @@ def convert(
     return subprocess.run(
         [*COMMAND, *arguments],
         cwd=directory,
-        env=ENVIRONMENT,
+        env=own_environment(),
         input=given,
         capture_output=True,
         check=False,
@@ -67,7 +66,7 @@ def test_between_files(directory):
     ):
         subprocess.run(
             [*COMMAND, "-", "-"],
-            cwd=directory, env=ENVIRONMENT, stdin=source, stdout=target,
+            cwd=directory, env=own_environment(), stdin=source, stdout=target,
             check=True, timeout=60,
         )  # fmt: skip
     assert (directory / "out").read_bytes() == CONTENT
@@ -122,7 +121,7 @@ def test_waiting_for_a_pipe_can_be_interrupted(directory, arguments, number):
     before = sorted(os.listdir(directory))
     process = subprocess.Popen(
         [*COMMAND, *arguments],
-        cwd=directory, env=ENVIRONMENT,
+        cwd=directory, env=own_environment(),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     with process:
@@ -141,7 +140,7 @@ def test_waiting_for_a_pipe_can_be_interrupted(directory, arguments, number):
 def test_map_draws_a_bar_at_a_terminal_only(directory):
     command = [sys.executable, "-m", "nbdqcow.cli.img", "map", "disk.qcow2"]
     piped = subprocess.run(
-        command, cwd=directory, env=ENVIRONMENT, capture_output=True, timeout=60,
+        command, cwd=directory, env=own_environment(), capture_output=True, timeout=60,
         check=True,
     ).stdout  # fmt: skip
     assert piped == run_ours("map disk.qcow2", directory)[1]
@@ -150,7 +149,7 @@ def test_map_draws_a_bar_at_a_terminal_only(directory):
     attributes = termios.tcgetattr(theirs)
     attributes[1] &= ~termios.OPOST
     termios.tcsetattr(theirs, termios.TCSANOW, attributes)
-    environment = ENVIRONMENT | {"COLUMNS": "32"}
+    environment = own_environment() | {"COLUMNS": "32"}
     subprocess.run(
         command, cwd=directory, env=environment, stdout=theirs, timeout=60, check=True
     )

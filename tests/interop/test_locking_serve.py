@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import own_environment
 from tests.nbd_client import NbdClient
 from tests.serving import (
     REFERENCE,
     need,
     run,
     server_command,
-    server_environment,
     serving,
 )
 
@@ -67,7 +67,7 @@ def refusal(
         image, socket, image_format=image_format, read_only=read_only
     )
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=60, env=server_environment()
+        command, capture_output=True, text=True, timeout=60, env=own_environment()
     )
     assert done.returncode == 1, done
     assert done.stdout == ""

@@ -12,7 +12,7 @@ import pytest
 from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
 from tests.certificates import Authority
-from tests.interop.test_img_conformance import run_ours, run_theirs
+from tests.interop.img_programs import run_ours, run_theirs
 
 pytestmark = pytest.mark.skipif(
     shutil.which("qemu-nbd") is None, reason="qemu-nbd is not installed"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import own_environment
 from tests.nbd_client import NbdClient
-from tests.serving import nbdqcow_img, server_environment, serving
+from tests.serving import nbdqcow_img, serving
 
 MiB = 1 << 20
 CLOSED = {"<&-", ">&-", "2>&-", "<&- >&- 2>&-"}
@@ -31,7 +32,7 @@ def start(program: str, *words: str | Path, streams: str) -> subprocess.Popen[st
     code = f"import sys; sys.argv[0] = '{program}'; {PROGRAMS[program]}; "
     shell = ["sh", "-c", f'exec "$@" {streams}', "sh"]
     command = [sys.executable, "-c", code + "sys.exit(main())", *map(str, words)]
-    environment = server_environment()
+    environment = own_environment()
     # Mostly it is not set, and what is printed waits for the end.
     environment.pop("PYTHONUNBUFFERED", None)
     return subprocess.Popen(

@@ -1,6 +1,6 @@
 """TLS, transports and limits feature by feature, each proven by a named client.
 
-The rows of section 1d, as `test_protocol_table` has those before it.
+The rows of section 1d, as `test_handshake_table` has those before it.
 docs/protocol.md has the same for people.
 """
 
@@ -22,15 +22,14 @@ import pytest
 from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
 from tests.certificates import Authority
-from tests.conftest import find_free_port
+from tests.conftest import find_free_port, own_environment
+from tests.interop.protocol_table import NEW, OLD, MiB, Rows
 from tests.nbd_client import NbdClient
-from tests.serving import REFERENCE, need, run, server_environment, serving
+from tests.serving import REFERENCE, need, run, serving
 
 pytestmark = pytest.mark.skipif(REFERENCE, reason="for our server")
-MiB = 1 << 20
 SIZE = 8 * MiB
 
-OLD, NEW = "libnbd 1.14", "libnbd 1.22"
 OLD_QEMU, NEW_QEMU = "qemu-img 7.2", "qemu-img 10"
 
 
@@ -93,22 +92,7 @@ def read_exactly(sock: socket.socket, length: int) -> bytes:
     return data
 
 
-ROWS: list[Any] = []
-
-
-def row(
-    feature: str, *clients: str
-) -> Callable[[Callable[[Place, str], None]], Callable[[Place, str], None]]:
-    """Add a row for each of ``clients`` that proves ``feature``."""
-
-    def add(check: Callable[[Place, str], None]) -> Callable[[Place, str], None]:
-        ROWS.extend(
-            pytest.param(check, client, id=f"1d {feature} [{client}]")
-            for client in clients
-        )
-        return check
-
-    return add
+row: Rows[Place] = Rows("1d")
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +121,7 @@ def common(
         yield Place(server.socket, ports, home, newer_clients, ExitStack(), authority)
 
 
-@pytest.mark.parametrize(("check", "client"), ROWS)
+@pytest.mark.parametrize(("check", "client"), row.cases)
 def test_row(common: Place, check: Callable[[Place, str], None], client: str) -> None:
     with common.stack:
         check(common, client)
@@ -221,7 +205,7 @@ def descriptor(place: Place, client: str) -> None:
         process = subprocess.Popen(
             command,
             pass_fds=[theirs.fileno()],
-            env=server_environment(),
+            env=own_environment(),
             stdout=subprocess.DEVNULL,
         )
         theirs.close()

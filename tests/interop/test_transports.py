@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.conftest import REPOSITORY, find_tool, wait_until_listening
+from tests.conftest import find_tool, own_environment, wait_until_listening
 from tests.interop.test_cli_serve import images, info, listeners, run, short_path
 
 __all__ = ["images", "short_path"]
@@ -17,7 +17,6 @@ __all__ = ["images", "short_path"]
 MiB = 1 << 20
 GREETING = b"NBDMAGICIHAVEOPT"
 SERVE = [sys.executable, "-m", "nbdqcow", "serve"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 
 
 def greeting(address, family=socket.AF_UNIX):
@@ -70,7 +69,7 @@ def test_inherited_listener(images):
             [*SERVE, images["qcow2"], "--fd", str(listener.fileno())],
             pass_fds=[listener.fileno()],
             stdout=subprocess.PIPE,
-            env=ENVIRONMENT,
+            env=own_environment(),
             text=True,
         )
         fd, port = listener.fileno(), listener.getsockname()[1]
@@ -89,7 +88,7 @@ def test_inherited_connection(images):
             [*SERVE, images["qcow2"], "--fd", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdout=subprocess.PIPE,
-            env=ENVIRONMENT,
+            env=own_environment(),
         )
     ours.settimeout(20)
     assert ours.recv(16, socket.MSG_WAITALL) == GREETING
@@ -107,7 +106,7 @@ def test_no_socket_is_inherited(images, fd, reason):
     done = subprocess.run(
         [*SERVE, images["qcow2"], "--fd", fd],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
-        env=ENVIRONMENT,
+        env=own_environment(),
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr == (
@@ -121,7 +120,7 @@ def test_libnbd_activates_us(images, tmp_path):
     copy = tmp_path / "copy"
     done = subprocess.run(
         [find_tool("nbdcopy"), "--", "[", *command, "]", str(copy)],
-        capture_output=True, text=True, timeout=60, env=ENVIRONMENT,
+        capture_output=True, text=True, timeout=60, env=own_environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert copy.read_bytes() == images["raw"].read_bytes()
@@ -134,7 +133,7 @@ def test_stdio_socket(images):
     done = subprocess.run(
         # nbdsh, as the system's Python has it whatever comes first in PATH.
         ["/usr/bin/python3", "-c", f"import nbd\nh = nbd.NBD()\n{script}"],
-        capture_output=True, text=True, timeout=60, env=ENVIRONMENT,
+        capture_output=True, text=True, timeout=60, env=own_environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     data = bytearray(images["raw"].read_bytes()[512 : 512 + 99])
@@ -157,7 +156,7 @@ def test_stdio_pipes(images):
         [*SERVE, images["raw"], "--format=raw", "--stdio"],
         input=b"\0\0\0\3" + option(1, b"")
         + request(0, 512, 3 * MiB) + request(2, 0, 0),
-        capture_output=True, timeout=60, env=ENVIRONMENT,
+        capture_output=True, timeout=60, env=own_environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(GREETING)
@@ -170,7 +169,8 @@ def test_stdio_pipes(images):
 def test_stdio_closed_at_once(images):
     done = subprocess.run(
         [*SERVE, images["qcow2"], "--stdio"],
-        stdin=subprocess.DEVNULL, capture_output=True, timeout=60, env=ENVIRONMENT,
+        stdin=subprocess.DEVNULL, capture_output=True, timeout=60,
+        env=own_environment(),
     )  # fmt: skip
     assert done.returncode == 0
     assert done.stdout == GREETING + b"\0\3"
@@ -187,7 +187,8 @@ def test_socket_activation(images, short_path, command):
         arguments += ["--unix", str(short_path / "c")]
     process = subprocess.Popen(
         [activate, *places, "--fdname=one:two"[: len(places) * 4 + 8], *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=own_environment(),
     )  # fmt: skip
     try:
         names = ["a", "b", "c"] if command == "serve" else ["a"]
@@ -223,7 +224,7 @@ def test_activation_has_no_other_place(images, option, what):
     )
     done = subprocess.run(
         [sys.executable, "-c", program, *SERVE[:3], "nbd", option, images["qcow2"]],
-        capture_output=True, text=True, timeout=60, env=ENVIRONMENT,
+        capture_output=True, text=True, timeout=60, env=own_environment(),
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr == (

@@ -5,8 +5,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.conftest import with_luks
-from tests.serving import server_environment
+from tests.conftest import own_environment, with_luks
 
 SOURCE = Path(__file__).with_name("recorder.c")
 NB_ROUNDS = int(os.environ.get("NBDQCOW_PLUGS", "20"))
@@ -34,7 +33,7 @@ def recorded(
     """Return the environment of a program whose work on the files in ``directory``
     is recorded. ``fail``: see recorder.c."""
     environment = {
-        **server_environment(),
+        **own_environment(),
         "LD_PRELOAD": str(library),
         "PLUG_DIR": str(directory.resolve()),
         "PLUG_LOG": str(log),

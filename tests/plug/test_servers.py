@@ -319,17 +319,28 @@ def unmarked(file: bytes, base: bytes, disk: bytes) -> list[str]:
 # -- tests -----------------------------------------------------------------------
 
 
-def cut_power(case: Case, directory: Path, recorder: Path, seed: int, size: int) -> str:
-    """Return what was explored; ``size`` times as much as for a short test."""
+def cut_power(
+    case: Case, directory: Path, recorder: Path, seed: int, size: int,
+    *, after_kill: bool = False,
+) -> str:  # fmt: skip
+    """Return what was explored; ``size`` times as much as for a short test.
+
+    ``after_kill``: of a server that goes on with the image of one that was killed at
+    work.
+    """
     rnd = random.Random(seed)
-    played = play(case, directory, recorder, rnd, NB_REQUESTS * size)
+    nb_requests, nb_killed = NB_REQUESTS * size, 0
+    if after_kill:
+        nb_requests, nb_killed = nb_requests // 2, rnd.randrange(1, NB_REQUESTS)
+    played = play(case, directory, recorder, rnd, nb_requests, nb_killed=nb_killed)
     assert played.status == 0, played.errors
     assert not any(r.error for r in played.client.requests)
     if case.patch == OVERWRITES:
         calls = played.recording.calls_of(played.image)
         assert any(call.flags == MAPPED for call in calls if call.kind == "W")
     nb_disks = played.pull_the_plug(NB_CUTS * size, rnd)
-    return f"plugs: {case}, {nb_disks} disks of {NB_CUTS * size + 1} cuts"
+    kind = "plugs after kills" if after_kill else "plugs"
+    return f"{kind}: {case}, {nb_disks} disks of {NB_CUTS * size + 1} cuts"
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -382,23 +393,9 @@ def test_a_flush_covers_what_a_killed_server_wrote(case, tmp_path, recorder, see
         assert history.file_at(recording.nb_records, "old", rnd) == history.last
 
 
-def kill_and_cut_power(
-    case: Case, directory: Path, recorder: Path, seed: int, size: int
-) -> str:
-    """Kill a server at work, let another go on with the image, and cut power."""
-    rnd = random.Random(seed)
-    nb_killed = rnd.randrange(1, NB_REQUESTS)
-    played = play(
-        case, directory, recorder, rnd, NB_REQUESTS * size // 2, nb_killed=nb_killed
-    )
-    assert played.status == 0, played.errors
-    nb_disks = played.pull_the_plug(NB_CUTS * size, rnd)
-    return f"plugs after kills: {case}, {nb_disks} disks of {NB_CUTS * size + 1} cuts"
-
-
 @pytest.mark.parametrize("case", CASES[:4], ids=str)
 def test_power_cuts_after_a_kill(case, tmp_path, recorder, seed, figures):
-    figures(kill_and_cut_power(case, tmp_path, recorder, seed, 1))
+    figures(cut_power(case, tmp_path, recorder, seed, 1, after_kill=True))
 
 
 @pytest.mark.slow
@@ -406,7 +403,7 @@ def test_power_cuts_after_a_kill(case, tmp_path, recorder, seed, figures):
 @pytest.mark.parametrize("case", CASES + MORE_CASES, ids=str)
 def test_many_power_cuts_after_kills(case, tmp_path, recorder, seed, figures):
     for number, directory in rounds(tmp_path):
-        figures(kill_and_cut_power(case, directory, recorder, seed + number, 2))
+        figures(cut_power(case, directory, recorder, seed + number, 2, after_kill=True))
 
 
 def fail_a_call(

@@ -136,6 +136,10 @@ def test_meaning(given, filename, options):
             "'file' doesn't support the option 'x'",
         ),
         ('{"file.filename": "a", "x": 1}', "'raw' does not support the option 'x'"),
+        (
+            '{"driver": "nbd", "host": "a", "key-secret": "s"}',
+            "'nbd' does not support the option 'key-secret'",
+        ),
         ('{"file.filename": "a", "x": [1]}', "does not support the option 'x.0'"),
         ('{"file.filename": "a", "discard": null}', "'discard' has no value"),
         ('{"file.filename": "a", "lazy-refcounts": 3}', "expects 'on' or 'off'"),

@@ -3,8 +3,6 @@
 import asyncio
 import contextlib
 import errno
-import logging
-from collections.abc import Coroutine
 from collections.abc import Mapping as Options
 from dataclasses import replace
 from typing import Any, Final, Self
@@ -24,10 +22,9 @@ from nbdqcow.formats.qcow1.l1_table import L1Words, load_l1
 from nbdqcow.formats.qcow1.mapping import Mapping
 from nbdqcow.formats.qcow1.tables import Tables
 from nbdqcow.formats.qcow1.writeback import Writeback
+from nbdqcow.formats.tasks import ImageTasks
 from nbdqcow.types import UNALLOCATED, Buffer, Run
 from nbdqcow.units import SECTOR_SIZE, MiB, round_up
-
-log = logging.getLogger(__name__)
 
 DEFAULT_L2_CACHE: Final = 32 * MiB
 """Bytes of L2 slices kept by default: enough for 16 GiB of disk in an image
@@ -89,7 +86,7 @@ class Qcow1Driver(FormatDriver):
         self.try_map_write = self.mapping.try_map_write  # type: ignore[method-assign]
         if header.crypt_method == qcow1_header.CRYPT_AES:
             encryption.number_by_guest_offset(self)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.tasks = ImageTasks(storage.filename)
         # The end of the latest compressed write: clusters that are compressed
         # at the same time are stored in the order in which they came.
         self._last_stored: asyncio.Future[None] | None = None
@@ -192,7 +189,7 @@ class Qcow1Driver(FormatDriver):
             # A coroutine that is thrown away with its loop leaves it to `close`.
             with contextlib.suppress(RuntimeError):
                 asyncio.get_running_loop()
-                self._spawn(self._trim())
+                self.tasks.spawn(self._trim())
 
     async def _trim(self) -> None:
         """Cut off what a failed write has left behind the used part."""
@@ -299,7 +296,7 @@ class Qcow1Driver(FormatDriver):
         """Give all clusters up: everything is as it is in the backing file, or
         zero, and the file as short as it was when it was new."""
         self.check_writable()
-        await self._operate(self._make_empty())
+        await self.tasks.run_to_end(self._make_empty())
 
     async def _make_empty(self) -> None:
         async with self.writeback.running, self.lock:
@@ -345,7 +342,7 @@ class Qcow1Driver(FormatDriver):
             raise BlockError(errno.EINVAL, "Backing file name too long")
         if b"\0" in name:
             raise BlockError(errno.EINVAL, "A file name can't have a NUL byte")
-        await self._operate(self._change_name(filename, name))
+        await self.tasks.run_to_end(self._change_name(filename, name))
 
     async def _change_name(self, filename: str | None, name: bytes) -> None:
         async with self.lock:
@@ -391,7 +388,7 @@ class Qcow1Driver(FormatDriver):
             self.read_only = True
             self.mapping.freeze(True)
             await self.writers.quiet()
-        await self._settle()
+        await self.tasks.settle()
         try:
             await self.writeback.flush()
         except BaseException:
@@ -406,27 +403,6 @@ class Qcow1Driver(FormatDriver):
 
     # -- durability ------------------------------------------------------
 
-    async def _operate(self, operation: Coroutine[Any, Any, None]) -> None:
-        """Run an operation to its end, even if the caller is cancelled."""
-        task = asyncio.create_task(operation)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        await asyncio.shield(task)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._background_done)
-
-    def _background_done(self, task: "asyncio.Task[None]") -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s: %s", self.storage.filename, error)
-
-    async def _settle(self) -> None:
-        while self._tasks:
-            await asyncio.wait(self._tasks)
-
     async def flush(self) -> None:
         """See `FormatDriver.flush`."""
         await self.writeback.flush()
@@ -434,7 +410,7 @@ class Qcow1Driver(FormatDriver):
     async def close(self) -> None:
         """See `FormatDriver.close`."""
         try:
-            await self._settle()
+            await self.tasks.settle()
             if not self.read_only:
                 await self._trim()
                 await self.writeback.flush()

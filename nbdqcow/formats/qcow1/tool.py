@@ -61,7 +61,7 @@ class Qcow1Tool(FormatTool):
     def prepare(
         self, values: Mapping[str, OptionValue], *, secrets: Secrets = no_secrets
     ) -> "CreatePlan":
-        """Plan a new image."""
+        """Plan a new image. Raises `ImageError`."""
         from nbdqcow.formats.qcow1.create import CreateOptions, plan_create
 
         encrypt_format = values.get("encrypt.format")

@@ -10,11 +10,11 @@ flush on disk, leaves unused space in the file at worst:
 4. a flush. What the guest wrote before the commit is durable.
 """
 
-import asyncio
 from array import array
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from nbdqcow.formats.tasks import SharedCommits
 from nbdqcow.formats.words import dump_be64
 
 if TYPE_CHECKING:
@@ -75,17 +75,16 @@ def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:
 
 
 class Writeback:
-    """Runs the commits of one image, one at a time.
+    """The commits of one image.
 
     Attributes:
-        running: held while a commit runs, and by who wants none to. Take it
-            before the image's lock.
+        running: see `SharedCommits`.
     """
 
     def __init__(self, image: "Qcow1Driver") -> None:
         self._image = image
-        self.running = asyncio.Lock()
-        self._queued: asyncio.Task[None] | None = None
+        self._commits = SharedCommits(self._commit)
+        self.running = self._commits.running
 
     async def make_room(self) -> None:
         """Wait for a commit if much of the table cache is dirty."""
@@ -94,19 +93,8 @@ class Writeback:
             await self.flush()
 
     async def flush(self) -> None:
-        """Make all that was answered before this call durable.
-
-        Callers that come while a commit runs share the next one.
-        """
-        if self._queued is None:
-            self._queued = asyncio.create_task(self._commit_when_free())
-            self._queued.add_done_callback(_retrieve)
-        await asyncio.shield(self._queued)
-
-    async def _commit_when_free(self) -> None:
-        async with self.running:
-            self._queued = None
-            await self._commit()
+        """Make all that was answered before this call durable."""
+        await self._commits.run()
 
     async def _commit(self) -> None:
         image, storage = self._image, self._image.storage
@@ -138,9 +126,3 @@ class Writeback:
             raise
         finally:
             picture.release()
-
-
-def _retrieve(task: "asyncio.Task[None]") -> None:
-    """Mark a failed commit's error as seen: whoever awaited it has it."""
-    if not task.cancelled():
-        task.exception()

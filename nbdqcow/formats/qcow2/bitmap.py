@@ -415,8 +415,8 @@ class Bitmaps:
         self._find(name).merge(self._find(source))
 
     def merge_from(self, name: str, source: "Bitmap") -> None:
-        """Do as `merge` does with a bitmap of another image, whose disk has the
-        same size."""
+        """Do as `merge` does with a bitmap of another image. Raises `BlockError` if
+        its disk has not the same size."""
         bitmap = self._find(name)
         if source.size != bitmap.size:
             raise BlockError(errno.EINVAL, "the disks of the bitmaps differ in size")

@@ -40,7 +40,8 @@ def is_raw(header: Header) -> bool:
 
 
 def attach(image: "Qcow2Driver") -> None:
-    """Let an image's tables and maps be those of one with a data file."""
+    """Let an image's tables and maps be those of one with a data file. Raises
+    `UnsupportedFeature` for a disk that is too large."""
     if image.size > IN_DATA_FILE:
         raise UnsupportedFeature("the disk is too large for an external data file")
     mapping, tables = image.mapping, image.tables

@@ -40,7 +40,8 @@ async def write_zeroes(
 
     ``may_unmap`` frees them; otherwise unshared clusters stay allocated under
     the zero flag, for later writes. Version 2 has no such flag: there, only a
-    cluster without a backing file can be made zero, by freeing it.
+    cluster without a backing file can be made zero, by freeing it; otherwise
+    `NotSupported` is raised.
     """
     may_unmap = may_unmap and not image.settings.keep_discarded
     version2 = image.header.version < 3

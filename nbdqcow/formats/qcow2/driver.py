@@ -4,7 +4,7 @@ import asyncio
 import errno
 import logging
 from array import array
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from collections.abc import Mapping as Options
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -37,6 +37,7 @@ from nbdqcow.formats.qcow2.settings import Settings
 from nbdqcow.formats.qcow2.tables import Tables
 from nbdqcow.formats.qcow2.write_inline import ExtendedInlineWriter, InlineWriter
 from nbdqcow.formats.qcow2.writeback import Freed, Writeback
+from nbdqcow.formats.tasks import ImageTasks
 from nbdqcow.types import Buffer, Run
 from nbdqcow.units import MiB, round_up
 
@@ -71,7 +72,7 @@ class Qcow2Driver(Operations):
             then it is marked as dirty.
         snapshot_metadata: what clusters of snapshots' tables were when the image
             was opened, in the words of the option ``overlap-check``.
-        tasks: operations and background work that run; see `settle`.
+        tasks: operations and background work that run.
         operating: held by an operation while it runs.
         shows_old_disk: the header in memory describes a snapshot's disk.
         trim_wanted: once no freed cluster waits, the file's end is cut off.
@@ -139,8 +140,7 @@ class Qcow2Driver(Operations):
         self.bitmaps = Bitmaps(self)
         self._tracked: Sequence[Bitmap] = ()
         self.rebind()
-        self.tasks: set[asyncio.Task[Any]] = set()
-        self._until_close: list[asyncio.Task[None]] = []
+        self.tasks = ImageTasks(storage.filename)
         self.operating = asyncio.Lock()
         self.trim_wanted = False
         self.failed = False
@@ -509,28 +509,6 @@ class Qcow2Driver(Operations):
         self.trim_wanted = True
         self.writeback.start()
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run background work of the image; `settle` waits for it."""
-        task = asyncio.create_task(work)
-        self.tasks.add(task)
-        task.add_done_callback(self._background_done)
-
-    def spawn_forever(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run work that ends with the image."""
-        task = asyncio.create_task(work)
-        self._until_close.append(task)
-        task.add_done_callback(self._background_done)
-
-    def _background_done(self, task: "asyncio.Task[None]") -> None:
-        self.tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s: %s", self.storage.filename, error)
-
-    async def settle(self) -> None:
-        """Wait until no background work is left."""
-        while self.tasks:
-            await asyncio.wait(self.tasks)
-
     async def flush(self) -> None:
         """See `FormatDriver.flush`."""
         if self.header.corrupt:
@@ -541,15 +519,14 @@ class Qcow2Driver(Operations):
 
     async def close(self) -> None:
         """See `FormatDriver.close`."""
-        for task in self._until_close:
-            task.cancel()
+        self.tasks.cancel_until_close()
         try:
             if not self.read_only:
-                await self.settle()
+                await self.tasks.settle()
                 try:
                     await self.bitmaps.store()
                 finally:
                     await self.writeback.finish()
-            await self.settle()
+            await self.tasks.settle()
         finally:
             await self.compressed.close()

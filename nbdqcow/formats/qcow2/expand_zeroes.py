@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 
 async def expand_zero_clusters(image: "Qcow2Driver", progress: Progress) -> None:
-    """Do so in the tables of the disk and of all snapshots. The image is
-    `alone`."""
+    """Make them plain in the tables of the disk and of all snapshots. The image is
+    `alone`. Raises `CorruptImage`."""
     tables = image.tables
     l1_tables = await _all_l1_tables(image)
     # By the table's offset: a shared one is done once.

@@ -320,7 +320,8 @@ class Generation:
                 # The operation is done. They go with the next commit.
                 image.freed.add(first, nb_clusters, False)
         if refcounts.freed:
-            image.spawn(_drop(image, refcounts.freed, image.refcounts.block_entries))
+            nb_entries = image.refcounts.block_entries
+            image.tasks.spawn(_drop(image, refcounts.freed, nb_entries))
 
 
 def _compressed_clusters(

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Final
 from nbdqcow.errors import BlockError, ImageError
 from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2.header import Header
-from nbdqcow.units import round_up
+from nbdqcow.units import SECTOR_SIZE, round_up
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
-_SECTOR: Final = 512
 _BACKING_OFFSET: Final = 8
 """Where ``backing_file_offset`` (u64) lies."""
 
@@ -60,12 +59,12 @@ async def _update_header(
 def _writes(old: Header, packed: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield what leads from an old header to a new one: each durable before
     the next."""
-    first, rest = packed[:_SECTOR], packed[_SECTOR:]
+    first, rest = packed[:SECTOR_SIZE], packed[SECTOR_SIZE:]
     if rest:
         yield from _interim_writes(old, len(packed))
-        yield _SECTOR, rest
+        yield SECTOR_SIZE, rest
     # What is left of a longer one is no part of the header.
-    yield 0, first.ljust(_SECTOR, b"\0")
+    yield 0, first.ljust(SECTOR_SIZE, b"\0")
 
 
 def _interim_writes(old: Header, new_length: int) -> Iterator[tuple[int, bytes]]:
@@ -82,11 +81,11 @@ def _interim_writes(old: Header, new_length: int) -> Iterator[tuple[int, bytes]]
     name = (old.backing_filename or "").encode("utf-8", "surrogateescape")
     place = round_up(max(new_length, old.backing_file_offset + len(name)), 8)
     packed = interim.pack()
-    if len(packed) > _SECTOR or place + len(name) > old.cluster_size:
+    if len(packed) > SECTOR_SIZE or place + len(name) > old.cluster_size:
         return
     if name:
         yield place, name
         pointer = place.to_bytes(8, "big") + len(name).to_bytes(4, "big")
         end = _BACKING_OFFSET + len(pointer)
         packed = packed[:_BACKING_OFFSET] + pointer + packed[end:]
-    yield 0, packed.ljust(_SECTOR, b"\0")
+    yield 0, packed.ljust(SECTOR_SIZE, b"\0")

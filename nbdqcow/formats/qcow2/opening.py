@@ -81,7 +81,7 @@ async def open_driver(
             await image.bitmaps.load()
         # Until it is closed, so not before it is open.
         if settings.clean_interval:
-            image.spawn_forever(image.drop_unused(settings.clean_interval))
+            image.tasks.spawn_until_close(image.drop_unused(settings.clean_interval))
     except BaseException:
         if data_file is not None:
             await data_file.close()

@@ -4,7 +4,6 @@ Each runs to its end even if its caller is cancelled, and is safe while the
 image is served. What only they need is imported by them: it brings numpy.
 """
 
-import asyncio
 from collections.abc import Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -34,10 +33,7 @@ class Operations(FormatDriver):
         except BlockError:
             operation.close()
             raise
-        task = asyncio.create_task(self._after_others(operation))
-        self._image.tasks.add(task)
-        task.add_done_callback(self._image.tasks.discard)
-        return await asyncio.shield(task)
+        return await self._image.tasks.run_to_end(self._after_others(operation))
 
     async def _after_others(self, operation: Coroutine[Any, Any, T]) -> T:
         """Run an operation once no other one is in the middle of its steps."""

@@ -134,7 +134,12 @@ def _lay_out(
 def choose_clusters(
     free: "npt.NDArray[np.int64]", table_clusters: int, nb_blocks: int
 ) -> tuple[int, list[int]]:
-    """Choose adjacent clusters for the table, and others for the blocks."""
+    """Choose adjacent clusters for the table, and others for the blocks.
+
+    ``free``: the indices of free clusters, int64, ascending. Returns the index of the
+    table's first cluster, and those of the blocks. Raises `ImageError` if there is no
+    room.
+    """
     runs: npt.NDArray[np.int64] = np.zeros(0, np.int64)
     if len(free) >= table_clusters + nb_blocks:
         spans = free[table_clusters - 1 :] - free[: len(free) - table_clusters + 1]

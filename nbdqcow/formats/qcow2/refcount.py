@@ -21,7 +21,7 @@ from nbdqcow.formats.qcow2.entries import (
     REFTABLE_OFFSET_MASK,
     REFTABLE_RESERVED_MASK,
 )
-from nbdqcow.formats.qcow2.header import Header
+from nbdqcow.formats.qcow2.header import REFTABLE_FIELDS_OFFSET, Header
 from nbdqcow.formats.qcow2.refcount_codec import (
     pack_counts,
     unpack_counts,
@@ -510,6 +510,25 @@ class Refcounts:
         self.note_used((cluster_index + 1) << self.cluster_bits)
         self.table[block_index] = cluster_index << self.cluster_bits
 
+    def _larger_table(self, nb_entries: int) -> tuple[int, int]:
+        """Return how many clusters a table of that many entries or more has, and how
+        many blocks behind those of today describe it and themselves.
+
+        Raises `BlockError`.
+        """
+        per_cluster = self.cluster_size // 8
+        while True:
+            table_clusters = -(-nb_entries // per_cluster)
+            nb_blocks = 1
+            while nb_blocks * self.block_entries < nb_blocks + table_clusters:
+                nb_blocks += 1
+            if len(self.table) + nb_blocks <= table_clusters * per_cluster:
+                break
+            nb_entries = len(self.table) + nb_blocks
+        if table_clusters * self.cluster_size > MAX_REFTABLE_BYTES:
+            raise BlockError(errno.EFBIG, "refcount table would be too large")
+        return table_clusters, nb_blocks
+
     async def _grow_table(self, block_index: int) -> None:
         """Move the refcount table to a larger place that covers a block.
 
@@ -520,22 +539,14 @@ class Refcounts:
         self.storage.announce("reftable_grow")
         old_offset = self.header.refcount_table_offset
         old_clusters = self.header.refcount_table_clusters
-        per_cluster = self.cluster_size // 8
-        entries = max(block_index + 1, len(self.table) * 2)
         first_block = len(self.table)
         start = first_block * self.block_entries
-        while True:
-            table_clusters = -(-entries // per_cluster)
-            nb_blocks = 1
-            while nb_blocks * self.block_entries < nb_blocks + table_clusters:
-                nb_blocks += 1
-            if first_block + nb_blocks <= table_clusters * per_cluster:
-                break
-            entries = first_block + nb_blocks
-        if table_clusters * self.cluster_size > MAX_REFTABLE_BYTES:
-            raise BlockError(errno.EFBIG, "refcount table would be too large")
+        table_clusters, nb_blocks = self._larger_table(
+            max(block_index + 1, first_block * 2)
+        )
         table = self.table[:]
-        table.extend([0] * (table_clusters * per_cluster - len(table)))
+        nb_entries = table_clusters * self.cluster_size // 8
+        table.extend([0] * (nb_entries - first_block))
         used = nb_blocks + table_clusters
         self.note_used((start + used) << self.cluster_bits)
         blocks = []
@@ -565,7 +576,7 @@ class Refcounts:
         # to the old one before this has been done again, at the same place.
         self.may_have_moved = True
         self.storage.announce("refblock_alloc_switch_table")
-        await self.storage.pwritev(48, [pointer])
+        await self.storage.pwritev(REFTABLE_FIELDS_OFFSET, [pointer])
         await self.storage.flush()
         self.may_have_moved = False
         self.fresh.clear()

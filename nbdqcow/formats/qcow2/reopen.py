@@ -31,7 +31,7 @@ async def stop_writing(image: "Qcow2Driver") -> None:
             image.set_read_only(False)
             raise
     try:
-        await image.settle()
+        await image.tasks.settle()
         await image.bitmaps.store()
         await image.writeback.finish()
         await _reopen_others(image, read_only=True)

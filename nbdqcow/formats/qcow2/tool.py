@@ -1,4 +1,4 @@
-"""What commands do with qcow2 images: describe, create, check."""
+"""What commands do with qcow2 images: describe, measure, create, check."""
 
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -106,7 +106,7 @@ class Qcow2Tool(FormatTool):
     def prepare(
         self, values: Mapping[str, OptionValue], *, secrets: Secrets = no_secrets
     ) -> "CreatePlan":
-        """Plan a new image."""
+        """Plan a new image. Raises `ImageError`."""
         from nbdqcow.formats.qcow2.create_values import plan_image
 
         return plan_image(values, secrets)

@@ -268,7 +268,7 @@ async def slice_for_change(image: "Qcow2Driver", offset: int) -> L2Slice:
     """Return the slice of a guest offset, in a table that is ours to change.
 
     Makes the L2 table if there is none, and a copy of one that a snapshot
-    shares. The lock is held.
+    shares. The lock is held. Raises `BlockError`, and `CorruptImage`.
     """
     tables = image.tables
     key = offset >> tables.slice_shift

@@ -24,6 +24,7 @@ from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
 from nbdqcow.formats.qcow2.refcount_codec import pack_counts
+from nbdqcow.formats.tasks import SharedCommits
 from nbdqcow.formats.words import dump_be64
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _sectors(indices: Iterable[int], length: int) -> list[tuple[int, int]]:
 
 
 class Writeback:
-    """Runs the commits of one image, one at a time.
+    """The commits of one image, and what is given back after them.
 
     Attributes:
         waiting: what was freed durably and is not given back yet.
@@ -152,8 +153,7 @@ class Writeback:
 
     def __init__(self, image: "Qcow2Driver") -> None:
         self.image = image
-        self._running = asyncio.Lock()
-        self._queued: asyncio.Task[None] | None = None
+        self._commits = SharedCommits(self._commit)
         self._dropping = asyncio.Lock()
         self.waiting: list[Freed] = []
         self._accurate_wanted = False
@@ -161,25 +161,14 @@ class Writeback:
     async def flush(self, *, accurate: bool = False) -> None:
         """Make all that was answered before this call durable.
 
-        Callers that come while a commit runs share the next one. ``accurate``:
-        also refcounts that need not be right yet (lazy refcounts).
+        ``accurate``: also refcounts that need not be right yet (lazy refcounts).
         """
         self._accurate_wanted |= accurate
-        if self._queued is None:
-            self._queued = asyncio.create_task(self._commit_when_free())
-            self._queued.add_done_callback(_retrieve)
-        await asyncio.shield(self._queued)
+        await self._commits.run()
 
     def start(self) -> None:
         """Begin a commit in the background, unless one waits already."""
-        if self._queued is None:
-            self._queued = asyncio.create_task(self._commit_when_free())
-            self._queued.add_done_callback(_retrieve)
-
-    async def _commit_when_free(self) -> None:
-        async with self._running:
-            self._queued = None
-            await self._commit()
+        self._commits.start()
 
     async def _commit(self) -> None:
         image = self.image
@@ -205,7 +194,7 @@ class Writeback:
 
         Take it before the image's lock.
         """
-        async with self._running, self._dropping:
+        async with self._commits.running, self._dropping:
             yield
 
     async def commit_alone(self) -> None:
@@ -288,7 +277,7 @@ class Writeback:
         """Step 6, beside whatever else goes on."""
         if freed.ranges:
             self.waiting.append(freed)
-            self.image.spawn(self._drop_references(freed))
+            self.image.tasks.spawn(self._drop_references(freed))
         else:
             self._trim_if_wanted()
 
@@ -298,7 +287,7 @@ class Writeback:
             from nbdqcow.formats.qcow2 import resize
 
             image.trim_wanted = False
-            image.spawn(resize.trim(image))
+            image.tasks.spawn(resize.trim(image))
 
     async def _drop_references(self, freed: Freed) -> None:
         image = self.image
@@ -344,15 +333,9 @@ class Writeback:
 
     async def finish(self) -> None:
         """Bring everything to disk, the counts of freed clusters included."""
-        await self.image.settle()
+        await self.image.tasks.settle()
         await self.flush()
-        await self.image.settle()
+        await self.image.tasks.settle()
         await self.flush(accurate=True)
-        await self.image.settle()
+        await self.image.tasks.settle()
         await self.image.mark_clean()
-
-
-def _retrieve(task: "asyncio.Task[None]") -> None:
-    """Mark a failed commit's error as seen: whoever awaited it has it."""
-    if not task.cancelled():
-        task.exception()

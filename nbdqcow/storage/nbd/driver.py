@@ -171,7 +171,8 @@ class NbdStorage(StorageDriver):
         return not zero, run
 
     async def context_extents(self, offset: int, length: int) -> list[tuple[int, int]]:
-        """Return lengths and flags from ``offset`` on, which is in the file."""
+        """Return lengths in bytes, and flags, from ``offset`` on, which is in the
+        file. Raises `BlockError`."""
         length = min(length, self.length - offset)
         first = round_down(offset, self._block)
         size = round_up(offset + length, self._block) - first
@@ -235,7 +236,8 @@ class NbdStorage(StorageDriver):
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool = False
     ) -> None:
-        """Have the server zero a range, or send it zeroes."""
+        """Have the server zero a range, or send it zeroes; with ``no_fallback`` raise
+        `NotSupported` rather."""
         self._check_range(offset, length)
         needed = nbd.FLAG_SEND_WRITE_ZEROES | (
             nbd.FLAG_SEND_FAST_ZERO if no_fallback else 0
@@ -274,7 +276,8 @@ class NbdStorage(StorageDriver):
             await self._call(nbd.CMD_FLUSH)
 
     async def truncate(self, length: int) -> None:
-        """Accept the length that the export has, or one within it."""
+        """Accept the length that the export has, or one within it; raise `BlockError`
+        for a longer one."""
         if length > self.length:
             raise BlockError(
                 errno.ENOSPC, f"'{self.filename}' has {self.length} bytes for ever"

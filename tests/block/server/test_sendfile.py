@@ -81,7 +81,7 @@ async def test_an_unread_reply_keeps_its_cluster(tmp_path, image):
             assert replies[1] == b"\x01" * 64 * KiB
             while node.driver.epochs.busy:
                 await asyncio.sleep(0.01)
-            await node.driver.settle()
+            await node.driver.tasks.settle()
             await client.disconnect()
 
 

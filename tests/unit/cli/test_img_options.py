@@ -5,9 +5,9 @@ import json
 import pytest
 
 from nbdqcow.cli.img_options import (
+    check_option_list,
     convert_option,
     format_json,
-    is_option_list,
     parse_arguments,
     print_tree,
     split_options,
@@ -78,10 +78,11 @@ def test_operands_end_the_options_with_posixly_correct(monkeypatch):
 
 
 def test_option_lists():
-    assert is_option_list("a=1,,b,c")
-    assert is_option_list("a=1,,")
+    for text in ("a=1,,b,c", "a=1,,"):
+        assert check_option_list(text) == text
     for text in ("", ",a=1", "a=1,"):
-        assert not is_option_list(text)
+        with pytest.raises(ImageError, match="Invalid option list"):
+            check_option_list(text)
     assert wants_help("a=1,help")
     assert wants_help("?")
     assert not wants_help("a=help")

@@ -15,18 +15,7 @@ from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.rebuild import choose_clusters
 from nbdqcow.formats.qcow2.tool import Qcow2Tool
 from tests.builder import BytesFile, ImageBuilder, patched
-
-
-def build(**options) -> ImageBuilder:
-    """An image with every kind of cluster."""
-    builder = ImageBuilder(8 << 20, **{"cluster_bits": 12, **options})
-    for number in range(6):
-        builder.add_data(number * 3, b"data%d" % number)
-    builder.add_zero(20)
-    builder.add_zero(21, allocated=True)
-    builder.add_compressed(30, b"hello" * 100)
-    builder.add_compressed(31, b"hello" * 50, skip=100)
-    return builder
+from tests.builder import builder_of_all_kinds as build
 
 
 def check(image: bytes | BytesFile, repair: int = REPAIR_NONE):
