@@ -29,6 +29,7 @@ from nbdqcow.block.image_options import (
 from nbdqcow.block.node import Node
 from nbdqcow.block.registry import (
     PROBE_LENGTH,
+    data_file_name,
     filter_driver,
     format_driver,
     is_remote,
@@ -369,7 +370,7 @@ async def _open_data_file(
         path = given
     else:
         assert name_in_image is not None
-        path = backing_path(filename, name_in_image)
+        path = backing_path(filename, data_file_name(name_in_image))
         _check_named(path, options)
     if _real_path(path) in above:
         raise ImageError(f"'{path}' can't be the data file: it is the image itself")

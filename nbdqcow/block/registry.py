@@ -144,6 +144,13 @@ def unmistakable_path(path: str) -> str:
     return f"./{path}" if ":" in path.partition("/")[0] else path
 
 
+def data_file_name(name: str) -> str:
+    """Return the name that an image has for its data file as that of a file here:
+    who has written the image must not choose what its host connects to, nor what
+    else it opens (CVE-2024-4467)."""
+    return name if name.startswith("file:") else unmistakable_path(name)
+
+
 def is_remote(filename: str) -> bool:
     """Tell whether ``filename`` is no path. Raises `ImageError`."""
     return split_protocol(filename)[0] != "file"

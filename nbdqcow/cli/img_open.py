@@ -10,6 +10,7 @@ from nbdqcow.block.image_options import JSON_PREFIX, parse_json_name
 from nbdqcow.block.registry import (
     PROBE_LENGTH,
     blocking_file,
+    data_file_name,
     format_tool,
     is_remote,
     probe_format,
@@ -196,7 +197,7 @@ def _check_data_file(image: OpenImage, info: ImageInfo, given: str | None) -> No
     if name is None:
         if not info.data_filename:
             raise ImageError("'data-file' is required for this image")
-        name = backing_path(image.filename, info.data_filename)
+        name = backing_path(image.filename, data_file_name(info.data_filename))
     # For reading, as another process may have it, too.
     with open_image_file(name, "raw", force_share=True):
         pass

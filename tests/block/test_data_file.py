@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 
@@ -254,6 +255,26 @@ def opened(path, **options):
             return bytes(await node.pread(0, 65536))
 
     return asyncio.run(use())
+
+
+@pytest.mark.parametrize("name", ["nbd:1:22", "nbd://ho", "json:{}.", "fuse:abc"])
+def test_a_name_in_an_image_is_a_path(tmp_path, monkeypatch, name):
+    """Whoever wrote the image does not choose what is connected to."""
+    path = create(tmp_path / "disk", MiB, data_file="placehol")
+    patch(path, path.read_bytes().index(b"placehol"), name.encode())
+    os.makedirs((tmp_path / name).parent, exist_ok=True)
+    os.rename(tmp_path / "placehol", tmp_path / name)
+    assert opened(path) == bytes(65536)
+    monkeypatch.chdir(tmp_path)
+    for command in ("map", "check", "info"):
+        expected = run("qemu-img", command, "disk")
+        assert run(sys.executable, "-m", "nbdqcow.cli.img", command, "disk") == expected
+    (tmp_path / name).unlink()
+    with pytest.raises(ImageError, match=re.escape(f"{name}': No such file")):
+        opened(path)
+    for command in ("map", "check"):
+        words = [sys.executable, "-m", "nbdqcow.cli.img", command, "disk"]
+        assert "No such file or directory" in run(*words, fails=True)
 
 
 def test_what_can_not_be_opened(tmp_path):
