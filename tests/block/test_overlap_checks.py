@@ -222,7 +222,7 @@ def test_damage_is_noted_although_nobody_waits_for_the_operation(tmp_path, monke
             await asyncio.sleep(0)
             resizing.cancel()
             await asyncio.wait([resizing])
-            await node.driver.settle()
+            await node.driver.tasks.settle()
             with pytest.raises(BlockError, match="corrupt"):
                 await node.pwrite(0, b"x")
 

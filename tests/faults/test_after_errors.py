@@ -154,7 +154,7 @@ def test_refcounts_that_may_be_valid_are_not_cut_off(caplog):
             await node.amend({"refcount_bits": 32}, lambda done, total: None)
         assert node.driver.failed
         node.driver.epochs.leave(reading)
-        await node.driver.settle()
+        await node.driver.tasks.settle()
         await node.close()
         look(memory)
 

@@ -66,8 +66,6 @@ class Refcounts:
             moves; taken inside the image's lock, or without it.
         note_used: told the host offset up to which blocks and tables are put: these
             stay in the file, whatever becomes of them.
-        may_have_moved: the header on disk may name a larger table behind all that is
-            counted, which is as this one is now.
         packed_end: host offset where the last compressed cluster ends and
             the next one may begin; 0 if that one gets a new host cluster.
     """
@@ -96,7 +94,14 @@ class Refcounts:
         self.packed_end = 0
         self._scan_index = 0
         self._free_runs: list[tuple[int, int]] = []
-        self.may_have_moved = False
+        # Clusters and new blocks of a table that the header on disk may name.
+        self._doubtful: tuple[int, int] | None = None
+
+    @property
+    def may_have_moved(self) -> bool:
+        """Whether the header on disk may name a larger table behind all that is
+        counted, which is as this one is now."""
+        return self._doubtful is not None
 
     def _set_width(self, order: int) -> None:
         self.order = order
@@ -260,7 +265,7 @@ class Refcounts:
         self.table = table
         self.blocks.clear()
         self.packed_end = 0
-        self.may_have_moved = False
+        self._doubtful = None
 
     # -- giving blocks up ------------------------------------------------
 
@@ -485,7 +490,7 @@ class Refcounts:
         block = await self._block(block_index)
         if block is not None:
             return block
-        if block_index >= len(self.table) or self.may_have_moved:
+        while block_index >= len(self.table) or self.may_have_moved:
             async with self.table_lock:
                 await self._grow_table(block_index)
             block = await self._block(block_index)
@@ -534,14 +539,16 @@ class Refcounts:
 
         The new table and the blocks that describe it go to the start of the
         range that the old table could not describe, where all is free. The
-        switch is one write of 12 header bytes between two flushes.
+        switch is one write of 12 header bytes between two flushes. If one before
+        may have taken place, the table becomes the same again, covering the block
+        or not: another one would be written over it.
         """
         self.storage.announce("reftable_grow")
         old_offset = self.header.refcount_table_offset
         old_clusters = self.header.refcount_table_clusters
         first_block = len(self.table)
         start = first_block * self.block_entries
-        table_clusters, nb_blocks = self._larger_table(
+        table_clusters, nb_blocks = self._doubtful or self._larger_table(
             max(block_index + 1, first_block * 2)
         )
         table = self.table[:]
@@ -574,11 +581,11 @@ class Refcounts:
         pointer = new_offset.to_bytes(8, "big") + table_clusters.to_bytes(4, "big")
         # Should this fail, nobody knows which table is valid: no block is added
         # to the old one before this has been done again, at the same place.
-        self.may_have_moved = True
+        self._doubtful = table_clusters, nb_blocks
         self.storage.announce("refblock_alloc_switch_table")
         await self.storage.pwritev(REFTABLE_FIELDS_OFFSET, [pointer])
         await self.storage.flush()
-        self.may_have_moved = False
+        self._doubtful = None
         self.fresh.clear()
         self.table = table
         self.header.refcount_table_offset = new_offset
