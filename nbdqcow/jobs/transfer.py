@@ -15,7 +15,7 @@ from nbdqcow.jobs.zeroes import data_runs, is_zero
 from nbdqcow.types import Buffer
 from nbdqcow.units import KiB
 
-CHUNK: Final = 256 * KiB
+CHUNK: Final = 512 * KiB
 """Bytes that a thread reads and writes at a time."""
 
 
