@@ -291,10 +291,6 @@ def _is_inconsistent(node: "Node", bitmap: str) -> bool:
     """Whether an image or one below it has that bitmap, but nobody knows what it
     has missed."""
     from nbdqcow.jobs.bitmaps import inconsistent_bitmaps
+    from nbdqcow.jobs.status import chain_of
 
-    below: Node | None = node
-    while below is not None:
-        if bitmap in inconsistent_bitmaps(below):
-            return True
-        below = below.backing
-    return False
+    return any(bitmap in inconsistent_bitmaps(image) for image in chain_of(node))

@@ -164,11 +164,10 @@ class _Conversion:
         places: list[Place] = []
         for piece in pieces:
             transfer = self._try_transfer(piece)
-            if transfer is None or piece.offset % unit:
+            if transfer is None or piece.offset % unit or not transfer.is_cut_at(unit):
                 return None
-            found: list[tuple[bool, int]] | None = [(True, piece.length)]
-            if looks or not transfer.is_cut_at(unit):
-                found = transfer.try_find_runs(unit)
+            whole = [(True, piece.length)]
+            found = transfer.try_find_runs(unit) if looks else whole
             if found is None:
                 return None
             position = 0

@@ -36,15 +36,20 @@ class DoubtfulStorage(MemoryStorage):
             raise OSError(errno.EIO, "perhaps")
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize("cancels", [False, True])
-async def test_no_block_is_told_to_one_of_two_tables(cancels):
+async def opened(nb_clusters=0):
+    """Open an image of which so many clusters hold data."""
     made = ImageBuilder(4 << 20, refcount_order=6)
-    for index in range(40):
+    for index in range(nb_clusters):
         made.add_data(index, b"%d" % index)
     storage = DoubtfulStorage(made.build())
     driver = await Qcow2Driver.open(storage, read_only=False, options={})
-    node = Node(driver, filename="disk")
+    return storage, driver, Node(driver, filename="disk")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("cancels", [False, True])
+async def test_no_block_is_told_to_one_of_two_tables(cancels):
+    storage, driver, node = await opened(nb_clusters=40)
     await node.flush()
     storage.nb_failures, storage.cancels = 2, cancels
     with pytest.raises((OSError, asyncio.CancelledError)):
@@ -69,9 +74,7 @@ async def test_no_block_is_told_to_one_of_two_tables(cancels):
 async def test_what_a_failed_move_has_written_is_no_zero():
     """A larger table is written, and given up; what it leaves in the file must
     not show where clusters are taken to be as empty as they were."""
-    storage = DoubtfulStorage(ImageBuilder(4 << 20, refcount_order=6).build())
-    driver = await Qcow2Driver.open(storage, read_only=False, options={})
-    node = Node(driver, filename="disk")
+    storage, driver, node = await opened()
     storage.nb_failures = 1
     with pytest.raises(OSError, match="perhaps"):
         async with driver.lock:
@@ -88,9 +91,7 @@ async def test_what_a_failed_move_has_written_is_no_zero():
 @pytest.mark.asyncio
 async def test_no_other_table_is_written_over_one_that_may_be_valid():
     """After a failed switch more room is wanted. The disk is sound at every write."""
-    storage = DoubtfulStorage(ImageBuilder(4 << 20, refcount_order=6).build())
-    driver = await Qcow2Driver.open(storage, read_only=False, options={})
-    node = Node(driver, filename="disk")
+    storage, driver, node = await opened()
     await node.pwrite(0, b"some data")
     await node.flush()
     storage.nb_failures = 1
@@ -123,12 +124,7 @@ async def test_no_other_table_is_written_over_one_that_may_be_valid():
 async def test_a_table_that_may_have_moved_is_not_cut_off():
     """A smaller disk lets the file end behind what is counted, but not in front of
     a table that the header may name."""
-    made = ImageBuilder(4 << 20, refcount_order=6)
-    for index in range(40):
-        made.add_data(index, b"%d" % index)
-    storage = DoubtfulStorage(made.build())
-    driver = await Qcow2Driver.open(storage, read_only=False, options={})
-    node = Node(driver, filename="disk")
+    storage, driver, node = await opened(nb_clusters=40)
     storage.nb_failures = 1
     with pytest.raises(OSError, match="perhaps"):
         async with driver.lock:
