@@ -160,6 +160,9 @@ class _Conversion:
         # Looking costs a system call for each unit; threads see it for less, but
         # when there are clusters for it already.
         looks = self._nb_full < _FULL_ENOUGH
+        if looks and not self._cutter.looks_first:
+            # Reading costs less.
+            return None
         runs: list[tuple[int, int]] = []
         places: list[Place] = []
         for piece in pieces:
@@ -339,8 +342,10 @@ class _Conversion:
         if data_rest:
             runs += data_runs(data_rest, unit)
         if runs == [(True, len(data))]:
+            self._nb_full += len(data)
             await self._target.pwrite(offset, data)
             return
+        self._nb_full = 0
         view = memoryview(data)
         position = 0
         for has_data, length in runs:

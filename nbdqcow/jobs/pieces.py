@@ -128,7 +128,7 @@ class Cutter:
             and not control.rate
         )
         self.looks_first = self.unit >= _MIN_LOOK
-        self._joins = moves_much and cluster_size > 1 and self.looks_first
+        self._joins = moves_much and cluster_size > 1
         if (
             moves_much
             and cluster_size == 1

@@ -98,25 +98,30 @@ async def test_a_failure_leaves_no_run_behind(tmp_path):
     img("check", "-q", path)
 
 
-@pytest.mark.parametrize("cluster_size", [16 * KiB, 64 * KiB, 256 * KiB])
-async def test_zeroes_where_none_were_expected(tmp_path, monkeypatch, cluster_size):
-    """Threads find them, and they get no clusters, as if one had looked before."""
+@pytest.mark.parametrize(
+    ("options", "unit"),
+    [
+        ("cluster_size=16K", 16 * KiB),
+        ("cluster_size=64K", 64 * KiB),
+        ("cluster_size=256K", 256 * KiB),
+        ("extended_l2=on", 2 * KiB),
+    ],
+)
+async def test_zeroes_where_none_were_expected(tmp_path, monkeypatch, options, unit):
+    """Threads find them, and they take no place, as if one had looked before."""
     monkeypatch.setattr(convert_module, "_FULL_ENOUGH", 4 * MiB)
     rng = random.Random(SEED)
-    clusters = []
+    units = []
     with (tmp_path / "disk").open("wb") as file:
         for number in range(48):
             # Data and holes in turn, so that pieces are joined.
             data = bytearray(rng.randbytes(MiB))
             for _ in range(rng.choice([0, 0, 0, 1, 2]) if number > 12 else 0):
-                start = rng.randrange(0, MiB, cluster_size)
-                data[start : start + cluster_size] = bytes(cluster_size)
+                start = rng.randrange(0, MiB, unit)
+                data[start : start + unit] = bytes(unit)
             file.seek(2 * number * MiB)
             file.write(data)
-            clusters += [
-                any(data[start : start + cluster_size])
-                for start in range(0, MiB, cluster_size)
-            ]
+            units += [any(data[start : start + unit]) for start in range(0, MiB, unit)]
         file.truncate(96 * MiB - 512)
     nb_found = 0
     write = Transfer.write_full_blocking
@@ -131,14 +136,14 @@ async def test_zeroes_where_none_were_expected(tmp_path, monkeypatch, cluster_si
 
     monkeypatch.setattr(Transfer, "write_full_blocking", seen)
     img(
-        "create", "-q", "-f", "qcow2", "-o", f"cluster_size={cluster_size}",
+        "create", "-q", "-f", "qcow2", "-o", options,
         tmp_path / "out", 96 * MiB - 512,
     )  # fmt: skip
     async with (
         open_image(tmp_path / "disk", format="raw", read_only=True) as source,
         open_image(tmp_path / "out") as target,
     ):
-        options = ConvertOptions(target_is_zero=True)
+        options = ConvertOptions(target_is_zero=True, nb_in_flight=1)
         await convert([source], target, options, JobControl())
         expected = (tmp_path / "disk").read_bytes()
         assert bytes(await target.pread(0, target.size)) == expected
@@ -148,5 +153,5 @@ async def test_zeroes_where_none_were_expected(tmp_path, monkeypatch, cluster_si
             nb_bytes += length if kind == DATA else 0
             offset += length
     assert nb_found
-    assert nb_bytes == sum(clusters) * cluster_size
+    assert nb_bytes == sum(units) * unit
     img("check", "-q", tmp_path / "out")
