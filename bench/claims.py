@@ -1,5 +1,6 @@
 """Figures with limits of their own, outside the table of ratios."""
 
+import operator
 import resource
 import shutil
 import subprocess
@@ -37,9 +38,9 @@ from bench.cells import (
     MiB,
 )
 from bench.load import run_cell, run_fairness
-from bench.peers import PEERS, BenchError, Peer, Server, running
+from bench.peers import PEERS, BenchError, Peer, running
 from bench.report import progress
-from bench.wire import attach, read_blocks
+from bench.wire import BlockReader, attach
 
 
 def claim_fairness(
@@ -114,22 +115,74 @@ _STYLES: Final[dict[str, tuple[str, ...]]] = {
     "simple": ("--no-structured-replies",),
 }
 """Options of our server by the replies that it gives."""
+_TURN: Final = 0.1
+"""Seconds for which one connection reads while the other waits: what slows the
+machine down slows down both."""
+
+
+class _Costs:
+    """Rates by the style of replies, and the server's seconds for a request."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._rates: dict[str, list[float]] = {style: [] for style in _STYLES}
+        self._cpu: dict[str, list[float]] = {style: [] for style in _STYLES}
+
+    def add(self, style: str, rate: float, cpu: float) -> None:
+        """Note what a round has shown."""
+        self._rates[style].append(rate)
+        self._cpu[style].append(cpu)
+        progress(
+            f"{self._name:26} round {len(self._rates[style])} {style:10}"
+            f" {rate:10,.0f}/s  CPU {cpu * 1e6:6.2f} us/op"
+        )
+
+    def claim(self, peer: Peer, text: str) -> Claim:
+        """Return what structured replies cost over simple ones."""
+        rates = {style: median(found) for style, found in self._rates.items()}
+        details = {f"{style}/s": rate for style, rate in rates.items()}
+        details |= {
+            f"{style} us": median(cpu) * 1e6 for style, cpu in self._cpu.items()
+        }
+        return Claim(
+            self._name,
+            f"{peer.name}: cost of structured replies, {text}",
+            (rates["simple"] / rates["structured"] - 1) * 100,
+            STRUCTURED_LIMIT,
+            "%",
+            details,
+        )
 
 
 def claim_structured(
     peer: Peer, directory: Path, nb_rounds: int, seconds: float
 ) -> Claim:
-    """Measure what structured replies cost over simple ones."""
-
-    def read(server: Server, style: str, seed: int) -> tuple[float, float]:
-        structured = style == "structured"
-        return read_blocks(
-            server, images.FULL_SIZE, seconds, seed, structured=structured
-        )
-
-    return _cost_of_structured(
-        STRUCTURED, "4 KiB reads, depth 16", peer, directory, nb_rounds, read
-    )
+    """Measure what structured replies cost, on two connections that take turns."""
+    image = images.full_qcow2(directory)
+    images.warm_up(image)
+    costs = _Costs(STRUCTURED)
+    for round_index in range(nb_rounds):
+        with running(peer, image) as server, ExitStack() as stack:
+            readers = {
+                style: stack.enter_context(
+                    BlockReader(
+                        server,
+                        images.FULL_SIZE,
+                        1 + round_index,
+                        structured=style == "structured",
+                    )
+                )
+                for style in _STYLES
+            }
+            totals = {style: [0.0, 0.0, 0.0] for style in _STYLES}
+            for _ in range(round(seconds / _TURN)):
+                for style, reader in readers.items():
+                    before = server.cpu_seconds()
+                    found = *reader.read(_TURN), server.cpu_seconds() - before
+                    totals[style] = list(map(operator.add, totals[style], found))
+        for style, (nb_requests, elapsed, cpu) in totals.items():
+            costs.add(style, nb_requests / elapsed, cpu / nb_requests)
+    return costs.claim(peer, "4 KiB reads, depth 16")
 
 
 def claim_structured_fio(
@@ -138,51 +191,15 @@ def claim_structured_fio(
     """Measure what they cost with fio, whose library, libnbd, makes four calls of
     recv(2) for each where it makes two for a simple one."""
     cell = next(cell for cell in CELLS if cell.name == STRUCTURED_CELL)
-
-    def read(server: Server, style: str, seed: int) -> tuple[float, float]:
-        sample = run_cell(cell, server, seconds, seed)
-        return sample.rate, sample.cpu
-
-    return _cost_of_structured(
-        STRUCTURED_FIO, "the same by fio", peer, directory, nb_rounds, read
-    )
-
-
-def _cost_of_structured(
-    name: str,
-    text: str,
-    peer: Peer,
-    directory: Path,
-    nb_rounds: int,
-    read: Callable[[Server, str, int], tuple[float, float]],
-) -> Claim:
-    """Compare rates of ``read(server, style, seed)``, which returns requests a second
-    and the server's seconds for each."""
     image = images.full_qcow2(directory)
     images.warm_up(image)
-    rates: dict[str, list[float]] = {style: [] for style in _STYLES}
-    cpu: dict[str, list[float]] = {style: [] for style in _STYLES}
+    costs = _Costs(STRUCTURED_FIO)
     for round_index in range(nb_rounds):
         for style, options in _STYLES.items():
             with running(peer, image, options=options) as server:
-                rate, spent = read(server, style, 1 + round_index)
-            rates[style].append(rate)
-            cpu[style].append(spent)
-            progress(
-                f"{name:26} round {round_index + 1} {style:10}"
-                f" {rate:10,.0f}/s  CPU {spent * 1e6:6.1f} us/op"
-            )
-    structured, simple = median(rates["structured"]), median(rates["simple"])
-    details = {f"{style}/s": median(found) for style, found in rates.items()}
-    details |= {f"{style} us": median(spent) * 1e6 for style, spent in cpu.items()}
-    return Claim(
-        name,
-        f"{peer.name}: cost of structured replies, {text}",
-        (simple / structured - 1) * 100,
-        STRUCTURED_LIMIT,
-        "%",
-        details,
-    )
+                sample = run_cell(cell, server, seconds, 1 + round_index)
+            costs.add(style, sample.rate, sample.cpu)
+    return costs.claim(peer, "the same by fio")
 
 
 def claim_connections(

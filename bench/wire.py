@@ -1,9 +1,10 @@
 """A client made by hand, which takes as little time as a client can."""
 
+import itertools
 import random
 import socket
 import time
-from typing import Final
+from typing import Final, Self
 
 from bench.cells import KiB, MiB
 from bench.peers import BenchError, Server
@@ -40,43 +41,56 @@ def attach(server: Server, *, structured: bool = False) -> socket.socket:
     return connection
 
 
-def read_blocks(
-    server: Server, disk_size: int, seconds: float, seed: int, *, structured: bool
-) -> tuple[float, float]:
-    """Read 4 KiB at random places with 16 requests under way.
+class BlockReader:
+    """A connection that reads 4 KiB at random places, 16 requests under way.
 
-    Returns how many a second, and the server's seconds of processor time for each.
     What comes is counted, not looked at: of the time that a request takes, nearly
     all is the server's.
     """
-    rng = random.Random(seed)
-    batches = [
-        b"".join(
-            codec.request(
-                nbd.CMD_READ,
-                cookie,
-                rng.randrange(disk_size // _BLOCK) * _BLOCK,
-                _BLOCK,
-            )
-            for cookie in range(_BATCH)
+
+    def __init__(
+        self, server: Server, disk_size: int, seed: int, *, structured: bool
+    ) -> None:
+        rng = random.Random(seed)
+        self._batches = itertools.cycle(
+            [
+                b"".join(
+                    codec.request(
+                        nbd.CMD_READ,
+                        cookie,
+                        rng.randrange(disk_size // _BLOCK) * _BLOCK,
+                        _BLOCK,
+                    )
+                    for cookie in range(_BATCH)
+                )
+                for _ in range(_NB_BATCHES)
+            ]
         )
-        for _ in range(_NB_BATCHES)
-    ]
-    head = codec.SIMPLE_REPLY.size
-    if structured:
-        head = codec.STRUCTURED_REPLY.size + codec.U64.size
-    reply_length = _BATCH * (head + _BLOCK)
-    buffer = memoryview(bytearray(MiB))
-    with attach(server, structured=structured) as connection:
-        connection.sendall(batches[0] + batches[1])
+        head = codec.SIMPLE_REPLY.size
+        if structured:
+            head = codec.STRUCTURED_REPLY.size + codec.U64.size
+        self._reply_length = _BATCH * (head + _BLOCK)
+        self._buffer = memoryview(bytearray(MiB))
+        self._connection = attach(server, structured=structured)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._connection.close()
+
+    def read(self, seconds: float) -> tuple[int, float]:
+        """Return how many blocks were read, and the seconds that it took."""
+        connection, buffer, batches = self._connection, self._buffer, self._batches
+        reply_length = self._reply_length
+        start = time.perf_counter()
+        connection.sendall(next(batches) + next(batches))
         nb_sent, nb_bytes = 2, 0
-        cpu_before, start = server.cpu_seconds(), time.perf_counter()
         while time.perf_counter() - start < seconds:
             nb_bytes += connection.recv_into(buffer)
             while nb_bytes >= (nb_sent - 1) * reply_length:
-                connection.sendall(batches[nb_sent % _NB_BATCHES])
+                connection.sendall(next(batches))
                 nb_sent += 1
-        elapsed = time.perf_counter() - start
-        cpu = server.cpu_seconds() - cpu_before
-    nb_requests = nb_bytes / reply_length * _BATCH
-    return nb_requests / elapsed, cpu / nb_requests
+        while nb_bytes < nb_sent * reply_length:
+            nb_bytes += connection.recv_into(buffer)
+        return nb_sent * _BATCH, time.perf_counter() - start
