@@ -15,7 +15,7 @@ ENVIRONMENT = "PYTHONHOME=/ PYTHONPATH=/packages"
 
 # What all of our modules bring with them, and where it is.
 _LIST_MODULES = """
-import importlib, importlib.util, json, pkgutil, runpy, sys
+import importlib, importlib.machinery, importlib.util, json, pkgutil, runpy, sys
 import concurrent.futures.thread
 import encodings.ascii, encodings.idna, encodings.latin_1
 import nbdqcow
@@ -23,6 +23,11 @@ for module in pkgutil.walk_packages(nbdqcow.__path__, "nbdqcow."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 specs = [getattr(module, "__spec__", None) for module in sys.modules.values()]
+for name in list(sys.modules):
+    # Some put another module in their place: collections.abc since Python 3.13.
+    package = sys.modules.get(name.rpartition(".")[0])
+    if hasattr(package, "__path__"):
+        specs.append(importlib.machinery.PathFinder.find_spec(name, package.__path__))
 specs.append(importlib.util.find_spec("nbdqcow.__main__"))
 print(json.dumps([spec.origin for spec in specs if spec is not None]))
 """
