@@ -234,11 +234,15 @@ class Bitmaps:
                 loaded += await self._load_bits(bitmap, _MAX_LOADED_BYTES - loaded)
             self._all[entry.name] = bitmap
         if not image.read_only:
-            await self.begin_use()
+            await self.begin_use(up_to_date=True)
         self._changed()
 
-    async def begin_use(self) -> None:
-        """Let all bitmaps that are stored be in use on disk, durably."""
+    async def begin_use(self, *, up_to_date: bool) -> None:
+        """Let all bitmaps that are stored be in use on disk, durably.
+
+        ``up_to_date``: nothing has been written since they were stored; if this
+        fails they stay so, as far as the file can still be written.
+        """
         entries = [b.entry for b in self._all.values() if b.entry is not None]
         extension = self._image.header.bitmaps
         if not entries or extension is None:
@@ -253,7 +257,18 @@ class Bitmaps:
             # Storing them ended half the way: there is no directory of these.
             await self._switch(in_use, [], [])
             return
-        await self._image.storage.pwritev(extension.directory_offset, [data])
+        try:
+            await self._write_directory(extension.directory_offset, data)
+        except BaseException:
+            if up_to_date:
+                # Or the next one to open the image would not trust them.
+                with contextlib.suppress(OSError):
+                    before = pack_bitmap_directory(entries)
+                    await self._write_directory(extension.directory_offset, before)
+            raise
+
+    async def _write_directory(self, offset: int, directory: bytes) -> None:
+        await self._image.storage.pwritev(offset, [directory])
         await self._image.storage.flush()
 
     async def _load_bits(self, bitmap: Bitmap, limit: int) -> int:
