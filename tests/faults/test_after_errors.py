@@ -31,6 +31,7 @@ async def with_snapshot(*bitmaps):
         node.driver.bitmap_add(name, granularity=SECTOR)
     await node.driver.snapshot_create("old", date_nanoseconds=0)
     await node.pwrite(0, b"1" * SECTOR)
+    await node.write_zeroes(4 * SECTOR, 2 * SECTOR, may_unmap=False)
     await node.close()
     return bytes(memory.data)
 
@@ -44,21 +45,35 @@ def look(memory, **options):
     assert is_sound(result, **options), text
 
 
-# What is done, and the bitmaps that there are afterwards.
+async def downgrade(node):
+    await node.amend({"compat": "0.10"}, lambda done, total: None)
+
+
+# What is done, and the bitmaps that there are before and after it.
 OPERATIONS = {
-    "remove a bitmap": (lambda node: node.driver.bitmap_remove("one"), {"two"}),
-    "store bitmaps": (lambda node: node.reopen(read_only=True), {"one", "two"}),
-    "create a snapshot": (lambda node: node.driver.snapshot_create("new"), set()),
-    "delete a snapshot": (lambda node: node.driver.snapshot_delete("old"), set()),
-    "apply a snapshot": (lambda node: node.driver.snapshot_apply("old"), set()),
-}
+    "remove a bitmap": (
+        lambda node: node.driver.bitmap_remove("one"), {"one", "two"}, {"two"},
+    ),
+    "store bitmaps": (
+        lambda node: node.reopen(read_only=True), {"one", "two"}, {"one", "two"},
+    ),
+    "create a snapshot": (
+        lambda node: node.driver.snapshot_create("new"), set(), set(),
+    ),
+    "delete a snapshot": (
+        lambda node: node.driver.snapshot_delete("old"), set(), set(),
+    ),
+    "apply a snapshot": (
+        lambda node: node.driver.snapshot_apply("old"), set(), set(),
+    ),
+    "downgrade": (downgrade, {"one", "two"}, set()),
+}  # fmt: skip
 
 
 async def fail_one_call(operation, number):
     """Let one storage call of an operation fail, and do it again; return whether
     it has so many."""
-    work, bitmaps = OPERATIONS[operation]
-    before = bitmaps | {"one"} if bitmaps else set()
+    work, before, bitmaps = OPERATIONS[operation]
     node, storage, memory = await opened(await with_snapshot(*sorted(before)))
     await node.pwrite(0, b"2" * SECTOR)
     kinds = [kind for kind in KINDS if kind != DISCARD]

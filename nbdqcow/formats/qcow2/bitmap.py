@@ -12,7 +12,8 @@ import contextlib
 import errno
 import mmap
 import struct
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
@@ -406,15 +407,23 @@ class Bitmaps:
             self._changed()
 
     @contextlib.asynccontextmanager
-    async def removed(self) -> AsyncIterator[None]:
-        """Remove all bitmaps, and let none be added meanwhile."""
+    async def going(self) -> AsyncIterator[Callable[[], None]]:
+        """Let no bitmap be added meanwhile. Yields what to call once the header
+        names none any more: it forgets all of them and frees their clusters."""
         self._refused = True
         try:
-            for name in list(self._all):
-                await self.remove(name)
-            yield
+            clusters = [self._directory_clusters()]
+            for bitmap in self._all.values():
+                if bitmap.entry is not None:
+                    clusters += await self._clusters_of(bitmap.entry)
+            yield partial(self._forget, clusters)
         finally:
             self._refused = False
+
+    def _forget(self, clusters: _Clusters) -> None:
+        self._all.clear()
+        self._changed()
+        self._give_back(clusters)
 
     def enable(self, name: str, enabled: bool) -> None:
         """See `Qcow2Driver.bitmap_enable`."""
