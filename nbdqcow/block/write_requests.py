@@ -396,7 +396,7 @@ class WriteRequests(ReadRequests):
                 await self._write_zeroes(offset, end, may_unmap, no_fallback)
         finally:
             if length:
-                self.driver.note_request(offset, length)
+                await self.driver.note_request(offset, length)
         if fua or self._writethrough:
             await self.flush()
 
@@ -489,7 +489,7 @@ class WriteRequests(ReadRequests):
                     await self.driver.discard(start, end - start)
         finally:
             # As with QEMU, dirty bitmaps show the request, not what came of it.
-            self.driver.note_request(offset, length)
+            await self.driver.note_request(offset, length)
 
     async def flush(self) -> None:
         """Make every write answered before this call durable."""

@@ -102,6 +102,7 @@ async def claim_zero(image: "Qcow2Driver", offset: int, backing_zero: bool) -> b
                 if image.header.version < 3:
                     return False
                 await claim_piece(offset, offset + length)
+                image.mark_written(offset, length)
                 return True
         await busy.wait()
 
@@ -214,6 +215,9 @@ async def _change_clusters(
                 if busy is not None:
                     break
                 await change_piece(offset, piece_end)
+                if offset < image.size:
+                    # Not later: the image may be made read-only before the rest.
+                    image.mark_written(offset, piece_end - offset)
                 offset = piece_end
                 cost += _SLICE_COST
         image.start_writeback_if_due()
