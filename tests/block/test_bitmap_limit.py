@@ -79,8 +79,8 @@ async def test_zeroes_of_a_large_bitmap_take_no_memory(tmp_path):
             node.driver.bitmap_clear("a")
             await node.pwrite(3 * 512, b"\1" * 512)
             await node.pwrite(middle * 4096 - 512, b"\1" * 1024)
-            node.driver.bitmap_merge("a", "b")
-            node.driver.bitmap_merge("b", "a")
+            await node.driver.bitmap_merge("a", "b")
+            await node.driver.bitmap_merge("b", "a")
             assert held_bytes() - before < 32 * MiB
     async with open_image(path, read_only=True) as node:
         bits = node.driver.dirty_bitmaps["a"].bits

@@ -12,7 +12,7 @@ import pytest
 
 from nbdqcow import open_image
 from nbdqcow.errors import BlockError, ImageError
-from nbdqcow.formats.qcow2.bitmap import Bitmap, BitmapInfo
+from nbdqcow.formats.qcow2.memory_bitmap import Bitmap, BitmapInfo
 from tests.block.qemu import check, create, qemu_img
 from tests.conftest import wait_until_listening
 
@@ -112,7 +112,7 @@ def test_qemu_reads_what_we_kept(tmp_path):
             assert (await dirty(node, "fine"))[0] == (0, 512)
             assert (await dirty(node, "off"))[0] == (65536, 131072)
             assert node.try_pwrite(MiB - 1, b"z")
-            node.driver.bitmap_merge("off", "fine")
+            await node.driver.bitmap_merge("off", "fine")
             assert (await dirty(node, "off"))[:2] == [
                 (0, 131072),
                 (MiB - 65536, MiB),
@@ -214,7 +214,7 @@ def test_refusals(tmp_path):
                         arguments[0], granularity=(*arguments, None)[1]
                     )
             with pytest.raises(BlockError, match="there is no bitmap 'z'"):
-                node.driver.bitmap_merge("x", "z")
+                await node.driver.bitmap_merge("x", "z")
             await node.driver.snapshot_create("s")
             with pytest.raises(BlockError, match="bitmaps"):
                 await node.driver.snapshot_apply("s")

@@ -26,11 +26,12 @@ from nbdqcow.formats.qcow2 import (
 )
 from nbdqcow.formats.qcow2 import data_file as qcow2_data_file
 from nbdqcow.formats.qcow2 import header as qcow2_header
-from nbdqcow.formats.qcow2.bitmap import Bitmap, Bitmaps
+from nbdqcow.formats.qcow2.bitmap import Bitmaps
 from nbdqcow.formats.qcow2.compress import CompressedClusters
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.mapping import Mapping
 from nbdqcow.formats.qcow2.mapping_extended import ExtendedMapping
+from nbdqcow.formats.qcow2.memory_bitmap import Bitmap
 from nbdqcow.formats.qcow2.operations import Operations
 from nbdqcow.formats.qcow2.refcount import Refcounts
 from nbdqcow.formats.qcow2.settings import Settings
