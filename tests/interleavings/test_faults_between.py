@@ -152,6 +152,14 @@ class Figures:
         )
 
 
+def check_bitmap(bits: bytes, before: bytes, after: bytes) -> None:
+    """See that the bits of all sectors that differ are set."""
+    for sector in range(len(before) // SECTOR):
+        part = slice(sector * SECTOR, (sector + 1) * SECTOR)
+        if before[part] != after[part]:
+            assert bits[sector >> 3] >> (sector & 7) & 1, f"sector {sector} not marked"
+
+
 def interleave(seed: int, figures: Figures) -> None:
     """Do one run on one of the images."""
     rnd = random.Random(seed)
@@ -162,7 +170,9 @@ def interleave(seed: int, figures: Figures) -> None:
         storage = FailingStorage(image.image(), rnd)
         node = run(image.open(storage))
         driver = node.driver
-        content = run(node.pread(0, node.size))
+        content = before = run(node.pread(0, node.size))
+        if has_bitmap := driver.header.version >= 3 and rnd.random() < 0.5:
+            driver.bitmap_add("all", granularity=SECTOR)
         model = DiskModel(np.frombuffer(content, np.uint8).copy())
         clients = PatientClients(node, model, rnd)
         storage.probability = rnd.choice((0, 0.003, 0.01, 0.03))
@@ -192,6 +202,8 @@ def interleave(seed: int, figures: Figures) -> None:
             again = bytes(run(node.pread(0, node.size)))
             assert again == content, "closing the image changed its content"
             assert not any(info.inconsistent for info in node.driver.bitmap_list())
+            if has_bitmap and (bitmap := node.dirty_bitmaps.get("all")) is not None:
+                check_bitmap(bitmap.bits, before, content)
         run(node.close())
     except Exception as error:
         raise AssertionError(f"{image}, seed {seed}: {error!r}") from error
