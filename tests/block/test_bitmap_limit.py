@@ -134,3 +134,17 @@ async def test_marking_much_gives_others_turns(monkeypatch, cancelled):
     await node.reopen(read_only=True)
     assert bits.count(b"\xff") == len(bits)
     await node.close()
+
+
+@pytest.mark.asyncio
+async def test_opening_large_bitmaps_gives_others_turns():
+    storage = MemoryStorage(image_with_bitmaps(2, TiB // 8))
+    opening = asyncio.create_task(
+        Qcow2Driver.open(storage, read_only=False, options={})
+    )
+    nb_turns = 0
+    while not opening.done():
+        await asyncio.sleep(0)
+        nb_turns += 1
+    assert nb_turns > 12
+    await (await opening).close()

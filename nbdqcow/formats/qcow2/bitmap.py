@@ -45,7 +45,7 @@ _ALL_ONES: Final = 1
 """A table entry for a cluster of ones that has no cluster."""
 _BITMAPS: Final = struct.Struct(">IIQQ")
 _TURN_BYTES: Final = 4 * MiB
-"""Of a bitmap that is stored, before others get a turn at the event loop."""
+"""Of a bitmap that is read or stored, before others get a turn at the event loop."""
 
 _Clusters: TypeAlias = list[tuple[int, int]]
 """Ranges of host clusters: the first one, and how many there are."""
@@ -131,6 +131,8 @@ class Bitmaps:
         for index, word in enumerate(table):
             start = index * size
             end = min(start + size, len(bitmap.bits))
+            if not start % _TURN_BYTES:
+                await asyncio.sleep(0)
             if word & OFFSET_MASK:
                 data = await image.storage.pread(word & OFFSET_MASK, end - start)
                 bitmap.bits[start:end] = data
