@@ -453,7 +453,11 @@ class WriteRequests(ReadRequests):
             await backing.reads_zero(cluster_start, start - cluster_start)
             and await backing.reads_zero(end, cluster_end - end)
         )
-        return await self.driver.claim_zero(cluster_start, backing_zero)
+        if not await self.driver.claim_zero(cluster_start, backing_zero):
+            return False
+        # At once: the image may be made read-only before the rest is done.
+        await self.driver.note_request(start, end - start)
+        return True
 
     async def _write_zeroes_out(self, offset: int, end: int) -> None:
         """Write zeroes, but not where nothing is stored and nothing shows through."""

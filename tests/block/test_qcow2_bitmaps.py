@@ -280,3 +280,22 @@ def test_an_image_that_could_not_be_opened_keeps_its_bitmaps(tmp_path, missing):
         (tmp_path / "other").rename(base)
     asyncio.run(use())
     check(path)
+
+
+@pytest.mark.parametrize("options", ["cluster_size=4k", "extended_l2=on"])
+def test_of_a_cluster_that_becomes_zero_the_request_is_marked(tmp_path, options):
+    """The rest of it was zero before."""
+    below, path = tmp_path / "below", tmp_path / "a"
+    qemu_img("create", "-qf", "qcow2", "-o", "cluster_size=512", below, str(MiB))
+    subprocess.run(["qemu-io", "-c", "write 1k 512", below], check=True, stdout=-3)
+    qemu_img("create", "-qf", "qcow2", "-o", options, "-b", below, "-F", "qcow2", path)
+
+    async def run():
+        async with open_image(path) as node:
+            node.driver.bitmap_add("b", granularity=512)
+            await node.write_zeroes(1024, 512)
+            assert await dirty(node, "b") == [(1024, 1536)]
+            assert await node.pread(0, 4096) == bytes(4096)
+
+    asyncio.run(run())
+    check(path)

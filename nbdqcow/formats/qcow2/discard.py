@@ -102,7 +102,6 @@ async def claim_zero(image: "Qcow2Driver", offset: int, backing_zero: bool) -> b
                 if image.header.version < 3:
                     return False
                 await claim_piece(offset, offset + length)
-                image.mark_written(offset, length)
                 return True
         await busy.wait()
 
