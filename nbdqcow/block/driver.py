@@ -265,7 +265,7 @@ class FormatDriver(ABC):
     async def discard(self, offset: int, length: int) -> None:
         """Free whole clusters. A hint; never exposes a backing file's data."""
 
-    def note_request(self, offset: int, length: int) -> None:
+    async def note_request(self, offset: int, length: int) -> None:
         """Mark a range, at least a byte, as written in the dirty bitmaps: it was
         to be zeroed or discarded, whatever came of that."""
 

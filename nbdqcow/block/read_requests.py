@@ -47,7 +47,8 @@ class ReadRequests(InlineRequests):
                     start = offset & (driver.cluster_size - 1)
                     yield await driver.read_compressed_part(host_offset, start, covered)
                 elif kind == COMPRESSED:
-                    places = self._compressed_places(offset, length)
+                    first = host_offset, offset & (driver.cluster_size - 1), covered
+                    places = self._compressed_places(offset, length, first)
                     covered = 0
                     async for piece in driver.read_compressed_parts(places):
                         covered += len(piece)
@@ -67,13 +68,18 @@ class ReadRequests(InlineRequests):
             driver.epochs.leave(epoch)
 
     def _compressed_places(
-        self, offset: int, length: int
+        self, offset: int, length: int, first: tuple[int, int, int]
     ) -> list[tuple[int, int, int]]:
         """Return where the compressed clusters from ``offset`` on are, up to
         one that is not, or that needs a table: as many as are decompressed at
-        a time."""
-        places: list[tuple[int, int, int]] = []
+        a time.
+
+        ``first`` has been found already: nothing may be in reach any more, if the
+        disk has become smaller.
+        """
+        places = [first]
         end, cluster_mask = offset + length, self.driver.cluster_size - 1
+        offset += first[2]
         while offset < end and len(places) < _MAX_DECOMPRESSING:
             run = self._try_map(offset, end - offset)
             if run is None or run[0] != COMPRESSED:

@@ -396,7 +396,7 @@ class WriteRequests(ReadRequests):
                 await self._write_zeroes(offset, end, may_unmap, no_fallback)
         finally:
             if length:
-                self.driver.note_request(offset, length)
+                await self.driver.note_request(offset, length)
         if fua or self._writethrough:
             await self.flush()
 
@@ -453,7 +453,11 @@ class WriteRequests(ReadRequests):
             await backing.reads_zero(cluster_start, start - cluster_start)
             and await backing.reads_zero(end, cluster_end - end)
         )
-        return await self.driver.claim_zero(cluster_start, backing_zero)
+        if not await self.driver.claim_zero(cluster_start, backing_zero):
+            return False
+        # At once: the image may be made read-only before the rest is done.
+        await self.driver.note_request(start, end - start)
+        return True
 
     async def _write_zeroes_out(self, offset: int, end: int) -> None:
         """Write zeroes, but not where nothing is stored and nothing shows through."""
@@ -489,7 +493,7 @@ class WriteRequests(ReadRequests):
                     await self.driver.discard(start, end - start)
         finally:
             # As with QEMU, dirty bitmaps show the request, not what came of it.
-            self.driver.note_request(offset, length)
+            await self.driver.note_request(offset, length)
 
     async def flush(self) -> None:
         """Make every write answered before this call durable."""

@@ -143,7 +143,7 @@ async def _act(
         driver.bitmap_enable(bitmap, action == "enable")
     elif source is None:
         _check_known(other, found, usable=True)
-        driver.bitmap_merge(bitmap, other)
+        await driver.bitmap_merge(bitmap, other)
     else:
         there: Any = source.driver
         known = {}
@@ -155,7 +155,7 @@ async def _act(
                 f"Bitmaps are of different sizes (destination size is {node.size}, "
                 f"source size is {source.size}) and can't be merged"
             )
-        driver.bitmaps.merge_from(bitmap, there.dirty_bitmaps[other])
+        await driver.bitmap_merge_from(bitmap, there.dirty_bitmaps[other])
 
 
 def _check_new(

@@ -491,5 +491,5 @@ async def _copy(
     if settings.bitmaps:
         for name in inconsistent_bitmaps(sources[0]):
             error(f"warning: Skipping inconsistent bitmap '{name}'")
-        copy_bitmaps(sources[0], target)
+        await copy_bitmaps(sources[0], target)
     progress.show(100)

@@ -42,7 +42,7 @@ def inconsistent_bitmaps(node: Node) -> list[str]:
     return [info.name for info in reversed(infos) if info.inconsistent]
 
 
-def copy_bitmaps(source: Node, target: Node) -> None:
+async def copy_bitmaps(source: Node, target: Node) -> None:
     """Give ``target`` the bitmaps of ``source``, which has the same size, but for
     those that are inconsistent. Raises `ImageError`.
     """
@@ -62,7 +62,8 @@ def copy_bitmaps(source: Node, target: Node) -> None:
             continue
         try:
             there.bitmap_add(info.name, granularity=info.granularity, enabled=False)
-            there.bitmaps.merge_from(info.name, source.driver.dirty_bitmaps[info.name])
+            bitmap = source.driver.dirty_bitmaps[info.name]
+            await there.bitmap_merge_from(info.name, bitmap)
             if info.enabled:
                 there.bitmap_enable(info.name)
         except BlockError as error:

@@ -1,6 +1,7 @@
 """All bitmaps of an image together have at most 1 GiB, of which 256 MiB may be
 other than zero when it is opened, though they may be a few KiB in the file."""
 
+import asyncio
 import errno
 import struct
 import subprocess
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from nbdqcow import open_image
+from nbdqcow.block.node import Node
 from nbdqcow.errors import BlockError, ImageError
+from nbdqcow.formats.qcow2 import driver as driver_module
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.storage.memory import MemoryStorage
 from nbdqcow.units import MiB
@@ -76,8 +79,8 @@ async def test_zeroes_of_a_large_bitmap_take_no_memory(tmp_path):
             node.driver.bitmap_clear("a")
             await node.pwrite(3 * 512, b"\1" * 512)
             await node.pwrite(middle * 4096 - 512, b"\1" * 1024)
-            node.driver.bitmap_merge("a", "b")
-            node.driver.bitmap_merge("b", "a")
+            await node.driver.bitmap_merge("a", "b")
+            await node.driver.bitmap_merge("b", "a")
             assert held_bytes() - before < 32 * MiB
     async with open_image(path, read_only=True) as node:
         bits = node.driver.dirty_bitmaps["a"].bits
@@ -105,3 +108,43 @@ async def test_bitmaps_that_are_added_or_grow():
     for bitmap in list(driver.dirty_bitmaps):
         await driver.bitmap_remove(bitmap)
     await driver.close()
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.asyncio
+async def test_marking_much_gives_others_turns(monkeypatch, cancelled):
+    """And it goes on if whoever asked for it does not wait."""
+    nb_bits = 1 << 16
+    monkeypatch.setattr(driver_module, "_MARKED_BITS", nb_bits // 64, raising=False)
+    size = nb_bits * 512
+    storage = MemoryStorage(created(size=size, cluster_size=65536))
+    driver = await Qcow2Driver.open(storage, read_only=False, options={})
+    node = Node(driver, filename="disk")
+    driver.bitmap_add("b", granularity=512)
+    bits = driver.dirty_bitmaps["b"].bits
+    task = asyncio.create_task(node.discard(0, size))
+    nb_turns = nb_partly = 0
+    while not task.done():
+        await asyncio.sleep(0)
+        nb_turns += 1
+        nb_partly += 0 < bits.count(b"\xff") < len(bits)
+        if cancelled and nb_partly == 5:
+            task.cancel()
+    assert nb_partly > (4 if cancelled else 50)
+    await node.reopen(read_only=True)
+    assert bits.count(b"\xff") == len(bits)
+    await node.close()
+
+
+@pytest.mark.asyncio
+async def test_opening_large_bitmaps_gives_others_turns():
+    storage = MemoryStorage(image_with_bitmaps(2, TiB // 8))
+    opening = asyncio.create_task(
+        Qcow2Driver.open(storage, read_only=False, options={})
+    )
+    nb_turns = 0
+    while not opening.done():
+        await asyncio.sleep(0)
+        nb_turns += 1
+    assert nb_turns > 12
+    await (await opening).close()

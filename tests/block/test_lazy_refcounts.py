@@ -15,6 +15,9 @@ from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.storage.memory import MemoryStorage
 from tests.block.qemu import check, create
 from tests.block.qemu import run_qemu_img as qemu_img
+from tests.crash.histories import created
+from tests.crash.test_histories import check_by_us, is_sound
+from tests.faults.faulty import WRITE, FaultyStorage, Rule
 
 KiB, MiB = 1 << 10, 1 << 20
 
@@ -216,3 +219,28 @@ def test_the_mark_is_not_lost_to_another_change_of_the_header(tmp_path):
         return before_close
 
     assert Header.parse(asyncio.run(run())).dirty
+
+
+@pytest.mark.asyncio
+async def test_accurate_refcounts_are_wanted_until_they_are_on_disk():
+    """A commit that has not looked at the tables yet takes over what is wanted of the
+    next one. If it fails, that one has it to do."""
+    image = created(lazy_refcounts=True)
+    memory = MemoryStorage(image)
+    storage = FaultyStorage(memory)
+    driver = await Qcow2Driver.open(storage, read_only=False, options={})
+    node = Node(driver, filename="disk")
+    await node.pwrite(0, b"x" * 4096)
+    async with driver.lock:
+        first = asyncio.create_task(node.flush())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        second = asyncio.create_task(driver.writeback.flush(accurate=True))
+        await asyncio.sleep(0)
+        storage.rules = [Rule(kinds=[WRITE])]
+    with pytest.raises(OSError, match="injected"):
+        await first
+    await second
+    result, text = check_by_us(bytes(memory.data))
+    assert is_sound(result), text
+    await node.close()

@@ -12,7 +12,7 @@ import pytest
 
 from nbdqcow import open_image
 from nbdqcow.errors import BlockError, ImageError
-from nbdqcow.formats.qcow2.bitmap import Bitmap, BitmapInfo
+from nbdqcow.formats.qcow2.memory_bitmap import Bitmap, BitmapInfo
 from tests.block.qemu import check, create, qemu_img
 from tests.conftest import wait_until_listening
 
@@ -112,7 +112,7 @@ def test_qemu_reads_what_we_kept(tmp_path):
             assert (await dirty(node, "fine"))[0] == (0, 512)
             assert (await dirty(node, "off"))[0] == (65536, 131072)
             assert node.try_pwrite(MiB - 1, b"z")
-            node.driver.bitmap_merge("off", "fine")
+            await node.driver.bitmap_merge("off", "fine")
             assert (await dirty(node, "off"))[:2] == [
                 (0, 131072),
                 (MiB - 65536, MiB),
@@ -214,7 +214,7 @@ def test_refusals(tmp_path):
                         arguments[0], granularity=(*arguments, None)[1]
                     )
             with pytest.raises(BlockError, match="there is no bitmap 'z'"):
-                node.driver.bitmap_merge("x", "z")
+                await node.driver.bitmap_merge("x", "z")
             await node.driver.snapshot_create("s")
             with pytest.raises(BlockError, match="bitmaps"):
                 await node.driver.snapshot_apply("s")
@@ -279,4 +279,23 @@ def test_an_image_that_could_not_be_opened_keeps_its_bitmaps(tmp_path, missing):
     if missing == "backing file":
         (tmp_path / "other").rename(base)
     asyncio.run(use())
+    check(path)
+
+
+@pytest.mark.parametrize("options", ["cluster_size=4k", "extended_l2=on"])
+def test_of_a_cluster_that_becomes_zero_the_request_is_marked(tmp_path, options):
+    """The rest of it was zero before."""
+    below, path = tmp_path / "below", tmp_path / "a"
+    qemu_img("create", "-qf", "qcow2", "-o", "cluster_size=512", below, str(MiB))
+    subprocess.run(["qemu-io", "-c", "write 1k 512", below], check=True, stdout=-3)
+    qemu_img("create", "-qf", "qcow2", "-o", options, "-b", below, "-F", "qcow2", path)
+
+    async def run():
+        async with open_image(path) as node:
+            node.driver.bitmap_add("b", granularity=512)
+            await node.write_zeroes(1024, 512)
+            assert await dirty(node, "b") == [(1024, 1536)]
+            assert await node.pread(0, 4096) == bytes(4096)
+
+    asyncio.run(run())
     check(path)

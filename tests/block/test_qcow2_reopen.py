@@ -11,9 +11,14 @@ import subprocess
 import pytest
 
 from nbdqcow import open_image
+from nbdqcow.block.node import Node
 from nbdqcow.errors import BlockError, ImageError, ImageInUse
+from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.storage.file import FileStorage
+from nbdqcow.storage.memory import MemoryStorage
 from tests.block.qemu import qemu_img
+from tests.crash.histories import created
+from tests.faults.faulty import FLUSH, FaultyStorage, Rule
 
 MIB = 1 << 20
 SEED = int(os.environ.get("NBDQCOW_SEED", "0")) or random.randrange(1 << 32)
@@ -270,3 +275,35 @@ async def test_what_is_built_upon_is_durable(tmp_path, monkeypatch, dirty):
         assert not calls
         await node.reopen(read_only=False)
         assert calls[0] == "sync"
+
+
+@pytest.mark.parametrize("what", ["write_zeroes", "discard"])
+@pytest.mark.asyncio
+async def test_bitmaps_know_what_a_refused_request_has_changed(what):
+    """It is made read-only, and its bitmaps are stored, while the request waits for
+    the tables that it has changed to reach the disk."""
+    size = 2 * MIB
+    for nb_turns in range(0, 150, 10):
+        memory = MemoryStorage(created(size=size))
+        storage = FaultyStorage(memory)
+        options = {"l2_cache_size": 1}
+        driver = await Qcow2Driver.open(storage, read_only=False, options=options)
+        node = Node(driver, filename="disk")
+        await node.pwrite(0, b"x" * size)
+        await node.flush()
+        driver.bitmap_add("b", granularity=512)
+        storage.rules = [Rule(0, kinds=[FLUSH], count=-1, turns=30)]
+        work = asyncio.create_task(getattr(node, what)(512, size - 1024))
+        for _ in range(nb_turns):
+            await asyncio.sleep(0)
+        await node.reopen(read_only=True)
+        with contextlib.suppress(BlockError):
+            await work
+        await node.close()
+        driver = await Qcow2Driver.open(memory, read_only=True, options={})
+        node = Node(driver, filename="disk")
+        found = bytes(await node.pread(0, size))
+        changed = [n for n in range(size // 512) if not found[512 * n]]
+        bits = node.dirty_bitmaps["b"].bits
+        assert all(bits[n >> 3] >> (n & 7) & 1 for n in changed), nb_turns
+        await node.close()

@@ -188,3 +188,21 @@ async def test_a_cancelled_resize_of_a_raw_image(is_read):
     assert node.size == storage.length == (8 if is_read else 4) * KiB
     assert await node.pread(0, node.size) == b"x" * node.size
     await node.close()
+
+
+@pytest.mark.timeout(20)
+async def test_a_read_of_compressed_clusters_ends():
+    """What is asked of its map goes past the new end, so nothing is in reach."""
+    size, cluster = 64 * 4096, 4096
+    storage = MemoryStorage(created(size=size, cluster_size=cluster))
+    driver = await Qcow2Driver.open(storage, read_only=False, options={})
+    node = Node(driver, filename="disk")
+    content = b"".join(bytes([n]) * cluster for n in range(1, 65))
+    await node.pwrite_compressed(0, content)
+    pieces = node.pread_pieces(0, size)
+    found = bytes(await anext(pieces))
+    await node.resize(40 * cluster)
+    found += b"".join([bytes(piece) async for piece in pieces])
+    assert len(found) == size
+    assert found[: 40 * cluster] == content[: 40 * cluster]
+    await node.close()

@@ -575,6 +575,7 @@ HISTORIES = [
         "downgrade",
         functools.partial(filled, 6),
         [
+            bitmap("add", "one"),
             zero(0x200, 0x400, may_unmap=False),
             snapshot_create("one"),
             write(0xC00, 0x200),

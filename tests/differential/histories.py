@@ -194,7 +194,7 @@ async def ours(node: Node, step: Step) -> None:
         case "clear", (name,):
             driver.bitmap_clear(name)
         case "merge", (name, other):
-            driver.bitmap_merge(name, other)
+            await driver.bitmap_merge(name, other)
         case "enable", (name,):
             driver.bitmap_enable(name)
         case "disable", (name,):

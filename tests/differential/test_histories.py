@@ -22,7 +22,7 @@ import pytest
 
 from nbdqcow import open_image
 from nbdqcow.cli.img import main
-from nbdqcow.formats.qcow2.bitmap import Bitmap
+from nbdqcow.formats.qcow2.memory_bitmap import Bitmap
 from tests.differential import histories
 from tests.differential.histories import History, Step
 from tests.differential.refcounts import Layout, assert_alike

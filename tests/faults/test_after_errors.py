@@ -31,6 +31,7 @@ async def with_snapshot(*bitmaps):
         node.driver.bitmap_add(name, granularity=SECTOR)
     await node.driver.snapshot_create("old", date_nanoseconds=0)
     await node.pwrite(0, b"1" * SECTOR)
+    await node.write_zeroes(4 * SECTOR, 2 * SECTOR, may_unmap=False)
     await node.close()
     return bytes(memory.data)
 
@@ -44,21 +45,35 @@ def look(memory, **options):
     assert is_sound(result, **options), text
 
 
-# What is done, and the bitmaps that there are afterwards.
+async def downgrade(node):
+    await node.amend({"compat": "0.10"}, lambda done, total: None)
+
+
+# What is done, and the bitmaps that there are before and after it.
 OPERATIONS = {
-    "remove a bitmap": (lambda node: node.driver.bitmap_remove("one"), {"two"}),
-    "store bitmaps": (lambda node: node.reopen(read_only=True), {"one", "two"}),
-    "create a snapshot": (lambda node: node.driver.snapshot_create("new"), set()),
-    "delete a snapshot": (lambda node: node.driver.snapshot_delete("old"), set()),
-    "apply a snapshot": (lambda node: node.driver.snapshot_apply("old"), set()),
-}
+    "remove a bitmap": (
+        lambda node: node.driver.bitmap_remove("one"), {"one", "two"}, {"two"},
+    ),
+    "store bitmaps": (
+        lambda node: node.reopen(read_only=True), {"one", "two"}, {"one", "two"},
+    ),
+    "create a snapshot": (
+        lambda node: node.driver.snapshot_create("new"), set(), set(),
+    ),
+    "delete a snapshot": (
+        lambda node: node.driver.snapshot_delete("old"), set(), set(),
+    ),
+    "apply a snapshot": (
+        lambda node: node.driver.snapshot_apply("old"), set(), set(),
+    ),
+    "downgrade": (downgrade, {"one", "two"}, set()),
+}  # fmt: skip
 
 
 async def fail_one_call(operation, number):
     """Let one storage call of an operation fail, and do it again; return whether
     it has so many."""
-    work, bitmaps = OPERATIONS[operation]
-    before = bitmaps | {"one"} if bitmaps else set()
+    work, before, bitmaps = OPERATIONS[operation]
     node, storage, memory = await opened(await with_snapshot(*sorted(before)))
     await node.pwrite(0, b"2" * SECTOR)
     kinds = [kind for kind in KINDS if kind != DISCARD]
@@ -180,6 +195,59 @@ def test_unknown_autoclear_bits_are_cleared_before_anything_is_written():
         assert not any(memory.data[AUTOCLEAR_FEATURES_OFFSET:][:8])
 
     asyncio.run(run())
+
+
+async def open_at_once(storage):
+    driver = await Qcow2Driver.open(storage, read_only=False, options={})
+    return Node(driver, filename="disk")
+
+
+async def open_and_reopen(storage):
+    node = await open_read_only(storage)
+    try:
+        await node.reopen(read_only=False)
+    except OSError:
+        await node.close()
+        raise
+    return node
+
+
+async def open_read_only(storage):
+    driver = await Qcow2Driver.open(storage, read_only=True, options={})
+    return Node(driver, filename="disk")
+
+
+async def fail_to_open(image, opening, number, effect):
+    """Let one storage call fail while an image with bitmaps is being opened for
+    writing; return whether there are so many."""
+    memory = MemoryStorage(image)
+    storage = FaultyStorage(memory, number)
+    storage.rules = [Rule(skip=number, effect=effect)]
+    try:
+        node = await opening(storage)
+    except OSError:
+        assert storage.nb_faults
+    else:
+        storage.rules = []
+        await node.close()
+    node = await open_read_only(MemoryStorage(bytes(memory.data)))
+    assert not any(info.inconsistent for info in node.driver.bitmap_list())
+    lengths, states = await node.dirty_bitmaps["one"].extents(0, 2 * SECTOR, 10)
+    assert (lengths.tolist(), states.tolist()) == ([SECTOR, SECTOR], [True, False])
+    return storage.nb_faults > 0
+
+
+@pytest.mark.parametrize("effect", ["none", "all", "torn"])
+@pytest.mark.parametrize("opening", [open_at_once, open_and_reopen])
+def test_bitmaps_are_kept_where_nothing_could_be_written(opening, effect):
+    """They were in use on disk, and nobody trusted them any more."""
+    # The directory of many bitmaps has several sectors.
+    names = ["one", *(f"{n:0>300}" for n in range(5))]
+    image = asyncio.run(with_snapshot(*names))
+    number = 0
+    while asyncio.run(fail_to_open(image, opening, number, effect)):
+        number += 1
+    assert number > 8
 
 
 def test_an_image_is_flushed_once_when_it_is_opened():

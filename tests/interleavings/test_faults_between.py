@@ -80,12 +80,35 @@ class PatientClients(Clients):
             await super().request(operation)
 
     async def operator(self) -> None:
-        """Do some operations on the image."""
+        """Do some operations on the image, and do not wait for some of them."""
         for _ in range(self.rnd.randrange(2, 9)):
-            for _ in range(self.rnd.randrange(60)):
-                await asyncio.sleep(0)
-            with contextlib.suppress(OSError, NotSupported):
-                await self.rnd.choice(self.operations)(self)
+            await self.wait()
+            task = asyncio.ensure_future(self.rnd.choice(self.operations)(self))
+            if self.cancels and self.rnd.random() < 0.3:
+                await self.wait()
+                task.cancel()
+            await asyncio.wait([task])
+            if not task.cancelled():
+                with contextlib.suppress(OSError, NotSupported):
+                    task.result()
+
+    async def wait(self) -> None:
+        for _ in range(self.rnd.randrange(60)):
+            await asyncio.sleep(0)
+
+    async def look_at_all(self) -> None:
+        """Ask for all of a disk that may become smaller meanwhile."""
+        node = self.node
+        for _ in range(self.rnd.randrange(4)):
+            await self.wait()
+            looks = (node.pread, node.block_status, node.prefetch)
+            with contextlib.suppress(OSError):
+                await self.rnd.choice(looks)(0, node.size)
+
+    async def settled(self) -> None:
+        """Wait for what goes on although nobody waits for it."""
+        async with self.node._reopening:
+            await self.node.driver.tasks.settle()
 
     async def snapshot_create(self) -> None:
         await self.node.driver.snapshot_create(f"s{self.rnd.randrange(4)}")
@@ -132,10 +155,21 @@ class PatientClients(Clients):
     async def bitmap_remove(self) -> None:
         await self.node.driver.bitmap_remove(f"b{self.rnd.randrange(3)}")
 
+    async def bitmap_merge(self) -> None:
+        names = self.rnd.choices(("all", "b0", "b1", "b2"), k=2)
+        await self.node.driver.bitmap_merge(*names)
+
+    async def bitmap_change(self) -> None:
+        driver, name = self.node.driver, f"b{self.rnd.randrange(3)}"
+        if self.rnd.random() < 0.5:
+            driver.bitmap_clear(name)
+        else:
+            driver.bitmap_enable(name, self.rnd.random() < 0.5)
+
     operations = (
         *(snapshot_create, snapshot_delete, resize, resize, change_width),
         *(change_lazy_refcounts, change_version, write_header, reopen),
-        *(bitmap_add, bitmap_remove),
+        *(bitmap_add, bitmap_remove, bitmap_merge, bitmap_change),
     )
 
 
@@ -152,6 +186,14 @@ class Figures:
         )
 
 
+def check_bitmap(bits: bytes, before: bytes, after: bytes) -> None:
+    """See that the bits of all sectors that differ are set."""
+    for sector in range(len(before) // SECTOR):
+        part = slice(sector * SECTOR, (sector + 1) * SECTOR)
+        if before[part] != after[part]:
+            assert bits[sector >> 3] >> (sector & 7) & 1, f"sector {sector} not marked"
+
+
 def interleave(seed: int, figures: Figures) -> None:
     """Do one run on one of the images."""
     rnd = random.Random(seed)
@@ -162,14 +204,18 @@ def interleave(seed: int, figures: Figures) -> None:
         storage = FailingStorage(image.image(), rnd)
         node = run(image.open(storage))
         driver = node.driver
-        content = run(node.pread(0, node.size))
+        content = before = run(node.pread(0, node.size))
+        if has_bitmap := driver.header.version >= 3 and rnd.random() < 0.5:
+            driver.bitmap_add("all", granularity=SECTOR)
         model = DiskModel(np.frombuffer(content, np.uint8).copy())
         clients = PatientClients(node, model, rnd)
         storage.probability = rnd.choice((0, 0.003, 0.01, 0.03))
         has_faults = storage.probability > 0
         tasks = [clients.client(rnd.randrange(4, 14)) for _ in range(4)]
         tasks += [clients.operator() for _ in range(rnd.randrange(1, 4))]
+        tasks.append(clients.look_at_all())
         run(run_all(tasks))
+        run(clients.settled())
         storage.probability = 0
         assert not driver.header.corrupt
         if not driver.failed:
@@ -192,6 +238,8 @@ def interleave(seed: int, figures: Figures) -> None:
             again = bytes(run(node.pread(0, node.size)))
             assert again == content, "closing the image changed its content"
             assert not any(info.inconsistent for info in node.driver.bitmap_list())
+            if has_bitmap and (bitmap := node.dirty_bitmaps.get("all")) is not None:
+                check_bitmap(bitmap.bits, before, content)
         run(node.close())
     except Exception as error:
         raise AssertionError(f"{image}, seed {seed}: {error!r}") from error

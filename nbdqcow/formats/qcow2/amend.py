@@ -295,10 +295,10 @@ async def _return_to_zlib(image: "Qcow2Driver") -> None:
 
 
 async def _downgrade(image: "Qcow2Driver", progress: Progress) -> None:
-    # While nothing is lost yet.
     await _check_snapshots(image)
     await _return_to_zlib(image)
-    async with image.bitmaps.removed(), alone(image):
+    # They go with the last write: whatever fails before that, they are there.
+    async with image.bitmaps.going() as forget_bitmaps, alone(image):
         image.lazy_refcounts = False
         await image.mark_clean()
         await expand_zero_clusters(image, progress)
@@ -308,6 +308,8 @@ async def _downgrade(image: "Qcow2Driver", progress: Progress) -> None:
             new.compatible_features = new.autoclear_features = 0
             new.extra = b""
             new.set_extension(h.EXT_FEATURE_NAMES, None)
+            new.set_extension(h.EXT_BITMAPS, None)
 
         await update_header(image, change)
+        forget_bitmaps()
         image.rebind()

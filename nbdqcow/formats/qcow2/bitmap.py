@@ -10,11 +10,11 @@ Source: qcow2.txt, "Bitmaps", "Bitmaps extension".
 import asyncio
 import contextlib
 import errno
-import mmap
 import struct
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from nbdqcow.block.steps import run_steps
 from nbdqcow.errors import BlockError, ImageError, NotSupported
@@ -29,178 +29,26 @@ from nbdqcow.formats.qcow2.bitmap_directory import (
 )
 from nbdqcow.formats.qcow2.entries import OFFSET_MASK
 from nbdqcow.formats.qcow2.header_update import update_header
+from nbdqcow.formats.qcow2.memory_bitmap import Bitmap, BitmapInfo
 from nbdqcow.formats.words import dump_be64, load_be64
 from nbdqcow.units import MiB, round_up
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
 _MAX_TOTAL_BYTES: Final = 1024 * MiB
 """Of all bitmaps of an image; what is zero in them takes no memory."""
 _MAX_LOADED_BYTES: Final = 256 * MiB
 """Of all bitmaps of an image that is opened, as far as they aren't zero."""
-_MAPPED_BYTES: Final = MiB
-"""From that on, zeroes are pages that nobody has touched."""
 _MAX_TABLE_BYTES: Final = 64 * MiB
 _ALL_ONES: Final = 1
 """A table entry for a cluster of ones that has no cluster."""
-_STRIDE_BITS: Final = 1 << 20
 _BITMAPS: Final = struct.Struct(">IIQQ")
 _TURN_BYTES: Final = 4 * MiB
-"""Of a bitmap that is stored, before others get a turn at the event loop."""
+"""Of a bitmap that is read or stored, before others get a turn at the event loop."""
 
 _Clusters: TypeAlias = list[tuple[int, int]]
 """Ranges of host clusters: the first one, and how many there are."""
-
-
-class BitmapInfo(NamedTuple):
-    """One bitmap, for lists; ``granularity`` is bytes of the disk for a bit.
-
-    ``inconsistent``: it was in use when its last user died. It holds nothing
-    of worth and can only be removed.
-    """
-
-    name: str
-    granularity: int
-    enabled: bool
-    inconsistent: bool
-
-
-class Bitmap:
-    """One bitmap in memory.
-
-    Attributes:
-        bits: one for each `granularity` bytes of the disk, in a byte from the
-            least significant up.
-        entry: where the file has it; None before it was first stored.
-    """
-
-    def __init__(self, name: str, size: int, granularity_bits: int) -> None:
-        self.name = name
-        self.granularity_bits = granularity_bits
-        self.enabled = True
-        self.inconsistent = False
-        self.entry: BitmapEntry | None = None
-        self.bits = _zeroes(0)
-        self.resize(size)
-
-    @property
-    def info(self) -> BitmapInfo:
-        """What lists show."""
-        return BitmapInfo(
-            self.name, 1 << self.granularity_bits, self.enabled, self.inconsistent
-        )
-
-    def mark(self, offset: int, length: int) -> None:
-        """A range of at least a byte was written. It may go past the disk's end:
-        into the rest of its last cluster, or the disk has become smaller."""
-        first = offset >> self.granularity_bits
-        last = (offset + length - 1) >> self.granularity_bits
-        if last >= self.nb_bits:
-            last = self.nb_bits - 1
-            if first > last:
-                return
-        bits = self.bits
-        low, high = first >> 3, last >> 3
-        if low == high:
-            bits[low] |= (2 << (last & 7)) - (1 << (first & 7))
-            return
-        bits[low] |= 0x100 - (1 << (first & 7))
-        bits[high] |= (2 << (last & 7)) - 1
-        if high - low > 1:
-            bits[low + 1 : high] = b"\xff" * (high - low - 1)
-
-    def resize(self, size: int) -> None:
-        """The disk has another size; what is new was not written."""
-        self.size = size
-        self.nb_bits = -(-size >> self.granularity_bits)
-        old, self.bits = self.bits, _zeroes((self.nb_bits + 7) // 8)
-        for start, piece in _used_pieces(old, min(len(old), len(self.bits))):
-            self.bits[start : start + len(piece)] = piece
-        self.mask_end()
-
-    def mask_end(self) -> None:
-        """Clear what is behind the last bit: it is nobody's."""
-        if self.nb_bits % 8 and self.bits[-1] >> self.nb_bits % 8:
-            self.bits[-1] &= (1 << self.nb_bits % 8) - 1
-
-    def clear(self) -> None:
-        """Forget all writes."""
-        self.bits = _zeroes(len(self.bits))
-
-    def merge(self, other: "Bitmap") -> None:
-        """Add what another bitmap of the same disk has."""
-        import numpy as np
-
-        shift = other.granularity_bits
-        for first, piece in _used_pieces(other.bits, len(other.bits)):
-            theirs = np.frombuffer(piece, np.uint8)
-            if other.granularity_bits == self.granularity_bits:
-                own = np.frombuffer(self.bits, np.uint8, len(piece), first)
-                own |= theirs
-                continue
-            flags = np.unpackbits(theirs, bitorder="little")
-            changes = np.diff(flags, prepend=np.uint8(0), append=np.uint8(0))
-            edges = np.flatnonzero(changes) + first * 8
-            for start, end in zip(edges[::2], edges[1::2], strict=True):
-                stop = min(int(end) << shift, self.size)
-                self.mark(int(start) << shift, stop - (int(start) << shift))
-
-    async def extents(
-        self, offset: int, length: int, limit: int
-    ) -> tuple["npt.NDArray[np.uint64]", "npt.NDArray[np.bool_]"]:
-        """See `DirtyBitmap.extents`."""
-        import numpy as np
-
-        shift, end = self.granularity_bits, offset + length
-        position = offset >> shift
-        last = (end - 1) >> shift
-        starts: list[npt.NDArray[np.int64]] = []
-        states: list[npt.NDArray[np.uint8]] = []
-        previous = 2
-        nb_found = 0
-        # The disk may become smaller meanwhile.
-        while position <= (last := min(last, self.nb_bits - 1)) and nb_found <= limit:
-            stop = min(last + 1, (position & ~7) + _STRIDE_BITS)
-            raw = np.frombuffer(self.bits, np.uint8)[position >> 3 : (stop + 7) >> 3]
-            flags = np.unpackbits(raw, bitorder="little")
-            flags = flags[position & 7 : (position & 7) + stop - position]
-            changes = np.flatnonzero(np.diff(flags, prepend=np.uint8(previous)))
-            del raw
-            starts.append(changes + position)
-            states.append(flags[changes])
-            nb_found += len(changes)
-            previous = int(flags[-1])
-            position = stop
-            await asyncio.sleep(0)
-        if not starts:
-            raise BlockError(errno.EINVAL, "the disk has become smaller")
-        bounds = np.concatenate(starts).astype(np.uint64) << np.uint64(shift)
-        bounds[0] = offset
-        covered = min(end, position << shift)
-        lengths = np.diff(np.append(bounds, np.uint64(covered)))
-        return lengths[:limit], np.concatenate(states).astype(np.bool_)[:limit]
-
-
-def _zeroes(length: int) -> bytearray | mmap.mmap:
-    if length < _MAPPED_BYTES:
-        return bytearray(length)
-    return mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
-def _used_pieces(
-    bits: bytearray | mmap.mmap, length: int
-) -> Iterator[tuple[int, bytes]]:
-    """Yield those pieces of the first ``length`` bytes that are not zero, and
-    where they begin."""
-    step = _STRIDE_BITS // 8
-    for start in range(0, length, step):
-        piece = bytes(bits[start : min(start + step, length)])
-        if piece != bytes(len(piece)):
-            yield start, piece
 
 
 class Bitmaps:
@@ -234,11 +82,15 @@ class Bitmaps:
                 loaded += await self._load_bits(bitmap, _MAX_LOADED_BYTES - loaded)
             self._all[entry.name] = bitmap
         if not image.read_only:
-            await self.begin_use()
+            await self.begin_use(up_to_date=True)
         self._changed()
 
-    async def begin_use(self) -> None:
-        """Let all bitmaps that are stored be in use on disk, durably."""
+    async def begin_use(self, *, up_to_date: bool) -> None:
+        """Let all bitmaps that are stored be in use on disk, durably.
+
+        ``up_to_date``: nothing has been written since they were stored; if this
+        fails they stay so, as far as the file can still be written.
+        """
         entries = [b.entry for b in self._all.values() if b.entry is not None]
         extension = self._image.header.bitmaps
         if not entries or extension is None:
@@ -253,7 +105,18 @@ class Bitmaps:
             # Storing them ended half the way: there is no directory of these.
             await self._switch(in_use, [], [])
             return
-        await self._image.storage.pwritev(extension.directory_offset, [data])
+        try:
+            await self._write_directory(extension.directory_offset, data)
+        except BaseException:
+            if up_to_date:
+                # Or the next one to open the image would not trust them.
+                with contextlib.suppress(OSError):
+                    before = pack_bitmap_directory(entries)
+                    await self._write_directory(extension.directory_offset, before)
+            raise
+
+    async def _write_directory(self, offset: int, directory: bytes) -> None:
+        await self._image.storage.pwritev(offset, [directory])
         await self._image.storage.flush()
 
     async def _load_bits(self, bitmap: Bitmap, limit: int) -> int:
@@ -268,6 +131,8 @@ class Bitmaps:
         for index, word in enumerate(table):
             start = index * size
             end = min(start + size, len(bitmap.bits))
+            if not start % _TURN_BYTES:
+                await asyncio.sleep(0)
             if word & OFFSET_MASK:
                 data = await image.storage.pread(word & OFFSET_MASK, end - start)
                 bitmap.bits[start:end] = data
@@ -341,6 +206,8 @@ class Bitmaps:
             raise BlockError(
                 errno.EINVAL, f"bitmap '{name}' is inconsistent and can't be used"
             )
+        if usable and bitmap.busy:
+            raise BlockError(errno.EBUSY, f"bitmap '{name}' is in use")
         return bitmap
 
     # -- changing --------------------------------------------------------
@@ -391,15 +258,23 @@ class Bitmaps:
             self._changed()
 
     @contextlib.asynccontextmanager
-    async def removed(self) -> AsyncIterator[None]:
-        """Remove all bitmaps, and let none be added meanwhile."""
+    async def going(self) -> AsyncIterator[Callable[[], None]]:
+        """Let no bitmap be added meanwhile. Yields what to call once the header
+        names none any more: it forgets all of them and frees their clusters."""
         self._refused = True
         try:
-            for name in list(self._all):
-                await self.remove(name)
-            yield
+            clusters = [self._directory_clusters()]
+            for bitmap in self._all.values():
+                if bitmap.entry is not None:
+                    clusters += await self._clusters_of(bitmap.entry)
+            yield partial(self._forget, clusters)
         finally:
             self._refused = False
+
+    def _forget(self, clusters: _Clusters) -> None:
+        self._all.clear()
+        self._changed()
+        self._give_back(clusters)
 
     def enable(self, name: str, enabled: bool) -> None:
         """See `Qcow2Driver.bitmap_enable`."""
@@ -410,17 +285,17 @@ class Bitmaps:
         """See `Qcow2Driver.bitmap_clear`."""
         self._find(name).clear()
 
-    def merge(self, name: str, source: str) -> None:
-        """See `Qcow2Driver.bitmap_merge`."""
-        self._find(name).merge(self._find(source))
-
-    def merge_from(self, name: str, source: "Bitmap") -> None:
-        """Do as `merge` does with a bitmap of another image. Raises `BlockError` if
-        its disk has not the same size."""
+    async def merge(self, name: str, source: "str | Bitmap") -> None:
+        """See `Qcow2Driver.bitmap_merge` and `Qcow2Driver.bitmap_merge_from`."""
         bitmap = self._find(name)
-        if source.size != bitmap.size:
+        other = self._find(source) if isinstance(source, str) else source
+        if other.size != bitmap.size:
             raise BlockError(errno.EINVAL, "the disks of the bitmaps differ in size")
-        bitmap.merge(source)
+        bitmap.busy = other.busy = True
+        try:
+            await bitmap.merge(other)
+        finally:
+            bitmap.busy = other.busy = False
 
     # -- resizing --------------------------------------------------------
 

@@ -14,7 +14,7 @@ Source: qcow2.txt, "Header" (external data file bit, raw external data bit),
 
 import contextlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from nbdqcow.errors import CorruptImage, NotSupported, UnsupportedFeature
@@ -138,7 +138,7 @@ async def write_zeroes(
         if image.is_covering:
             raise NotSupported("unallocated clusters would show the backing file")
         # What is not mapped reads as zeroes without it.
-        with _counted(image):
+        async with _changing(image, offset, length):
             await image.data.write_zeroes(
                 offset, length, may_unmap=may_unmap, no_fallback=no_fallback
             )
@@ -162,16 +162,23 @@ async def _discard_data(image: "Qcow2Driver", offset: int, length: int) -> None:
     """Give the space of a range back, before the tables say that it is zero:
     then no other write to it can have been answered meanwhile."""
     if image.discard_freed:
-        with _counted(image), contextlib.suppress(OSError):
-            await image.data.discard(offset, length)
+        async with _changing(image, offset, length):
+            with contextlib.suppress(OSError):
+                await image.data.discard(offset, length)
 
 
-@contextlib.contextmanager
-def _counted(image: "Qcow2Driver") -> Iterator[None]:
-    """Be a write that has begun, for those who wait for such ones."""
+@contextlib.asynccontextmanager
+async def _changing(
+    image: "Qcow2Driver", offset: int, length: int
+) -> AsyncIterator[None]:
+    """Be a write that has begun, for those who wait for such ones; bitmaps know of
+    it when it ends."""
     image.check_writable()
     epoch = image.writers.enter_in_place()
     try:
         yield
     finally:
-        image.writers.leave_in_place(epoch)
+        try:
+            await image.note_request(offset, length)
+        finally:
+            image.writers.leave_in_place(epoch)

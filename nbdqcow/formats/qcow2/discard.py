@@ -1,6 +1,7 @@
 """Discard and write-zeroes: whole clusters by metadata alone."""
 
 import asyncio
+from array import array
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
@@ -14,7 +15,12 @@ from nbdqcow.formats.qcow2.entries import (
     OFLAG_COPIED,
     OFLAG_ZERO,
 )
-from nbdqcow.formats.qcow2.write import free_entry, slice_for_change
+from nbdqcow.formats.qcow2.write import (
+    are_alike,
+    free_entry,
+    names_nothing,
+    slice_for_change,
+)
 from nbdqcow.types import UNALLOCATED, ZERO, ZERO_ALLOCATED
 from nbdqcow.units import round_up
 
@@ -208,6 +214,9 @@ async def _change_clusters(
                 if busy is not None:
                     break
                 await change_piece(offset, piece_end)
+                if offset < image.size:
+                    # Not later: the image may be made read-only before the rest.
+                    image.mark_written(offset, piece_end - offset)
                 offset = piece_end
                 cost += _SLICE_COST
         image.start_writeback_if_due()
@@ -229,10 +238,23 @@ async def _change_in_slice(
     key = offset >> tables.slice_shift
     if tables.table_offset(tables.l1_index(key)):
         found = await tables.load(key)
-        if all(change(entry) == entry for entry in found.words[first:last]):
+        entries = found.words[first:last]
+        if are_alike(entries):
+            entries = entries[:1]
+        if all(change(entry) == entry for entry in entries):
             return
     found = await slice_for_change(image, offset)
     words = found.words
+    if are_alike(entries := words[first:last]) and names_nothing(entries[0]):
+        words[first:last] = array("Q", [change(entries[0])]) * len(entries)
+    else:
+        _change_each(image, change, words, first, last)
+    tables.mark_dirty(found, first, last)
+
+
+def _change_each(
+    image: "Qcow2Driver", change: _Change, words: "array[int]", first: int, last: int
+) -> None:
     for index in range(first, last):
         old = words[index]
         new = change(old)
@@ -241,4 +263,3 @@ async def _change_in_slice(
         words[index] = new
         if not new & OFFSET_MASK:
             free_entry(image, old, discard=image.discard_freed)
-    tables.mark_dirty(found, first, last)

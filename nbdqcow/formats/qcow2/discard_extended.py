@@ -22,7 +22,12 @@ from nbdqcow.formats.qcow2.entries import (
     subcluster_mask,
 )
 from nbdqcow.formats.qcow2.mapping_extended import ExtendedMapping
-from nbdqcow.formats.qcow2.write import free_entry, slice_for_change
+from nbdqcow.formats.qcow2.write import (
+    are_alike,
+    free_entry,
+    names_nothing,
+    slice_for_change,
+)
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
@@ -86,12 +91,21 @@ async def _change_in_slice(
     with one, or with the image."""
     tables = image.tables
     key = offset >> tables.slice_shift
+    first_end = min(end, offset + image.cluster_size)
     if tables.table_offset(tables.l1_index(key)):
         found = await tables.load(key)
-        if not _changes(image, found.words, change, offset, end):
+        alike = _words_alike(image, found.words, offset, end)
+        if not _changes(
+            image, found.words, change, offset, first_end if alike else end
+        ):
             return
     found = await slice_for_change(image, offset)
     words = found.words
+    if alike := _words_alike(image, words, offset, end):
+        for _, *new in _changes(image, words, change, offset, first_end):
+            words[alike] = array("Q", new) * ((alike.stop - alike.start) // 2)
+            tables.mark_dirty(found, alike.start, alike.stop)
+        return
     changes = _changes(image, words, change, offset, end)
     for index, new_entry, new_bitmap in changes:
         old_entry = words[index]
@@ -100,6 +114,21 @@ async def _change_in_slice(
             free_entry(image, old_entry, discard=image.discard_freed)
     if changes:
         tables.mark_dirty(found, changes[0][0], changes[-1][0] + 2)
+
+
+def _words_alike(
+    image: "Qcow2Driver", words: "array[int]", offset: int, end: int
+) -> slice | None:
+    """Return which words of a slice are those of a range, if it is whole clusters
+    that are all alike and have no host cluster; else None."""
+    size = image.cluster_size
+    if offset % size or (end % size and end < image.size):
+        return None
+    first = 2 * ((offset >> image.cluster_bits) & (image.tables.slice_entries - 1))
+    found = slice(first, first + 2 * -(-(end - offset) // size))
+    if not names_nothing(words[first]) or not are_alike(words[found], 2):
+        return None
+    return found
 
 
 def _changes(

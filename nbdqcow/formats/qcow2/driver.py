@@ -26,11 +26,12 @@ from nbdqcow.formats.qcow2 import (
 )
 from nbdqcow.formats.qcow2 import data_file as qcow2_data_file
 from nbdqcow.formats.qcow2 import header as qcow2_header
-from nbdqcow.formats.qcow2.bitmap import Bitmap, Bitmaps
+from nbdqcow.formats.qcow2.bitmap import Bitmaps
 from nbdqcow.formats.qcow2.compress import CompressedClusters
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.mapping import Mapping
 from nbdqcow.formats.qcow2.mapping_extended import ExtendedMapping
+from nbdqcow.formats.qcow2.memory_bitmap import Bitmap
 from nbdqcow.formats.qcow2.operations import Operations
 from nbdqcow.formats.qcow2.refcount import Refcounts
 from nbdqcow.formats.qcow2.settings import Settings
@@ -48,6 +49,8 @@ log = logging.getLogger(__name__)
 
 _MANY_CLUSTERS: Final = 1 << 14
 """From so many on it pays to load numpy, which takes 50 ms."""
+_MARKED_BITS: Final = 1 << 25
+"""Of a bitmap that are set before others get a turn at the event loop."""
 _MAX_FREED_BYTES: Final = 256 * MiB
 """Freed space that may wait for a write-back before one is started for it."""
 
@@ -306,8 +309,7 @@ class Qcow2Driver(Operations):
     def end_write(self, plan: WritePlan) -> None:
         """See `FormatDriver.end_write`."""
         write.end_write(self, plan)
-        for bitmap in self._tracked:
-            bitmap.mark(plan.guest_offset, plan.length)
+        self.mark_written(plan.guest_offset, plan.length)
 
     def cancel_write(self, plan: WritePlan) -> None:
         """See `FormatDriver.cancel_write`."""
@@ -317,8 +319,7 @@ class Qcow2Driver(Operations):
         """See `FormatDriver.abort_write`."""
         write.abort_write(self, plan)
         # A write in place may have come half the way.
-        for bitmap in self._tracked:
-            bitmap.mark(plan.guest_offset, plan.length)
+        self.mark_written(plan.guest_offset, plan.length)
 
     async def write_compressed(
         self, offset: int, data: Buffer, *, store_zeroes: bool = False
@@ -332,7 +333,7 @@ class Qcow2Driver(Operations):
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
             raise
-        self._mark(offset, len(data))
+        self.mark_written(offset, len(data))
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool
@@ -346,7 +347,6 @@ class Qcow2Driver(Operations):
                 )
             else:
                 await discard.write_zeroes(self, offset, length, may_unmap=may_unmap)
-            self._mark(offset, length)
         except CorruptImage as error:
             await self.mark_corrupt(str(error))
             raise
@@ -372,11 +372,25 @@ class Qcow2Driver(Operations):
             await self.mark_corrupt(str(error))
             raise
 
-    def note_request(self, offset: int, length: int) -> None:
+    async def note_request(self, offset: int, length: int) -> None:
         """See `FormatDriver.note_request`."""
-        self._mark(offset, length)
+        if not self._tracked:
+            return
+        step = _MARKED_BITS << min(b.granularity_bits for b in self._tracked)
+        if length <= step:
+            self.mark_written(offset, length)
+        else:
+            await self.tasks.run_to_end(self._mark_in_turns(offset, length, step))
 
-    def _mark(self, offset: int, length: int) -> None:
+    async def _mark_in_turns(self, offset: int, length: int, step: int) -> None:
+        for start in range(0, length, step):
+            self.mark_written(offset + start, min(step, length - start))
+            await asyncio.sleep(0)
+
+    def mark_written(self, offset: int, length: int) -> None:
+        """Mark a range, at least a byte, in all bitmaps that are enabled. Whoever
+        changes what the disk holds does so in the same turn of the loop, or while
+        those wait who bring bitmaps to disk."""
         for bitmap in self._tracked:
             bitmap.mark(offset, length)
 

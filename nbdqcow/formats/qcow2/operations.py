@@ -11,7 +11,7 @@ from nbdqcow.block.driver import FormatDriver
 from nbdqcow.block.tools import OptionValue, Progress, Secrets, SnapshotInfo
 from nbdqcow.errors import BlockError, CorruptImage, NotSupported
 from nbdqcow.formats.qcow2 import encryption
-from nbdqcow.formats.qcow2.bitmap import BitmapInfo
+from nbdqcow.formats.qcow2.memory_bitmap import Bitmap, BitmapInfo
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
@@ -191,10 +191,15 @@ class Operations(FormatDriver):
         self._image.check_writable()
         self._image.bitmaps.clear(name)
 
-    def bitmap_merge(self, name: str, source: str) -> None:
+    async def bitmap_merge(self, name: str, source: str) -> None:
         """Add the writes of the bitmap ``source`` to another one.
 
-        Their granularities may differ. Raises `BlockError`.
+        Their granularities may differ. Neither can be cleared, enabled or disabled
+        meanwhile. Raises `BlockError`.
         """
-        self._image.check_writable()
-        self._image.bitmaps.merge(name, source)
+        await self._operate(self._image.bitmaps.merge(name, source))
+
+    async def bitmap_merge_from(self, name: str, source: Bitmap) -> None:
+        """Do as `bitmap_merge` does with a bitmap of another image, whose disk has
+        the same size."""
+        await self._operate(self._image.bitmaps.merge(name, source))

@@ -41,7 +41,7 @@ async def stop_writing(image: "Qcow2Driver") -> None:
             raise
         try:
             await _reopen_others(image, read_only=False)
-            await image.bitmaps.begin_use()
+            await image.bitmaps.begin_use(up_to_date=False)
         except BaseException:
             # On disk the bitmaps may seem to be up to date.
             image.fail()
@@ -70,7 +70,7 @@ async def start_writing(image: "Qcow2Driver") -> None:
     try:
         await _reopen_others(image, read_only=False)
         await image.prepare_for_writing()
-        await image.bitmaps.begin_use()
+        await image.bitmaps.begin_use(up_to_date=True)
     except BaseException:
         await _reopen_others(image, read_only=True)
         raise

@@ -264,6 +264,17 @@ def needs_cluster(entry: int) -> bool:
     )
 
 
+def are_alike(words: "array[int]", period: int = 1) -> bool:
+    """Whether words are the first ``period`` ones over and over. Told at once: one
+    request may be about billions of entries."""
+    return words == words[:period] * (len(words) // period)
+
+
+def names_nothing(entry: int) -> bool:
+    """Whether an L2 entry has no host cluster."""
+    return not entry & (OFFSET_MASK | OFLAG_COMPRESSED)
+
+
 async def slice_for_change(image: "Qcow2Driver", offset: int) -> L2Slice:
     """Return the slice of a guest offset, in a table that is ours to change.
 

@@ -186,7 +186,12 @@ class Writeback:
         async with image.lock:
             picture = self._take_picture(accurate=self._accurate_wanted)
             self._accurate_wanted = False
-        await self._carry_out(picture)
+        try:
+            await self._carry_out(picture)
+        except BaseException:
+            # Who wanted that may wait for the next commit, if this one had begun.
+            self._accurate_wanted |= picture.accurate
+            raise
 
     @contextlib.asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
