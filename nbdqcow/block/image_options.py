@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from nbdqcow.block.filter_names import filtered_name
+from nbdqcow.block.filter_names import filtered_name, layer_name
 from nbdqcow.block.registry import filter_names, format_names
 from nbdqcow.errors import ImageError
 from nbdqcow.units import parse_size
@@ -328,6 +328,8 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
         return _null_name(driver, file)
     if driver in filter_names():
         return filtered_name(driver, file)
+    if driver in format_names():
+        return layer_name(driver, file)
     if driver not in FILE_DRIVERS:
         raise ImageError(f"Unknown driver '{driver}'")
     filename = file.pop("filename", None)
