@@ -1,5 +1,7 @@
 """Names of files with a filter over them: ``blkdebug:CONFIG:FILE`` and others.
 
+An image that takes the place of a file, ``file.driver=raw,file.offset=4096,...``, is
+named as if a filter without options were over it (`LAYER`).
 What can't be said so is said by options. They become a name as well, for a
 name is all that an image is known by: ``blkdebug:json:{...}`` with dotted keys.
 """
@@ -7,15 +9,20 @@ name is all that an image is known by: ``blkdebug:json:{...}`` with dotted keys.
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from nbdqcow.block.registry import filter_names, split_protocol
+from nbdqcow.block.registry import LAYER, filter_names, split_protocol
 from nbdqcow.errors import ImageError
 
 _MAX_DEPTH: Final = 16
 _OPTIONS: Final = "json:"
-_CHILDREN: Final = {"blkdebug": ("image",), "blkverify": ("test", "raw")}
+_CHILDREN: Final = {
+    "blkdebug": ("image",),
+    "blkverify": ("test", "raw"),
+    LAYER: ("image",),
+}
 """The files below a filter; the first one is the one that it is about."""
 _PLAIN: Final = (("filename",), ("driver", "filename"), ("filename", "driver"))
 _NULL: Final = {"driver": "null-co"}
+_ORDER: Final = ("offset", "driver", "size", "file")
 _NUMBERS: Final = ("errno", "sector", "state", "new_state", "align")
 
 
@@ -36,8 +43,19 @@ class FilteredName(NamedTuple):
 
 
 def is_filtered(filename: str) -> bool:
-    """Whether a filter is over the file of that name. Raises `ImageError`."""
-    return bool(filename) and split_protocol(filename)[0] in filter_names()
+    """Whether a filter is over the file of that name, or a format. Raises
+    `ImageError`."""
+    names = (*filter_names(), LAYER)
+    return bool(filename) and split_protocol(filename)[0] in names
+
+
+def is_window(filename: str) -> bool:
+    """Whether the file of that name is a raw image, perhaps a part of another file.
+    Raises `ImageError`."""
+    if split_protocol(filename)[0] != LAYER:
+        return False
+    (image,) = children_of(filename)
+    return image.get("driver") == "raw"
 
 
 def parse_filtered_name(filename: str) -> FilteredName:
@@ -50,6 +68,7 @@ def parse_filtered_name(filename: str) -> FilteredName:
     first, colon, name = rest.partition(":")
     if not colon or (driver == "blkverify" and not first):
         needed = {
+            LAYER: "options",
             "blkdebug": "both config file and image path",
             "blkverify": "raw copy and original image path",
         }
@@ -94,6 +113,13 @@ def _sort_options(driver: str, pairs: Mapping[str, str | None]) -> FilteredName:
             raise ImageError(f'A block device must be specified for "{name}"')
     config = options.pop("config", None) if driver == "blkdebug" else None
     return FilteredName(driver, children, config, options)
+
+
+def layer_name(driver: str, pairs: Mapping[str, str | None]) -> str:
+    """Return the name of a file that is an image of a format, ``pairs`` being its
+    other options. Raises `ImageError`."""
+    below = {f"image.{key}": value for key, value in pairs.items()}
+    return filtered_name(LAYER, {"image.driver": driver, **below})
 
 
 def filtered_name(driver: str, pairs: Mapping[str, str | None]) -> str:
@@ -150,6 +176,9 @@ def shown_name(filename: str, format_: str) -> str:
     import json
 
     named = parse_filtered_name(filename)
+    if driver == LAYER:
+        below = _nested(named.children["image"])
+        return _OPTIONS + json.dumps({"driver": format_, "file": below})
     file: dict[str, Any] = {"driver": driver}
     for name, child in named.children.items():
         file[name] = {"driver": "file", **child}
@@ -163,3 +192,22 @@ def shown_name(filename: str, format_: str) -> str:
             is_number = option in _NUMBERS and value.isascii() and value.isdecimal()
             file[key] = int(value[:20]) if is_number else value
     return _OPTIONS + json.dumps({"driver": format_, "file": file})
+
+
+def _nested(pairs: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options of an image that is a file, as QEMU shows them."""
+    values: dict[str, Any] = {}
+    below: dict[str, str] = {}
+    for key, value in pairs.items():
+        first, dot, rest = key.partition(".")
+        if first == "file" and dot:
+            below[rest] = value
+        elif key == "filename":
+            below[key] = value
+        else:
+            is_number = key in ("offset", "size") and value.isdecimal()
+            values[key] = int(value[:20]) if is_number else value
+    is_image = below.keys() & {"file", "offset", "size"} or any("." in k for k in below)
+    values["file"] = _nested(below) if is_image else {"driver": "file", **below}
+    shown: dict[str, Any] = {k: values.pop(k) for k in _ORDER if k in values}
+    return {**shown, **values}

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from nbdqcow.block.filter_names import filtered_name
+from nbdqcow.block.filter_names import filtered_name, layer_name
 from nbdqcow.block.registry import filter_names, format_names
 from nbdqcow.errors import ImageError
 from nbdqcow.units import parse_size
@@ -30,7 +30,7 @@ _DISCARD_MODES: Final = {
     "off": "ignore",
 }
 _DETECT_ZEROES_MODES: Final = {mode: mode for mode in ("off", "on", "unmap")}
-_FILE_DRIVERS: Final = ("file", "host_device")
+FILE_DRIVERS: Final = ("file", "host_device")
 
 _ENCRYPTING: Final = {
     "encrypt.format": ("qcow", "qcow2"),
@@ -152,7 +152,7 @@ def parse_pairs(pairs: Pairs) -> tuple[str, dict[str, Any]]:
         raise ImageError("Must specify either driver or file")
     filename, options = _parse(pairs)
     if filename is None:
-        if driver in _FILE_DRIVERS:
+        if driver in FILE_DRIVERS:
             raise ImageError(f"The '{driver}' block driver requires a file name")
         raise ImageError('A block device must be specified for "file"')
     return filename, options
@@ -166,14 +166,14 @@ def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
         # All options are the filter's: also those called as others of an image.
         assert driver is not None
         return filtered_name(driver, pairs), {"format": "raw"}
-    if driver == "nbd" or driver in _NULL_DRIVERS:
+    if driver == "nbd" or driver in NULL_DRIVERS:
         # A protocol without a format over it is served as it is.
         names = _NBD if driver == "nbd" else _NULL
         file = {key: value for key, value in own.items() if "." in key or key in names}
         file["driver"] = own["driver"]
         own = {key: value for key, value in own.items() if key not in file}
         options["format"] = "raw"
-    elif driver is not None and driver not in (*format_names(), *_FILE_DRIVERS):
+    elif driver is not None and driver not in (*format_names(), *FILE_DRIVERS):
         raise ImageError(f"Unknown driver '{driver}'")
     if file:
         if filename is not None:
@@ -230,7 +230,7 @@ def _take_own(key: str, value: str, options: dict[str, Any]) -> bool:
     """Take an option that images of all formats have; whether it is one."""
     match key:
         case "driver":
-            if value in _FILE_DRIVERS:
+            if value in FILE_DRIVERS:
                 value = "raw"
             options.setdefault("format", value)
         case "read-only":
@@ -309,7 +309,7 @@ _NBD: Final = (
     *_NBD_WAITS,
 )  # fmt: skip
 _NULL: Final = ("size", "latency-ns", "read-zeroes")
-_NULL_DRIVERS: Final = ("null-co", "null-aio")
+NULL_DRIVERS: Final = ("null-co", "null-aio")
 
 
 def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
@@ -324,11 +324,13 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
     driver = file.pop("driver", None) or "file"
     if driver == "nbd":
         return _nbd_uri(file)
-    if driver in _NULL_DRIVERS:
+    if driver in NULL_DRIVERS:
         return _null_name(driver, file)
     if driver in filter_names():
         return filtered_name(driver, file)
-    if driver not in _FILE_DRIVERS:
+    if driver in format_names():
+        return layer_name(driver, file)
+    if driver not in FILE_DRIVERS:
         raise ImageError(f"Unknown driver '{driver}'")
     filename = file.pop("filename", None)
     if filename is None:

@@ -92,6 +92,10 @@ class NodeStorage(StorageDriver):
             node = node.backing
         return False, length
 
+    async def allocated_length(self) -> int | None:
+        """Return what the image's own file takes."""
+        return await self.node.driver.storage.allocated_length()
+
     async def prefetch(self, offset: int, length: int) -> None:
         """Bring a range near."""
         await self.node.prefetch(offset, length)

@@ -17,6 +17,7 @@ from nbdqcow.block.filter_names import (
     children_of,
     innermost,
     is_filtered,
+    is_window,
     parse_filtered_name,
 )
 from nbdqcow.block.image_options import (
@@ -28,6 +29,7 @@ from nbdqcow.block.image_options import (
 )
 from nbdqcow.block.node import Node
 from nbdqcow.block.registry import (
+    LAYER,
     PROBE_LENGTH,
     data_file_name,
     filter_driver,
@@ -232,6 +234,8 @@ async def _open_filtered(
     """Open what is below a filter, and put it over that. Raises `ImageError`."""
     innermost(filename)
     named = parse_filtered_name(filename)
+    if named.driver == LAYER:
+        return await _open_child(named.children["image"], options, above, False)
     config = b"" if named.config is None else await _read_config(named.config)
     below: list[StorageDriver] = []
     try:
@@ -457,7 +461,7 @@ def _check_named(path: str, options: OpenOptions) -> None:
     if not is_filtered(path):
         check_allowed(path, options.allowed_paths)
         return
-    if not options.images_name_filters:
+    if not (options.images_name_filters or is_window(path)):
         raise ImageError(
             f"'{path}': an image can't name a file with the filter "
             f"'{path.partition(':')[0]}' over it"

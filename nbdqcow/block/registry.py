@@ -35,6 +35,10 @@ _FILTERS: Final = {
 """Storage drivers over others. They are for tests: nothing loads them but a name
 that asks for one."""
 
+LAYER: Final = "x-format"
+"""What stands before the colon if the file is a whole image: a window of a file, which
+a raw image is, or the disk of any format."""
+
 _ALIASES: Final = {"file": "raw", "host_device": "raw", "nbd": "raw"}
 """QEMU's names for no format at all: images name their backing file's so."""
 
@@ -52,7 +56,7 @@ _PROTOCOLS: Final = {
     "nbds+vsock": "nbd",
     "null-co": "null",
     "null-aio": "null",
-    **{name: name for name in _FILTERS},
+    **{name: name for name in (*_FILTERS, LAYER)},
 }
 """What stands before the colon of a file name, and the storage driver that it
 means."""

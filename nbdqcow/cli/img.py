@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Final, NoReturn
 
-from nbdqcow.cli.messages import describe, error, printable, program_name
+from nbdqcow.cli.messages import describe, error, printable, program_name, version
 from nbdqcow.cli.program import leave, run_program
 
 _COMMANDS: Final = {
@@ -179,9 +179,7 @@ def _run_option(option: str) -> int:
 
 def print_version() -> None:
     """Print the program's name and version."""
-    from nbdqcow import __version__
-
-    print(f"{program_name()} version {__version__}")
+    print(f"{program_name()} version {version()}")
 
 
 def print_help() -> None:
@@ -195,14 +193,16 @@ def print_help() -> None:
     print(
         "\nOptions are those of qemu-img. A size is in bytes, or takes one of the\n"
         "suffixes k, M, G, T, P and E. '-o help' lists what a format can be told.\n"
-        f"Formats: {', '.join(_format_names())}"
+        f"\nSupported formats: {' '.join(_format_names())}"
     )
 
 
 def _format_names() -> list[str]:
-    from nbdqcow.block.registry import tool_names
+    """Return what ``-f`` takes, with the files' drivers, as qemu-img lists them."""
+    from nbdqcow.block.image_options import FILE_DRIVERS, NULL_DRIVERS
+    from nbdqcow.block.registry import filter_names, tool_names
 
-    return tool_names()
+    return sorted({*tool_names(), *filter_names(), *FILE_DRIVERS, *NULL_DRIVERS, "nbd"})
 
 
 if __name__ == "__main__":

@@ -6,6 +6,10 @@ does. This module imports nothing that a ``--version`` need wait for.
 
 import os
 import sys
+from typing import Final
+
+_QEMU_VERSION: Final = "7.2.22"
+"""The version of QEMU that our command lines and what they print are compared with."""
 
 
 def program_name() -> str:
@@ -18,6 +22,17 @@ def is_our_name() -> bool:
     """Whether we go by our own name: if not, we stand in for qemu-img or qemu-nbd,
     and do nothing that these do not do."""
     return program_name() not in ("qemu-img", "qemu-nbd")
+
+
+def version() -> str:
+    """Return our version. By the name of one of QEMU's programs it is that of QEMU
+    whose options we have: scripts read the first number and decide by it what they
+    may ask for."""
+    from nbdqcow import __version__
+
+    if is_our_name():
+        return __version__
+    return f"{_QEMU_VERSION} (nbdqcow {__version__})"
 
 
 def error(text: str) -> None:

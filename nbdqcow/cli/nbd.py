@@ -7,7 +7,14 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from nbdqcow.cli.messages import describe, error, printable, program_name, warning
+from nbdqcow.cli.messages import (
+    describe,
+    error,
+    printable,
+    program_name,
+    version,
+    warning,
+)
 from nbdqcow.cli.nbd_options import HELP, NO_LIMIT, Settings, TryHelp, parse_arguments
 from nbdqcow.cli.program import run_program
 from nbdqcow.errors import CredentialsError, ImageError, NbdQcowError, UsageError
@@ -39,9 +46,7 @@ def _main() -> int:
         print(HELP.format(program=program_name()), end="")
         return 0
     if "V" in settings.given:
-        from nbdqcow import __version__
-
-        print(f"{program_name()} {__version__} (nbdqcow)")
+        print(f"{program_name()} {version()}")
         return 0
     if settings.list:
         return _list(settings)

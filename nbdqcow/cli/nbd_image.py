@@ -53,6 +53,11 @@ def _take_options(settings: Settings, objects: "Objects") -> tuple[str, dict[str
     name = filename = settings.filename
     options: dict[str, Any] = {"discard": "ignore"}
     options |= settings.open_options
+    # As qemu-nbd has it: clients and tools are shown that these were written.
+    options["driver_options"] = {
+        **options.get("driver_options", {}),
+        "explicit_zeroes": True,
+    }
     options["secrets"] = lambda name: objects.secret(name).encode()
     if settings.image_opts:
         from nbdqcow.block.image_options import parse_pairs
@@ -67,14 +72,15 @@ def _take_options(settings: Settings, objects: "Objects") -> tuple[str, dict[str
             _fail(name, str(exc))
         if given.get("read_only", False) and not options.get("read_only", False):
             _fail(name, "Block node is read-only")
+        driver_options = options["driver_options"] | given.pop("driver_options", {})
         options |= given | {"read_only": options.get("read_only", False)}
+        options["driver_options"] = driver_options
         if (key_id := options.pop("key_secret", None)) is not None:
             try:
                 secret = Secret(objects.secret(key_id).encode())
             except UsageError as exc:
                 _fail(name, str(exc))
-            given = options.get("driver_options", {})
-            options["driver_options"] = {**given, "secret": secret}
+            driver_options["secret"] = secret
     elif not filename.removeprefix("file:"):
         _fail(name, "The 'file' block driver requires a file name")
     if settings.native_aio and options.get("cache") not in ("none", "directsync"):

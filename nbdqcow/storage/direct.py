@@ -41,14 +41,15 @@ class DirectFileStorage(FileStorage):
         buffer = _make_buffer(_MAX_ALIGNMENT)
         # Near its end a file may accept what it would not accept elsewhere.
         if self.length >= _MAX_ALIGNMENT:
-            for alignment in (512, 1024, 2048):
+            for alignment in (1, 512, 1024, 2048):
                 try:
                     os.preadv(self._fd, (buffer[:alignment],), alignment)
                 except OSError as error:
                     if error.errno != errno.EINVAL:
                         raise
                 else:
-                    return alignment
+                    # A hole is read without asking the disk: it says nothing.
+                    return alignment if alignment > 1 else _MAX_ALIGNMENT
         return _MAX_ALIGNMENT
 
     def _pread_blocking(self, offset: int, length: int) -> Buffer:
@@ -95,6 +96,26 @@ class DirectFileStorage(FileStorage):
             os.ftruncate(self._fd, length)
             if durable:
                 self._sync_blocking()
+
+    async def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool = False
+    ) -> None:
+        """Make a range read as zeroes. Blocks of which it has a part are written,
+        as QEMU does: what was a hole has space then."""
+        if not no_fallback:
+            end = offset + length
+            start, stop = round_up(offset, self.read_alignment), end
+            if end < self.length:
+                stop -= end % self.read_alignment
+            if start >= stop:
+                start = stop = end
+            for first, last in ((offset, start), (stop, end)):
+                if first < last:
+                    await self.pwritev(first, [bytes(last - first)])
+            offset, length = start, stop - start
+        await super().write_zeroes(
+            offset, length, may_unmap=may_unmap, no_fallback=no_fallback
+        )
 
     async def _change(
         self,

@@ -20,7 +20,7 @@ from nbdqcow.formats.qcow2.header import CRYPT_NONE
 from nbdqcow.formats.qcow2.tables import L2Slice
 from nbdqcow.formats.qcow2.write import free_entry, slice_for_change
 from nbdqcow.types import Buffer
-from nbdqcow.units import MiB, round_up
+from nbdqcow.units import SECTOR_SIZE, MiB, round_up
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
@@ -126,7 +126,11 @@ async def _begin(
 
 def _check_place(image: "Qcow2Driver", host_offset: int, length: int) -> None:
     bits, end = image.cluster_bits, host_offset + length
-    image.note_used(round_up(end, image.cluster_size))
+    image.reads_zero_from = max(
+        image.reads_zero_from, round_up(end, image.cluster_size)
+    )
+    # As with QEMU: a stream is followed by others, and nobody reads its cluster.
+    image.file_end = max(image.file_end, round_up(end, SECTOR_SIZE))
     if end > max_compressed_offset(bits):
         raise BlockError(errno.EFBIG, "the image file is too long to compress in it")
 

@@ -97,7 +97,8 @@ async def claim_zero(image: "Qcow2Driver", offset: int, backing_zero: bool) -> b
                     return True
                 if kind != UNALLOCATED or not backing_zero:
                     return False
-                if not image.is_covering:
+                explicit = image.settings.explicit_zeroes and image.header.version > 2
+                if not (image.is_covering or explicit):
                     return True
                 if image.header.version < 3:
                     return False

@@ -6,6 +6,7 @@ import logging
 from array import array
 from collections.abc import AsyncIterator, Sequence
 from collections.abc import Mapping as Options
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -13,7 +14,7 @@ from nbdqcow.block.driver import WritePlan
 from nbdqcow.block.inflight import Epochs, Writers
 from nbdqcow.block.status import Kinds
 from nbdqcow.block.storage import BlockingSource, StorageDriver
-from nbdqcow.errors import BlockError, CorruptImage
+from nbdqcow.errors import BlockError, CorruptImage, NotSupported
 from nbdqcow.formats.qcow2 import (
     compressed_write,
     discard,
@@ -69,6 +70,7 @@ class Qcow2Driver(Operations):
         metadata: indices of host clusters that hold metadata.
         reads_zero_from: nothing at or after this host offset was ever
             written, so it reads as zeroes.
+        file_end: where the file is to end at least when the image is closed.
         settings: the options that it was opened with.
         discard_freed: a guest's discard gives space back to the file system.
         lazy_refcounts: refcounts reach the disk when the image is closed; until
@@ -140,6 +142,7 @@ class Qcow2Driver(Operations):
         # A data file may hold anything where nothing is mapped.
         known = self.data is storage and storage.zero_beyond_end
         self.reads_zero_from = end if known else 1 << 63
+        self.file_end = 0
         self.bitmaps = Bitmaps(self)
         self._tracked: Sequence[Bitmap] = ()
         self.rebind()
@@ -479,6 +482,7 @@ class Qcow2Driver(Operations):
     def note_used(self, host_end: int) -> None:
         """Clusters below ``host_end`` may hold bytes from now on."""
         self.reads_zero_from = max(self.reads_zero_from, host_end)
+        self.file_end = max(self.file_end, host_end)
 
     # -- dirty bitmaps ---------------------------------------------------
 
@@ -541,6 +545,19 @@ class Qcow2Driver(Operations):
                     await self.bitmaps.store()
                 finally:
                     await self.writeback.finish()
+                    await self._complete_file()
             await self.tasks.settle()
         finally:
             await self.compressed.close()
+
+    async def _complete_file(self) -> None:
+        """Let the file have all of its last cluster: zeroes at the end of what was
+        written were left out, and other programs read whole clusters, or sectors."""
+        if (
+            self.data is self.storage
+            and self.storage.zero_beyond_end
+            and self.storage.length < self.file_end
+        ):
+            # A part of a file keeps its length.
+            with suppress(NotSupported):
+                await self.storage.truncate(self.file_end)

@@ -434,5 +434,6 @@ async def trim(image: "Qcow2Driver") -> None:
         length = await refcounts.nb_clusters() << image.cluster_bits
         if length < image.storage.length:
             await image.storage.truncate(length)
+            image.file_end = min(image.file_end, length)
             if image.data is image.storage and image.storage.zero_beyond_end:
                 image.reads_zero_from = min(image.reads_zero_from, length)

@@ -192,6 +192,53 @@ async def test_many_buffers_and_short_writes(
 
 
 @pytest.mark.asyncio
+async def test_a_hole_tells_nothing_of_the_disks_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What is read from a hole does not come from the disk: any length will do. The
+    same length is refused when it is written."""
+    filename = make_file(tmp_path)
+    os.truncate(filename, 1 << 20)
+
+    unit = 1
+
+    def read(fd, buffers, offset, flags=0):
+        if offset % unit or len(buffers[0]) % unit:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return len(buffers[0])
+
+    monkeypatch.setattr(os, "preadv", read)
+    for size, alignment in ((1, 4096), (512, 512), (2048, 2048), (4096, 4096)):
+        unit = size
+        storage = await FileStorage.open(filename, cache="none")
+        assert storage.read_alignment == alignment
+        await storage.close()
+
+
+@pytest.mark.asyncio
+async def test_past_the_page_cache_parts_of_blocks_are_written_as_zeroes(
+    tmp_path: Path,
+):
+    filename = make_file(tmp_path)
+    os.truncate(filename, 10 * PAGE_SIZE + 10)
+    storage = await FileStorage.open(filename, cache="none")
+    await storage.pwritev(4 * PAGE_SIZE, [b"x" * 4 * PAGE_SIZE])
+    await storage.write_zeroes(10 * PAGE_SIZE, 10, may_unmap=True)
+    await storage.write_zeroes(0, PAGE_SIZE, may_unmap=True)
+    assert allocated_bytes(filename) == 4 * PAGE_SIZE
+    await storage.write_zeroes(PAGE_SIZE + 7, 1, may_unmap=True)
+    assert allocated_bytes(filename) == 5 * PAGE_SIZE
+    await storage.write_zeroes(5 * PAGE_SIZE - 3, 2 * PAGE_SIZE + 6, may_unmap=True)
+    assert allocated_bytes(filename) == 3 * PAGE_SIZE
+    data = bytes(await storage.pread(4 * PAGE_SIZE, 4 * PAGE_SIZE))
+    assert data == b"x" * (PAGE_SIZE - 3) + bytes(2 * PAGE_SIZE + 6) + b"x" * (
+        PAGE_SIZE - 3
+    )
+    assert storage.length == 10 * PAGE_SIZE + 10
+    await storage.close()
+
+
+@pytest.mark.asyncio
 async def test_the_end_of_the_disk_is_enospc(tmp_path: Path):
     storage = await FileStorage.open(make_file(tmp_path, b"x"))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -198,7 +198,7 @@ async def test_which_writes_are_durable(
     assert storage.try_pwrite(0, b"x") is (cache in ("writeback", "unsafe"))
     await storage.pwritev(0, [bytes(4096)], fua=True)
     assert writes.durable == (0 if cache == "unsafe" else 1 + through)
-    await storage.write_zeroes(0, 100, may_unmap=True)
+    await storage.write_zeroes(0, 4096, may_unmap=True)
     assert syncs.count == through
     await storage.flush()
     # What others wrote may be in page cache.
