@@ -29,6 +29,7 @@ from nbdqcow.block.image_options import (
 from nbdqcow.block.node import Node
 from nbdqcow.block.registry import (
     PROBE_LENGTH,
+    RoleFinder,
     data_file_name,
     filter_driver,
     format_driver,
@@ -37,9 +38,9 @@ from nbdqcow.block.registry import (
     split_protocol,
     storage_driver,
 )
-from nbdqcow.block.storage import StorageDriver
+from nbdqcow.block.storage import FileRole, RoleOf, StorageDriver
 from nbdqcow.block.tools import Secrets, no_secrets
-from nbdqcow.errors import ImageError
+from nbdqcow.errors import ImageError, ImageInUse
 from nbdqcow.units import MiB
 
 MAX_CHAIN_DEPTH: Final = 256
@@ -71,6 +72,9 @@ class OpenOptions(NamedTuple):
             gives.
         images_name_filters: whether a file that an image names may be one with
             a filter over it, such as ``blkdebug``.
+        raw_role: what the file of a raw image is. With `FileRole.PLAIN` other
+            programs may write to it meanwhile, as QEMU lets them.
+        resizes: the image is to be given another size.
     """
 
     format: str | None = None
@@ -87,6 +91,8 @@ class OpenOptions(NamedTuple):
     backing: BackingOverride | None = None
     secrets: Secrets = no_secrets
     images_name_filters: bool = False
+    raw_role: FileRole = FileRole.IMAGE
+    resizes: bool = False
 
 
 class Opening:
@@ -131,6 +137,8 @@ def open_image(
     backing: BackingOverride | None = None,
     secrets: Secrets = no_secrets,
     images_name_filters: bool = False,
+    raw_role: FileRole = FileRole.IMAGE,
+    resizes: bool = False,
 ) -> Opening:
     """Open an image with its backing chain; see `OpenOptions`.
 
@@ -147,7 +155,7 @@ def open_image(
         OpenOptions(
             format, read_only, cache, discard, detect_zeroes, l2_cache_size,
             allowed_paths, lock, force_share, driver_options or {}, with_backing,
-            backing, secrets, images_name_filters,
+            backing, secrets, images_name_filters, raw_role, resizes,
         ),
     )  # fmt: skip
 
@@ -165,7 +173,15 @@ async def _open_chain(
         raise ImageError(f"Backing chain of '{above[0]}' loops at '{filename}'")
     if len(above) >= MAX_CHAIN_DEPTH:
         raise ImageError(f"Backing chain of '{above[0]}' is too deep")
-    storage = await open_storage(filename, options, above=above)
+    finder = RoleFinder(options.format, options.raw_role, options.driver_options)
+    try:
+        storage = await open_storage(filename, options, role=finder, above=above)
+    except ImageInUse as error:
+        finder.mark(error)
+        raise
+    guessed = options.format is None
+    # What was locked for one format is not opened as another.
+    options = options._replace(format=finder.format)
     try:
         driver = await _open_driver(filename, storage, options, (*above, real))
     except BaseException:
@@ -184,9 +200,7 @@ async def _open_chain(
         unsafe=options.cache == "unsafe",
         discard=options.discard == "unmap",
         detect_zeroes=options.detect_zeroes,
-        guard=_looks_formatted
-        if options.format is None and driver.name == "raw"
-        else None,
+        guard=_looks_formatted if guessed and driver.name == "raw" else None,
     )
 
 
@@ -198,7 +212,7 @@ async def open_storage(
     filename: str,
     options: OpenOptions,
     *,
-    is_data_file: bool = False,
+    role: FileRole | RoleOf = FileRole.IMAGE,
     above: tuple[str, ...] = (),
 ) -> StorageDriver:
     """Open the file under an image: a path, perhaps after ``file:``, or the
@@ -221,7 +235,8 @@ async def open_storage(
         discard="unmap",
         locking=options.lock,
         shared=options.force_share,
-        is_data_file=is_data_file,
+        role=role,
+        resizes=options.resizes,
     )
     return storage
 
@@ -372,10 +387,12 @@ async def _open_data_file(
         assert name_in_image is not None
         path = backing_path(filename, data_file_name(name_in_image))
         _check_named(path, options)
+    is_source = options.raw_role is FileRole.SOURCE
+    role = FileRole.SOURCE if is_source else FileRole.DATA
     if _real_path(path) in above:
         raise ImageError(f"'{path}' can't be the data file: it is the image itself")
     try:
-        return await open_storage(path, options, is_data_file=True, above=above)
+        return await open_storage(path, options, role=role, above=above)
     except OSError as error:
         raise ImageError(f"Could not open '{path}': {error.strerror}") from None
 
@@ -389,7 +406,11 @@ async def _open_backing(
         detect_zeroes="off",
         driver_options=_passed_down(options.driver_options),
         backing=None,
+        resizes=False,
     )
+    if options.raw_role is FileRole.KEYS:
+        # What an image is backed by keeps its own.
+        below = below._replace(raw_role=FileRole.PLAIN)
     if wanted.none or not options.with_backing:
         return None
     if wanted.filename is not None:
@@ -413,6 +434,8 @@ async def _open_backing(
     try:
         return await _open_chain(path, below, above)
     except (ImageError, OSError) as error:
+        if isinstance(error, ImageInUse) and error.is_of_raw:
+            raise
         text = error.strerror if isinstance(error, OSError) else str(error)
         prefix = f"Could not open '{path}': "
         if isinstance(error, OSError) or not str(error).startswith("Could not open"):

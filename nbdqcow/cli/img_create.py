@@ -304,9 +304,10 @@ def _use_backing(path: str, values: dict[str, OptionValue], *, unsafe: bool) -> 
             backing_path(path, name),
             None if backing_format is None else str(backing_format),
             force_share=True,
+            reads_data=False,
         ) as image:
             info = image.tool.describe(image.file)
-            check_backing_chain(image, info, force_share=True)
+            check_backing_chain(image, info, force_share=True, reads_data=False)
     except ImageError as exc:
         raise ImageError(f"{exc}\nCould not open backing image.") from None
     if backing_format is None:

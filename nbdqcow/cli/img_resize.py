@@ -68,7 +68,7 @@ async def _resize(
     preallocation: str,
     shrink: bool,
 ) -> int:
-    node: Any = await open_node(name, images, writable=True)
+    node: Any = await open_node(name, images, writable=True, resizes=True)
     async with closing(node):
         old = disk_size(node)
         size = old + sign * amount if sign else amount
