@@ -128,10 +128,14 @@ async def _open_for_writing(above: Node, images: ImageArguments) -> Node:
             # Only its length is kept from others.
             raw_role=FileRole.DATA,
         )
-    except ImageInUse as exc:
-        # QEMU asks for more rights to what it has open already.
-        text = str(exc).removeprefix(f"Could not open '{filename}': ")
-        raise ImageInUse(text) from None
+    except ImageError as exc:
+        # QEMU asks for more rights to what it has open already: to say once that it
+        # could not be opened is enough.
+        opening = f"Could not open '{filename}': "
+        text = str(exc).removeprefix(opening)
+        if not isinstance(exc, ImageInUse) and not text.startswith(opening):
+            raise
+        raise exc.with_text(text) from None
     return above.backing
 
 

@@ -58,3 +58,19 @@ def test_no_space_for_preallocation(format_: str, mode: str, tiny: Path) -> None
 def test_convert_of_a_disk_that_no_file_system_takes(tmp_path: Path) -> None:
     assert run_theirs("create -q -f qcow2 -o cluster_size=2M n 64P", tmp_path)[0] == 0
     assert run_ours("convert n m", tmp_path) == run_theirs("convert n m", tmp_path)
+
+
+def test_commit_into_an_image_that_can_not_be_written_to(
+    tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = tmp_path_factory.mktemp("overlay")
+    base = tiny / "base"
+    for line in (
+        f"create -q -f qcow2 {base} 1M",
+        f"create -q -f qcow2 -F qcow2 -b {base} top",
+    ):
+        assert run_theirs(line, directory)[0] == 0
+    subprocess.run(["mount", "-o", "remount,ro", str(tiny)], check=True)
+    expected = run_theirs("commit top", directory)
+    assert expected[0] == 1
+    assert run_ours("commit top", directory) == expected
