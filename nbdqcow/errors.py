@@ -16,6 +16,7 @@
 """
 
 import errno as _errno
+from typing import Self
 
 
 class NbdQcowError(Exception):
@@ -53,13 +54,29 @@ class CorruptImage(BlockError):
 class ImageError(NbdQcowError):
     """The image can't be opened: not of this format, damaged, or refused."""
 
+    def with_text(self, text: str) -> Self:
+        """Return the same error with other words."""
+        return type(self)(text)
+
 
 class UnsupportedFeature(ImageError):
     """The image is valid but uses a feature that is not implemented."""
 
 
 class ImageInUse(ImageError):
-    """Another process holds a conflicting lock on the image."""
+    """Another process holds a conflicting lock on the image.
+
+    ``is_of_raw``: on a file without metadata. QEMU finds that when the whole chain is
+    open, so names no backing file before it.
+    """
+
+    is_of_raw = False
+
+    def with_text(self, text: str) -> Self:
+        """Return the same error with other words."""
+        error = type(self)(text)
+        error.is_of_raw = self.is_of_raw
+        return error
 
 
 class ProtocolError(NbdQcowError):

@@ -9,6 +9,8 @@ GiB: Final = 1 << 30
 TiB: Final = 1 << 40
 
 SECTOR_SIZE: Final = 512
+MAX_DISK_LENGTH: Final = (1 << 63) - (1 << 30)
+"""Of any disk in QEMU, in bytes."""
 
 _SUFFIXES: Final = "BKMGTPE"
 _MAX_DIGITS: Final = 40

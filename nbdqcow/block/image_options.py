@@ -5,7 +5,7 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -87,16 +87,40 @@ def parse_json_name(
 
 def json_pairs(name: str) -> Pairs:
     """Return the pairs of a name that begins with ``json:``. Raises `ImageError`."""
-    # Most names have none, and small commands feel what it takes to load.
-    import json
-
     try:
-        given = json.loads(double_quoted(name.removeprefix(JSON_PREFIX)))
+        given = load_json(name.removeprefix(JSON_PREFIX))
         if not isinstance(given, dict):
             raise ImageError("Invalid JSON object given")
         return flatten(given)
+    except DuplicateKeyError as error:
+        raise ImageError(f"Could not parse the JSON options: {error}") from None
     except (ValueError, RecursionError):
         raise ImageError("Could not parse the JSON options") from None
+
+
+class DuplicateKeyError(ValueError):
+    """A JSON object has a key twice: nobody knows which value is meant."""
+
+    def __init__(self) -> None:
+        super().__init__("JSON parse error, duplicate key")
+
+
+def load_json(text: str) -> Any:
+    """Return the value of JSON text, with QEMU's liberties: `double_quoted`.
+
+    Raises `DuplicateKeyError` and other kinds of `ValueError`, and `RecursionError`.
+    """
+    # Most names have none, and small commands feel what it takes to load.
+    import json
+
+    return json.loads(double_quoted(text), object_pairs_hook=_with_single_keys)
+
+
+def _with_single_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise DuplicateKeyError
+    return found
 
 
 def double_quoted(text: str) -> str:
@@ -118,22 +142,26 @@ def _requote(found: re.Match[str]) -> str:
 
 def flatten(given: Mapping[str, Any]) -> dict[str, str | None]:
     """Return a JSON object as dotted keys and texts; what is in a list has its
-    number for a key. Raises `ImageError`."""
+    number for a key. What is in an object within goes before a dotted key of the
+    same name, as in QEMU. Raises `ImageError`."""
     pairs: dict[str, str | None] = {}
 
     def walk(prefix: str, value: Mapping[str, Any], depth: int) -> None:
         if depth > _MAX_DEPTH:
             raise ImageError("the JSON options are nested too deep")
+        within: list[tuple[str, Mapping[str, Any]]] = []
         for key, item in value.items():
             name = prefix + key
             if isinstance(item, list):
                 item = {str(index): each for index, each in enumerate(item)}
             if isinstance(item, dict):
-                walk(f"{name}.", item, depth + 1)
+                within.append((f"{name}.", item))
             elif isinstance(item, bool):
                 pairs[name] = "on" if item else "off"
             else:
                 pairs[name] = None if item is None else str(item)
+        for name, item in within:
+            walk(name, item, depth + 1)
 
     walk("", given, 0)
     return pairs

@@ -31,6 +31,7 @@ from nbdqcow.block.node import Node
 from nbdqcow.block.registry import (
     LAYER,
     PROBE_LENGTH,
+    RoleFinder,
     data_file_name,
     filter_driver,
     format_driver,
@@ -39,9 +40,9 @@ from nbdqcow.block.registry import (
     split_protocol,
     storage_driver,
 )
-from nbdqcow.block.storage import StorageDriver
+from nbdqcow.block.storage import FileRole, RoleOf, StorageDriver
 from nbdqcow.block.tools import Secrets, no_secrets
-from nbdqcow.errors import ImageError
+from nbdqcow.errors import ImageError, ImageInUse
 from nbdqcow.units import MiB
 
 MAX_CHAIN_DEPTH: Final = 256
@@ -73,6 +74,9 @@ class OpenOptions(NamedTuple):
             gives.
         images_name_filters: whether a file that an image names may be one with
             a filter over it, such as ``blkdebug``.
+        raw_role: what the file of a raw image is. With `FileRole.PLAIN` other
+            programs may write to it meanwhile, as QEMU lets them.
+        resizes: the image is to be given another size.
     """
 
     format: str | None = None
@@ -89,6 +93,8 @@ class OpenOptions(NamedTuple):
     backing: BackingOverride | None = None
     secrets: Secrets = no_secrets
     images_name_filters: bool = False
+    raw_role: FileRole = FileRole.IMAGE
+    resizes: bool = False
 
 
 class Opening:
@@ -133,6 +139,8 @@ def open_image(
     backing: BackingOverride | None = None,
     secrets: Secrets = no_secrets,
     images_name_filters: bool = False,
+    raw_role: FileRole = FileRole.IMAGE,
+    resizes: bool = False,
 ) -> Opening:
     """Open an image with its backing chain; see `OpenOptions`.
 
@@ -149,7 +157,7 @@ def open_image(
         OpenOptions(
             format, read_only, cache, discard, detect_zeroes, l2_cache_size,
             allowed_paths, lock, force_share, driver_options or {}, with_backing,
-            backing, secrets, images_name_filters,
+            backing, secrets, images_name_filters, raw_role, resizes,
         ),
     )  # fmt: skip
 
@@ -167,7 +175,15 @@ async def _open_chain(
         raise ImageError(f"Backing chain of '{above[0]}' loops at '{filename}'")
     if len(above) >= MAX_CHAIN_DEPTH:
         raise ImageError(f"Backing chain of '{above[0]}' is too deep")
-    storage = await open_storage(filename, options, above=above)
+    finder = RoleFinder(options.format, options.raw_role, options.driver_options)
+    try:
+        storage = await open_storage(filename, options, role=finder, above=above)
+    except ImageInUse as error:
+        finder.mark(error)
+        raise
+    guessed = options.format is None
+    # What was locked for one format is not opened as another.
+    options = options._replace(format=finder.format)
     try:
         driver = await _open_driver(filename, storage, options, (*above, real))
     except BaseException:
@@ -186,9 +202,7 @@ async def _open_chain(
         unsafe=options.cache == "unsafe",
         discard=options.discard == "unmap",
         detect_zeroes=options.detect_zeroes,
-        guard=_looks_formatted
-        if options.format is None and driver.name == "raw"
-        else None,
+        guard=_looks_formatted if guessed and driver.name == "raw" else None,
     )
 
 
@@ -200,7 +214,7 @@ async def open_storage(
     filename: str,
     options: OpenOptions,
     *,
-    is_data_file: bool = False,
+    role: FileRole | RoleOf = FileRole.IMAGE,
     above: tuple[str, ...] = (),
 ) -> StorageDriver:
     """Open the file under an image: a path, perhaps after ``file:``, or the
@@ -223,7 +237,8 @@ async def open_storage(
         discard="unmap",
         locking=options.lock,
         shared=options.force_share,
-        is_data_file=is_data_file,
+        role=role,
+        resizes=options.resizes,
     )
     return storage
 
@@ -376,10 +391,12 @@ async def _open_data_file(
         assert name_in_image is not None
         path = backing_path(filename, data_file_name(name_in_image))
         _check_named(path, options)
+    is_source = options.raw_role is FileRole.SOURCE
+    role = FileRole.SOURCE if is_source else FileRole.DATA
     if _real_path(path) in above:
         raise ImageError(f"'{path}' can't be the data file: it is the image itself")
     try:
-        return await open_storage(path, options, is_data_file=True, above=above)
+        return await open_storage(path, options, role=role, above=above)
     except OSError as error:
         raise ImageError(f"Could not open '{path}': {error.strerror}") from None
 
@@ -393,7 +410,11 @@ async def _open_backing(
         detect_zeroes="off",
         driver_options=_passed_down(options.driver_options),
         backing=None,
+        resizes=False,
     )
+    if options.raw_role is FileRole.KEYS:
+        # What an image is backed by keeps its own.
+        below = below._replace(raw_role=FileRole.PLAIN)
     if wanted.none or not options.with_backing:
         return None
     if wanted.filename is not None:
@@ -417,6 +438,8 @@ async def _open_backing(
     try:
         return await _open_chain(path, below, above)
     except (ImageError, OSError) as error:
+        if isinstance(error, ImageInUse) and error.is_of_raw:
+            raise
         text = error.strerror if isinstance(error, OSError) else str(error)
         prefix = f"Could not open '{path}': "
         if isinstance(error, OSError) or not str(error).startswith("Could not open"):

@@ -1,9 +1,12 @@
 """The drivers by name, loaded when first used, and format probing."""
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-from nbdqcow.errors import ImageError
+from nbdqcow.block.storage import FileRole
+from nbdqcow.errors import ImageError, ImageInUse
+from nbdqcow.types import Buffer
 
 if TYPE_CHECKING:
     # Tools use this module too, and need no event loop.
@@ -41,6 +44,9 @@ a raw image is, or the disk of any format."""
 
 _ALIASES: Final = {"file": "raw", "host_device": "raw", "nbd": "raw"}
 """QEMU's names for no format at all: images name their backing file's so."""
+
+_WITHOUT_METADATA: Final = ("raw", "luks")
+"""What such an image has beside its data never changes while it is in use."""
 
 _BLOCKING_FILE: Final = "nbdqcow.storage.blocking:BlockingLocalFile"
 
@@ -153,6 +159,53 @@ def data_file_name(name: str) -> str:
     who has written the image must not choose what its host connects to, nor what
     else it opens (CVE-2024-4467)."""
     return name if name.startswith("file:") else unmistakable_path(name)
+
+
+def role_of_file(
+    format_: str, raw_role: FileRole, driver_options: Mapping[str, Any]
+) -> FileRole:
+    """Return what an image's file is to who opens the image. ``raw_role``: what that
+    of a raw image, or of an encrypted one without other metadata, is.
+
+    Part of a file as a disk counts as data in it.
+    """
+    if _ALIASES.get(format_, format_) not in _WITHOUT_METADATA:
+        return FileRole.IMAGE
+    if raw_role is FileRole.KEYS and format_ != "luks":
+        return FileRole.PLAIN
+    is_window = any(driver_options.get(name) is not None for name in ("offset", "size"))
+    if is_window and raw_role is FileRole.PLAIN:
+        return FileRole.DATA
+    return raw_role
+
+
+class RoleFinder:
+    """Tells the role of an image's file, and so its format: a `RoleOf`.
+
+    Attributes:
+        format: the image's format; None as long as it is not known.
+    """
+
+    def __init__(
+        self,
+        format_: str | None,
+        raw_role: FileRole,
+        driver_options: Mapping[str, Any],
+    ) -> None:
+        self.format = format_
+        self._raw_role = raw_role
+        self._driver_options = driver_options
+
+    def __call__(self, head: Buffer) -> FileRole:
+        """Return the role of the file that begins with ``head``."""
+        if self.format is None:
+            self.format = probe_format(bytes(head[:PROBE_LENGTH]))
+        return role_of_file(self.format, self._raw_role, self._driver_options)
+
+    def mark(self, error: ImageInUse) -> None:
+        """Note in an error whether the file is one without metadata."""
+        name = self.format or ""
+        error.is_of_raw = _ALIASES.get(name, name) in _WITHOUT_METADATA
 
 
 def is_remote(filename: str) -> bool:

@@ -11,13 +11,36 @@ False) means "not now, take the coroutine". Errors are `OSError`s.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol, TypeAlias
+from enum import Enum
+from typing import ClassVar, Final, Protocol, TypeAlias
 
 from nbdqcow.errors import NotSupported
 from nbdqcow.types import Buffer, Buffers
 
 WriteBlocking: TypeAlias = Callable[[int, Buffer], None]
 """Writes bytes at a position, in a worker thread."""
+
+
+class FileRole(Enum):
+    """What a file is to who opens it, which says what others may do with it
+    meanwhile."""
+
+    IMAGE = "image"
+    """It has metadata: nobody else writes to it, or changes its length."""
+    DATA = "data"
+    """It has guest data, at places that its length bounds: nobody else changes that."""
+    PLAIN = "plain"
+    """It is the disk: nothing here is wrong if others write to it."""
+    SOURCE = "source"
+    """It is the disk, or data of one, that is copied: nobody else changes it."""
+    KEYS = "keys"
+    """It is an encrypted disk whose key slots are changed: nobody else reads them."""
+
+
+RoleOf: TypeAlias = Callable[[Buffer], FileRole]
+"""Tells the role of a file from its beginning: `HEAD_LENGTH` bytes, fewer of a
+shorter file."""
+HEAD_LENGTH: Final = 4096
 
 
 class BlockingSource(Protocol):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from nbdqcow.block.node import Node
+from nbdqcow.block.storage import FileRole
 from nbdqcow.block.tools import FormatTool, OptionSpec, OptionValue
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_create import find_tool, print_specs
@@ -19,7 +20,13 @@ from nbdqcow.cli.img_options import (
     wants_help,
 )
 from nbdqcow.cli.img_run import ProgressLine, run_command
-from nbdqcow.errors import BlockError, CorruptImage, ImageError, UsageError
+from nbdqcow.errors import (
+    BlockError,
+    CorruptImage,
+    ImageError,
+    ImageInUse,
+    UsageError,
+)
 
 _LONG: Final = {
     "help": "-h",
@@ -103,7 +110,14 @@ def _print_help(format_: str) -> None:
 async def _amend(
     name: str, images: ImageArguments, text: str, progress: ProgressLine, *, force: bool
 ) -> int:
-    node = await open_node(name, images, writable=True)
+    try:
+        node = await open_node(name, images, writable=True, raw_role=FileRole.KEYS)
+    except ImageInUse as exc:
+        if not exc.is_of_raw or "Failed to get shared" not in str(exc):
+            raise
+        # QEMU asks for that when the disk is open.
+        text = str(exc).removeprefix(f"Could not open '{name}': ")
+        raise ImageInUse(text) from None
     try:
         tool = find_tool(node.format_name)
         if wants_help(text):

@@ -112,6 +112,7 @@ def _check(
         named.format,
         read_only=repair == REPAIR_NONE,
         force_share=named.force_share,
+        pairs=named.pairs,
     ) as image:
         tool, file = image.tool, image.file
         if repair != REPAIR_NONE and named.format is None and tool.name == "raw":
@@ -130,6 +131,7 @@ def _check(
             info,
             force_share=named.force_share,
             data_file=named.pairs.get("data-file.filename"),
+            read_only=repair == REPAIR_NONE,
         )
         result = tool.check(file, repair, _report)
         if result.leaks_fixed or result.corruptions_fixed:

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from nbdqcow.block.node import Node
+from nbdqcow.block.storage import FileRole
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_chain import overlay_of
 from nbdqcow.cli.img_nodes import ImageArguments, closing, open_node
 from nbdqcow.cli.img_options import check_cache, parse_amount, parse_arguments
 from nbdqcow.cli.img_run import ProgressLine, run_command
-from nbdqcow.errors import ImageError, NotSupported, UsageError
+from nbdqcow.errors import ImageError, ImageInUse, NotSupported, UsageError
 from nbdqcow.jobs.commit import commit
 from nbdqcow.jobs.control import JobControl
 from nbdqcow.jobs.errors import CopyError, reason_of
@@ -116,14 +117,25 @@ async def _open_for_writing(above: Node, images: ImageArguments) -> Node:
         getattr(found.driver, "secret", None),
     )
     await found.close()
-    above.backing = await open_node(
-        filename,
-        ImageArguments(cache=images.cache, objects=images.objects),
-        writable=True,
-        format_=format_,
-        secret=secret,
-        warns=False,
-    )
+    try:
+        above.backing = await open_node(
+            filename,
+            ImageArguments(cache=images.cache, objects=images.objects),
+            writable=True,
+            format_=format_,
+            secret=secret,
+            warns=False,
+            # Only its length is kept from others.
+            raw_role=FileRole.DATA,
+        )
+    except ImageError as exc:
+        # QEMU asks for more rights to what it has open already: to say once that it
+        # could not be opened is enough.
+        opening = f"Could not open '{filename}': "
+        text = str(exc).removeprefix(opening)
+        if not isinstance(exc, ImageInUse) and not text.startswith(opening):
+            raise
+        raise exc.with_text(text) from None
     return above.backing
 
 

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from nbdqcow.block.node import Node
 from nbdqcow.block.registry import is_remote
+from nbdqcow.block.storage import FileRole
 from nbdqcow.block.tools import FormatTool, OptionValue
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_create import find_tool, print_option_help
@@ -273,7 +274,10 @@ async def _convert(settings: _Settings, text: str, progress: ProgressLine) -> in
         # They are closed before the file that standard input is in.
         stack.push_async_callback(close_nodes, sources)
         for name, shown in zip(names, settings.sources, strict=True):
-            source = await open_node(name, settings.images, cache=cache, shown=shown)
+            source = await open_node(
+                name, settings.images, cache=cache, shown=shown,
+                raw_role=FileRole.SOURCE,
+            )  # fmt: skip
             sources.append(source)
         if settings.snapshot is not None:
             await _show_snapshot(settings, names[0], sources, cache)
@@ -306,7 +310,7 @@ async def _show_snapshot(
     sources.append(
         await open_node(
             name, settings.images, cache=cache, snapshot=settings.snapshot,
-            shown=settings.sources[0],
+            shown=settings.sources[0], raw_role=FileRole.SOURCE,
         )
     )  # fmt: skip
 

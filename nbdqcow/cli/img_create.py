@@ -1,6 +1,7 @@
 """``nbdqcow-img create``: new images."""
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -202,11 +203,34 @@ def _create(
         _print_formatting(filename, format_, specs, values, texts)
     plan = tool.prepare(values, secrets=secrets)
     create_data_file(tool, plan, path)
-    write_image(tool, plan, path, path)
+    try:
+        write_image(tool, plan, path, path, values.get("preallocation"))
+    except ImageError as exc:
+        if isinstance(exc.__cause__, OSError) and exc.__cause__.errno == errno.EFBIG:
+            raise ImageError(
+                f"The image size is too large for file format '{tool.name}'"
+            ) from None
+        raise
 
 
-def write_image(tool: FormatTool, plan: Any, path: str, shown: str) -> None:
-    """Write a planned image to ``path``, ``shown`` in messages.
+def preallocation_failure(format_: str, mode: object, reason: str | None) -> str | None:
+    """Return why an image could not take the space that ``mode`` asks for, in
+    qemu-img's words; None for a mode that asks for none."""
+    action = {
+        "full": "Could not write zeros for preallocation",
+        "falloc": "Could not preallocate new data",
+    }.get(str(mode))
+    if action is None:
+        return None
+    below = "Failed to resize underlying file: " if format_ == "qcow2" else ""
+    return f"{below}{action}: {reason}"
+
+
+def write_image(
+    tool: FormatTool, plan: Any, path: str, shown: str, preallocation: object = "off"
+) -> None:
+    """Write a planned image to ``path``, ``shown`` in messages, which say for
+    what ``preallocation`` there is no space.
 
     One that can't be completed is removed, as with QEMU. Raises `ImageError`.
     """
@@ -220,7 +244,14 @@ def write_image(tool: FormatTool, plan: Any, path: str, shown: str) -> None:
         if os.path.isfile(path):
             with contextlib.suppress(OSError):
                 os.unlink(path)
-        raise ImageError(f"Could not write '{shown}': {exc.strerror}") from None
+        if exc.errno == errno.EFBIG:
+            raise ImageError(f"Could not resize file: {exc.strerror}") from exc
+        failure = preallocation_failure(tool.name, preallocation, exc.strerror)
+        if failure is not None and tool.name == "qcow2":
+            failure = f"Could not resize image: {failure}"
+        raise ImageError(
+            failure or f"Could not write '{shown}': {exc.strerror}"
+        ) from None
     finally:
         file.close()
 
@@ -304,9 +335,10 @@ def _use_backing(path: str, values: dict[str, OptionValue], *, unsafe: bool) -> 
             backing_path(path, name),
             None if backing_format is None else str(backing_format),
             force_share=True,
+            reads_data=False,
         ) as image:
             info = image.tool.describe(image.file)
-            check_backing_chain(image, info, force_share=True)
+            check_backing_chain(image, info, force_share=True, reads_data=False)
     except ImageError as exc:
         raise ImageError(f"{exc}\nCould not open backing image.") from None
     if backing_format is None:

@@ -9,12 +9,13 @@ from nbdqcow.block.image_options import parse_json_name
 from nbdqcow.block.node import Node
 from nbdqcow.block.open import open_image
 from nbdqcow.block.registry import is_remote
+from nbdqcow.block.storage import FileRole
 from nbdqcow.cli.image_opts import parse_image_opts
 from nbdqcow.cli.img_names import GivenObjects, check_force_share
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
 from nbdqcow.cli.messages import warn_of_guess
 from nbdqcow.crypto.secrets import PassphraseRequired, Secret
-from nbdqcow.errors import ImageError, NbdQcowError, UsageError
+from nbdqcow.errors import ImageError, ImageInUse, NbdQcowError, UsageError
 
 _NO_SNAPSHOTS: Final = "does not support temporarily loading"
 
@@ -78,6 +79,8 @@ async def open_node(
     secret: "Secret | bytes | None" = None,
     explicit_zeroes: bool = False,
     warns: bool = True,
+    raw_role: FileRole = FileRole.PLAIN,
+    resizes: bool = False,
 ) -> Node:
     """Open an image with its backing chain.
 
@@ -85,7 +88,7 @@ async def open_node(
     what messages call it; ``with_backing``: see `OpenOptions`;
     ``secret`` opens it if it is encrypted, and ``name`` does not say what does;
     ``explicit_zeroes``: see the `Settings` of qcow2; ``warns`` of a raw image
-    whose format is guessed.
+    whose format is guessed; for ``raw_role`` and ``resizes`` see `OpenOptions`.
     Raises `ImageError` in qemu-img's words.
     """
     filename, options = _parse_name(name, arguments)
@@ -119,13 +122,21 @@ async def open_node(
             secrets=arguments.secret,
             # As with QEMU's: these serve nobody.
             images_name_filters=True,
+            raw_role=raw_role,
+            resizes=resizes,
             **options,
         )
     except (ImageError, OSError) as exc:
+        if isinstance(exc, ImageInUse) and writable and warns:
+            own = f"[{filename.removeprefix('file:')}]" in str(exc)
+            if own and exc.is_of_raw and options.get("format") is None:
+                warn_of_guess(filename)
         if snapshot is not None and (failure := _snapshot_failure(str(exc))):
             raise ImageError(f"Failed to load snapshot: {failure}") from None
         if not is_remote(filename):
-            _explain(filename, options, opening, writable, force_share=force_share)
+            _explain(
+                filename, options, opening, writable, raw_role, force_share=force_share
+            )
         inner = None if filename == name else filename
         raise _in_qemus_words(exc, opening, inner) from None
     guessed = options.get("format") is None and node.driver.name == "raw"
@@ -164,8 +175,8 @@ def _in_qemus_words(
         text = f"{before}Parameter '{option}' is required for cipher"
     if text.startswith(opening) and not isinstance(exc.__cause__, OSError):
         opening = ""
-    kind = type(exc) if isinstance(exc, ImageError) else ImageError
-    return kind(f"{opening}{text}")
+    error = exc if isinstance(exc, ImageError) else ImageError()
+    return error.with_text(f"{opening}{text}")
 
 
 def _explain(
@@ -173,6 +184,7 @@ def _explain(
     options: Mapping[str, Any],
     opening: str,
     writable: bool,
+    raw_role: FileRole,
     *,
     force_share: bool,
 ) -> None:
@@ -183,6 +195,8 @@ def _explain(
             options.get("format"),
             read_only=not writable,
             force_share=force_share,
+            raw_role=raw_role,
+            pairs=options.get("driver_options", {}),
         ) as image:
             info = image.tool.describe(image.file)
             check_backing_chain(
@@ -190,9 +204,11 @@ def _explain(
                 info,
                 force_share=force_share,
                 data_file=options.get("driver_options", {}).get("data_file"),
+                raw_role=raw_role,
+                read_only=not writable,
             )
     except ImageError as exc:
-        raise type(exc)(f"{opening}{exc}") from None
+        raise exc.with_text(f"{opening}{exc}") from None
 
 
 def _parse_name(name: str, arguments: ImageArguments) -> tuple[str, dict[str, Any]]:

@@ -1,14 +1,15 @@
 """Opening images for commands that need no event loop."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from nbdqcow.block.filter_names import innermost, is_filtered
-from nbdqcow.block.image_options import JSON_PREFIX, parse_json_name
+from nbdqcow.block.image_options import JSON_PREFIX, NO_OPTIONS, parse_json_name
 from nbdqcow.block.registry import (
     PROBE_LENGTH,
+    RoleFinder,
     blocking_file,
     data_file_name,
     format_tool,
@@ -17,9 +18,10 @@ from nbdqcow.block.registry import (
     unmistakable_path,
 )
 from nbdqcow.block.steps import BlockingFile
+from nbdqcow.block.storage import FileRole
 from nbdqcow.block.tools import FormatTool, ImageInfo
 from nbdqcow.cli.img_names import ImageName
-from nbdqcow.errors import ImageError
+from nbdqcow.errors import ImageError, ImageInUse
 
 
 class OpenImage(NamedTuple):
@@ -41,8 +43,15 @@ def open_image_file(
     *,
     read_only: bool = True,
     force_share: bool = False,
+    raw_role: FileRole = FileRole.PLAIN,
+    pairs: Mapping[str, object] = NO_OPTIONS,
+    reads_data: bool = True,
 ) -> Iterator[OpenImage]:
     """Open one image file and tell its format. Raises `ImageError`.
+
+    ``raw_role``: what the file of a raw image is; ``pairs``: its options, of which
+    those count that make it part of a file; ``reads_data``: not only what the
+    metadata say is wanted.
 
     The messages start with what is wrong, not with "Could not open": the
     caller knows how to call the image.
@@ -55,6 +64,7 @@ def open_image_file(
     remote = bool(filename) and is_remote(filename)
     path = filename if remote else local_path(filename)
     tool = None if format_ is None else format_tool(format_)
+    finder = RoleFinder(format_, raw_role, pairs)
     file: BlockingFile
     try:
         if remote:
@@ -64,16 +74,25 @@ def open_image_file(
             file = RemoteFile.open(path, read_only=read_only, force_share=force_share)
         else:
             file = blocking_file().open(
-                path, read_only=read_only, force_share=force_share
+                path,
+                read_only=read_only,
+                force_share=force_share,
+                role=finder,
+                reads_data=reads_data,
             )
     except OSError as exc:
         raise ImageError(f"Could not open '{path}': {exc.strerror}") from None
     except ImageError as exc:
         # The caller says that much itself.
         text = str(exc).removeprefix(f"Could not open '{path}': ")
-        raise type(exc)(text) from None
+        if isinstance(exc, ImageInUse):
+            finder.mark(exc)
+        raise exc.with_text(text) from None
     try:
-        if tool is None:
+        if tool is None and finder.format is not None:
+            # What was locked for one format is not opened as another.
+            tool = format_tool(finder.format)
+        elif tool is None:
             try:
                 head = bytes(file.pread(0, min(PROBE_LENGTH, file.length)))
             except OSError as exc:
@@ -136,7 +155,7 @@ def describe_chain(
     """
     seen: set[object] = set()
     name: str | None = image.filename
-    text, format_ = image.text, image.format
+    text, format_, pairs = image.text, image.format, image.pairs
     while name is not None:
         identity = _identity(name)
         if identity in seen:
@@ -144,15 +163,19 @@ def describe_chain(
         seen.add(identity)
         try:
             with open_image_file(
-                name, format_, force_share=image.force_share
+                name,
+                format_,
+                force_share=image.force_share,
+                pairs=pairs,
+                reads_data=False,
             ) as opened:
                 info = opened.tool.describe(opened.file)
                 yield opened, info
         except ImageError as exc:
-            raise type(exc)(f"Could not open '{text}': {exc}") from None
+            raise exc.with_text(f"Could not open '{text}': {exc}") from None
         if not whole_chain or info.backing_filename is None:
             return
-        format_ = info.backing_format
+        format_, pairs = info.backing_format, NO_OPTIONS
         name = text = backing_path(opened.filename, info.backing_filename)
 
 
@@ -162,13 +185,32 @@ def check_backing_chain(
     *,
     force_share: bool = False,
     data_file: str | None = None,
+    raw_role: FileRole = FileRole.PLAIN,
+    reads_data: bool = True,
+    read_only: bool = True,
 ) -> None:
     """See that the data file and every backing file, with theirs, can be opened.
 
-    ``data_file`` takes the place of the one that the image names. Raises
+    ``data_file`` takes the place of the one that the image names, and is to be
+    written to unless ``read_only``; for the rest see `open_image_file`. Raises
     `ImageError`.
     """
-    _check_data_file(image, info, data_file)
+
+    def check_data_file(
+        image: OpenImage, info: ImageInfo, given: str | None, *, read_only: bool
+    ) -> None:
+        if info.data_filename is not None:
+            with open_image_file(
+                _find_data_file(image, info.data_filename, given),
+                "raw",
+                read_only=read_only,
+                force_share=force_share,
+                raw_role=FileRole.DATA if raw_role is FileRole.PLAIN else raw_role,
+                reads_data=reads_data,
+            ):
+                pass
+
+    check_data_file(image, info, data_file, read_only=read_only)
     above = image.filename
     seen = {_identity(above)}
     prefix = ""
@@ -181,23 +223,26 @@ def check_backing_chain(
         seen.add(identity)
         try:
             with open_image_file(
-                name, info.backing_format, force_share=force_share
+                name,
+                info.backing_format,
+                force_share=force_share,
+                raw_role=raw_role,
+                reads_data=reads_data,
             ) as below:
                 info = below.tool.describe(below.file)
-                _check_data_file(below, info, None)
+                check_data_file(below, info, None, read_only=True)
                 above = below.filename
         except ImageError as exc:
-            raise type(exc)(f"{prefix}{exc}") from None
+            if isinstance(exc, ImageInUse) and exc.is_of_raw:
+                raise
+            raise exc.with_text(f"{prefix}{exc}") from None
 
 
-def _check_data_file(image: OpenImage, info: ImageInfo, given: str | None) -> None:
-    if info.data_filename is None:
-        return
+def _find_data_file(image: OpenImage, name_in_image: str, given: str | None) -> str:
+    """Return where the external data file of an image is. Raises `ImageError`."""
     name = given or image.data_file
     if name is None:
-        if not info.data_filename:
+        if not name_in_image:
             raise ImageError("'data-file' is required for this image")
-        name = backing_path(image.filename, data_file_name(info.data_filename))
-    # For reading, as another process may have it, too.
-    with open_image_file(name, "raw", force_share=True):
-        pass
+        name = backing_path(image.filename, data_file_name(name_in_image))
+    return name

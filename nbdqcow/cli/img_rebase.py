@@ -80,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
         force_share=force_share, cache=source_cache, objects=images.objects
     )
     progress = ProgressLine(shown, quiet=quiet)
-    change = _Change(base or None, base_format, unsafe, compressed)
+    change = _Change(base, base_format, unsafe, compressed)
     try:
         return run_command(
             lambda: change.run(operands[0], images, sources, progress), progress
@@ -90,12 +90,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 class _Change:
-    """One run of the command: the image gets the backing file ``base``."""
+    """One run of the command: the image gets the backing file ``base``, or none."""
 
     def __init__(
         self, base: str | None, base_format: str | None, unsafe: bool, compressed: bool
     ) -> None:
-        self._base = base
+        self._shown = "(null)" if base is None else base
+        self._base = base or None
         self._base_format = base_format
         self._unsafe = unsafe
         self._compressed = compressed
@@ -181,5 +182,6 @@ class _Change:
             self._fail(os.strerror(exc.errno or errno.EIO))
 
     def _fail(self, reason: str) -> NoReturn:
-        shown = "(null)" if self._base is None else self._base
-        raise ImageError(f"Could not change the backing file to '{shown}': {reason}")
+        raise ImageError(
+            f"Could not change the backing file to '{self._shown}': {reason}"
+        )

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from nbdqcow.cli.img import print_help
+from nbdqcow.cli.img_create import preallocation_failure
 from nbdqcow.cli.img_nodes import ImageArguments, closing, open_node
 from nbdqcow.cli.img_options import PREALLOCATIONS, convert_option, parse_arguments
 from nbdqcow.cli.img_run import run_command
 from nbdqcow.cli.messages import error
-from nbdqcow.errors import ImageError, UsageError
+from nbdqcow.errors import BlockError, ImageError, UsageError
 from nbdqcow.jobs.status import disk_size
+from nbdqcow.units import MAX_DISK_LENGTH
 
 _LONG: Final = {
     "help": "-h",
@@ -68,7 +70,7 @@ async def _resize(
     preallocation: str,
     shrink: bool,
 ) -> int:
-    node: Any = await open_node(name, images, writable=True)
+    node: Any = await open_node(name, images, writable=True, resizes=True)
     async with closing(node):
         old = disk_size(node)
         size = old + sign * amount if sign else amount
@@ -83,5 +85,15 @@ async def _resize(
                 "image's end. Before performing such an operation, make sure there is "
                 "no important data there."
             )
-        await node.resize(size, preallocation=preallocation)
+        if size > MAX_DISK_LENGTH:
+            raise ImageError(f"offset({size}) exceeds maximum({MAX_DISK_LENGTH})")
+        try:
+            await node.resize(size, preallocation=preallocation)
+        except OSError as exc:
+            # An own reason of the driver's is told as it is.
+            if isinstance(exc, BlockError):
+                raise
+            reason = exc.strerror
+            failure = preallocation_failure(node.format_name, preallocation, reason)
+            raise ImageError(failure or f"Could not resize file: {reason}") from None
     return 0

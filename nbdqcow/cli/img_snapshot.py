@@ -108,7 +108,7 @@ def _operate(
             driver: Any = node.driver
             if not hasattr(driver, "snapshot_list"):
                 if action in _VERBS:
-                    if action == "-a" and images.format is None:
+                    if action == "-a" and node.guessed_raw:
                         # It is opened anew.
                         warn_of_guess(filename)
                     raise ImageError(_no_snapshots(action, snapshot))

@@ -143,7 +143,8 @@ class NewImage:
     ) -> None:
         plan = tool.prepare(values, secrets=secrets)
         create_data_file(tool, plan, self._final or self.path)
-        write_image(tool, plan, self.path, self.filename)
+        preallocation = values.get("preallocation")
+        write_image(tool, plan, self.path, self.filename, preallocation)
 
     def rename_in(self, text: str) -> str:
         """Return a message with the name that people know."""

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from nbdqcow.block.image_options import JSON_PREFIX, parse_json_name
 from nbdqcow.block.node import Node
+from nbdqcow.block.storage import FileRole
 from nbdqcow.cli.images import open_node
 from nbdqcow.cli.nbd_options import Settings
 from nbdqcow.crypto.secrets import PassphraseRequired
@@ -24,6 +25,10 @@ async def open_served(settings: Settings, objects: "Objects") -> Node:
     throwaway = settings.throwaway and not read_only
     if settings.snapshot is not None or throwaway:
         options["read_only"] = True
+    if options.get("read_only", False):
+        # Others may write to a raw image that is only read, as with qemu-nbd; what is
+        # mapped of the file must stay.
+        options["raw_role"] = FileRole.DATA
     try:
         node = await open_node(filename, **options)
     except ImageError as exc:

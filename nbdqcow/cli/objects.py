@@ -8,7 +8,7 @@ import string
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from nbdqcow.block.image_options import double_quoted
+from nbdqcow.block.image_options import DuplicateKeyError, load_json
 from nbdqcow.cli.image_opts import parse_keyval
 from nbdqcow.cli.program import Answered
 from nbdqcow.errors import UsageError
@@ -241,7 +241,7 @@ def parse_object(text: str) -> Properties:
 
 def _parse_json(text: str) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(double_quoted(text))
+        found: dict[str, Any] = load_json(text)
     except json.JSONDecodeError as exc:
         if exc.pos >= len(exc.doc):
             raise UsageError("JSON parse error, premature EOI") from None
@@ -250,6 +250,8 @@ def _parse_json(text: str) -> dict[str, Any]:
         raise UsageError(
             f"JSON parse error, {exc.msg.lower()} (character {exc.pos + 1})"
         ) from None
+    except DuplicateKeyError as exc:
+        raise UsageError(str(exc)) from None
     except (ValueError, RecursionError) as exc:
         # A number of thousands of digits, or as many brackets.
         raise UsageError(f"JSON parse error, {exc}") from None

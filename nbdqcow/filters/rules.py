@@ -56,6 +56,12 @@ _KEYS: Final = {
     ),
     SET_STATE: ("event", "state", "new_state"),
 }
+_NUMBER: Final = re.compile(
+    r"\s*([+-]?)(?:(0[xX])(?=[0-9a-fA-F]))?"
+    r"((?(2)[0-9a-fA-F]+|(?:0[0-7]*|[1-9][0-9]*)))",
+    re.ASCII,
+)
+"""As strtoull(3) has it, which is C's: 010 is eight."""
 _LINE: Final = re.compile(r'([A-Za-z0-9_-]+)\s*=\s*(?:"([^"]*)"|([^"\s]+))')
 
 
@@ -170,7 +176,8 @@ def parse_config(data: bytes) -> list[Rule]:
             name, pairs = sections[-1]
             if pair[1] not in _KEYS[name]:
                 raise ImageError(f"{where}[{name}] has no such option")
-            pairs[pair[1]] = pair[2] if pair[2] is not None else pair[3]
+            # QEMU takes what is not quoted for nothing at all.
+            pairs[pair[1]] = pair[2] or ""
     return [_rule(name, pairs) for name, pairs in sections]
 
 
@@ -225,12 +232,13 @@ def _number(pairs: Mapping[str, str], key: str, default: int) -> int:
     text = pairs.get(key)
     if text is None:
         return default
-    try:
-        value = int(text[:24], 0) if len(text) < 24 else _MAX_NUMBER
-    except ValueError:
-        raise ImageError(f"Parameter '{key}' expects a number") from None
+    found = _NUMBER.fullmatch(text)
+    if found is None:
+        raise ImageError(f"Parameter '{key}' expects a number")
+    base = 16 if found[2] else 8 if found[3].startswith("0") else 10
+    value = int(found[1] + found[3], base) if len(text) < 24 else _MAX_NUMBER
     if not -_MAX_NUMBER <= value < _MAX_NUMBER:
-        raise ImageError(f"Parameter '{key}' is out of range")
+        raise ImageError(f"Value '{text[:64]}' is too large for parameter '{key}'")
     return value
 
 

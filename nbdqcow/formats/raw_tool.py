@@ -18,6 +18,7 @@ from nbdqcow.units import SECTOR_SIZE, round_up
 
 _FIRST_BLOCK: Final = 4096
 PREALLOCATIONS: Final = ("off", "falloc", "full")
+_MAX_LENGTH: Final = (1 << 63) - 1
 
 
 class RawPlan(NamedTuple):
@@ -51,6 +52,8 @@ class RawTool(FormatTool):
                 f"Parameter 'preallocation' does not accept value '{preallocation}'"
             )
         length = round_up(int(values.get("size", 0)), SECTOR_SIZE)
+        if length > _MAX_LENGTH:
+            raise ImageError("Could not resize file: Invalid argument")
         return RawPlan(length, preallocation)
 
     def measure(

@@ -43,23 +43,31 @@ def inconsistent_bitmaps(node: Node) -> list[str]:
 
 
 async def copy_bitmaps(source: Node, target: Node) -> None:
-    """Give ``target`` the bitmaps of ``source``, which has the same size, but for
-    those that are inconsistent. Raises `ImageError`.
+    """Give ``target`` the bitmaps of ``source`` but for those that are inconsistent.
+
+    They are taken from the last one on, as in QEMU. If one can't be copied, those
+    that have been stay. Raises `ImageError`.
     """
     if not hasattr(source.driver, "bitmap_list"):
         return
     there = bitmap_driver(target)
-    infos = bitmap_driver(source).bitmap_list()
+    infos = [
+        info
+        for info in reversed(bitmap_driver(source).bitmap_list())
+        if not info.inconsistent
+    ]
     names = {info.name for info in there.bitmap_list()}
-    for info in reversed(infos):
-        if info.name in names and not info.inconsistent:
-            raise ImageError(
-                f"Failed to create bitmap {info.name}: Bitmap already exists: "
-                f"{info.name}"
-            )
-    for info in infos:
-        if info.inconsistent:
-            continue
+    nb_copied = next(
+        (index for index, info in enumerate(infos) if info.name in names), len(infos)
+    )
+    if nb_copied and source.size != target.size:
+        raise ImageError(
+            f"Failed to populate bitmap {infos[0].name}: Bitmaps are of different sizes"
+            f" (destination size is {target.size}, source size is {source.size}) and "
+            "can't be merged"
+        )
+    # In the image they have the order that they had.
+    for info in reversed(infos[:nb_copied]):
         try:
             there.bitmap_add(info.name, granularity=info.granularity, enabled=False)
             bitmap = source.driver.dirty_bitmaps[info.name]
@@ -70,3 +78,8 @@ async def copy_bitmaps(source: Node, target: Node) -> None:
             raise ImageError(
                 f"Failed to populate bitmap {info.name}: {error}"
             ) from None
+    if nb_copied < len(infos):
+        name = infos[nb_copied].name
+        raise ImageError(
+            f"Failed to create bitmap {name}: Bitmap already exists: {name}"
+        )

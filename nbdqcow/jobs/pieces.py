@@ -247,8 +247,11 @@ class Cutter:
     ) -> tuple[int, int]:
         """Return a piece of the target's clusters that are all of one kind, or
         are read because they are not."""
+        options = self._options
         rest, unit = self.disks[-1].end - position, self.unit
-        if kind != DATA and self._options.sparse:
+        if kind == ZERO and options.target_has_backing:
+            kind, covered = self._zero_kind(position, covered)
+        if kind == UNALLOCATED or (kind == ZERO and options.sparse):
             if covered >= rest:
                 return kind, rest
             if whole := round_down(position + covered, unit) - position:

@@ -1,17 +1,13 @@
 """A local file for programs without an event loop."""
 
 import os
+from collections.abc import Callable
 from typing import Final, Self
 
+from nbdqcow.block.storage import FileRole, RoleOf
 from nbdqcow.errors import ImageError
-from nbdqcow.storage.locks import (
-    FORCE_SHARE,
-    READ_ONLY,
-    READ_WRITE,
-    Permissions,
-    lock_blocking,
-)
-from nbdqcow.storage.opening import open_blocking
+from nbdqcow.storage.locks import READ_WRITE, Permissions, choose, lock_blocking
+from nbdqcow.storage.opening import find_role, open_blocking
 from nbdqcow.types import Buffer
 
 _ZEROES: Final = bytes(1 << 20)
@@ -28,31 +24,45 @@ class BlockingLocalFile:
 
     @classmethod
     def open(
-        cls, filename: str, *, read_only: bool = True, force_share: bool = False
+        cls,
+        filename: str,
+        *,
+        read_only: bool = True,
+        force_share: bool = False,
+        role: FileRole | RoleOf = FileRole.IMAGE,
+        reads_data: bool = True,
     ) -> Self:
         """Open a file with the image locks that QEMU takes for the same.
 
+        ``role``: what the file is, or a function that tells it; ``reads_data``: not
+        only what the metadata say is wanted.
         Raises `ImageError` (`ImageInUse` for a locked file) and `OSError`.
         """
         if force_share and not read_only:
             raise ImageError("force-share=on can only be used with read-only images")
-        permissions = READ_ONLY if read_only else READ_WRITE
-        return cls._open(
-            filename,
-            os.O_RDONLY if read_only else os.O_RDWR,
-            FORCE_SHARE if force_share else permissions,
-        )
+
+        def permissions(fd: int) -> Permissions:
+            return choose(
+                find_role(fd, role),
+                read_only=read_only,
+                shared=force_share,
+                reads_data=reads_data,
+            )
+
+        return cls._open(filename, os.O_RDONLY if read_only else os.O_RDWR, permissions)
 
     @classmethod
     def create(cls, filename: str) -> Self:
         """Open a file for a new image: as it is, or empty if there was none."""
-        return cls._open(filename, os.O_RDWR | os.O_CREAT, READ_WRITE)
+        return cls._open(filename, os.O_RDWR | os.O_CREAT, lambda fd: READ_WRITE)
 
     @classmethod
-    def _open(cls, filename: str, flags: int, permissions: Permissions) -> Self:
+    def _open(
+        cls, filename: str, flags: int, permissions: Callable[[int], Permissions]
+    ) -> Self:
         fd = open_blocking(filename, flags | os.O_CLOEXEC)
         try:
-            lock_blocking(fd, filename, permissions)
+            lock_blocking(fd, filename, permissions(fd))
             return cls(fd, filename)
         except BaseException:
             os.close(fd)

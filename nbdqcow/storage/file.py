@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeVar, TypeVarTuple
 
 from nbdqcow.block.inflight import Epochs
-from nbdqcow.block.storage import StorageDriver, WriteBlocking
+from nbdqcow.block.storage import FileRole, RoleOf, StorageDriver, WriteBlocking
 from nbdqcow.buffers import zero_views
 from nbdqcow.errors import BlockError, ImageError, NotSupported, UsageError
 from nbdqcow.pool import Lane, Pool
@@ -50,7 +50,7 @@ class FileStorage(InlineFile):
     A block device has a fixed length: writing past it is ENOSPC.
 
     Attributes:
-        permissions: the image locks that are held; None for none.
+        locking: which image locks are held; None for none.
     """
 
     name: ClassVar[str] = "file"
@@ -88,7 +88,7 @@ class FileStorage(InlineFile):
         self._plain_copies_on = self._find_plain_copies(status)
         # The kernel has one writer to a file at a time.
         self._copying = Lane()
-        self.permissions: locks.Permissions | None = None
+        self.locking: locks.Locking | None = None
 
         self._holes = Holes(fd, self._is_device, self._pwritev_blocking)
         self._has_dsync = True
@@ -113,7 +113,8 @@ class FileStorage(InlineFile):
         discard: str = "unmap",
         locking: bool = True,
         shared: bool = False,
-        is_data_file: bool = False,
+        role: FileRole | RoleOf = FileRole.IMAGE,
+        resizes: bool = False,
     ) -> "FileStorage":
         """Open a file that exists.
 
@@ -126,19 +127,20 @@ class FileStorage(InlineFile):
             locking: take QEMU's image locks (`nbdqcow.storage.locks`).
             shared: let others write to the file meanwhile (``-U``); only with
                 ``read_only``.
-            is_data_file: the lock of the image that names it keeps others off.
+            role: what the file is, which says what others may do with it
+                meanwhile; or a function that tells it, in a worker thread.
+            resizes: its length is to be changed.
 
         Raises `ImageError` (`ImageInUse` for a lock) with one clear message.
         """
-        permissions = None
-        if locking:
-            permissions = locks.choose(read_only, shared, is_data_file)
         if shared and not read_only:
             raise UsageError("an image can be shared with writers only read-only")
         flags = os.O_RDONLY if read_only else os.O_RDWR
         return await open_file(
-            cls, filename, flags, permissions, read_only, cache, discard
-        )
+            cls, filename, flags, role,
+            locks.Locking(FileRole.IMAGE, shared, resizes) if locking else None,
+            read_only, cache, discard,
+        )  # fmt: skip
 
     @classmethod
     async def create(
@@ -156,11 +158,12 @@ class FileStorage(InlineFile):
         A block device must be long enough, and keeps its content. Raises
         `ImageError` and `OSError`.
         """
-        permissions = locks.READ_WRITE if locking else None
         flags = os.O_RDWR | os.O_CREAT
         storage = await open_file(
-            cls, filename, flags, permissions, False, cache, discard
-        )
+            cls, filename, flags, FileRole.IMAGE,
+            locks.Locking(FileRole.IMAGE, False, False) if locking else None,
+            False, cache, discard,
+        )  # fmt: skip
         try:
             if not storage._is_device:
                 await storage.truncate(0)
@@ -493,10 +496,11 @@ class FileStorage(InlineFile):
         """See `StorageDriver.reopen`. At no moment is the file without locks."""
         if read_only == self.read_only:
             return
-        if self.permissions == locks.FORCE_SHARE:
+        locking = self.locking
+        if locking is not None and locking.shared:
             raise ImageError(f"'{self.filename}' is shared with writers")
-        self.permissions = await self._pool.run(
-            reopen_blocking, self._fd, self.filename, self.permissions, read_only
+        await self._pool.run(
+            reopen_blocking, self._fd, self.filename, locking, read_only
         )
         self.read_only = read_only
         if not read_only:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from nbdqcow.block.storage import FileRole
 from nbdqcow.errors import ImageError, ImageInUse
 
 CONSISTENT_READ: Final = 0x1
@@ -53,19 +54,57 @@ class Permissions(NamedTuple):
     unshared: int
 
 
-READ_ONLY: Final = Permissions(CONSISTENT_READ, WRITE | RESIZE)
 READ_WRITE: Final = Permissions(CONSISTENT_READ | WRITE | RESIZE, WRITE | RESIZE)
-FORCE_SHARE: Final = Permissions(CONSISTENT_READ, 0)
 NOTHING: Final = Permissions(0, 0)
 
 
-def choose(read_only: bool, shared: bool, is_data_file: bool) -> Permissions:
-    """Return what an image file is opened with, or an external data file: QEMU
-    leaves it to the lock of the image to keep other writers off that."""
-    if shared:
-        return FORCE_SHARE
-    held, unshared = READ_ONLY if read_only else READ_WRITE
-    return Permissions(held, unshared & ~WRITE if is_data_file else unshared)
+_UNSHARED: Final = {
+    FileRole.IMAGE: WRITE | RESIZE,
+    FileRole.DATA: RESIZE,
+    FileRole.PLAIN: 0,
+    FileRole.SOURCE: WRITE | RESIZE,
+    FileRole.KEYS: CONSISTENT_READ | WRITE,
+}
+
+
+def choose(
+    role: FileRole,
+    *,
+    read_only: bool,
+    shared: bool = False,
+    resizes: bool = False,
+    reads_data: bool = True,
+) -> Permissions:
+    """Return what a file is opened with, as QEMU has it.
+
+    Args:
+        role: what the file is. To keep other writers off a data file is left to the
+            lock of its image.
+        read_only: nothing is written to it.
+        shared: others may do anything meanwhile (``-U``).
+        resizes: its length is to be changed, though it is no image.
+        reads_data: False if nothing is wanted but what its metadata say.
+    """
+    held = CONSISTENT_READ if reads_data else 0
+    if not read_only:
+        held |= WRITE
+        if resizes or role in (FileRole.IMAGE, FileRole.DATA):
+            held |= RESIZE
+    return Permissions(held, 0 if shared else _UNSHARED[role])
+
+
+class Locking(NamedTuple):
+    """How a file that is open is locked; see `choose`."""
+
+    role: FileRole
+    shared: bool
+    resizes: bool
+
+    def permissions(self, *, read_only: bool) -> Permissions:
+        """Return what the file is locked with."""
+        return choose(
+            self.role, read_only=read_only, shared=self.shared, resizes=self.resizes
+        )
 
 
 def lock_blocking(fd: int, filename: str, permissions: Permissions) -> None:

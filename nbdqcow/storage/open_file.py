@@ -3,10 +3,12 @@
 import os
 from typing import TYPE_CHECKING
 
+from nbdqcow.block.storage import FileRole, RoleOf
 from nbdqcow.errors import ImageError
 from nbdqcow.pool import Pool
 from nbdqcow.storage import locks
 from nbdqcow.storage.opening import (
+    find_role,
     open_blocking,
     parse_cache_mode,
     parse_discard_mode,
@@ -20,13 +22,15 @@ async def open_file(
     kind: "type[FileStorage]",
     filename: str,
     flags: int,
-    permissions: locks.Permissions | None,
+    role: FileRole | RoleOf,
+    locking: locks.Locking | None,
     read_only: bool,
     cache: str,
     discard: str,
 ) -> "FileStorage":
-    """Open and lock a file in a thread: for `FileStorage.open`, which says what
-    the arguments are. Raises `ImageError`."""
+    """Open a file in a thread, and lock it unless ``locking`` is None, whose
+    role is then ``role``: for
+    `FileStorage.open`, which says what the arguments are. Raises `ImageError`."""
     mode = parse_cache_mode(cache)
     unmap = parse_discard_mode(discard)
     if mode.direct:
@@ -42,12 +46,15 @@ async def open_file(
     def open_in_thread() -> None:
         fd = open_blocking(filename, flags)
         fds.append(fd)
-        if permissions is not None:
+        held = locking
+        if held is not None:
+            held = held._replace(role=find_role(fd, role))
+            permissions = held.permissions(read_only=read_only)
             locks.lock_blocking(fd, filename, permissions)
         storage = kind(
             fd, filename, read_only=read_only, cache=mode, unmap=unmap, pool=pool
         )
-        storage.permissions = permissions
+        storage.locking = held
         opened.append(storage)
 
     try:

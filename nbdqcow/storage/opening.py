@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import mmap
 import os
 import stat
 from typing import Final, NamedTuple
 
+from nbdqcow.block.storage import HEAD_LENGTH, FileRole, RoleOf
 from nbdqcow.errors import ImageError, UsageError
 
 
@@ -48,6 +50,20 @@ def parse_discard_mode(name: str) -> bool:
     if name not in ("unmap", "on", "ignore", "off"):
         raise UsageError(f"invalid discard mode '{name}' (it is unmap or ignore)")
     return name in ("unmap", "on")
+
+
+def find_role(fd: int, role: FileRole | RoleOf) -> FileRole:
+    """Return the role of an open file, for which its beginning may be needed."""
+    if isinstance(role, FileRole):
+        return role
+    # Its own pages: O_DIRECT wants whole blocks of memory.
+    with mmap.mmap(-1, HEAD_LENGTH) as head:
+        try:
+            length = os.preadv(fd, (head,), 0)
+        except OSError:
+            # Whoever reads it next says so.
+            return FileRole.IMAGE
+        return role(head[:length])
 
 
 def open_blocking(filename: str, flags: int) -> int:

@@ -10,20 +10,17 @@ from nbdqcow.storage import locks
 def reopen_blocking(
     fd: int,
     filename: str,
-    permissions: locks.Permissions | None,
+    locking: locks.Locking | None,
     read_only: bool,
-) -> locks.Permissions | None:
+) -> None:
     """Give ``fd`` or take from it the right to write.
 
-    ``permissions`` are those it has locks for, None for no locks; the new ones
-    are returned. At no moment is the file without locks. Raises `ImageError`
-    (`ImageInUse`), and all is as it was then.
+    ``locking``: how it is locked, None for not at all. At no moment is the file
+    without locks. Raises `ImageError` (`ImageInUse`), and all is as it was then.
     """
     flags = fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_DIRECT | os.O_NONBLOCK)
     flags |= os.O_RDONLY if read_only else os.O_RDWR
-    wanted = None
-    if permissions is not None:
-        wanted = locks.READ_ONLY if read_only else locks.READ_WRITE
+    wanted = None if locking is None else locking.permissions(read_only=read_only)
     try:
         # By its number: the file may have been renamed.
         other = os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
@@ -37,12 +34,11 @@ def reopen_blocking(
             locks.hold_blocking(other, filename, wanted)
         _replace_blocking(fd, other, wanted is not None)
     except BaseException:
-        if permissions is not None:
-            locks.release_blocking(fd, permissions)
+        if locking is not None:
+            locks.release_blocking(fd, locking.permissions(read_only=not read_only))
         raise
     finally:
         os.close(other)
-    return wanted
 
 
 def _replace_blocking(fd: int, other: int, locked: bool) -> None:

@@ -71,6 +71,8 @@ def prepare(directory: Path) -> None:
     shutil.copy(directory / "bitmaps.qcow2", directory / "broken.qcow2")
     subprocess.run(["qemu-io", "-c", "abort", "broken.qcow2"], cwd=directory)
     shutil.copy(directory / "bitmaps.qcow2", directory / "twice.qcow2")
+    create("first.qcow2", "4M")
+    img("bitmap", "--add", "first.qcow2", "b0")
     create("lettered.qcow2", "1M")
     img("snapshot", "-c", "n\u00e4me", "lettered.qcow2")
     create("-o", "cluster_size=4k,compat=0.10", "v2.qcow2", "1M")

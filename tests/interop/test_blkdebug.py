@@ -20,6 +20,11 @@ CONFIGS = {
     "read_aio": '[inject-error]\nevent = "read_aio"\nerrno = "28"\n',
     "write_aio": '[inject-error]\nevent = "write_aio"\nerrno = "28"\n',
     "full": '[inject-error]\nevent = "pwritev"\nerrno = "28"\nonce = "off"\n',
+    "bare": '[inject-error]\nevent = "none"\nsector = 1\n',
+    "bare-event": "[inject-error]\nevent = none\n",
+    "huge": f'[inject-error]\nevent = "none"\nsector = "{10**20}"\n',
+    "octal": '[inject-error]\nevent = "none"\nsector = "08"\n',
+    "space": '[inject-error]\nevent = "none"\nsector = "1 "\n',
     "l2_load": '[inject-error]\nevent = "l2_load"\n',
     "second": (
         '[set-state]\nevent = "read_aio"\nstate = "1"\nnew_state = "2"\n'

@@ -3,11 +3,12 @@
 How they are compared: `img_beside_qemu`.
 """
 
+import json
 from pathlib import Path
 
 import pytest
 
-from tests.interop.img_beside_qemu import compare, lines
+from tests.interop.img_beside_qemu import compare, lines, qemu_io
 from tests.interop.img_programs import run_ours, run_theirs
 
 CONVERT = [
@@ -167,6 +168,10 @@ CONVERT = [
     "convert --skip-broken-bitmaps base.qcow2 out",
     "convert --bitmaps -O qcow2 -o compat=0.10 bitmaps.qcow2 out",
     "convert --bitmaps -n -O qcow2 bitmaps.qcow2 twice.qcow2",
+    "convert --bitmaps -n -O qcow2 bitmaps.qcow2 top.qcow2",
+    "convert --bitmaps -n -O qcow2 bitmaps.qcow2 first.qcow2",
+    "convert -c -O qcow2 -B base.qcow2 -F qcow2 top.qcow2 out",
+    "convert -c -S 0 -O qcow2 -B base.qcow2 -F qcow2 top.qcow2 out",
     "convert --bitmaps -O qcow2 bitmaps.qcow2 base.qcow2 out",
     "convert -x",
     "convert --foo base.qcow2 out",
@@ -298,3 +303,27 @@ def test_the_first_block_of_a_raw_image(size, tmp_path):
                 ours = blocks
         assert ours == blocks
         assert not any((tmp_path / name).read_bytes())
+
+
+@pytest.mark.parametrize("options", ["", "-S 0", "-o cluster_size=4k"])
+@pytest.mark.parametrize("size", ["512k", "500k", "3M"])
+def test_compressed_behind_a_backing_file_of_another_size(size, options, tmp_path):
+    """What is zero behind the end of the backing file is there already, and what it
+    has stays in it."""
+    for line in (
+        f"create -q -f qcow2 base {size}",
+        "create -q -f qcow2 -F qcow2 -b base source 2M",
+    ):
+        assert run_theirs(line, tmp_path)[0] == 0
+    qemu_io(tmp_path, "base", "write -P 7 0 500k")
+    writes = ("write -P 8 64k 64k", "write -z 128k 64k", "write -P 9 1500k 64k")
+    qemu_io(tmp_path, "source", *writes, "write -z 1M 128k")
+    line = f"convert -c {options} -B base -F qcow2 -O qcow2 source"
+    assert run_theirs(f"{line} theirs", tmp_path) == (0, b"", b"")
+    assert run_ours(f"{line} ours", tmp_path) == (0, b"", b"")
+    assert run_theirs("compare -s theirs ours", tmp_path)[0] == 0
+    maps = []
+    for name in ("theirs", "ours"):
+        shown = json.loads(run_theirs(f"map --output=json {name}", tmp_path)[1])
+        maps.append([{**entry, "offset": 0} for entry in shown])
+    assert maps[0] == maps[1]

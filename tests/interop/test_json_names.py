@@ -36,6 +36,12 @@ def directory(tmp_path):
         "info --output=json overlay",
         'info \'json:{"driver":"qcow2","file.filename":"overlay"}\'',
         'check \'json:{"driver":"qcow2","file.filename":"overlay"}\'',
+        'info \'json:{"driver":"raw","driver":"qcow2","file.filename":"base"}\'',
+        'info \'json:{"driver":"raw","file":{"filename":"base","filename":"base"}}\'',
+        # What is in an object counts, not the key with a dot.
+        'info \'json:{"driver":"qcow2","file":{"filename":"base"},'
+        '"file.filename":"overlay"}\'',
+        'info --object \'{"qom-type":"secret","id":"s","data":"a","data":"b"}\' base',
         'map \'json:{"driver":"qcow2","file.filename":"overlay"}\'',
         'compare overlay \'json:{"driver":"qcow2","file.filename":"base"}\'',
         'resize \'json:{"driver":"qcow2","file.filename":"overlay"}\' 2M',

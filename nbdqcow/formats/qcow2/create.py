@@ -25,7 +25,7 @@ from nbdqcow.formats.qcow2.entries import (
 )
 from nbdqcow.formats.qcow2.header import Extension, Header
 from nbdqcow.formats.qcow2.refcount_codec import filled_block
-from nbdqcow.units import SECTOR_SIZE, round_up
+from nbdqcow.units import MAX_DISK_LENGTH, SECTOR_SIZE, round_up
 
 PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
 
@@ -245,6 +245,13 @@ def plan_create(options: CreateOptions) -> CreatePlan:
         header.autoclear_features |= h.AUTOCLEAR_RAW_DATA_FILE
     _add_extensions(header, options)
     header.l1_size = header.l1_entries_needed
+    if header.size > MAX_DISK_LENGTH:
+        if header.size >> 63:
+            raise ImageError("Could not resize image: Image size cannot be negative")
+        raise ImageError(
+            f"Could not resize image: offset({header.size}) exceeds "
+            f"maximum({MAX_DISK_LENGTH})"
+        )
     if header.l1_size * 8 > MAX_L1_BYTES:
         raise ImageError(
             "The image size is too large for file format 'qcow2' (try using a larger "

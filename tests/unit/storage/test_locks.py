@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from nbdqcow.block.storage import FileRole
 from nbdqcow.errors import ImageError, ImageInUse
 from nbdqcow.storage import locks
 from nbdqcow.storage.file import FileStorage
+
+READ_ONLY = locks.choose(FileRole.IMAGE, read_only=True)
 
 
 def held_bytes(fd: int) -> set[int]:
@@ -27,9 +30,14 @@ def held_bytes(fd: int) -> set[int]:
 @pytest.mark.parametrize(
     ("permissions", "expected"),
     [
-        (locks.READ_ONLY, {100, 201, 203}),
+        (READ_ONLY, {100, 201, 203}),
         (locks.READ_WRITE, {100, 101, 103, 201, 203}),
-        (locks.FORCE_SHARE, {100}),
+        (locks.choose(FileRole.IMAGE, read_only=True, shared=True), {100}),
+        (locks.choose(FileRole.IMAGE, read_only=True, reads_data=False), {201, 203}),
+        (locks.choose(FileRole.DATA, read_only=False), {100, 101, 103, 203}),
+        (locks.choose(FileRole.PLAIN, read_only=True), {100}),
+        (locks.choose(FileRole.PLAIN, read_only=False), {100, 101}),
+        (locks.choose(FileRole.PLAIN, read_only=False, resizes=True), {100, 101, 103}),
         (locks.Permissions(locks.WRITE_UNCHANGED, locks.WRITE_UNCHANGED), {102, 202}),
     ],
 )
@@ -149,7 +157,7 @@ def test_a_whole_file_lock_of_another_kind_is_in_use_too(tmp_path: Path):
     whole = locks._FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     fcntl.fcntl(first, locks._F_OFD_SETLK, whole)
     with pytest.raises(ImageInUse, match=rf"lock byte 100\n.*\(pid {os.getpid()}\)"):
-        locks.lock_blocking(second, str(path), locks.READ_ONLY)
+        locks.lock_blocking(second, str(path), READ_ONLY)
     os.close(first)
     os.close(second)
 
@@ -166,5 +174,5 @@ def test_says_that_a_file_can_not_be_locked(
 
     monkeypatch.setattr(fcntl, "fcntl", no_locks)
     with pytest.raises(ImageError, match=r"No locks available .*locking off"):
-        locks.lock_blocking(fd, str(path), locks.READ_ONLY)
+        locks.lock_blocking(fd, str(path), READ_ONLY)
     os.close(fd)

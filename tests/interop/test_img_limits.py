@@ -1,0 +1,76 @@
+"""Sizes at the limits, and disks without space, given to qemu-img and to us."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.interop.img_programs import run_ours, run_theirs
+
+SIZES = (
+    *("9223372036854775807", "9223372036854775296", "9223372036854774784"),
+    *("9223372035781033984", "9223372035781033473", "8191P", "8E", "1P"),
+)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_that_no_disk_has(size: str, tmp_path: Path) -> None:
+    said = []
+    for run in (run_theirs, run_ours):
+        directory = tmp_path / run.__name__
+        directory.mkdir()
+        for format_ in ("raw", "qcow2"):
+            said.append(run(f"create -f {format_} n.{format_} {size}", directory))
+            assert run_theirs(f"create -f {format_} d.{format_} 1M", directory)[0] == 0
+            said.append(run(f"resize -f {format_} d.{format_} {size}", directory))
+            said.append(run(f"measure -O {format_} --size {size}", directory))
+    assert said[len(said) // 2 :] == said[: len(said) // 2]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1M", "none", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("nothing can be mounted")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("format_", ["raw", "qcow2"])
+@pytest.mark.parametrize("mode", ["falloc", "full"])
+def test_no_space_for_preallocation(format_: str, mode: str, tiny: Path) -> None:
+    said = []
+    for run in (run_theirs, run_ours):
+        for line in (
+            f"create -f {format_} -o preallocation={mode} x 3M",
+            f"create -f {format_} x 100k",
+            f"resize -f {format_} --preallocation={mode} x 5M",
+        ):
+            said.append(run(line, tiny))
+            if "preallocation" in line:
+                (tiny / "x").unlink(missing_ok=True)
+    assert said[3:] == said[:3]
+    assert said[3][0] == said[5][0] == 1
+
+
+def test_convert_of_a_disk_that_no_file_system_takes(tmp_path: Path) -> None:
+    assert run_theirs("create -q -f qcow2 -o cluster_size=2M n 64P", tmp_path)[0] == 0
+    assert run_ours("convert n m", tmp_path) == run_theirs("convert n m", tmp_path)
+
+
+def test_commit_into_an_image_that_can_not_be_written_to(
+    tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    directory = tmp_path_factory.mktemp("overlay")
+    base = tiny / "base"
+    for line in (
+        f"create -q -f qcow2 {base} 1M",
+        f"create -q -f qcow2 -F qcow2 -b {base} top",
+    ):
+        assert run_theirs(line, directory)[0] == 0
+    subprocess.run(["mount", "-o", "remount,ro", str(tiny)], check=True)
+    expected = run_theirs("commit top", directory)
+    assert expected[0] == 1
+    assert run_ours("commit top", directory) == expected
