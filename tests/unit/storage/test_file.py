@@ -453,12 +453,13 @@ async def test_prefetch_brings_pages(tmp_path: Path):
     drop_page_cache(filename)
     storage = await FileStorage.open(filename)
     await storage.prefetch(0, 0)
-    await storage.prefetch(0, 1 << 20)
-    for _ in range(500):
-        if storage.try_view(0, 1 << 20) is not None:
+    for _ in range(50):
+        # A kernel that is short of memory may not do it at once, or at all.
+        await storage.prefetch(0, 1 << 20)
+        await asyncio.sleep(0.1)
+        if found := storage.try_view(0, 1 << 20):
             break
-        await asyncio.sleep(0.01)
-    assert storage.try_view(0, 1 << 20) is not None
+    assert found is not None
     await storage.close()
 
 
