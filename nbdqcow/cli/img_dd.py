@@ -6,6 +6,7 @@ from typing import Final
 
 from nbdqcow.block.node import Node
 from nbdqcow.block.registry import format_tool
+from nbdqcow.block.storage import FileRole
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_nodes import ImageArguments, closing, open_node
 from nbdqcow.cli.img_options import MAX_AMOUNT, parse_amount, parse_arguments
@@ -91,7 +92,8 @@ async def _copy(
     source_name: str,
     target_name: str,
 ) -> int:
-    source = await open_node(source_name, images)
+    # The target may be the same file, which is emptied first if it is written in place.
+    source = await open_node(source_name, images, raw_role=FileRole.SOURCE)
     try:
         try:
             tool = format_tool(target_format)

@@ -105,7 +105,7 @@ def open_image_file(
         file.close()
 
 
-def _identity(filename: str) -> object:
+def identity_of(filename: str) -> object:
     """Return what is the same for all names of one image: links to a file, and
     other paths to it, are names, too. A file that is not there is its name."""
     try:
@@ -157,7 +157,7 @@ def describe_chain(
     name: str | None = image.filename
     text, format_, pairs = image.text, image.format, image.pairs
     while name is not None:
-        identity = _identity(name)
+        identity = identity_of(name)
         if identity in seen:
             raise ImageError(f"Backing file '{name}' creates an infinite loop.")
         seen.add(identity)
@@ -212,12 +212,12 @@ def check_backing_chain(
 
     check_data_file(image, info, data_file, read_only=read_only)
     above = image.filename
-    seen = {_identity(above)}
+    seen = {identity_of(above)}
     prefix = ""
     while info.backing_filename is not None:
         prefix += "Could not open backing file: "
         name = backing_path(above, info.backing_filename)
-        identity = _identity(name)
+        identity = identity_of(name)
         if identity in seen:
             raise ImageError(f"{prefix}Backing file '{name}' creates an infinite loop.")
         seen.add(identity)

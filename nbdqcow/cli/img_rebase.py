@@ -8,9 +8,11 @@ from typing import Any, Final, NoReturn
 from nbdqcow.block.node import Node
 from nbdqcow.block.open import backing_path
 from nbdqcow.block.registry import format_driver
+from nbdqcow.block.storage import FileRole
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_chain import overlay_of
 from nbdqcow.cli.img_nodes import ImageArguments, closing, open_node
+from nbdqcow.cli.img_open import identity_of
 from nbdqcow.cli.img_options import check_cache, check_compression, parse_arguments
 from nbdqcow.cli.img_run import ProgressLine, run_command
 from nbdqcow.errors import BlockError, ImageError, NotSupported, UsageError
@@ -158,6 +160,10 @@ class _Change:
                 sources,
                 format_=self._base_format,
                 secret=getattr(node.driver, "secret", None),
+                # An image that is its own backing file is refused by its own locks.
+                raw_role=FileRole.IMAGE
+                if identity_of(path) == identity_of(node.filename)
+                else FileRole.PLAIN,
             )
         except ImageError as exc:
             text = str(exc).removeprefix(f"Could not open '{path}': ")

@@ -88,7 +88,6 @@ RAW = [
     "convert -O raw d.raw out",
     "convert -U -O raw d.raw out",
     "convert -n -O raw other.raw d.raw",
-    "dd if=d.raw of=out",
     "bench -w -q -c 1 -f raw d.raw",
     "resize -f raw d.raw 2M",
     "create -f qcow2 -F raw -b d.raw new",
@@ -158,6 +157,28 @@ def test_an_image_that_others_write_to_is_not_replaced(
     assert status == 1
     assert b'Failed to get shared "write" lock' in err
     assert (tmp_path / "copy/d.raw").read_bytes() == before
+
+
+def test_dd_keeps_off_a_source_that_others_write_to(
+    pristine: Path, tmp_path: Path
+) -> None:
+    """It may be the target, too, and is then emptied if it has several links."""
+    subprocess.run(["cp", "-a", pristine, tmp_path / "copy"], check=True)
+    image = tmp_path / "copy/d.raw"
+    (tmp_path / "copy/link").hardlink_to(image)
+    before = image.read_bytes()
+    assert run_ours("dd -f raw if=d.raw of=link", tmp_path / "copy")[0] == 1
+    assert image.read_bytes() == before
+
+
+def test_no_image_is_its_own_raw_backing_file(pristine: Path, tmp_path: Path) -> None:
+    subprocess.run(["cp", "-a", pristine, tmp_path / "copy"], check=True)
+    image = tmp_path / "copy/over.raw"
+    before = image.read_bytes()
+    status, _, err = run_ours("rebase -F raw -b over.raw over.raw", tmp_path / "copy")
+    assert status == 1
+    assert b"lock" in err
+    assert image.read_bytes() == before
 
 
 def test_a_qcow_image_is_not_said_to_be_guessed(pristine: Path) -> None:

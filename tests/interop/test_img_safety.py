@@ -192,5 +192,7 @@ def test_an_image_that_has_no_room_is_removed(tmp_path: Path) -> None:
     )
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert errors == b"qemu-img: new: Could not write 'new': File too large\n"
+    assert errors == (
+        b"qemu-img: new: The image size is too large for file format 'qcow2'\n"
+    )
     assert os.listdir(tmp_path) == []
