@@ -28,9 +28,9 @@ async def open_file(
     cache: str,
     discard: str,
 ) -> "FileStorage":
-    """Open a file in a thread, and lock it unless ``locking`` is None, whose
-    role is then ``role``: for
-    `FileStorage.open`, which says what the arguments are. Raises `ImageError`."""
+    """Open a file in a thread, and lock it unless ``locking`` is None; its role
+    there is not known yet. For `FileStorage.open`, which says what the arguments
+    are. Raises `ImageError`."""
     mode = parse_cache_mode(cache)
     unmap = parse_discard_mode(discard)
     if mode.direct:
