@@ -80,6 +80,7 @@ KNOWN: Final[Mapping[str, str]] = {
     ),
     "280": _EVENTS,
     "282": "a file that is there stays when creating an image in it fails",
+    "296": "tells who holds an image",
     "301": "qcow: vmdk and its words; a commit that is refused says why",
     "312": "asks for QEMU's quorum driver",
 }
