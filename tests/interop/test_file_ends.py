@@ -24,6 +24,19 @@ def test_converted_as_by_qemu_img(tmp_path, options, length):
         assert ours == theirs
 
 
+def test_a_table_ends_the_file(tmp_path):
+    """As with QEMU, of whose last cluster nothing but the table is there."""
+    for name, run in (("ours", run_ours), ("theirs", run_theirs)):
+        for line in (
+            f"create -f qcow2 -o cluster_size=2M {name} 2T",
+            f"bitmap --add --granularity 512 -f qcow2 {name} b1",
+            f"bitmap --add -g 2M -f qcow2 {name} b2",
+        ):
+            assert run(line, tmp_path)[0] == 0
+    ours, theirs = ((tmp_path / name).stat().st_size for name in ("ours", "theirs"))
+    assert ours == theirs
+
+
 @pytest.mark.asyncio
 @pytest.mark.parametrize("cache", ["writeback", "none"])
 async def test_written_to(tmp_path, cache):

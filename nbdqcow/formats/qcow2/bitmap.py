@@ -380,8 +380,7 @@ class Bitmaps:
             first = await image.refcounts.allocate_contiguous(nb_clusters)
         new.append((first, nb_clusters))
         image.metadata.update(range(first, first + nb_clusters))
-        image.note_used((first + nb_clusters) * size)
-        # Nobody reads the rest of the last cluster, nor need the file have it.
+        image.note_used((first + nb_clusters) * size, whole=False)
         await image.storage.pwritev(first * size, [data])
         return first * size
 

@@ -479,10 +479,12 @@ class Qcow2Driver(Operations):
         self.size = self.header.size = size
         self.when_rebound()
 
-    def note_used(self, host_end: int) -> None:
-        """Clusters below ``host_end`` may hold bytes from now on."""
+    def note_used(self, host_end: int, *, whole: bool = True) -> None:
+        """Clusters below ``host_end`` may hold bytes from now on. Unless ``whole``,
+        the last one has a table, of whose cluster nobody reads the rest."""
         self.reads_zero_from = max(self.reads_zero_from, host_end)
-        self.file_end = max(self.file_end, host_end)
+        if whole:
+            self.file_end = max(self.file_end, host_end)
 
     # -- dirty bitmaps ---------------------------------------------------
 

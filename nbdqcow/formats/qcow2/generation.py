@@ -116,7 +116,7 @@ class Generation:
         image = self._image
         self._taken.append((first, nb_clusters))
         image.metadata.update(range(first, first + nb_clusters))
-        image.note_used((first + nb_clusters) << image.cluster_bits)
+        image.note_used((first + nb_clusters) << image.cluster_bits, whole=False)
 
     def _take_spare(self) -> int:
         return self._spares.pop()
