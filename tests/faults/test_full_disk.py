@@ -6,7 +6,6 @@ file's length takes its place (EFBIG, which clients are told as ENOSPC, too).
 
 import contextlib
 import resource
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from tests.crash.histories import pattern
 from tests.nbd_client import CMD_WRITE, ENOSPC, NbdClient
 from tests.serving import Server, check_image, nbdqcow_img, serving
+from tests.small_disk import remount, small_disk
 
 MiB = 1 << 20
 SMALL, LARGE = 4 * MiB, 64 * MiB
@@ -28,14 +28,15 @@ def full_disk(
     """Yield a directory, what makes its disk small for a server, and what makes
     it large again."""
     directory.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "tmpfs", str(directory)]
-    may_mount = kind == "tmpfs" and not subprocess.run(mount).returncode
-    if may_mount:
-        try:
-            yield directory, lambda server: None, lambda server: _remount(directory)
-        finally:
-            subprocess.run(["umount", str(directory)], check=True)
-        return
+    if kind == "tmpfs":
+        with small_disk(directory, SMALL) as mounted:
+            if mounted:
+                yield (
+                    directory,
+                    lambda server: None,
+                    lambda server: remount(directory, f"size={LARGE}"),
+                )
+                return
 
     def limit(server: Server, length: int) -> None:
         pid = server.process.pid
@@ -46,11 +47,6 @@ def full_disk(
         lambda server: limit(server, SMALL),
         lambda server: limit(server, LARGE),
     )
-
-
-def _remount(directory: Path) -> None:
-    options = f"remount,size={LARGE}"
-    subprocess.run(["mount", "-o", options, str(directory)], check=True)
 
 
 @pytest.mark.parametrize("cluster_size", [4096, 65536])

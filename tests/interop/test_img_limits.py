@@ -1,12 +1,12 @@
 """Sizes at the limits, and disks without space, given to qemu-img and to us."""
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.interop.img_programs import run_ours, run_theirs
+from tests.small_disk import remount, small_disk
 
 SIZES = (
     *("9223372036854775807", "9223372036854775296", "9223372036854774784"),
@@ -31,11 +31,10 @@ def test_sizes_that_no_disk_has(size: str, tmp_path: Path) -> None:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1M", "none", str(tmp_path)]
-    if subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("nothing can be mounted")
-    yield tmp_path
-    subprocess.run(["umount", str(tmp_path)], check=True)
+    with small_disk(tmp_path, 1 << 20) as mounted:
+        if not mounted:
+            pytest.skip("nothing can be mounted")
+        yield tmp_path
 
 
 @pytest.mark.parametrize("format_", ["raw", "qcow2"])
@@ -70,7 +69,7 @@ def test_commit_into_an_image_that_can_not_be_written_to(
         f"create -q -f qcow2 -F qcow2 -b {base} top",
     ):
         assert run_theirs(line, directory)[0] == 0
-    subprocess.run(["mount", "-o", "remount,ro", str(tiny)], check=True)
+    remount(tiny, "ro")
     expected = run_theirs("commit top", directory)
     assert expected[0] == 1
     assert run_ours("commit top", directory) == expected
