@@ -37,6 +37,7 @@ from nbdqcow.block.registry import (
     format_driver,
     is_remote,
     probe_format,
+    role_of_data_file,
     split_protocol,
     storage_driver,
 )
@@ -391,8 +392,7 @@ async def _open_data_file(
         assert name_in_image is not None
         path = backing_path(filename, data_file_name(name_in_image))
         _check_named(path, options)
-    is_source = options.raw_role is FileRole.SOURCE
-    role = FileRole.SOURCE if is_source else FileRole.DATA
+    role = role_of_data_file(options.raw_role)
     if _real_path(path) in above:
         raise ImageError(f"'{path}' can't be the data file: it is the image itself")
     try:

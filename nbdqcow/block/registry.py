@@ -179,6 +179,12 @@ def role_of_file(
     return raw_role
 
 
+def role_of_data_file(raw_role: FileRole) -> FileRole:
+    """Return what an external data file is to who opens its image; ``raw_role`` as
+    in `role_of_file`."""
+    return FileRole.SOURCE if raw_role is FileRole.SOURCE else FileRole.DATA
+
+
 class RoleFinder:
     """Tells the role of an image's file, and so its format: a `RoleOf`.
 

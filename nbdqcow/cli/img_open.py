@@ -15,6 +15,7 @@ from nbdqcow.block.registry import (
     format_tool,
     is_remote,
     probe_format,
+    role_of_data_file,
     unmistakable_path,
 )
 from nbdqcow.block.steps import BlockingFile
@@ -205,7 +206,7 @@ def check_backing_chain(
                 "raw",
                 read_only=read_only,
                 force_share=force_share,
-                raw_role=FileRole.DATA if raw_role is FileRole.PLAIN else raw_role,
+                raw_role=role_of_data_file(raw_role),
                 reads_data=reads_data,
             ):
                 pass
