@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Final, NoReturn
 
+from nbdqcow.cli.late_modules import load_late
 from nbdqcow.cli.messages import describe, error, printable, program_name, version
 from nbdqcow.cli.program import leave, run_program
 
@@ -151,6 +152,7 @@ def _run(arguments: list[str]) -> int:
             return _run_option(name)
         if name not in _COMMANDS:
             raise UsageError(f"Command not found: {name}")
+        load_late()
         module = import_module(_COMMANDS[name][0])
         return int(module.run(arguments[1:]))
     except UsageError as exc:

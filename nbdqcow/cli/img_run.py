@@ -107,6 +107,8 @@ def run_command(
     sys.setswitchinterval(_SWITCH_INTERVAL)
     ended_by = 0
 
+    handlers: dict[int, Any] = {}
+
     async def supervised() -> int:
         loop = asyncio.get_running_loop()
         task = asyncio.current_task()
@@ -117,19 +119,30 @@ def run_command(
             ended_by = number
             task.cancel()
 
+        def catch(number: int, callback: Callable[..., object], *args: object) -> None:
+            # As `asyncio.Runner` catches SIGINT: `add_signal_handler` would load
+            # `inspect` for a look at the callback.
+            handlers[number] = signal.signal(
+                number, lambda *_: loop.call_soon_threadsafe(callback, *args)
+            )
+
         # Only the main thread can; tests have others.
-        with contextlib.suppress(ValueError, RuntimeError):
+        with contextlib.suppress(ValueError):
             for number in _ENDING:
                 # Below nohup it stays ignored.
                 if signal.getsignal(number) == signal.SIG_DFL:
-                    loop.add_signal_handler(number, end, number)
+                    catch(number, end, number)
             if progress is not None:
-                loop.add_signal_handler(signal.SIGUSR1, progress.ask)
+                catch(signal.SIGUSR1, progress.ask)
         return await main()
 
     try:
         with asyncio.Runner() as runner:
-            return runner.run(supervised())
+            try:
+                return runner.run(supervised())
+            finally:
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
     except asyncio.CancelledError:
         if not ended_by:
             raise

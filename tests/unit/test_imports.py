@@ -168,6 +168,38 @@ def test_import_is_light(module: str) -> None:
     assert loaded & HEAVY == set()
 
 
+def test_what_a_command_on_a_file_never_needs_is_loaded_late(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(512))
+    script = (
+        "import sys\n"
+        "from nbdqcow.cli import img\n"
+        "img.main(['convert', '-f', 'raw', '-O', 'qcow2', *sys.argv[1:]])\n"
+        "print([type(sys.modules[name]).__name__ for name in ('inspect', 'ssl')])\n"
+        "import inspect, ssl\n"
+        "from asyncio import sslproto\n"
+        "print(inspect.isclass(ssl.SSLContext), ssl.SSLContext.__module__)\n"
+        "print(sslproto.SSLProtocol.__name__)\n"
+        "print([type(sys.modules[name]).__name__ for name in ('inspect', 'ssl')])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(disk), str(tmp_path / "image")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=PACKAGE.parent,
+    )
+    assert (done.stdout.splitlines(), done.stderr) == (
+        [
+            "['_LateModule', '_LateModule']",
+            "True ssl",
+            "SSLProtocol",
+            "['module', 'module']",
+        ],
+        "",
+    )
+
+
 def test_filters_are_loaded_for_whoever_names_one(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(512))
