@@ -31,6 +31,10 @@ _DISCARD_MODES: Final = {
 }
 _DETECT_ZEROES_MODES: Final = {mode: mode for mode in ("off", "on", "unmap")}
 FILE_DRIVERS: Final = ("file", "host_device")
+COMPRESS: Final = "compress"
+"""QEMU's filter over an image, by way of which all that is written is compressed."""
+_COMPRESSING: Final = ("qcow", "qcow2")
+"""Formats that have compressed clusters."""
 
 _ENCRYPTING: Final = {
     "encrypt.format": ("qcow", "qcow2"),
@@ -189,6 +193,8 @@ def parse_pairs(pairs: Pairs) -> tuple[str, dict[str, Any]]:
 def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
     file, backing, data_file, own = _groups(pairs, ("file", "backing", "data-file"))
     options: dict[str, Any] = {}
+    if own.get("driver") == COMPRESS:
+        return _parse_compressing(file, own)
     filename = own.pop("filename", None)
     if (driver := own.get("driver")) in filter_names():
         # All options are the filter's: also those called as others of an image.
@@ -217,6 +223,32 @@ def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
     if more:
         options["driver_options"] = more
     return filename, options
+
+
+def _parse_compressing(file: Pairs, own: Pairs) -> tuple[str | None, dict[str, Any]]:
+    """Do as `_parse` does for an image, ``file``, that is written to compressed."""
+    above: dict[str, Any] = {}
+    unknown = [
+        key
+        for key, value in own.items()
+        if key != "driver"
+        and (value is None or key in _ENCRYPTING or not _take_own(key, value, above))
+    ]
+    if not file:
+        return None, {}
+    if "" in file:
+        raise ImageError(_no_such_node(file[""]))
+    filename, options = _parse({"driver": "file", **file})
+    if unknown:
+        raise ImageError(
+            f"Block format '{COMPRESS}' does not support the option '{unknown[0]}'"
+        )
+    if (cache := _cache_mode(own)) is not None:
+        above["cache"] = cache
+    if options["format"] not in _COMPRESSING:
+        below = file.get("driver", "file")
+        raise ImageError(f"Compression is not supported for underlying format: {below}")
+    return filename, {**options, **above, "compresses": True}
 
 
 def _groups(pairs: Pairs, names: tuple[str, ...]) -> list[dict[str, str | None]]:

@@ -17,6 +17,7 @@ from nbdqcow.block.status import DEFAULT_LIMIT, DirtyBitmap, Extents, block_stat
 from nbdqcow.block.tools import OptionValue, Progress
 from nbdqcow.block.write_requests import WriteRequests
 from nbdqcow.errors import BlockError
+from nbdqcow.units import SECTOR_SIZE
 
 
 class Node(WriteRequests):
@@ -80,6 +81,12 @@ class Node(WriteRequests):
         """Whether this is raw for want of the signs of another format, which
         can't be written to it."""
         return self._guard is not None
+
+    @property
+    def minimum_block_size(self) -> int:
+        """Bytes that clients should align to: whole sectors for an image whose
+        format is guessed, if it has whole sectors."""
+        return SECTOR_SIZE if self.guessed_raw and self.size % SECTOR_SIZE == 0 else 1
 
     async def __aenter__(self) -> Self:
         return self

@@ -78,6 +78,7 @@ class OpenOptions(NamedTuple):
         raw_role: what the file of a raw image is. With `FileRole.PLAIN` other
             programs may write to it meanwhile, as QEMU lets them.
         resizes: the image is to be given another size.
+        compresses: what is written to it is stored compressed.
     """
 
     format: str | None = None
@@ -96,6 +97,7 @@ class OpenOptions(NamedTuple):
     images_name_filters: bool = False
     raw_role: FileRole = FileRole.IMAGE
     resizes: bool = False
+    compresses: bool = False
 
 
 class Opening:
@@ -142,6 +144,7 @@ def open_image(
     images_name_filters: bool = False,
     raw_role: FileRole = FileRole.IMAGE,
     resizes: bool = False,
+    compresses: bool = False,
 ) -> Opening:
     """Open an image with its backing chain; see `OpenOptions`.
 
@@ -159,6 +162,7 @@ def open_image(
             format, read_only, cache, discard, detect_zeroes, l2_cache_size,
             allowed_paths, lock, force_share, driver_options or {}, with_backing,
             backing, secrets, images_name_filters, raw_role, resizes,
+            compresses,
         ),
     )  # fmt: skip
 
@@ -195,7 +199,11 @@ async def _open_chain(
     except BaseException:
         await _close_unused(driver)
         raise
-    return Node(
+    kind = Node
+    if options.compresses:
+        # Not above: hardly anybody asks for it.
+        from nbdqcow.block.compressing import CompressingNode as kind
+    return kind(
         driver,
         filename=filename,
         backing=backing,
@@ -283,8 +291,9 @@ async def _open_child(
     """
     name, given = parse_pairs(pairs)
     plain = options._replace(
-        format=None, driver_options={}, detect_zeroes="off", backing=None
-    )
+        format=None, driver_options={}, detect_zeroes="off", backing=None,
+        compresses=False,
+    )  # fmt: skip
     below = _with_given(plain, given)
     plain_formats = ("raw",) if probes else (None, "raw")
     if below.format in plain_formats and not below.driver_options:
@@ -411,6 +420,7 @@ async def _open_backing(
         driver_options=_passed_down(options.driver_options),
         backing=None,
         resizes=False,
+        compresses=False,
     )
     if options.raw_role is FileRole.KEYS:
         # What an image is backed by keeps its own.

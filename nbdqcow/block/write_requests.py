@@ -71,9 +71,14 @@ class WriteRequests(ReadRequests):
         finally:
             source.driver.epochs.leave(epoch)
 
+    @property
+    def moves_data(self) -> bool:
+        """Whether data may get here without being looked at."""
+        return self._guard is None and self._detect_zeroes == "off"
+
     def _check_copying(self) -> None:
         self._check_writable()
-        if self._guard is not None or self._detect_zeroes != "off":
+        if not self.moves_data:
             raise NotSupported("written data must be looked at")
 
     async def copy_by(self, offset: int, length: int, find: Find) -> None:
@@ -120,7 +125,7 @@ class WriteRequests(ReadRequests):
             )
             return
         async with self._guarded(offset, data):
-            await self._write_data(offset, memoryview(data))
+            await self._store(offset, memoryview(data))
         if fua or self._writethrough:
             await self.flush()
 
@@ -129,8 +134,7 @@ class WriteRequests(ReadRequests):
         """Whether it has `pwrite_by`."""
         return (
             self.driver.data.writes_in_threads
-            and self._guard is None
-            and self._detect_zeroes == "off"
+            and self.moves_data
             and not self._writethrough
         )
 
@@ -263,6 +267,10 @@ class WriteRequests(ReadRequests):
                 f"{self.filename}: its format was guessed as raw, so the header of"
                 " another format can't be written to it; name the format",
             )
+
+    async def _store(self, offset: int, view: memoryview) -> None:
+        """Write what a guest has sent."""
+        await self._write_data(offset, view)
 
     async def _write_data(self, offset: int, view: memoryview) -> None:
         await self._write_pieces(

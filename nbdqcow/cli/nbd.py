@@ -19,7 +19,6 @@ from nbdqcow.cli.nbd_options import HELP, NO_LIMIT, Settings, TryHelp, parse_arg
 from nbdqcow.cli.program import run_program
 from nbdqcow.errors import CredentialsError, ImageError, NbdQcowError, UsageError
 from nbdqcow.server.systemd import take_activation
-from nbdqcow.units import SECTOR_SIZE
 
 if TYPE_CHECKING:
     from nbdqcow.block.node import Node
@@ -217,7 +216,7 @@ def _add_export(
             description=settings.description,
             multi_conn=settings.shared != 1,
             meta_contexts=_meta_contexts(settings, node),
-            minimum_block_size=_minimum_block_size(node),
+            minimum_block_size=node.minimum_block_size,
             may_use=may_use,
         )
     except ValueError as exc:
@@ -266,12 +265,6 @@ async def _listen_tcp(server: "Server", settings: Settings) -> None:
         in_use = errno_ == errno.EADDRINUSE
         what = "Failed to find an available port" if in_use else "Failed to bind socket"
         raise UsageError(f"{what}: {os.strerror(errno_)}") from None
-
-
-def _minimum_block_size(node: "Node") -> int:
-    """Return what qemu-nbd tells clients that ask: whole sectors for an image
-    whose format is guessed, if it has whole sectors."""
-    return SECTOR_SIZE if node.guessed_raw and node.size % SECTOR_SIZE == 0 else 1
 
 
 def _meta_contexts(settings: Settings, node: "Node") -> list[str]:

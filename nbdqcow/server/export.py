@@ -197,6 +197,10 @@ class Export:
             flags,
             description,
             minimum_block_size=minimum_block_size,
+            # Never below: proto.md "Block size constraints".
+            preferred_block_size=max(
+                minimum_block_size, nbd.DEFAULT_PREFERRED_BLOCK_SIZE
+            ),
             maximum_payload=maximum_payload,
             meta_contexts=tuple(meta_contexts),
             tls_only=tls_only,

@@ -167,6 +167,21 @@ LINES: Final = (
     f"-t {_SOCKET} --image-opts -o 512 driver=raw,file.filename=base.raw",
     f"-t {_SOCKET} --image-opts -f raw driver=raw,file.filename=base.raw",
     f"-t {_SOCKET} --image-opts --cache=none driver=qcow2,file.filename=base.qcow2",
+    *(
+        f"-t {_SOCKET} --image-opts driver=compress{rest}"
+        for rest in (
+            "",
+            ",file=base.qcow2",
+            ",filename=base.qcow2",
+            ",file.filename=base.qcow2",
+            ",file.driver=raw,file.file.filename=base.raw",
+            ",file.driver=foo,file.file.filename=base.qcow2",
+            ",file.driver=qcow2,file.file.filename=absent",
+            ",file.driver=qcow2,file.file.filename=base.qcow2",
+            ",foo=1,file.driver=qcow2,file.file.filename=base.qcow2",
+            ",read-only=maybe,file.driver=qcow2,file.file.filename=base.qcow2",
+        )
+    ),
     f"-t {_SOCKET} --image-opts base.qcow2",
     f"-t {_SOCKET} --image-opts ''",
     f"-t {_SOCKET} -f raw {_JSON}",
