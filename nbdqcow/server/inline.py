@@ -381,10 +381,12 @@ class Transmission(asyncio.BufferedProtocol):
                         elif word in plain_writes and 0 < length <= inline_write:
                             data_start = start + head_length
                             stop = data_start + length
-                            if (
-                                stop > reader.end
-                                or offset + length > size
-                                or not try_pwrite(offset, buffer[data_start:stop])
+                            if stop > reader.end:
+                                # The rest of it is on its way.
+                                reader.start = start
+                                return
+                            if offset + length > size or not try_pwrite(
+                                offset, buffer[data_start:stop]
                             ):
                                 break
                             if extended:
