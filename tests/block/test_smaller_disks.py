@@ -206,3 +206,18 @@ async def test_a_read_of_compressed_clusters_ends():
     assert len(found) == size
     assert found[: 40 * cluster] == content[: 40 * cluster]
     await node.close()
+
+
+async def test_zeroes_in_a_cluster_that_goes_while_the_backing_image_is_looked_at():
+    below, storage = await disk_of(MiB)
+    await below.pwrite(0, b"data")
+    gate = await forget_tables(below, storage)
+    node, _ = await disk_of(MiB)
+    node = Node(node.driver, filename="disk", backing=below)
+    zeroing = asyncio.create_task(node.write_zeroes(MiB // 2 + 512, 512))
+    await turns()
+    await node.resize(64 * KiB)
+    gate.set()
+    with pytest.raises(BlockError, match="has become smaller"):
+        await zeroing
+    await node.close()
