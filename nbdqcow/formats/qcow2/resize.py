@@ -171,6 +171,9 @@ async def _shrink(image: "Qcow2Driver", size: int, file_end: int = 0) -> None:
         # What replies show of it may not have left yet.
         await image.epochs.quiet()
         await image.data_file.truncate(max(size, file_end))
+        # The image says so already; what a raw one has behind its end would be the
+        # disk's when it grows.
+        await image.data_file.flush()
 
 
 async def _clear_entries(image: "Qcow2Driver", start: int) -> None:
