@@ -401,9 +401,11 @@ def test_entries_that_can_not_be(tmp_path, entry, text):
     asyncio.run(write())
 
 
+@pytest.mark.parametrize("size", [MiB, MiB + 512])
 @pytest.mark.parametrize("preallocation", ["off", "metadata", "falloc", "full"])
-def test_what_was_appended_to_a_raw_data_file(tmp_path, seed, preallocation):
-    path = create(tmp_path / "disk", MiB, "data_file_raw=on")
+def test_what_was_appended_to_a_raw_data_file(tmp_path, seed, preallocation, size):
+    """Right behind the disk, which may end within a cluster."""
+    path = create(tmp_path / "disk", size, "data_file_raw=on")
     data = random.Random(seed).randbytes(2 * MiB + 5000)
     (tmp_path / "data").write_bytes(data)
 

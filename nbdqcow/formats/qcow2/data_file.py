@@ -13,11 +13,17 @@ Source: qcow2.txt, "Header" (external data file bit, raw external data bit),
 """
 
 import contextlib
+import errno
 from array import array
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from nbdqcow.errors import CorruptImage, NotSupported, UnsupportedFeature
+from nbdqcow.errors import (
+    BlockError,
+    CorruptImage,
+    NotSupported,
+    UnsupportedFeature,
+)
 from nbdqcow.formats.qcow2 import discard as qcow2_discard
 from nbdqcow.formats.qcow2.entries import (
     IN_DATA_FILE,
@@ -123,6 +129,14 @@ def place_plan(plan: "WritePlan") -> None:
     if plan.host_offset != plan.guest_offset | IN_DATA_FILE:
         raise _wrong_place(plan.guest_offset, plan.host_offset)
     plan.host_offset = plan.guest_offset
+
+
+def check_inside(image: "Qcow2Driver", plan: "WritePlan") -> None:
+    """Refuse a write past the end of a disk that has become smaller, in a cluster
+    that it still has: in a raw data file that would be there when it grows. Raises
+    `BlockError`."""
+    if is_raw(image.header) and plan.guest_offset + plan.length > image.size:
+        raise BlockError(errno.ENOSPC, "the disk has become smaller")
 
 
 async def write_zeroes(

@@ -256,7 +256,10 @@ async def _grow(image: "Qcow2Driver", size: int, preallocation: str) -> None:
     # Before anything else becomes larger.
     if replace(image.header, size=size).l1_entries_needed * 8 > MAX_L1_BYTES:
         raise BlockError(errno.EFBIG, "Failed to grow the L1 table: File too large")
-    await image.prepare_growing(size)
+    is_raw = image.data_file is not None and data_file.is_raw(image.header)
+    # What a raw data file has behind the disk becomes the disk's, as in a raw
+    # image: people append to the file first and then tell the image.
+    await image.prepare_growing(image.size if is_raw else size)
     old_size, cluster_size = image.size, image.cluster_size
     backing_size = image.backing_size
     start, end = round_up(old_size, cluster_size), round_up(size, cluster_size)
@@ -267,9 +270,6 @@ async def _grow(image: "Qcow2Driver", size: int, preallocation: str) -> None:
         and preallocation in ("off", "metadata")
     ):
         raise NotSupported("Failed to zero out new clusters: Operation not supported")
-    is_raw = image.data_file is not None and data_file.is_raw(image.header)
-    # What a raw data file has behind the disk becomes the disk's, as in a raw
-    # image: people append to the file first and then tell the image.
     kept_end = image.data_file.length if is_raw and image.data_file else 0
     if image.data_file is not None:
         await _grow_data_file(image, size, max(kept_end, old_size))
