@@ -50,6 +50,9 @@ class NodeStorage(StorageDriver):
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         """Write where that needs no waiting."""
+        # Of its caller, too, the node expects what is inside the disk.
+        if offset + len(data) > self.node.size:
+            return False
         return self.node.try_pwrite(offset, data)
 
     async def pwritev(

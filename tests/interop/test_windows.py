@@ -92,6 +92,25 @@ async def test_writes_stay_in_the_window(directory, monkeypatch):
 
 
 @pytest.mark.asyncio
+async def test_an_image_that_needs_more_than_its_window(directory, monkeypatch):
+    """Small writes, which take new clusters and are done at once where they can be."""
+    monkeypatch.chdir(directory)
+    before = (directory / "archive").read_bytes()
+    size = (directory / "disk.qcow2").stat().st_size
+    node = await open_image(member(directory))
+    with pytest.raises(OSError, match="the request goes past"):
+        for offset in range(MiB // 2, MiB, 64 << 10):
+            data = b"more" * 1000
+            if not node.try_pwrite(offset, data):
+                await node.pwrite(offset, data)
+    await node.close()
+    after = (directory / "archive").read_bytes()
+    assert after[:START] == before[:START]
+    assert after[START + size :] == before[START + size :]
+    assert run_theirs(f"check '{member(directory)}'", directory)[0] == 0
+
+
+@pytest.mark.asyncio
 async def test_an_image_names_a_window_only_of_an_allowed_file(directory, monkeypatch):
     monkeypatch.chdir(directory)
     run_ours(
