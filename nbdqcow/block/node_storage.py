@@ -36,6 +36,10 @@ class NodeStorage(StorageDriver):
         """The virtual size."""
         return self.node.size
 
+    def room(self) -> int:
+        """See `StorageDriver.room`: only a resize makes the disk larger."""
+        return self.node.size
+
     def try_pread(self, offset: int, length: int) -> Buffer | None:
         """Read what is in reach."""
         if offset + length > self.node.size:
