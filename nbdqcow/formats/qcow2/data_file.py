@@ -31,7 +31,11 @@ from nbdqcow.formats.qcow2.entries import (
     OFLAG_COMPRESSED,
     OFLAG_COPIED,
 )
-from nbdqcow.formats.qcow2.header import AUTOCLEAR_RAW_DATA_FILE, Header
+from nbdqcow.formats.qcow2.header import (
+    AUTOCLEAR_RAW_DATA_FILE,
+    CRYPT_NONE,
+    Header,
+)
 from nbdqcow.formats.words import dump_be64, load_be64
 from nbdqcow.types import COMPRESSED, DATA, ZERO_ALLOCATED, Buffer, Run
 
@@ -43,6 +47,12 @@ if TYPE_CHECKING:
 def is_raw(header: Header) -> bool:
     """Whether the data file can be read without the metadata."""
     return bool(header.autoclear_features & AUTOCLEAR_RAW_DATA_FILE)
+
+
+def keeps_what_is_behind(image: "Qcow2Driver") -> bool:
+    """Whether a larger disk shows what the data file has behind the disk's end: not
+    where that would be noise."""
+    return is_raw(image.header) and image.header.crypt_method == CRYPT_NONE
 
 
 def attach(image: "Qcow2Driver") -> None:
@@ -135,7 +145,8 @@ def check_inside(image: "Qcow2Driver", plan: "WritePlan") -> None:
     """Refuse a write past the end of a disk that has become smaller, in a cluster
     that it still has: in a raw data file that would be there when it grows. Raises
     `BlockError`."""
-    if is_raw(image.header) and plan.guest_offset + plan.length > image.size:
+    end = plan.guest_offset + plan.length
+    if end > image.size and keeps_what_is_behind(image):
         raise BlockError(errno.ENOSPC, "the disk has become smaller")
 
 

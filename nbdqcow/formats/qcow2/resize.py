@@ -259,7 +259,8 @@ async def _grow(image: "Qcow2Driver", size: int, preallocation: str) -> None:
     is_raw = image.data_file is not None and data_file.is_raw(image.header)
     # What a raw data file has behind the disk becomes the disk's, as in a raw
     # image: people append to the file first and then tell the image.
-    await image.prepare_growing(image.size if is_raw else size)
+    keeps = image.data_file is not None and data_file.keeps_what_is_behind(image)
+    await image.prepare_growing(image.size if keeps else size)
     old_size, cluster_size = image.size, image.cluster_size
     backing_size = image.backing_size
     start, end = round_up(old_size, cluster_size), round_up(size, cluster_size)
