@@ -492,6 +492,7 @@ class Refcounts:
                 await self._grow_table(nb_blocks + nb_new - 1)
         start = nb_blocks * self.block_entries
         self._check_room(start + nb_new + nb_clusters)
+        await self.write_empty(start, nb_new)
         for i in range(nb_new):
             counts = zero_counts(self.order, self.block_entries)
             for j in range(min(self.block_entries, nb_new - i * self.block_entries)):
@@ -514,6 +515,7 @@ class Refcounts:
             if block is not None:
                 return block
         self._check_room(block_index * self.block_entries + 1)
+        await self.write_empty(block_index * self.block_entries, 1)
         # All clusters that a missing block covers are free: it describes
         # itself from the first of them.
         counts = zero_counts(self.order, self.block_entries)
@@ -522,6 +524,15 @@ class Refcounts:
         self._keep(block_index, block)
         self._add_block(block_index, block_index * self.block_entries, block)
         return block
+
+    async def write_empty(self, cluster_index: int, nb_clusters: int) -> None:
+        """Write zeroes to clusters that are to have tables. A commit, which is for
+        others as well, is too late to find out that the disk is full."""
+        offset = cluster_index << self.cluster_bits
+        zeroes = bytes(self.cluster_size)
+        for start in range(offset, offset + nb_clusters * len(zeroes), len(zeroes)):
+            if not self.storage.try_pwrite(start, zeroes):
+                await self.storage.pwritev(start, [zeroes])
 
     def _add_block(
         self, block_index: int, cluster_index: int, block: RefcountBlock
