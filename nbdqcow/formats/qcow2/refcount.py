@@ -451,7 +451,21 @@ class Refcounts:
         self.storage.announce("cluster_alloc")
         if nb_clusters >= self.block_entries:
             return await self._allocate_beyond_blocks(nb_clusters, lowest)
-        run_start = end = max(lowest, self._scan_index)
+        try:
+            run_start = await self._find_row(nb_clusters, max(lowest, self._scan_index))
+        except BlockError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            # Perhaps among those that were freed.
+            run_start = await self._find_row(nb_clusters, lowest)
+        self._check_free(run_start, nb_clusters)
+        await self.add(run_start, nb_clusters, 1)
+        return run_start
+
+    async def _find_row(self, nb_clusters: int, run_start: int) -> int:
+        """Return the first of so many free clusters in a row, ``run_start`` or one
+        behind it. Raises `BlockError` if there is no room for them."""
+        end = run_start
         while end - run_start < nb_clusters:
             block_index, first = divmod(end, self.block_entries)
             counts = (await self._block_for_allocation(block_index)).counts
@@ -469,9 +483,7 @@ class Refcounts:
                 end += 1
             if first < limit:
                 run_start = end = end + 1
-        self._check_free(run_start, nb_clusters)
         self._check_room(run_start + nb_clusters)
-        await self.add(run_start, nb_clusters, 1)
         return run_start
 
     async def _allocate_beyond_blocks(self, nb_clusters: int, lowest: int) -> int:
