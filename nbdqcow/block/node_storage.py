@@ -36,6 +36,10 @@ class NodeStorage(StorageDriver):
         """The virtual size."""
         return self.node.size
 
+    def room(self) -> int:
+        """See `StorageDriver.room`: only a resize makes the disk larger."""
+        return self.node.size
+
     def try_pread(self, offset: int, length: int) -> Buffer | None:
         """Read what is in reach."""
         if offset + length > self.node.size:
@@ -50,6 +54,9 @@ class NodeStorage(StorageDriver):
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         """Write where that needs no waiting."""
+        # Of its caller, too, the node expects what is inside the disk.
+        if offset + len(data) > self.node.size:
+            return False
         return self.node.try_pwrite(offset, data)
 
     async def pwritev(

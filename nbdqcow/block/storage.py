@@ -89,6 +89,11 @@ class StorageDriver(ABC):
         has for it (its ``BlkdebugEvent``). Nobody says it on an inline path;
         most drivers don't listen."""
 
+    def room(self) -> int:
+        """Return where the file ends that can't get longer; 2**63 for one that can,
+        whether its disk is full or not. Never waits."""
+        return 1 << 63 if self.inner is None else self.inner.room()
+
     @abstractmethod
     def try_pread(self, offset: int, length: int) -> Buffer | None:
         """Return exactly ``length`` bytes if they need no waiting."""

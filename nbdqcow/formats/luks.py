@@ -7,6 +7,7 @@ each in its place.
 import asyncio
 import errno
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
 from nbdqcow.block.driver import FormatDriver, WritePlan
@@ -113,6 +114,7 @@ class LuksDriver(FormatDriver):
                 errno.EINVAL, f"The size is no multiple of {SECTOR_SIZE} bytes"
             )
         old, self.size = self.size, min(self.size, size)
+        old_length = self.storage.length
         self.when_rebound()
         try:
             # Nobody begins any more to read or write what goes.
@@ -125,6 +127,10 @@ class LuksDriver(FormatDriver):
                     )
             self.size = size
         except BaseException:
+            if self.storage.length > old_length:
+                # It would be the disk's for whoever opens it next, and noise.
+                with suppress(OSError):
+                    await self.storage.truncate(old_length)
             # Whoever is cancelled may find the file shorter already.
             self.size = min(old, self.storage.length - self._payload_offset)
             raise

@@ -177,6 +177,13 @@ class FileStorage(InlineFile):
             raise
         return storage
 
+    def room(self) -> int:
+        """See `StorageDriver.room`. A logical volume may have been made larger."""
+        if not self._is_device:
+            return super().room()
+        self.length = max(self.length, self._find_length())
+        return self.length
+
     # -- reading and writing -------------------------------------------------
 
     async def pread(self, offset: int, length: int) -> Buffer:

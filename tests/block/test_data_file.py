@@ -1,7 +1,9 @@
 """External data files: QEMU's images here, ours there, and what is refused."""
 
 import asyncio
+import errno
 import json
+import logging
 import os
 import random
 import re
@@ -399,9 +401,11 @@ def test_entries_that_can_not_be(tmp_path, entry, text):
     asyncio.run(write())
 
 
+@pytest.mark.parametrize("size", [MiB, MiB + 512])
 @pytest.mark.parametrize("preallocation", ["off", "metadata", "falloc", "full"])
-def test_what_was_appended_to_a_raw_data_file(tmp_path, seed, preallocation):
-    path = create(tmp_path / "disk", MiB, "data_file_raw=on")
+def test_what_was_appended_to_a_raw_data_file(tmp_path, seed, preallocation, size):
+    """Right behind the disk, which may end within a cluster."""
+    path = create(tmp_path / "disk", size, "data_file_raw=on")
     data = random.Random(seed).randbytes(2 * MiB + 5000)
     (tmp_path / "data").write_bytes(data)
 
@@ -413,6 +417,43 @@ def test_what_was_appended_to_a_raw_data_file(tmp_path, seed, preallocation):
     expected = data.ljust(3 * MiB, b"\0")
     assert qemu_content(path, tmp_path) == expected
     assert (tmp_path / "data").read_bytes() == expected
+
+
+def test_what_was_appended_stays_if_the_disk_can_not_grow(tmp_path, caplog):
+    caplog.set_level(logging.CRITICAL)
+    path = create(tmp_path / "disk", MiB, "data_file_raw=on")
+    patch(tmp_path / "data", MiB, b"appended" * 1000)
+    data = (tmp_path / "data").read_bytes()
+
+    async def grow(nb_flushes):
+        async with open_image(path) as node:
+            storage = node.driver.storage
+            flush, left = storage.flush, nb_flushes
+
+            async def flush_or_fail():
+                nonlocal left
+                left -= 1
+                if left == -1:
+                    raise OSError(errno.ENOSPC, "full")
+                await flush()
+
+            storage.flush = flush_or_fail
+            try:
+                await node.resize(2 * MiB)
+            finally:
+                storage.flush = flush
+
+    nb_flushes = 0
+    while True:
+        try:
+            asyncio.run(grow(nb_flushes))
+            break
+        except OSError:
+            found = (tmp_path / "data").read_bytes()
+            assert found == data.ljust(len(found), b"\0"), nb_flushes
+            nb_flushes += 1
+    assert nb_flushes > 3
+    assert qemu_content(path, tmp_path) == data.ljust(2 * MiB, b"\0")
 
 
 @pytest.mark.parametrize("raw", ["off", "on"])
@@ -440,3 +481,15 @@ def test_resize(tmp_path, seed, raw):
     assert qemu_content(path, tmp_path) == expected
     if raw == "on":
         assert (tmp_path / "data").read_bytes() == expected
+
+
+def test_a_size_that_is_refused_leaves_the_data_file(tmp_path):
+    path = create(tmp_path / "disk", MiB, "cluster_size=512")
+
+    async def grow():
+        async with open_image(path) as node:
+            await node.resize(1 << 40)
+
+    with pytest.raises(BlockError, match="Failed to grow the L1 table"):
+        asyncio.run(grow())
+    assert (tmp_path / "data").stat().st_size == MiB

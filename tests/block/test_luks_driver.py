@@ -1,5 +1,6 @@
 """LUKS containers as disks."""
 
+import errno
 import random
 
 import pytest
@@ -67,6 +68,22 @@ async def test_resize(container):
         assert await node.pread(0, SIZE) == b"y" * 1024 + bytes(SIZE - 1024)
         with pytest.raises(BlockError, match="no multiple of 512"):
             await node.resize(SIZE + 1)
+
+
+@pytest.mark.asyncio
+async def test_a_disk_that_can_not_grow(container):
+    """Its size is the file's: what is not zeroed would be noise on a larger disk."""
+    length = container.stat().st_size
+    async with open_image(container, driver_options=SECRET) as node:
+
+        async def fail(*args, **options):
+            raise OSError(errno.ENOSPC, "full")
+
+        node.driver.data.write_zeroes = fail
+        with pytest.raises(OSError, match="full"):
+            await node.resize(2 * SIZE)
+        assert node.size == SIZE
+    assert container.stat().st_size == length
 
 
 @pytest.mark.asyncio

@@ -139,6 +139,19 @@ async def test_a_data_file_is_cut_once_its_bytes_have_left(tmp_path, raw):
     assert data_file.stat().st_size == 256 * KiB
 
 
+async def test_a_late_write_past_the_end_does_not_come_to_a_raw_data_file(tmp_path):
+    """The disk still has its cluster, and shows what it has when it grows."""
+    data_file = tmp_path / "data"
+    path = create(tmp_path / "a", MiB, data_file=data_file, data_file_raw="on")
+    async with open_image(path) as node:
+        size = 96 * KiB + 512
+        await node.resize(size)
+        for offset, length in ((100 * KiB, 512), (96 * KiB, 1024)):
+            with pytest.raises(BlockError, match="has become smaller"):
+                await node.driver.begin_write(offset, length)
+        node.driver.abort_write(await node.driver.begin_write(96 * KiB, 512))
+
+
 async def test_a_disk_that_becomes_another_before_it_grows():
     """What a snapshot's disk has behind its end stays hidden, although a resize
     was asked for while the disk was another one."""
@@ -205,4 +218,19 @@ async def test_a_read_of_compressed_clusters_ends():
     found += b"".join([bytes(piece) async for piece in pieces])
     assert len(found) == size
     assert found[: 40 * cluster] == content[: 40 * cluster]
+    await node.close()
+
+
+async def test_zeroes_in_a_cluster_that_goes_while_the_backing_image_is_looked_at():
+    below, storage = await disk_of(MiB)
+    await below.pwrite(0, b"data")
+    gate = await forget_tables(below, storage)
+    node, _ = await disk_of(MiB)
+    node = Node(node.driver, filename="disk", backing=below)
+    zeroing = asyncio.create_task(node.write_zeroes(MiB // 2 + 512, 512))
+    await turns()
+    await node.resize(64 * KiB)
+    gate.set()
+    with pytest.raises(BlockError, match="has become smaller"):
+        await zeroing
     await node.close()

@@ -119,6 +119,27 @@ def test_power_cuts_with_a_data_file(tmp_path):
     print(f"{states} pairs of disks after a power cut, seeds from {FIRST_SEED}")
 
 
+def test_what_a_smaller_disk_had_is_gone(tmp_path):
+    """With a raw data file a larger disk would show it."""
+    subprocess.run(
+        ["qemu-img", "create", "-qf", "qcow2", "-o", "data_file=data,data_file_raw=on",
+         "image", "1M"],
+        check=True, cwd=tmp_path,
+    )  # fmt: skip
+    contents = [(tmp_path / name).read_bytes() for name in ("image", "data")]
+
+    async def run():
+        node, files = await open_node(*contents, random.Random(FIRST_SEED))
+        await node.pwrite(0, b"x" * (1 << 20))
+        await node.resize(1 << 19)
+        events = files[1].history.events
+        cut = max(i for i, event in enumerate(events) if event.kind == "truncate")
+        assert any(event.nb_durable > cut for event in events)
+        await node.close()
+
+    asyncio.run(run())
+
+
 def test_links_that_come_before_data_are_caught(tmp_path, monkeypatch):
     open_sound = Qcow2Driver.open.__func__
 

@@ -11,6 +11,7 @@ import pytest
 from nbdqcow.block.node import Node
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.formats.qcow2.header import AUTOCLEAR_FEATURES_OFFSET
+from nbdqcow.formats.raw import RawDriver
 from nbdqcow.storage.memory import MemoryStorage
 from tests.builder import patched
 from tests.crash.histories import SECTOR, created, filled
@@ -254,6 +255,22 @@ def test_an_image_is_flushed_once_when_it_is_opened():
     async def run():
         node, storage, _ = await opened(filled(6))
         assert [kind for kind, *_ in storage.log].count(FLUSH) == 1
+        await node.close()
+
+    asyncio.run(run())
+
+
+def test_a_raw_image_that_could_not_grow_is_as_long_as_before():
+    """Or it would be a larger disk for whoever opens it next."""
+
+    async def run():
+        memory = MemoryStorage(b"x" * 5 * SECTOR, max_length=3 << 20)
+        driver = await RawDriver.open(memory, read_only=False, options={})
+        node = Node(driver, filename="disk")
+        with pytest.raises(OSError, match="limited"):
+            await node.resize(8 << 20, preallocation="full")
+        assert node.size == memory.length == 5 * SECTOR
+        assert await node.pread(0, node.size) == b"x" * 5 * SECTOR
         await node.close()
 
     asyncio.run(run())

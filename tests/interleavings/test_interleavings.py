@@ -271,7 +271,10 @@ def end_loop(loop: PermutingLoop) -> None:
     """Drop what a failure left behind."""
     for task in asyncio.all_tasks(loop):
         task._log_destroy_pending = False
-        task._coro.close() if not task.done() else None
+        # An operation that is dropped in the middle wants to put things right,
+        # which takes a loop.
+        with contextlib.suppress(RuntimeError):
+            task._coro.close() if not task.done() else None
     loop.close()
 
 

@@ -3,13 +3,14 @@
 Appliances come as tar archives whose members are opened where they are.
 """
 
+import contextlib
 import json
 import subprocess
 
 import pytest
 
 from nbdqcow.block.open import open_image
-from nbdqcow.errors import ImageError
+from nbdqcow.errors import BlockError, ImageError
 from tests.conftest import find_tool
 from tests.interop.img_programs import run_ours, run_theirs
 
@@ -89,6 +90,63 @@ async def test_writes_stay_in_the_window(directory, monkeypatch):
     assert (status, b"No errors" in out) == (0, True)
     async with open_image(member(directory), read_only=True) as node:
         assert bytes(await node.pread(998, 11)) == b"skchangedkd"
+
+
+@pytest.mark.asyncio
+async def test_an_image_that_needs_more_than_its_window(directory, monkeypatch):
+    """Small writes, which take new clusters and are done at once where they can be."""
+    monkeypatch.chdir(directory)
+    before = (directory / "archive").read_bytes()
+    size = (directory / "disk.qcow2").stat().st_size
+    node = await open_image(member(directory))
+    with pytest.raises(OSError, match="no room left"):
+        for offset in range(MiB // 2, MiB, 64 << 10):
+            data = b"more" * 1000
+            if not node.try_pwrite(offset, data):
+                await node.pwrite(offset, data)
+    await node.close()
+    after = (directory / "archive").read_bytes()
+    assert after[:START] == before[:START]
+    assert after[START + size :] == before[START + size :]
+    assert run_theirs(f"check '{member(directory)}'", directory)[0] == 0
+
+
+@pytest.mark.asyncio
+async def test_what_was_written_before_a_window_was_full(directory, monkeypatch):
+    """It can be flushed: no table is where it can't be written."""
+    monkeypatch.chdir(directory)
+    line = "create -q -f qcow2 -o cluster_size=512 disk.qcow2 4M"
+    assert run_theirs(line, directory)[0] == 0
+    image = (directory / "disk.qcow2").read_bytes()
+    (directory / "disk.qcow2").write_bytes(image + bytes(40 << 10))
+    content = bytes(START) + image + bytes(40 << 10) + b"next" * 1000
+    (directory / "archive").write_bytes(content)
+    written = {}
+    async with open_image(member(directory)) as node:
+        # Each takes a table, too.
+        for number in range(60):
+            data = bytes([number + 1]) * 512
+            with contextlib.suppress(BlockError):
+                await node.pwrite(number << 16, data)
+                written[number << 16] = data
+        assert 20 < len(written) < 60
+        await node.flush()
+        # What is given up makes room for others, and for a bitmap at the end.
+        for number in range(8):
+            await node.discard(number << 16, 1 << 16)
+            written[number << 16] = bytes(512)
+        await node.flush()
+        await node.driver.tasks.settle()
+        written[512] = b"more" * 128
+        await node.pwrite(512, written[512])
+        node.driver.bitmap_add("changes")
+    status, out, _ = run_theirs(f"check '{member(directory)}'", directory)
+    assert (status, b"No errors" in out) == (0, True)
+    async with open_image(member(directory), read_only=True) as node:
+        assert "changes" in node.dirty_bitmaps
+        for offset, data in written.items():
+            assert await node.pread(offset, 512) == data
+    assert (directory / "archive").read_bytes().endswith(b"next" * 1000)
 
 
 @pytest.mark.asyncio

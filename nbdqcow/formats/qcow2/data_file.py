@@ -13,11 +13,17 @@ Source: qcow2.txt, "Header" (external data file bit, raw external data bit),
 """
 
 import contextlib
+import errno
 from array import array
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from nbdqcow.errors import CorruptImage, NotSupported, UnsupportedFeature
+from nbdqcow.errors import (
+    BlockError,
+    CorruptImage,
+    NotSupported,
+    UnsupportedFeature,
+)
 from nbdqcow.formats.qcow2 import discard as qcow2_discard
 from nbdqcow.formats.qcow2.entries import (
     IN_DATA_FILE,
@@ -25,7 +31,11 @@ from nbdqcow.formats.qcow2.entries import (
     OFLAG_COMPRESSED,
     OFLAG_COPIED,
 )
-from nbdqcow.formats.qcow2.header import AUTOCLEAR_RAW_DATA_FILE, Header
+from nbdqcow.formats.qcow2.header import (
+    AUTOCLEAR_RAW_DATA_FILE,
+    CRYPT_NONE,
+    Header,
+)
 from nbdqcow.formats.words import dump_be64, load_be64
 from nbdqcow.types import COMPRESSED, DATA, ZERO_ALLOCATED, Buffer, Run
 
@@ -37,6 +47,12 @@ if TYPE_CHECKING:
 def is_raw(header: Header) -> bool:
     """Whether the data file can be read without the metadata."""
     return bool(header.autoclear_features & AUTOCLEAR_RAW_DATA_FILE)
+
+
+def keeps_what_is_behind(image: "Qcow2Driver") -> bool:
+    """Whether a larger disk shows what the data file has behind the disk's end: not
+    where that would be noise."""
+    return is_raw(image.header) and image.header.crypt_method == CRYPT_NONE
 
 
 def attach(image: "Qcow2Driver") -> None:
@@ -123,6 +139,15 @@ def place_plan(plan: "WritePlan") -> None:
     if plan.host_offset != plan.guest_offset | IN_DATA_FILE:
         raise _wrong_place(plan.guest_offset, plan.host_offset)
     plan.host_offset = plan.guest_offset
+
+
+def check_inside(image: "Qcow2Driver", plan: "WritePlan") -> None:
+    """Refuse a write past the end of a disk that has become smaller, in a cluster
+    that it still has: in a raw data file that would be there when it grows. Raises
+    `BlockError`."""
+    end = plan.guest_offset + plan.length
+    if end > image.size and keeps_what_is_behind(image):
+        raise BlockError(errno.ENOSPC, "the disk has become smaller")
 
 
 async def write_zeroes(

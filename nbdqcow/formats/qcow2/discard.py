@@ -1,13 +1,14 @@
 """Discard and write-zeroes: whole clusters by metadata alone."""
 
 import asyncio
+import errno
 from array import array
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from nbdqcow.errors import NotSupported
+from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.formats.qcow2 import discard_extended
 from nbdqcow.formats.qcow2.entries import (
     OFFSET_MASK,
@@ -82,7 +83,6 @@ async def write_zeroes(
 
 async def claim_zero(image: "Qcow2Driver", offset: int, backing_zero: bool) -> bool:
     """See `FormatDriver.claim_zero`."""
-    length = min(image.subcluster_size, image.size - offset)
     if image.header.extended_l2:
         claim_piece = discard_extended.claiming(image)
     else:
@@ -90,6 +90,9 @@ async def claim_zero(image: "Qcow2Driver", offset: int, backing_zero: bool) -> b
     while True:
         async with image.lock:
             image.check_writable()
+            if offset >= image.size:
+                raise BlockError(errno.ENOSPC, "the disk has become smaller")
+            length = min(image.subcluster_size, image.size - offset)
             busy = image.in_flight.find(offset, offset + length)
             if busy is None:
                 kind, _, _ = await image.mapping.map(offset, length)

@@ -301,7 +301,8 @@ class Qcow2Driver(Operations):
             if self.data_file is not None:
                 try:
                     qcow2_data_file.place_plan(plan)
-                except CorruptImage:
+                    qcow2_data_file.check_inside(self, plan)
+                except BlockError:
                     write.abort_write(self, plan)
                     raise
         except CorruptImage as error:

@@ -92,6 +92,8 @@ class Refcounts:
         self.table_lock = asyncio.Lock()
         self.note_used: Callable[[int], None] = lambda host_end: None
         self.packed_end = 0
+        # So many clusters can be in the file, as far as is known.
+        self._nb_fitting = 0
         self._scan_index = 0
         self._free_runs: list[tuple[int, int]] = []
         # Clusters and new blocks of a table that the header on disk may name.
@@ -338,6 +340,7 @@ class Refcounts:
             block = self.blocks.get(block_index)
             if block is None:
                 return None
+            self._check_room(index + 1)
             heapq.heappop(self._free_runs)
             # The scan may have turned back and used what is listed here.
             if block.counts[first]:
@@ -383,6 +386,15 @@ class Refcounts:
                 f" {index << self.cluster_bits:#x}; image is corrupt"
             )
 
+    def _check_room(self, end: int) -> None:
+        """Refuse clusters up to ``end`` that a device or an export has no room for: a
+        commit that has to write tables there would fail for ever."""
+        if end <= self._nb_fitting:
+            return
+        self._nb_fitting = self.storage.room() >> self.cluster_bits
+        if end > self._nb_fitting:
+            raise BlockError(errno.ENOSPC, "the image's file has no room left")
+
     def _take(
         self, block_index: int, block: RefcountBlock, first: int, nb_clusters: int
     ) -> int:
@@ -391,6 +403,9 @@ class Refcounts:
         end = first
         limit = min(first + nb_clusters, self.block_entries)
         base = block_index * self.block_entries
+        if base + limit > self._nb_fitting:
+            self._check_room(base + first + 1)
+            limit = min(limit, self._nb_fitting - base)
         while end < limit and counts[end] == 0 and base + end not in self.metadata:
             counts[end] = 1
             end += 1
@@ -436,7 +451,21 @@ class Refcounts:
         self.storage.announce("cluster_alloc")
         if nb_clusters >= self.block_entries:
             return await self._allocate_beyond_blocks(nb_clusters, lowest)
-        run_start = end = max(lowest, self._scan_index)
+        try:
+            run_start = await self._find_row(nb_clusters, max(lowest, self._scan_index))
+        except BlockError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            # Perhaps among those that were freed.
+            run_start = await self._find_row(nb_clusters, lowest)
+        self._check_free(run_start, nb_clusters)
+        await self.add(run_start, nb_clusters, 1)
+        return run_start
+
+    async def _find_row(self, nb_clusters: int, run_start: int) -> int:
+        """Return the first of so many free clusters in a row, ``run_start`` or one
+        behind it. Raises `BlockError` if there is no room for them."""
+        end = run_start
         while end - run_start < nb_clusters:
             block_index, first = divmod(end, self.block_entries)
             counts = (await self._block_for_allocation(block_index)).counts
@@ -454,8 +483,7 @@ class Refcounts:
                 end += 1
             if first < limit:
                 run_start = end = end + 1
-        self._check_free(run_start, nb_clusters)
-        await self.add(run_start, nb_clusters, 1)
+        self._check_room(run_start + nb_clusters)
         return run_start
 
     async def _allocate_beyond_blocks(self, nb_clusters: int, lowest: int) -> int:
@@ -475,6 +503,8 @@ class Refcounts:
             async with self.table_lock:
                 await self._grow_table(nb_blocks + nb_new - 1)
         start = nb_blocks * self.block_entries
+        self._check_room(start + nb_new + nb_clusters)
+        await self.write_empty(start, nb_new)
         for i in range(nb_new):
             counts = zero_counts(self.order, self.block_entries)
             for j in range(min(self.block_entries, nb_new - i * self.block_entries)):
@@ -496,6 +526,8 @@ class Refcounts:
             block = await self._block(block_index)
             if block is not None:
                 return block
+        self._check_room(block_index * self.block_entries + 1)
+        await self.write_empty(block_index * self.block_entries, 1)
         # All clusters that a missing block covers are free: it describes
         # itself from the first of them.
         counts = zero_counts(self.order, self.block_entries)
@@ -504,6 +536,15 @@ class Refcounts:
         self._keep(block_index, block)
         self._add_block(block_index, block_index * self.block_entries, block)
         return block
+
+    async def write_empty(self, cluster_index: int, nb_clusters: int) -> None:
+        """Write zeroes to clusters that are to have tables. A commit, which is for
+        others as well, is too late to find out that the disk is full."""
+        offset = cluster_index << self.cluster_bits
+        zeroes = bytes(self.cluster_size)
+        for start in range(offset, offset + nb_clusters * len(zeroes), len(zeroes)):
+            if not self.storage.try_pwrite(start, zeroes):
+                await self.storage.pwritev(start, [zeroes])
 
     def _add_block(
         self, block_index: int, cluster_index: int, block: RefcountBlock
@@ -555,6 +596,7 @@ class Refcounts:
         nb_entries = table_clusters * self.cluster_size // 8
         table.extend([0] * (nb_entries - first_block))
         used = nb_blocks + table_clusters
+        self._check_room(start + used)
         self.note_used((start + used) << self.cluster_bits)
         blocks = []
         for i in range(nb_blocks):

@@ -150,7 +150,8 @@ def _free_l1(image: "Qcow2Driver", first: int, nb_clusters: int) -> None:
 # -- shrinking -------------------------------------------------------------
 
 
-async def _shrink(image: "Qcow2Driver", size: int) -> None:
+async def _shrink(image: "Qcow2Driver", size: int, file_end: int = 0) -> None:
+    """Make the disk smaller. A data file has at least ``file_end`` bytes then."""
     async with alone(image):
         old_l1, old_offset = image.tables.l1, image.tables.l1_offset
         nb_entries = replace(image.header, size=size).l1_entries_needed
@@ -169,7 +170,10 @@ async def _shrink(image: "Qcow2Driver", size: int) -> None:
     if image.data_file is not None:
         # What replies show of it may not have left yet.
         await image.epochs.quiet()
-        await image.data_file.truncate(size)
+        await image.data_file.truncate(max(size, file_end))
+        # The image says so already; what a raw one has behind its end would be the
+        # disk's when it grows.
+        await image.data_file.flush()
 
 
 async def _clear_entries(image: "Qcow2Driver", start: int) -> None:
@@ -249,7 +253,14 @@ class _Preallocation(Allocation):
 
 
 async def _grow(image: "Qcow2Driver", size: int, preallocation: str) -> None:
-    await image.prepare_growing(size)
+    # Before anything else becomes larger.
+    if replace(image.header, size=size).l1_entries_needed * 8 > MAX_L1_BYTES:
+        raise BlockError(errno.EFBIG, "Failed to grow the L1 table: File too large")
+    is_raw = image.data_file is not None and data_file.is_raw(image.header)
+    # What a raw data file has behind the disk becomes the disk's, as in a raw
+    # image: people append to the file first and then tell the image.
+    keeps = image.data_file is not None and data_file.keeps_what_is_behind(image)
+    await image.prepare_growing(image.size if keeps else size)
     old_size, cluster_size = image.size, image.cluster_size
     backing_size = image.backing_size
     start, end = round_up(old_size, cluster_size), round_up(size, cluster_size)
@@ -260,9 +271,6 @@ async def _grow(image: "Qcow2Driver", size: int, preallocation: str) -> None:
         and preallocation in ("off", "metadata")
     ):
         raise NotSupported("Failed to zero out new clusters: Operation not supported")
-    is_raw = image.data_file is not None and data_file.is_raw(image.header)
-    # What a raw data file has behind the disk becomes the disk's, as in a raw
-    # image: people append to the file first and then tell the image.
     kept_end = image.data_file.length if is_raw and image.data_file else 0
     if image.data_file is not None:
         await _grow_data_file(image, size, max(kept_end, old_size))
@@ -285,7 +293,8 @@ async def _grow(image: "Qcow2Driver", size: int, preallocation: str) -> None:
             await discard.write_zeroes(image, start, end - start, may_unmap=True)
         await image.writeback.flush()
     except BaseException:
-        await _shrink(image, old_size)
+        # What was appended to a raw data file is there still for another try.
+        await _shrink(image, old_size, kept_end)
         raise
     async with image.lock:
         data = size.to_bytes(8, "big")
@@ -301,8 +310,6 @@ async def _grow_l1(image: "Qcow2Driver", size: int) -> "array[int]":
     nb_old = image.header.l1_entries_needed
     nb_new = replace(image.header, size=size).l1_entries_needed
     stale = l1[nb_old:]
-    if nb_new * 8 > MAX_L1_BYTES:
-        raise BlockError(errno.EFBIG, "Failed to grow the L1 table: File too large")
     if nb_new > len(l1) or any(stale):
         nb_new = max(nb_new, len(l1))
         await _move_l1(image, l1[:nb_old] + array("Q", bytes((nb_new - nb_old) * 8)))

@@ -293,18 +293,20 @@ async def slice_for_change(image: "Qcow2Driver", offset: int) -> L2Slice:
         new_offset = cluster_index << image.cluster_bits
         image.note_used(new_offset + image.cluster_size)
         entry = new_offset | OFLAG_COPIED
-        if table_offset:
-            try:
+        try:
+            await image.refcounts.write_empty(cluster_index, 1)
+            if table_offset:
                 await tables.copy_table(l1_index, entry)
-            except BaseException:
-                # A read failed, or the request was cancelled.
-                image.metadata.discard(cluster_index)
-                image.freed.add(cluster_index, 1, False)
-                raise
+            else:
+                tables.add_table(l1_index, entry)
+        except BaseException:
+            # A read or write failed, or the request was cancelled.
+            image.metadata.discard(cluster_index)
+            image.freed.add(cluster_index, 1, False)
+            raise
+        if table_offset:
             # The old table stays metadata: a snapshot still has it.
             image.freed.add(table_offset >> image.cluster_bits, 1, False)
-        else:
-            tables.add_table(l1_index, entry)
     return await tables.load(key)
 
 

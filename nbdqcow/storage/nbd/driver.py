@@ -128,6 +128,10 @@ class NbdStorage(StorageDriver):
         """Disconnect. Does not flush."""
         await self._client.close()
 
+    def room(self) -> int:
+        """See `StorageDriver.room`."""
+        return self.length
+
     # -- reading -----------------------------------------------------------
 
     def try_pread(self, offset: int, length: int) -> bytes | None:
