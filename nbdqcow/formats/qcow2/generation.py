@@ -260,7 +260,7 @@ class Generation:
         image = self._image
         for first, nb_clusters in self._taken:
             image.metadata.difference_update(range(first, first + nb_clusters))
-            await image.refcounts.add(first, nb_clusters, -1)
+            await image.refcounts.give_back(first, nb_clusters)
 
     async def switch(self) -> None:
         """Make the generation valid, on disk and in memory."""
@@ -312,13 +312,7 @@ class Generation:
         for first, nb_clusters in self._old:
             image.metadata.difference_update(range(first, first + nb_clusters))
         for first, nb_clusters in self._old:
-            try:
-                await image.refcounts.add(first, nb_clusters, -1)
-            except CorruptImage:
-                raise
-            except OSError:
-                # The operation is done. They go with the next commit.
-                image.freed.add(first, nb_clusters, False)
+            await image.refcounts.give_back(first, nb_clusters)
         if refcounts.freed:
             nb_entries = image.refcounts.block_entries
             image.tasks.spawn(_drop(image, refcounts.freed, nb_entries))
@@ -362,7 +356,7 @@ async def _drop(
         async with image.lock:
             image.metadata.difference_update(clusters.tolist())
             for first, nb_clusters in ranges:
-                await refcounts.add(first, nb_clusters, -1)
+                await refcounts.give_back(first, nb_clusters)
 
 
 @contextlib.asynccontextmanager
