@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from nbdqcow.cli.getopt_long import getopt_long
 from nbdqcow.cli.messages import program_name
 from nbdqcow.errors import UsageError
+from nbdqcow.units import size_expected
 
 if TYPE_CHECKING:
     from nbdqcow.cli.objects import Objects
@@ -367,11 +368,7 @@ def _check(settings: Settings, operands: list[str]) -> None:
     (settings.filename,) = operands
     offset = settings.open_options.get("driver_options", {}).get("offset", 0)
     if offset >= _OFFSET_LIMIT:
-        raise UsageError(
-            "Parameter 'offset' expects a non-negative number below 2^64\n"
-            "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-,"
-            " peta-\nand exabytes, respectively."
-        )
+        raise UsageError(size_expected("offset"))
     if settings.activated:
         _check_activation(settings)
     elif settings.device is not None and settings.socket is None:
