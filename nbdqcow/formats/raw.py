@@ -1,6 +1,7 @@
 """The raw driver: the guest's bytes are the file's, or a window of it."""
 
 import asyncio
+import contextlib
 import errno
 from bisect import bisect_right
 from collections.abc import Mapping
@@ -151,7 +152,7 @@ class RawDriver(FormatDriver):
             raise BlockError(
                 errno.EINVAL, "Preallocation can only be used for growing images"
             )
-        old_size = self.size
+        old_size, old_length = self.size, self.storage.length
         try:
             if size < old_size:
                 # From here on nobody begins to read or write what goes.
@@ -161,6 +162,10 @@ class RawDriver(FormatDriver):
             await self._set_length(self.size, size, preallocation)
             self.size = size
         except BaseException:
+            if size > old_size:
+                # Some of the new end may be there, and nobody uses it yet.
+                with contextlib.suppress(OSError):
+                    await self.storage.truncate(old_length)
             # Whoever is cancelled may find the file shorter already.
             self.size = min(old_size, self.storage.length - self._offset)
             raise
