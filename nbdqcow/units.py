@@ -56,6 +56,15 @@ def parse_size(text: str, default_suffix: str = "B", *, limit: int = 1 << 63) ->
     return size
 
 
+def size_expected(name: str) -> str:
+    """Return what QEMU says of an option that `parse_size` can't understand."""
+    return (
+        f"Parameter '{name}' expects a non-negative number below 2^64\n"
+        "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
+        "and exabytes, respectively."
+    )
+
+
 def format_size(size: int) -> str:
     """Return ``size`` bytes as qemu-img prints it: ``10 GiB``, ``1.5 KiB``."""
     units = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")

@@ -286,6 +286,11 @@ class FormatDriver(ABC):
 
     # -- the disk as a whole ---------------------------------------------
 
+    def room(self) -> int:
+        """Return where the disk ends for who uses it as a file, and would have it
+        grow; see `StorageDriver.room`."""
+        return self.size
+
     async def resize(self, size: int, *, preallocation: str = "off") -> None:
         """Set the virtual size; the file's end that is not needed goes.
 

@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from nbdqcow.block.filter_names import filtered_name, layer_name
 from nbdqcow.block.registry import filter_names, format_names
 from nbdqcow.errors import ImageError
-from nbdqcow.units import parse_size
+from nbdqcow.units import parse_size, size_expected
 
 Pairs: TypeAlias = Mapping[str, str | None]
 """Dotted keys and their values as text; None is JSON's null."""
@@ -22,14 +22,19 @@ NO_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({})
 JSON_PREFIX: Final = "json:"
 _MAX_DEPTH: Final = 300
 _STRING: Final = r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'"""
-_BOOLEANS: Final = {"on": True, "yes": True, "off": False, "no": False}
+_BOOLEANS: Final = {
+    **dict.fromkeys(("on", "yes", "true", "y"), True),
+    **dict.fromkeys(("off", "no", "false", "n"), False),
+}
 _DISCARD_MODES: Final = {
     "unmap": "unmap",
     "on": "unmap",
     "ignore": "ignore",
     "off": "ignore",
 }
-_DETECT_ZEROES_MODES: Final = {mode: mode for mode in ("off", "on", "unmap")}
+_DETECT_ZEROES_MODES: Final = ("off", "on", "unmap")
+_LOCKING_MODES: Final = ("auto", "on", "off")
+_AIO_MODES: Final = ("threads", "native", "io_uring")
 FILE_DRIVERS: Final = ("file", "host_device")
 COMPRESS: Final = "compress"
 """QEMU's filter over an image, by way of which all that is written is compressed."""
@@ -53,6 +58,14 @@ _DRIVER_SIZES: Final = (
     "compressed-cache-size",
 )
 _OVERLAP: Final = "overlap-check"
+_OWN: Final = (
+    *("driver", "read-only", "force-share", "discard", "detect-zeroes", "node-name"),
+    *("l2-cache-size", "cache.direct", "cache.no-flush", "cache.writeback"),
+    *("auto-read-only", "encrypt.key-secret", "key-secret", "encrypt.format"),
+    *("offset", "size", "cache-clean-interval", _OVERLAP, *_DRIVER_FLAGS),
+    *_DRIVER_SIZES,
+)
+"""Options that are left out if null is their value."""
 OVERLAP_TEMPLATES: Final = ("none", "constant", "cached", "all")
 OVERLAP_CLASSES: Final = (
     *("main-header", "active-l1", "active-l2", "refcount-table", "refcount-block"),
@@ -162,6 +175,9 @@ def flatten(given: Mapping[str, Any]) -> dict[str, str | None]:
                 within.append((f"{name}.", item))
             elif isinstance(item, bool):
                 pairs[name] = "on" if item else "off"
+            elif isinstance(item, float):
+                # As C prints it.
+                pairs[name] = f"{item:.17g}"
             else:
                 pairs[name] = None if item is None else str(item)
         for name, item in within:
@@ -217,7 +233,10 @@ def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
     if data_file:
         more["data_file"] = _data_file_name(data_file)
     if backing:
-        options["backing"] = _backing(backing)
+        try:
+            options["backing"] = _backing(backing)
+        except ImageError as error:
+            raise error.with_text(f"Could not open backing file: {error}") from None
     if (cache := _cache_mode(own)) is not None:
         options["cache"] = cache
     if more:
@@ -273,11 +292,16 @@ def _take_all_own(
     for one that it does not have."""
     more: dict[str, Any] = {}
     for key, value in own.items():
-        if value is None:
-            raise ImageError(f"Parameter '{key}' has no value")
         fits = driver is None or driver in _ENCRYPTING.get(key, (driver,))
-        if not fits or not (
-            _take_own(key, value, options) or _take_driver_own(key, value, more)
+        if value is None and fits and key in _OWN:
+            # As if it were not there.
+            continue
+        if (
+            value is None
+            or not fits
+            or not (
+                _take_own(key, value, options) or _take_driver_own(key, value, more)
+            )
         ):
             raise ImageError(
                 f"Block format '{driver or 'raw'}' does not support the option '{key}'"
@@ -298,9 +322,9 @@ def _take_own(key: str, value: str, options: dict[str, Any]) -> bool:
         case "force-share":
             options["force_share"] = _boolean(key, value)
         case "discard":
-            options["discard"] = _choice(key, value, _DISCARD_MODES)
+            options["discard"] = _discard_mode(value)
         case "detect-zeroes":
-            options["detect_zeroes"] = _choice(key, value, _DETECT_ZEROES_MODES)
+            options["detect_zeroes"] = _mode(value, _DETECT_ZEROES_MODES)
         case "l2-cache-size":
             options["l2_cache_size"] = _size(key, value)
         case "encrypt.key-secret" | "key-secret":
@@ -320,8 +344,10 @@ def _take_driver_own(key: str, value: str, more: dict[str, Any]) -> bool:
     name = key.replace("-", "_")
     if key in _DRIVER_FLAGS:
         more[name] = _boolean(key, value)
-    elif key in _DRIVER_SIZES or key == "cache-clean-interval":
+    elif key in _DRIVER_SIZES:
         more[name] = _size(key, value)
+    elif key == "cache-clean-interval":
+        more[name] = _interval(key, value)
     elif key in ("offset", "size", "encrypt.format"):
         more[key.replace(".", "_")] = value
     elif key.partition(".")[0] != _OVERLAP:
@@ -372,6 +398,9 @@ _NULL: Final = ("size", "latency-ns", "read-zeroes")
 NULL_DRIVERS: Final = ("null-co", "null-aio")
 
 
+_FILE: Final = ("locking", "aio", "cache.direct", "cache.no-flush", "discard")
+
+
 def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
     """Return the name of the file that ``file.*`` options describe."""
     if "" in file:
@@ -380,6 +409,8 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
                 "Cannot reference an existing block device with additional options or "
                 "a new filename"
             )
+        if file[""] is None:
+            raise ImageError('A block device must be specified for "file"')
         raise ImageError(_no_such_node(file[""]))
     driver = file.pop("driver", None) or "file"
     if driver == "nbd":
@@ -396,11 +427,20 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
     if filename is None:
         raise ImageError("The 'file' block driver requires a file name")
     for key, value in file.items():
+        if value is None and key in _FILE:
+            continue
+        value = value or ""
         match key:
             case "locking":
-                options["lock"] = value == "auto" or _boolean(f"file.{key}", value)
-            case "aio" | "cache.direct" | "cache.no-flush" | "discard" | "node-name":
-                # What they say to QEMU's driver, ours finds out by itself.
+                options["lock"] = _mode(value, _LOCKING_MODES) != "off"
+            # What these say to QEMU's driver, ours finds out by itself.
+            case "aio":
+                _mode(value, _AIO_MODES)
+            case "cache.direct" | "cache.no-flush":
+                _boolean(key, value)
+            case "discard":
+                _discard_mode(value)
+            case "node-name":
                 pass
             case _:
                 raise ImageError(
@@ -460,7 +500,7 @@ def _seconds(texts: dict[str, str], name: str) -> str:
 
 def _null_name(driver: str, file: dict[str, str | None]) -> str:
     """Return the name that `nbdqcow.storage.null` has for a file of zeroes."""
-    texts = {key: value or "" for key, value in file.items()}
+    texts = {key: value for key, value in file.items() if value is not None}
     if "read-zeroes" in texts:
         # It reads as zeroes in any case.
         _boolean("read-zeroes", texts.pop("read-zeroes"))
@@ -495,7 +535,7 @@ def _cache_mode(pairs: Pairs) -> str | None:
     modes = {
         key: _boolean(f"cache.{key}", pairs[f"cache.{key}"])
         for key in ("direct", "no-flush", "writeback")
-        if f"cache.{key}" in pairs
+        if pairs.get(f"cache.{key}") is not None
     }
     if not modes:
         return None
@@ -514,14 +554,32 @@ def _boolean(key: str, value: str | None) -> bool:
     return _BOOLEANS[value]
 
 
-def _choice(key: str, value: str, choices: Mapping[str, str]) -> str:
-    if value not in choices:
-        raise ImageError(f"Parameter '{key}' does not accept value '{value}'")
-    return choices[value]
+def _mode(value: str, modes: Sequence[str]) -> str:
+    if value not in modes:
+        raise ImageError(f"invalid parameter value: {value}")
+    return value
+
+
+def _discard_mode(value: str) -> str:
+    if value not in _DISCARD_MODES:
+        raise ImageError("Invalid discard option")
+    return _DISCARD_MODES[value]
 
 
 def _size(key: str, value: str) -> int:
     try:
-        return parse_size(value)
-    except ValueError as exc:
-        raise ImageError(f"Parameter '{key}': {exc}") from None
+        return parse_size(value, limit=1 << 64)
+    except ValueError:
+        raise ImageError(size_expected(key)) from None
+
+
+def _interval(key: str, value: str) -> int:
+    """Return seconds, as in C: a number that is below 0 is a large one."""
+    if re.fullmatch(r"\s*[-+]?(0[xX][0-9a-fA-F]+|[0-9]{1,20})", value) is None:
+        raise ImageError(f"Parameter '{key}' expects a number")
+    seconds = int(value, 16 if "x" in value.lower() else 10)
+    if not 0 <= seconds < 1 << 32:
+        if abs(seconds) >= 1 << 64:
+            raise ImageError(f"Parameter '{key}' expects a number")
+        raise ImageError("Cache clean interval too big")
+    return seconds

@@ -8,6 +8,7 @@ to be aligned, and falls back where a driver can't do something.
 import asyncio
 import errno
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Self
 
@@ -16,7 +17,7 @@ from nbdqcow.block.resizing import prepare_growing
 from nbdqcow.block.status import DEFAULT_LIMIT, DirtyBitmap, Extents, block_status
 from nbdqcow.block.tools import OptionValue, Progress
 from nbdqcow.block.write_requests import WriteRequests
-from nbdqcow.errors import BlockError
+from nbdqcow.errors import BlockError, ImageError
 from nbdqcow.units import SECTOR_SIZE
 
 
@@ -63,6 +64,8 @@ class Node(WriteRequests):
         self._guard = guard
         self._guard_lock = asyncio.Lock()
         self._reopening = asyncio.Lock()
+        # The image is read-only, its file is not: neither way could be gone.
+        self._still_writable = False
         # Sizes are set one after the other, and not in the middle of one.
         self._resizing = asyncio.Lock()
         driver.has_backing = backing is not None
@@ -162,7 +165,8 @@ class Node(WriteRequests):
         Writes that have begun end first, and are durable; later ones fail
         with EPERM. Other programs may open the file as they like to meanwhile,
         short of changing it. Raises `BlockError` and `ImageError`, and leaves
-        all as it was then.
+        all as it was then; if that can't be either, the image is read-only, and
+        either way may be tried again.
         """
         await self._reopening.acquire()
         # Half of it might leave bitmaps marked as in use for good. Like other
@@ -170,19 +174,27 @@ class Node(WriteRequests):
         await asyncio.shield(asyncio.create_task(self._reopen(read_only)))
 
     async def _reopen(self, read_only: bool) -> None:
+        storage = self.driver.storage
         try:
-            if read_only == self.read_only:
-                return
-            if read_only:
+            if read_only and self.read_only:
+                if self._still_writable:
+                    await storage.reopen(read_only=True)
+                    self._still_writable = False
+            elif read_only:
                 await self._stop_changes()
-                return
-            await self.driver.storage.reopen(read_only=False)
-            try:
-                await self.driver.reopen(read_only=False)
-            except BaseException:
-                await self.driver.storage.reopen(read_only=True)
-                raise
-            self._allow_changes(True)
+            elif self.read_only:
+                await storage.reopen(read_only=False)
+                self._still_writable = True
+                try:
+                    await self.driver.reopen(read_only=False)
+                except BaseException:
+                    # What went wrong first is what is told.
+                    with suppress(OSError, ImageError):
+                        await storage.reopen(read_only=True)
+                        self._still_writable = False
+                    raise
+                self._still_writable = False
+                self._allow_changes(True)
         finally:
             self._reopening.release()
 
@@ -190,13 +202,17 @@ class Node(WriteRequests):
         self._allow_changes(False)
         try:
             await self.driver.reopen(read_only=True)
-            try:
-                await self.driver.storage.reopen(read_only=True)
-            except BaseException:
-                await self.driver.reopen(read_only=False)
-                raise
         except BaseException:
             self._allow_changes(True)
+            raise
+        try:
+            await self.driver.storage.reopen(read_only=True)
+        except BaseException:
+            self._still_writable = True
+            with suppress(OSError, ImageError):
+                await self.driver.reopen(read_only=False)
+                self._still_writable = False
+                self._allow_changes(True)
             raise
 
     def _allow_changes(self, allowed: bool) -> None:

@@ -1,10 +1,14 @@
 """A whole image as a file of bytes: for filters above its format, and for a
 window of its disk."""
 
+import asyncio
+import errno
+import os
 from typing import ClassVar
 
 from nbdqcow.block.node import Node
 from nbdqcow.block.storage import StorageDriver
+from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, Buffer, Buffers
 
 
@@ -30,6 +34,7 @@ class NodeStorage(StorageDriver):
         self.filename = node.filename
         self.read_only = node.read_only
         self.zero_beyond_end = True
+        self._growing = asyncio.Lock()
 
     @property
     def length(self) -> int:  # type: ignore[override]
@@ -37,8 +42,8 @@ class NodeStorage(StorageDriver):
         return self.node.size
 
     def room(self) -> int:
-        """See `StorageDriver.room`: only a resize makes the disk larger."""
-        return self.node.size
+        """See `StorageDriver.room`."""
+        return self.node.driver.room()
 
     def try_pread(self, offset: int, length: int) -> Buffer | None:
         """Read what is in reach."""
@@ -53,8 +58,8 @@ class NodeStorage(StorageDriver):
         return data if inside == length else bytes(data).ljust(length, b"\0")
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
-        """Write where that needs no waiting."""
-        # Of its caller, too, the node expects what is inside the disk.
+        """Write where that needs no waiting, inside the disk."""
+        # What is behind a window is somebody else's.
         if offset + len(data) > self.node.size:
             return False
         return self.node.try_pwrite(offset, data)
@@ -62,17 +67,33 @@ class NodeStorage(StorageDriver):
     async def pwritev(
         self, offset: int, buffers: Buffers, *, fua: bool = False
     ) -> None:
-        """Write, inside the disk."""
+        """Write; a raw disk that ends with its file grows."""
+        await self._make_room(offset + sum(map(len, buffers)))
         data = b"".join(buffers) if len(buffers) != 1 else buffers[0]
         await self.node.pwrite(offset, data, fua=fua)
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, no_fallback: bool = False
     ) -> None:
-        """Zero a range inside the disk."""
+        """Zero a range; a raw disk that ends with its file grows."""
+        await self._make_room(offset + length)
         await self.node.write_zeroes(
             offset, length, may_unmap=may_unmap, no_fallback=no_fallback
         )
+
+    async def _make_room(self, end: int) -> None:
+        """Let the disk reach ``end``. Raises `BlockError` (ENOSPC) if it can't."""
+        if end <= self.node.size:
+            return
+        full = BlockError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if end > self.room():
+            raise full
+        async with self._growing:
+            if end > self.node.size:
+                try:
+                    await self.node.resize(end)
+                except NotSupported:
+                    raise full from None
 
     async def discard(self, offset: int, length: int) -> None:
         """Discard a range inside the disk."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final, NamedTuple, TypeAlias
 
 from nbdqcow.block.steps import BlockingFile
 from nbdqcow.errors import ImageError, NotSupported
-from nbdqcow.units import parse_size
+from nbdqcow.units import parse_size, size_expected
 
 REPAIR_NONE: Final = 0
 REPAIR_LEAKS: Final = 1
@@ -217,9 +217,9 @@ def _parse_bytes(options: Mapping[str, Any], name: str, default: int) -> int:
         return default
     if isinstance(value, str):
         try:
-            value = parse_size(value)
-        except ValueError as error:
-            raise ImageError(f"option '{name}' of the raw image: {error}") from None
+            value = parse_size(value, limit=1 << 64)
+        except ValueError:
+            raise ImageError(size_expected(name)) from None
     if not isinstance(value, int) or value < 0:
-        raise ImageError(f"option '{name}' of the raw image: invalid size '{value}'")
+        raise ImageError(size_expected(name))
     return value

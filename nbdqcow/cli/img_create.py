@@ -202,7 +202,7 @@ def _create(
     if not quiet:
         _print_formatting(filename, format_, specs, values, texts)
     plan = tool.prepare(values, secrets=secrets)
-    create_data_file(tool, plan, path)
+    create_data_file(tool, plan, path, values.get("preallocation"))
     try:
         write_image(tool, plan, path, path, values.get("preallocation"))
     except ImageError as exc:
@@ -226,6 +226,10 @@ def preallocation_failure(format_: str, mode: object, reason: str | None) -> str
     return f"{below}{action}: {reason}"
 
 
+_HEADERS: Final = {"qcow2": "qcow2 header", "luks": "encryption header"}
+"""What of a new image is written first, or is all that is written."""
+
+
 def write_image(
     tool: FormatTool, plan: Any, path: str, shown: str, preallocation: object = "off"
 ) -> None:
@@ -247,11 +251,14 @@ def write_image(
         if exc.errno == errno.EFBIG:
             raise ImageError(f"Could not resize file: {exc.strerror}") from exc
         failure = preallocation_failure(tool.name, preallocation, exc.strerror)
+        if tool.name == "qcow2" and preallocation == "metadata":
+            failure = f"Allocating clusters failed: {exc.strerror}"
         if failure is not None and tool.name == "qcow2":
             failure = f"Could not resize image: {failure}"
-        raise ImageError(
-            failure or f"Could not write '{shown}': {exc.strerror}"
-        ) from None
+        if failure is None:
+            what = _HEADERS.get(tool.name, f"'{shown}'")
+            failure = f"Could not write {what}: {exc.strerror}"
+        raise ImageError(failure) from None
     finally:
         file.close()
 
@@ -290,10 +297,13 @@ def open_new(path: str) -> BlockingFile:
     return file
 
 
-def create_data_file(tool: FormatTool, plan: Any, image_path: str) -> None:
+def create_data_file(
+    tool: FormatTool, plan: Any, image_path: str, preallocation: object = "off"
+) -> None:
     """Create the external data file that a planned image is to have, if any.
 
-    Its name is relative to the image's directory. Raises `ImageError`.
+    Its name is relative to the image's directory. ``preallocation`` is what
+    messages say there is no space for. Raises `ImageError`; no new file is left.
     """
     name = tool.data_file_name(plan)
     if name is None:
@@ -301,14 +311,24 @@ def create_data_file(tool: FormatTool, plan: Any, image_path: str) -> None:
     path = backing_path(image_path, name) if name else name
     if os.path.realpath(path) == os.path.realpath(image_path):
         raise ImageError(f"'{name}' can't be the data file: it is the image itself")
+    place = local_path(path) if path else path
+    was_there = os.path.lexists(place)
     try:
-        file = blocking_file().create(local_path(path) if path else path)
+        file = blocking_file().create(place)
     except OSError as exc:
         raise ImageError(f"Could not create '{path}': {exc.strerror}") from None
     try:
         tool.create_data_file(file, plan)
     except OSError as exc:
-        raise ImageError(f"Could not write '{path}': {exc.strerror}") from None
+        if not was_there:
+            with contextlib.suppress(OSError):
+                os.unlink(place)
+        failure = preallocation_failure("raw", preallocation, exc.strerror)
+        raise ImageError(
+            f"Could not resize image: {failure}"
+            if failure is not None
+            else f"Could not write '{path}': {exc.strerror}"
+        ) from None
     finally:
         file.close()
 

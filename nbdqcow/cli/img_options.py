@@ -7,7 +7,7 @@ from nbdqcow.block.tools import CACHE_MODES, OptionValue
 from nbdqcow.cli.getopt_scan import Fault, Scan, scan
 from nbdqcow.cli.messages import error
 from nbdqcow.errors import ImageError, UsageError
-from nbdqcow.units import SizeTooLarge, parse_size
+from nbdqcow.units import SizeTooLarge, parse_size, size_expected
 
 MAX_AMOUNT: Final = (1 << 63) - 1
 PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
@@ -133,11 +133,7 @@ def convert_option(name: str, kind: str, value: str) -> OptionValue:
             except SizeTooLarge:
                 pass
             except ValueError:
-                raise ImageError(
-                    f"Parameter '{name}' expects a non-negative number below 2^64\n"
-                    "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, "
-                    "tera-, peta-\nand exabytes, respectively."
-                ) from None
+                raise ImageError(size_expected(name)) from None
         case "num":
             try:
                 number = int(value, 0)

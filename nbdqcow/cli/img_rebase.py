@@ -17,6 +17,7 @@ from nbdqcow.cli.img_options import check_cache, check_compression, parse_argume
 from nbdqcow.cli.img_run import ProgressLine, run_command
 from nbdqcow.errors import BlockError, ImageError, NotSupported, UsageError
 from nbdqcow.jobs.control import JobControl
+from nbdqcow.jobs.errors import CopyError
 from nbdqcow.jobs.rebase import rebase
 
 _LONG: Final = {
@@ -125,7 +126,14 @@ class _Change:
             if len(os.fsencode(self._base or "")) > _MAX_NAME_BYTES:
                 self._fail(os.strerror(errno.EINVAL))
             if not self._unsafe:
-                await self._copy(node, sources, JobControl(progress))
+                try:
+                    await self._copy(node, sources, JobControl(progress))
+                except CopyError as exc:
+                    if exc.action != "writing":
+                        raise
+                    raise ImageError(
+                        f"Error while writing to COW image: {exc.reason}"
+                    ) from None
             await self._change_header(node)
             progress.show(100)
         return 0

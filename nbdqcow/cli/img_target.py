@@ -142,8 +142,8 @@ class NewImage:
         self, tool: FormatTool, values: Mapping[str, OptionValue], secrets: Secrets
     ) -> None:
         plan = tool.prepare(values, secrets=secrets)
-        create_data_file(tool, plan, self._final or self.path)
         preallocation = values.get("preallocation")
+        create_data_file(tool, plan, self._final or self.path, preallocation)
         write_image(tool, plan, self.path, self.filename, preallocation)
 
     def rename_in(self, text: str) -> str:

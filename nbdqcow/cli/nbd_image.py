@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from nbdqcow.block.image_options import JSON_PREFIX, parse_json_name
 from nbdqcow.block.node import Node
+from nbdqcow.block.registry import format_driver
 from nbdqcow.block.storage import FileRole
 from nbdqcow.cli.images import open_node
 from nbdqcow.cli.nbd_options import Settings
@@ -63,6 +64,12 @@ def _take_options(settings: Settings, objects: "Objects") -> tuple[str, dict[str
         **options.get("driver_options", {}),
         "explicit_zeroes": True,
     }
+    if (format_ := options.get("format")) is not None:
+        try:
+            # Before anything is opened.
+            format_driver(format_)
+        except ImageError as exc:
+            _fail(name, str(exc))
     options["secrets"] = lambda name: objects.secret(name).encode()
     if settings.image_opts:
         from nbdqcow.block.image_options import parse_pairs
@@ -105,7 +112,6 @@ def _take_options(settings: Settings, objects: "Objects") -> tuple[str, dict[str
 async def _open_window(node: Node, offset: int) -> Node:
     """Return what is behind ``offset`` in a disk, as a disk. Raises `ImageError`."""
     from nbdqcow.block.node_storage import NodeStorage
-    from nbdqcow.block.registry import format_driver
 
     driver = await format_driver("raw").open(
         NodeStorage(node), read_only=node.read_only, options={"offset": offset}

@@ -1,14 +1,16 @@
 """The command line of ``nbdqcow-nbd``: the options of qemu-nbd."""
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from nbdqcow.cli.getopt_long import getopt_long
 from nbdqcow.cli.messages import program_name
 from nbdqcow.errors import UsageError
+from nbdqcow.units import size_expected
 
 if TYPE_CHECKING:
     from nbdqcow.cli.objects import Objects
@@ -222,12 +224,14 @@ def parse_arguments(
     """Return what ``arguments`` ask for; ``activated`` are the sockets that the
     service manager has opened for us. Raises `UsageError`, `CredentialsError` for
     an ``--object``, and `Answered` if one asked which there are."""
+    long = {k: v or k.rstrip("=") for k, v in _LONG.items()}
+    fault: UsageError | None = None
+    operands: list[str] = []
     try:
-        options, operands = getopt_long(
-            arguments, _SHORT, {k: v or k.rstrip("=") for k, v in _LONG.items()}
-        )
+        options, operands = getopt_long(arguments, _SHORT, long)
     except UsageError as exc:
-        raise TryHelp(str(exc)) from None
+        # What is wrong with an option before that one is told first.
+        fault, options = TryHelp(str(exc)), _options_before_fault(arguments, long)
     settings = Settings(activated=activated)
     for name, value in options:
         if name in _REFUSED:
@@ -237,8 +241,19 @@ def parse_arguments(
             return settings
         _apply(settings, name, value)
         settings.given.add(name)
+    if fault is not None:
+        raise fault
     _check(settings, operands)
     return settings
+
+
+def _options_before_fault(
+    arguments: list[str], long: Mapping[str, str]
+) -> list[tuple[str, str]]:
+    for end in range(len(arguments) - 1, 0, -1):
+        with contextlib.suppress(UsageError):
+            return getopt_long(arguments[:end], _SHORT, long)[0]
+    return []
 
 
 def _apply(settings: Settings, name: str, value: str) -> None:
@@ -367,11 +382,7 @@ def _check(settings: Settings, operands: list[str]) -> None:
     (settings.filename,) = operands
     offset = settings.open_options.get("driver_options", {}).get("offset", 0)
     if offset >= _OFFSET_LIMIT:
-        raise UsageError(
-            "Parameter 'offset' expects a non-negative number below 2^64\n"
-            "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-,"
-            " peta-\nand exabytes, respectively."
-        )
+        raise UsageError(size_expected("offset"))
     if settings.activated:
         _check_activation(settings)
     elif settings.device is not None and settings.socket is None:

@@ -25,7 +25,7 @@ from nbdqcow.filters.rules import (
     rules_of_pairs,
 )
 from nbdqcow.types import Buffer, Buffers
-from nbdqcow.units import MiB, parse_size
+from nbdqcow.units import MiB, parse_size, size_expected
 
 _LIMITS: Final = (
     *("align", "max-transfer", "opt-write-zero", "max-write-zero"),
@@ -237,9 +237,9 @@ def _take_limit(pairs: dict[str, str], name: str) -> int:
     if text is None:
         return 0
     try:
-        value = parse_size(text)
-    except ValueError as exc:
-        raise ImageError(f"Parameter '{name}': {exc}") from None
+        value = parse_size(text, limit=1 << 64)
+    except ValueError:
+        raise ImageError(size_expected(name)) from None
     if value > _LARGEST.get(name, _LARGEST_OF_OTHERS):
         raise ImageError(f"Cannot meet constraints with {name} {value}")
     return value

@@ -31,8 +31,15 @@ class RawDriver(FormatDriver):
     cluster_size = 1
 
     def __init__(
-        self, storage: StorageDriver, *, read_only: bool, offset: int, size: int
+        self,
+        storage: StorageDriver,
+        *,
+        read_only: bool,
+        offset: int,
+        size: int,
+        fixed: bool = False,
     ) -> None:
+        """``fixed``: the size can't change, for others use what is behind it."""
         self.storage = self.data = storage
         self.size = size
         self.read_only = read_only
@@ -42,7 +49,7 @@ class RawDriver(FormatDriver):
         # Nobody begins to write any more.
         self._frozen = read_only
         self._offset = offset
-        self._is_window = offset + size != storage.length
+        self._is_fixed = fixed
         # Stretches of the file from an offset on, and where each ends: who asks
         # for one asks for those behind it, and each costs a hop to a thread.
         self._known_from = 0
@@ -58,7 +65,8 @@ class RawDriver(FormatDriver):
         Raises `ImageError` if the window is not within the file.
         """
         offset, size = parse_window(options, storage.length)
-        return cls(storage, read_only=read_only, offset=offset, size=size)
+        fixed = options.get("size") is not None
+        return cls(storage, read_only=read_only, offset=offset, size=size, fixed=fixed)
 
     def try_map(self, offset: int, length: int) -> Run | None:
         """All of it counts as data here: holes read as fast."""
@@ -140,14 +148,20 @@ class RawDriver(FormatDriver):
         finally:
             self._writers.leave_in_place(epoch)
 
+    def room(self) -> int:
+        """See `FormatDriver.room`."""
+        if self._is_fixed or not self.storage.resizable:
+            return self.size
+        return max(self.size, self.storage.room() - self._offset)
+
     async def resize(self, size: int, *, preallocation: str = "off") -> None:
         """Set the file's length. Raises `BlockError`."""
         if not self.storage.resizable:
             raise NotSupported("Image format driver does not support resize")
         if preallocation == "metadata":
             raise NotSupported("Unsupported preallocation mode: metadata")
-        if self._is_window:
-            raise NotSupported("Cannot resize a raw image that is part of its file")
+        if self._is_fixed:
+            raise NotSupported("Cannot resize fixed-size raw disks")
         if size < self.size and preallocation != "off":
             raise BlockError(
                 errno.EINVAL, "Preallocation can only be used for growing images"

@@ -1,5 +1,6 @@
 """What commands do with raw images: describe, measure and create."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -76,8 +77,9 @@ class RawTool(FormatTool):
             file.write_zeroes(0, plan.length)
         elif plan.length and not file.is_device:
             # Who opens the file past the page cache finds out with its first
-            # block what a block is. QEMU does, and writes one, too.
-            file.write_zeroes(0, min(plan.length, _FIRST_BLOCK))
+            # block what a block is. QEMU does, and writes one, too, if it can.
+            with contextlib.suppress(OSError):
+                file.write_zeroes(0, min(plan.length, _FIRST_BLOCK))
         file.truncate(plan.length)
         if plan.preallocation == "full":
             # What is asked for is blocks of the disk, not of page cache.

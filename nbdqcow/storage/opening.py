@@ -96,9 +96,17 @@ def open_blocking(filename: str, flags: int) -> int:
 
 
 def _check_kind(filename: str, status: os.stat_result, flags: int) -> None:
-    if stat.S_ISDIR(status.st_mode) and flags & os.O_ACCMODE != os.O_RDONLY:
+    reason = 0
+    if stat.S_ISDIR(status.st_mode):
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            reason = errno.EISDIR
+        elif not os.access(filename, os.R_OK, effective_ids=True):
+            reason = errno.EACCES
+    elif stat.S_ISSOCK(status.st_mode):
+        reason = errno.ENXIO
+    if reason:
         # As open(2) has it.
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        raise OSError(reason, os.strerror(reason))
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
         raise ImageError(
             f"Could not open '{filename}': 'file' driver requires '{filename}' to be a"

@@ -1,5 +1,6 @@
 """Opening a file that is open with other rights, under the same number."""
 
+import contextlib
 import fcntl
 import os
 
@@ -48,6 +49,8 @@ def _replace_blocking(fd: int, other: int, locked: bool) -> None:
     try:
         os.dup2(other, fd, inheritable=False)
         if locked:
-            locks.release_blocking(old, locks.NOTHING)
+            # The file has been replaced: its last locks end with that read.
+            with contextlib.suppress(OSError):
+                locks.release_blocking(old, locks.NOTHING)
     finally:
         os.close(old)

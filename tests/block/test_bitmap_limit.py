@@ -12,6 +12,7 @@ import pytest
 from nbdqcow import open_image
 from nbdqcow.block.node import Node
 from nbdqcow.errors import BlockError, ImageError
+from nbdqcow.formats.qcow2 import bitmap as bitmap_module
 from nbdqcow.formats.qcow2 import driver as driver_module
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.storage.memory import MemoryStorage
@@ -23,10 +24,10 @@ TiB = 1 << 40
 LIMIT = 1024 * MiB
 
 
-def image_with_bitmaps(nb: int, size: int) -> bytes:
+def image_with_bitmaps(nb: int, size: int, cluster_bits: int = 16) -> bytes:
     """Return an image with ``nb`` bitmaps of a bit for 512 bytes, all ones, whose
     tables are one and the same."""
-    made = ImageBuilder(size, cluster_bits=16)
+    made = ImageBuilder(size, cluster_bits=cluster_bits)
     nb_table = size // 512 // 8 // made.cluster_size
     table = made.allocate(nb_table * 8, struct.pack(">Q", 1) * nb_table)
     data = b"".join(
@@ -136,9 +137,18 @@ async def test_marking_much_gives_others_turns(monkeypatch, cancelled):
     await node.close()
 
 
+@pytest.mark.parametrize(
+    ("nb", "size", "cluster_bits", "least"),
+    [(2, TiB // 8, 16, 12), (1, TiB // 64, 12, 50)],
+    ids=["bits", "table"],
+)
 @pytest.mark.asyncio
-async def test_opening_large_bitmaps_gives_others_turns():
-    storage = MemoryStorage(image_with_bitmaps(2, TiB // 8))
+async def test_opening_large_bitmaps_gives_others_turns(
+    nb, size, cluster_bits, least, monkeypatch
+):
+    """There may be many bits in a bitmap, or many words in its table."""
+    monkeypatch.setattr(bitmap_module, "_TURN_WORDS", 16)
+    storage = MemoryStorage(image_with_bitmaps(nb, size, cluster_bits))
     opening = asyncio.create_task(
         Qcow2Driver.open(storage, read_only=False, options={})
     )
@@ -146,5 +156,5 @@ async def test_opening_large_bitmaps_gives_others_turns():
     while not opening.done():
         await asyncio.sleep(0)
         nb_turns += 1
-    assert nb_turns > 12
+    assert nb_turns > least
     await (await opening).close()

@@ -273,7 +273,7 @@ async def test_zeroes_and_discards_are_cut(tmp_path):
             {"opt-discard": 1024, "max-discard": 512},
             "Cannot meet constraints with max-discard 512",
         ),
-        ({"max-transfer": "x"}, "Parameter 'max-transfer': invalid size 'x'"),
+        ({"max-transfer": "x"}, "Parameter 'max-transfer' expects a non-negative"),
         ({"foo": 1}, "Block protocol 'blkdebug' doesn't support the option 'foo'"),
     ],
 )

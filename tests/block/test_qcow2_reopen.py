@@ -247,6 +247,47 @@ async def test_a_disk_that_fails_leaves_all_as_it_was(tmp_path, monkeypatch):
                 assert node.dirty_bitmaps["b"].bits[0] & 1
 
 
+@pytest.mark.parametrize("read_only", [True, False])
+@pytest.mark.asyncio
+async def test_the_way_back_may_fail_too(tmp_path, monkeypatch, read_only):
+    """Then the image takes no writes, says so, and both ways can be tried again."""
+    path = create(tmp_path / "image")
+
+    async with open_image(path, format="qcow2", read_only=not read_only) as node:
+        driver = node.driver
+
+        def refuse(one, what, text):
+            sound = one.reopen
+
+            async def reopen(*, read_only):
+                if read_only == what:
+                    raise OSError(errno.EIO, text)
+                await sound(read_only=read_only)
+
+            monkeypatch.setattr(one, "reopen", reopen)
+
+        refuse(driver.storage, True, "stays writable")
+        refuse(driver, False, "stays read-only")
+        first = "stays writable" if read_only else "stays read-only"
+        with pytest.raises(OSError, match=first):
+            await node.reopen(read_only=read_only)
+        assert node.read_only
+        assert not driver.storage.read_only
+        with pytest.raises(BlockError):
+            await node.pwrite(0, b"x")
+        for wanted in (True, False):
+            with pytest.raises(OSError, match="stays"):
+                await node.reopen(read_only=wanted)
+            assert node.read_only
+        monkeypatch.undo()
+        await node.reopen(read_only=True)
+        assert driver.storage.read_only
+        await node.reopen(read_only=False)
+        await node.pwrite(0, b"x" * 512)
+        assert bytes(await node.pread(0, 2)) == b"xx"
+    sound(path)
+
+
 @pytest.mark.parametrize("dirty", [False, True])
 @pytest.mark.asyncio
 async def test_what_is_built_upon_is_durable(tmp_path, monkeypatch, dirty):

@@ -67,6 +67,32 @@ def test_qemu_lists_applies_and_deletes_ours(tmp_path, version):
     assert content(path) == one
 
 
+def test_new_tables_take_no_space_for_zeroes_at_their_end(tmp_path):
+    """The disk may be nearly full. Where other things were, zeroes are written."""
+    path = create(tmp_path / "a")
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite(0, b"1" * MiB)
+            await node.flush()
+            before = path.stat().st_blocks * 512
+            await node.driver.snapshot_create("first")
+            assert path.stat().st_blocks * 512 - before < 32 << 10
+            await node.pwrite(MiB, b"\xff" * 2 * MiB)
+            await node.flush()
+            await node.discard(MiB, 2 * MiB)
+            await node.flush()
+            await node.driver.tasks.settle()
+            await node.driver.snapshot_create("second")
+            await node.driver.snapshot_delete("first")
+            await node.driver.snapshot_apply("second")
+
+    asyncio.run(run())
+    check(path)
+    assert path.stat().st_size % 65536 == 0
+    assert content(path) == b"1" * MiB + bytes(3 * MiB)
+
+
 def test_we_apply_and_delete_those_of_qemu(tmp_path):
     path = create(tmp_path / "a")
     write = ("qemu-io", "-f", "qcow2", str(path), "-c")

@@ -3,6 +3,7 @@ it stays taken, and what is in memory is what is on disk.
 """
 
 import asyncio
+import contextlib
 import errno
 import logging
 
@@ -108,6 +109,52 @@ def test_a_failed_operation_leaves_nothing_behind(operation, caplog):
     while asyncio.run(fail_one_call(operation, number)):
         number += 1
     assert number > 3
+
+
+async def until_done(work):
+    while True:
+        with contextlib.suppress(OSError):
+            await work()
+            break
+
+
+async def discard_and_flush(node):
+    await node.discard(0, 6 * SECTOR)
+    await node.flush()
+
+
+@pytest.mark.parametrize("nb_failures", [1, 2, 3])
+@pytest.mark.parametrize(
+    "work",
+    [discard_and_flush, lambda node: node.driver.snapshot_delete("old")],
+    ids=["discard", "snapshot"],
+)
+def test_what_can_not_be_given_back_now_is_later(work, nb_failures, caplog):
+    """Its refcount block can't be read for a while: nobody tried again."""
+    caplog.set_level(logging.CRITICAL)
+
+    async def run(number):
+        node, storage, memory = await opened(await with_snapshot())
+        node.driver.refcounts.turn()
+        block = node.driver.refcounts.table[0]
+        storage.rules = [
+            Rule(kinds=[READ], first=block, end=block + SECTOR, skip=number,
+                 count=nb_failures),
+        ]  # fmt: skip
+        await until_done(lambda: work(node))
+        await node.driver.tasks.settle()
+        # Not to be taken for free, whatever else is written meanwhile.
+        await until_done(lambda: node.pwrite(0, b"3" * 3 * SECTOR))
+        reached = storage.nb_faults > 0
+        await node.close()
+        assert not storage.rules[0].count or not reached
+        look(memory, leaks=False)
+        return reached
+
+    number = 0
+    while asyncio.run(run(number)):
+        number += 1
+    assert number
 
 
 def test_a_bitmap_that_could_not_be_removed_knows_of_writes():

@@ -1,13 +1,17 @@
 """Sizes at the limits, and disks without space, given to qemu-img and to us."""
 
+import contextlib
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import find_tool
 from tests.interop.img_programs import run_ours, run_theirs
 from tests.small_disk import remount, small_disk
 
+ONE = "--object secret,id=s,data=one"
 SIZES = (
     *("9223372036854775807", "9223372036854775296", "9223372036854774784"),
     *("9223372035781033984", "9223372035781033473", "8191P", "8E", "1P"),
@@ -52,6 +56,44 @@ def test_no_space_for_preallocation(format_: str, mode: str, tiny: Path) -> None
                 (tiny / "x").unlink(missing_ok=True)
     assert said[3:] == said[:3]
     assert said[3][0] == said[5][0] == 1
+
+
+def test_other_lines_without_space(tiny: Path, tmp_path_factory) -> None:
+    """QEMU's words, and nothing is left of what could not be made."""
+    sources = tmp_path_factory.mktemp("sources")
+    over, r = sources / "over.qcow2", sources / "r.raw"
+    base = sources / "base.qcow2"
+    run_theirs("create -f qcow2 base.qcow2 4M", sources)
+    write = ["-f", "qcow2", "-c", "write -P 1 0 4M", str(base)]
+    subprocess.run([find_tool("qemu-io"), *write], check=True, capture_output=True)
+    run_theirs(f"create -f qcow2 -b {base} -F qcow2 over.qcow2", sources)
+    run_theirs("create -f raw r.raw 1000k", sources)
+    said: list[object] = []
+    for run in (run_theirs, run_ours):
+        for free, line in (
+            (0, "create -f raw x 3M"),
+            (0, "create -f qcow2 x 3M"),
+            (0, f"create {ONE} -f luks -o key-secret=s,iter-time=10 x 3M"),
+            (900, "create -f qcow2 -o cluster_size=512,preallocation=metadata x 256M"),
+            (900, "create -f qcow2 -o data_file=d,preallocation=full x 3M"),
+            (900, "create -f qcow2 -o data_file=d,preallocation=falloc x 3M"),
+            (500, "rebase -b '' over.qcow2"),
+            (500, "resize -f raw --preallocation=full r.raw 5M"),
+        ):
+            for source in (over, r):
+                if source.name in line:
+                    subprocess.run(["cp", "--sparse=always", source, tiny], check=True)
+            with (tiny / "fill").open("wb") as file, contextlib.suppress(OSError):
+                file.write(bytes((1024 - free) << 10))
+            said.append((line, run(line, tiny)))
+            left = {p.name: p.stat().st_size for p in tiny.iterdir() if p.is_file()}
+            said.append({n: left[n] for n in ("x", "d", r.name) if n in left})
+            for path in tiny.iterdir():
+                if path.is_file():
+                    path.unlink()
+    half = len(said) // 2
+    assert said[half:] == said[:half]
+    assert not (tiny / "d").exists()
 
 
 def test_convert_of_a_disk_that_no_file_system_takes(tmp_path: Path) -> None:

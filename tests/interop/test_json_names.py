@@ -47,6 +47,33 @@ def directory(tmp_path):
         'resize \'json:{"driver":"qcow2","file.filename":"overlay"}\' 2M',
         "info \"json:{'driver':'qcow2','file.filename':'overlay'}\"",
         "info --image-opts driver=qcow2,file.filename=overlay,foo=1",
+        # Values of other kinds, and no values.
+        *(
+            f'info \'json:{{"driver":"{driver}",{option},"file.filename":"base"}}\''
+            for driver, option in (
+                ("raw", '"size":1.5'),
+                ("raw", '"size":true'),
+                ("raw", '"size":1024e0'),
+                ("raw", '"offset":"1k"'),
+                ("raw", '"size":18446744073709551615'),
+                ("qcow2", '"l2-cache-size":-1'),
+                ("qcow2", '"l2-cache-size":"x"'),
+                ("qcow2", '"l2-cache-size":null'),
+                ("qcow2", '"cache-clean-interval":"1k"'),
+                ("qcow2", '"cache-clean-interval":5000000000'),
+                ("qcow2", '"read-only":"true"'),
+                ("qcow2", '"read-only":null'),
+                ("qcow2", '"overlap-check":1e3'),
+                ("qcow2", '"detect-zeroes":false'),
+                ("qcow2", '"detect-zeroes":1.5'),
+                ("qcow2", '"discard":1.5'),
+                ("qcow2", '"foo":null'),
+                ("qcow2", '"file.locking":1.5'),
+                ("qcow2", '"file.locking":null'),
+                ("qcow2", '"file.discard":"x"'),
+                ("qcow2", '"file.cache.direct":"x"'),
+            )
+        ),
         "map --image-opts driver=raw,file.driver=foo,file.filename=overlay",
         "info null-co://",
         "info --output=json null-aio:x",

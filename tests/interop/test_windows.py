@@ -12,6 +12,7 @@ import pytest
 from nbdqcow.block.open import open_image
 from nbdqcow.errors import BlockError, ImageError
 from tests.conftest import find_tool
+from tests.interop.img_beside_qemu import VARYING
 from tests.interop.img_programs import run_ours, run_theirs
 
 MiB = 1 << 20
@@ -92,6 +93,51 @@ async def test_writes_stay_in_the_window(directory, monkeypatch):
         assert bytes(await node.pread(998, 11)) == b"skchangedkd"
 
 
+WINDOW = "driver=qcow2,file.driver=raw,file.file.filename=archive,file.offset=1536"
+
+
+@pytest.mark.parametrize("window", ["", ",file.size=393216", ",file.size=397312"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "bench -w -c 12 -s 64k -S 64k --image-opts {}",
+        "convert -n --target-image-opts full.raw {}",
+        "resize --preallocation=falloc --image-opts {} 2M",
+        "resize --preallocation=full --image-opts {} 2M",
+        "resize --image-opts {} 900G",
+        "snapshot -c s --image-opts {}",
+        "resize --image-opts driver=raw,offset=1536,file.filename=archive{} 2M",
+    ],
+)
+def test_grows_where_its_file_ends(tmp_path, line, window):
+    """What is behind a window of a certain size is never written to."""
+    (tmp_path / "full.raw").write_bytes(b"full" * (MiB // 4))
+    (tmp_path / "half.raw").write_bytes(b"half" * (MiB // 64) + bytes(MiB * 15 // 16))
+    run_theirs("convert -O qcow2 half.raw half.qcow2", tmp_path)
+    image = (tmp_path / "half.qcow2").read_bytes()
+    assert len(image) == 393216
+    behind = b"next" * 1024 if window else b""
+    if "driver=raw,offset" in line:
+        line = line.format(window.replace("file.", ""))
+    line = line.format(WINDOW + window)
+    said = []
+    for run in (run_theirs, run_ours):
+        (tmp_path / "archive").write_bytes(bytes(START) + image + behind)
+        status, out, err = run(line, tmp_path)
+        after = (tmp_path / "archive").read_bytes()
+        assert after[:START] == bytes(START)
+        if window == ",file.size=393216":
+            assert after[START + len(image) :] == behind
+        check = run_theirs(f"check --image-opts {WINDOW}{window}", tmp_path)
+        assert check[0] == 0 or (status and check[0] == 3)
+        said.append((status, VARYING.sub(b"", out), err))
+    assert said[1][:2] == said[0][:2]
+    # What failed within qcow2, QEMU says more closely.
+    assert bool(said[1][2]) == bool(said[0][2])
+    if "driver=qcow2" not in line or not line.startswith("resize"):
+        assert said[1][2].splitlines()[:1] == said[0][2].splitlines()[:1]
+
+
 @pytest.mark.asyncio
 async def test_an_image_that_needs_more_than_its_window(directory, monkeypatch):
     """Small writes, which take new clusters and are done at once where they can be."""
@@ -99,7 +145,7 @@ async def test_an_image_that_needs_more_than_its_window(directory, monkeypatch):
     before = (directory / "archive").read_bytes()
     size = (directory / "disk.qcow2").stat().st_size
     node = await open_image(member(directory))
-    with pytest.raises(OSError, match="no room left"):
+    with pytest.raises(OSError, match="No space left"):
         for offset in range(MiB // 2, MiB, 64 << 10):
             data = b"more" * 1000
             if not node.try_pwrite(offset, data):

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import struct
+from array import array
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from types import MappingProxyType
@@ -46,6 +47,9 @@ _ALL_ONES: Final = 1
 _BITMAPS: Final = struct.Struct(">IIQQ")
 _TURN_BYTES: Final = 4 * MiB
 """Of a bitmap that is read or stored, before others get a turn at the event loop."""
+
+_TURN_WORDS: Final = 4096
+"""Of a bitmap's table that are looked at, before the same."""
 
 _Clusters: TypeAlias = list[tuple[int, int]]
 """Ranges of host clusters: the first one, and how many there are."""
@@ -141,19 +145,21 @@ class Bitmaps:
         bitmap.mask_end()
         return length
 
-    async def _read_table(self, entry: BitmapEntry) -> list[int]:
+    async def _read_table(self, entry: BitmapEntry) -> "array[int]":
         length = entry.table_entries * 8
         file_end = round_up(self._image.storage.length, self._image.cluster_size)
         if length > _MAX_TABLE_BYTES or entry.table_offset + length > file_end:
             raise ImageError(f"Bitmap '{entry.name}' has an invalid table")
         data = await self._image.storage.pread(entry.table_offset, length)
-        table = load_be64(data).tolist()
-        for word in table:
-            offset = word & OFFSET_MASK
-            if offset & (self._image.cluster_size - 1) or (
-                word & ~OFFSET_MASK & ~_ALL_ONES or (offset and word & _ALL_ONES)
-            ):
-                raise ImageError(f"Bitmap '{entry.name}' has an invalid table")
+        table = load_be64(data)
+        for start in range(0, len(table), _TURN_WORDS):
+            for word in table[start : start + _TURN_WORDS]:
+                offset = word & OFFSET_MASK
+                if offset & (self._image.cluster_size - 1) or (
+                    word & ~OFFSET_MASK & ~_ALL_ONES or (offset and word & _ALL_ONES)
+                ):
+                    raise ImageError(f"Bitmap '{entry.name}' has an invalid table")
+            await asyncio.sleep(0)
         return table
 
     async def _note_metadata(self, entries: list[BitmapEntry]) -> None:
@@ -169,8 +175,17 @@ class Bitmaps:
         first = entry.table_offset >> bits
         ranges = [(first, -(-entry.table_entries * 8 // size))]
         table = await self._read_table(entry)
-        offsets = [word & OFFSET_MASK for word in table]
-        return ranges + [(offset >> bits, 1) for offset in offsets if offset]
+        for start in range(0, len(table), _TURN_WORDS):
+            for word in table[start : start + _TURN_WORDS]:
+                if not (index := (word & OFFSET_MASK) >> bits):
+                    continue
+                first, nb_clusters = ranges[-1]
+                if index == first + nb_clusters:
+                    ranges[-1] = first, nb_clusters + 1
+                else:
+                    ranges.append((index, 1))
+            await asyncio.sleep(0)
+        return ranges
 
     def _directory_clusters(self) -> tuple[int, int]:
         extension = self._image.header.bitmaps

@@ -136,6 +136,7 @@ class Qcow2Driver(Operations):
             settings.refcount_cache_bytes,
         )
         self.refcounts.note_used = self.note_used
+        self.refcounts.put_off = self._free_later
         self.compressed = CompressedClusters(self, settings.compressed_cache_bytes)
         self.writeback = Writeback(self)
         end = round_up(storage.length, self.cluster_size)
@@ -519,6 +520,9 @@ class Qcow2Driver(Operations):
         """Return what was freed so far; the image starts a new list."""
         freed, self.freed = self.freed, Freed(self.settings.discard_other)
         return freed
+
+    def _free_later(self, cluster_index: int, nb_clusters: int) -> None:
+        self.freed.add(cluster_index, nb_clusters, False)
 
     def start_writeback_if_due(self) -> None:
         """Begin a write-back if much freed space waits for one."""

@@ -27,7 +27,7 @@ from nbdqcow.errors import CorruptImage
 from nbdqcow.formats.qcow2.entries import OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_COPIED
 from nbdqcow.formats.qcow2.new_counts import NewCounts, runs
 from nbdqcow.formats.words import dump_be64
-from nbdqcow.units import MiB
+from nbdqcow.units import SECTOR_SIZE, MiB, round_up
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
@@ -65,6 +65,7 @@ class Generation:
         self._taken: list[tuple[int, int]] = []
         self._spares: list[int] = []
         self._old: list[tuple[int, int]] = []
+        self._zero_from = image.reads_zero_from
         self._counts: NewCounts
 
     # -- room ------------------------------------------------------------
@@ -100,7 +101,9 @@ class Generation:
             self.replaces(self._table_offset, table_clusters * size)
         self._spares.reverse()
         await image.writeback.commit_alone()
-        self._counts = NewCounts(image.storage, refcounts, self._take_spare)
+        self._counts = NewCounts(
+            image.storage, refcounts, self._take_spare, self._write_new
+        )
         # Whoever waits to drop them may turn its list round meanwhile.
         waiting = [r for freed in image.writeback.waiting for r in freed.ranges]
         for first, nb_clusters, _ in waiting:
@@ -216,8 +219,18 @@ class Generation:
         """Write an L2 table to a cluster of its own; return its L1 entry."""
         offset = self._take_spare() << self._image.cluster_bits
         self._image.storage.announce("l2_update")
-        await self._image.storage.pwritev(offset, [table.astype(">u8").tobytes()])
+        await self._write_new(offset, table.astype(">u8").tobytes())
         return offset | OFLAG_COPIED
+
+    async def _write_new(self, offset: int, data: bytes) -> None:
+        """Write clusters of tables for the first time. Zeroes at the end take no
+        space where nothing ever was: there may not be much left."""
+        image = self._image
+        image.note_used(offset + len(data))
+        if offset >= self._zero_from:
+            used = len(data.rstrip(b"\0"))
+            data = data[: max(SECTOR_SIZE, round_up(used, SECTOR_SIZE))]
+        await image.storage.pwritev(offset, [data])
 
     def _entries(self, table: Entries) -> Entries:
         """Return a view of the words of a table that name clusters."""
@@ -260,7 +273,7 @@ class Generation:
         image = self._image
         for first, nb_clusters in self._taken:
             image.metadata.difference_update(range(first, first + nb_clusters))
-            await image.refcounts.add(first, nb_clusters, -1)
+            await image.refcounts.give_back(first, nb_clusters)
 
     async def switch(self) -> None:
         """Make the generation valid, on disk and in memory."""
@@ -271,7 +284,7 @@ class Generation:
             storage.announce("l1_update")
             await storage.pwritev(self._l1_offset, [dump_be64(self.l1)])
             storage.announce("reftable_update")
-            await storage.pwritev(self._table_offset, [dump_be64(refcounts.table)])
+            await self._write_new(self._table_offset, dump_be64(refcounts.table))
             await image.writeback.flush_files()
         except BaseException:
             await self.abandon()
@@ -312,13 +325,7 @@ class Generation:
         for first, nb_clusters in self._old:
             image.metadata.difference_update(range(first, first + nb_clusters))
         for first, nb_clusters in self._old:
-            try:
-                await image.refcounts.add(first, nb_clusters, -1)
-            except CorruptImage:
-                raise
-            except OSError:
-                # The operation is done. They go with the next commit.
-                image.freed.add(first, nb_clusters, False)
+            await image.refcounts.give_back(first, nb_clusters)
         if refcounts.freed:
             nb_entries = image.refcounts.block_entries
             image.tasks.spawn(_drop(image, refcounts.freed, nb_entries))
@@ -362,7 +369,7 @@ async def _drop(
         async with image.lock:
             image.metadata.difference_update(clusters.tolist())
             for first, nb_clusters in ranges:
-                await refcounts.add(first, nb_clusters, -1)
+                await refcounts.give_back(first, nb_clusters)
 
 
 @contextlib.asynccontextmanager

@@ -2,7 +2,7 @@
 
 import asyncio
 import errno
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import numpy as np
@@ -34,7 +34,10 @@ class NewCounts:
         storage: StorageDriver,
         refcounts: Refcounts,
         take_cluster: Callable[[], int],
+        write_new: Callable[[int, bytes], Awaitable[None]],
     ) -> None:
+        """``take_cluster`` returns a cluster for a block, ``write_new`` is what
+        writes to it first, at its offset."""
         self._storage = storage
         self._cluster_bits = refcounts.cluster_bits
         self._cluster_size = refcounts.cluster_size
@@ -42,6 +45,7 @@ class NewCounts:
         self._max_count = refcounts.max_count
         self._block_entries = refcounts.block_entries
         self._take_cluster = take_cluster
+        self._write_new = write_new
         self._dtype = _DTYPES.get(self._order, np.uint8)
         in_memory = self._block_entries * np.dtype(self._dtype).itemsize
         self._max_blocks = max(4, _CACHE_BYTES // in_memory)
@@ -50,6 +54,7 @@ class NewCounts:
         self.freed: dict[int, bytes] = {}
         self._blocks: dict[int, npt.NDArray[np.unsignedinteger[npt.NBitBase]]] = {}
         self._were_used: dict[int, bytes] = {}
+        self._written: set[int] = set()
 
     async def add(self, clusters: "npt.NDArray[np.uint64]", change: int) -> None:
         """Add ``change`` (1 or -1) to the count of each cluster, as often as
@@ -151,7 +156,11 @@ class NewCounts:
                 data = pack_refcounts(counts.astype(np.uint64), self._order)
             else:
                 data = counts.astype(counts.dtype.newbyteorder(">")).tobytes()
-            await self._storage.pwritev(self.table[block_index], [data])
+            if block_index in self._written:
+                await self._storage.pwritev(self.table[block_index], [data])
+            else:
+                await self._write_new(self.table[block_index], data)
+                self._written.add(block_index)
 
     async def finish(self) -> None:
         """Write all blocks. Clusters that nothing names any more are noted in

@@ -10,6 +10,7 @@ Source: qcow2.txt, "Host cluster management".
 import asyncio
 import errno
 import heapq
+import os
 from array import array
 from collections.abc import Callable
 from typing import Final
@@ -66,6 +67,8 @@ class Refcounts:
             moves; taken inside the image's lock, or without it.
         note_used: told the host offset up to which blocks and tables are put: these
             stay in the file, whatever becomes of them.
+        put_off: told which clusters, first and how many, `give_back` could not
+            give back.
         packed_end: host offset where the last compressed cluster ends and
             the next one may begin; 0 if that one gets a new host cluster.
     """
@@ -91,6 +94,7 @@ class Refcounts:
         self.fresh: set[int] = set()
         self.table_lock = asyncio.Lock()
         self.note_used: Callable[[int], None] = lambda host_end: None
+        self.put_off: Callable[[int, int], None] = lambda first, nb_clusters: None
         self.packed_end = 0
         # So many clusters can be in the file, as far as is known.
         self._nb_fitting = 0
@@ -226,6 +230,16 @@ class Refcounts:
             if change < 0:
                 self._note_free(block_index, counts, first, last)
 
+    async def give_back(self, cluster_index: int, nb_clusters: int) -> None:
+        """Take 1 off the counts of clusters that nothing names any more, now or, if
+        they can't be read, with a later commit. Raises `CorruptImage`."""
+        try:
+            await self.add(cluster_index, nb_clusters, -1)
+        except CorruptImage:
+            raise
+        except OSError:
+            self.put_off(cluster_index, nb_clusters)
+
     def _check_change(self, index: int, counts: "array[int]", change: int) -> None:
         """Refuse to take counts, of clusters from ``index`` on, out of limits."""
         if change < 0 and 0 in counts:
@@ -314,7 +328,7 @@ class Refcounts:
         self.metadata.difference_update(clusters)
         for block_index, cluster_index in zip(block_indices, clusters, strict=True):
             if cluster_index // self.block_entries != block_index:
-                await self.add(cluster_index, 1, -1)
+                await self.give_back(cluster_index, 1)
         # What was listed as free may have no block now.
         self._scan_index = 0
         self._free_runs.clear()
@@ -393,7 +407,7 @@ class Refcounts:
             return
         self._nb_fitting = self.storage.room() >> self.cluster_bits
         if end > self._nb_fitting:
-            raise BlockError(errno.ENOSPC, "the image's file has no room left")
+            raise BlockError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _take(
         self, block_index: int, block: RefcountBlock, first: int, nb_clusters: int
@@ -637,4 +651,4 @@ class Refcounts:
         self.metadata.update(range(start, start + used))
         old_first = old_offset >> self.cluster_bits
         self.metadata.difference_update(range(old_first, old_first + old_clusters))
-        await self.add(old_first, old_clusters, -1)
+        await self.give_back(old_first, old_clusters)

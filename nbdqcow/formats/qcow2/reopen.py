@@ -5,6 +5,7 @@ postponed refcounts, bitmaps stored. To write again, they are in use again.
 """
 
 import errno
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from nbdqcow.block.storage import StorageDriver
@@ -72,7 +73,10 @@ async def start_writing(image: "Qcow2Driver") -> None:
         await image.prepare_for_writing()
         await image.bitmaps.begin_use(up_to_date=True)
     except BaseException:
-        await _reopen_others(image, read_only=True)
+        # What went wrong first is what is told. A data file that stays open for
+        # writing is not written to.
+        with suppress(OSError, ImageError):
+            await _reopen_others(image, read_only=True)
         raise
     image.set_read_only(False)
 

@@ -109,7 +109,7 @@ async def _move_l1(image: "Qcow2Driver", l1: "array[int]") -> None:
         await image.storage.pwritev(first << bits, [data])
         await image.storage.flush()
     except BaseException:
-        await image.refcounts.add(first, nb_clusters, -1)
+        await image.refcounts.give_back(first, nb_clusters)
         raise
     image.storage.announce("l1_grow_activate_table")
     await _switch(image, image.size, l1, first << bits)

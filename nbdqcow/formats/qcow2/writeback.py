@@ -15,7 +15,8 @@ flush on disk, leaves leaked clusters at worst:
 
 Step 6 also waits until no request is in flight that may still read or write
 such a cluster. Until then its count keeps it from being allocated, so no
-quarantine list is needed beside the counts.
+quarantine list is needed beside the counts. What can't be given back, since its
+refcount block can't be read, is tried again after the next commit.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ import contextlib
 from collections.abc import AsyncIterator, Iterable
 from typing import TYPE_CHECKING
 
+from nbdqcow.errors import CorruptImage
 from nbdqcow.formats.qcow2.refcount_codec import pack_counts
 from nbdqcow.formats.tasks import SharedCommits
 from nbdqcow.formats.words import dump_be64
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
 _SECTOR_WORDS = 512 // 8
+_NB_ATTEMPTS = 3
+"""To give back, before an image is closed, what could not be given back."""
 
 
 class Freed:
@@ -156,6 +160,7 @@ class Writeback:
         self._commits = SharedCommits(self._commit)
         self._dropping = asyncio.Lock()
         self.waiting: list[Freed] = []
+        self._told_of_error = False
         self._accurate_wanted = False
 
     async def flush(self, *, accurate: bool = False) -> None:
@@ -298,16 +303,29 @@ class Writeback:
         image = self.image
         await image.epochs.quiet()
         freed.ranges.reverse()
+        error: OSError | None = None
         try:
             while freed.ranges:
                 async with self._dropping:
                     # A snapshot operation may have seen to them all.
-                    if freed.ranges:
+                    if not freed.ranges:
+                        break
+                    try:
                         await self._drop_range(*freed.ranges[-1])
-                        freed.ranges.pop()
+                    except CorruptImage:
+                        raise
+                    except OSError as raised:
+                        # A block that can't be read now: with the next commit.
+                        error = raised
+                        image.freed.add(*freed.ranges[-1])
+                    freed.ranges.pop()
         finally:
             self.waiting.remove(freed)
-        self._trim_if_wanted()
+        told, self._told_of_error = self._told_of_error, error is not None
+        if error is None:
+            self._trim_if_wanted()
+        elif not told:
+            raise error
 
     async def _drop_range(self, index: int, nb_clusters: int, discard: bool) -> None:
         image = self.image
@@ -341,6 +359,10 @@ class Writeback:
         await self.image.tasks.settle()
         await self.flush()
         await self.image.tasks.settle()
-        await self.flush(accurate=True)
-        await self.image.tasks.settle()
+        for _ in range(_NB_ATTEMPTS):
+            await self.flush(accurate=True)
+            await self.image.tasks.settle()
+            # Nearly always there is nothing left: see `_drop_references`.
+            if not (self.image.freed.ranges or self.image.metadata_dirty):
+                break
         await self.image.mark_clean()

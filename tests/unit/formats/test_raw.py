@@ -69,10 +69,10 @@ async def test_windows(options: dict[str, object], offset: int, size: int):
             {"size": "1k"},
             r"The sum of offset \(0\) and size \(1024\) has to be smaller",
         ),
-        ({"size": -1}, "'size' of the raw image: invalid size '-1'"),
-        ({"offset": "-1"}, "'offset' of the raw image: invalid size '-1'"),
-        ({"offset": 1.5}, "'offset' of the raw image: invalid size '1.5'"),
-        ({"offset": "much"}, "'offset' of the raw image: invalid size 'much'"),
+        ({"size": -1}, "Parameter 'size' expects a non-negative number"),
+        ({"offset": "-1"}, "Parameter 'offset' expects a non-negative number"),
+        ({"offset": 1.5}, "Parameter 'offset' expects a non-negative number"),
+        ({"offset": "much"}, "Parameter 'offset' expects a non-negative number"),
     ],
 )
 async def test_refuses_windows_outside_the_file(

@@ -1,10 +1,12 @@
 import asyncio
+import contextlib
 import errno
 import fcntl
 import gc
 import os
 import random
 import resource
+import socket
 import stat
 import struct
 import threading
@@ -45,21 +47,34 @@ async def test_opens_and_closes_without_leaving_anything(directory: Path):
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize("cache", ["writeback", "none"])
-async def test_says_why_it_can_not_open(tmp_path: Path, cache: str):
+async def test_says_why_it_can_not_open(
+    tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+):
     fds = len(os.listdir("/proc/self/fd"))
     missing = str(tmp_path / "nope")
     with pytest.raises(ImageError) as caught:
         await FileStorage.open(missing, cache=cache)
     assert str(caught.value) == f"Could not open '{missing}': No such file or directory"
     os.mkfifo(tmp_path / "pipe")
-    for special in (tmp_path, tmp_path / "pipe", Path("/dev/null")):
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
+        listener.bind(str(tmp_path / "socket"))
+    for special in (
+        *(tmp_path, tmp_path / "pipe", tmp_path / "socket"),
+        Path("/dev/null"),
+    ):
         for read_only in (True, False):
             with pytest.raises(ImageError) as caught:
                 await FileStorage.open(str(special), cache=cache, read_only=read_only)
             reason = f"'file' driver requires '{special}' to be a regular file"
             if special == tmp_path and not read_only:
                 reason = "Is a directory"
+            elif special.name == "socket":
+                reason = "No such device or address"
             assert str(caught.value) == f"Could not open '{special}': {reason}"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *arguments, **options: False)
+        with pytest.raises(ImageError, match="Permission denied"):
+            await FileStorage.open(str(tmp_path), cache=cache, read_only=True)
     with pytest.raises(ImageError, match="embedded null"):
         await FileStorage.open("a\0b", cache=cache)
     with pytest.raises(ImageError, match="File name too long"):
