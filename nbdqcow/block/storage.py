@@ -69,6 +69,8 @@ class StorageDriver(ABC):
         inner: the file that this one is a filter over, if it is one.
         shows_context: True if a map of the file is to show a metadata context
             of the server's, `context_extents`, in the place of what is where.
+        tells_states: whether `context_extents` knows holes from zeroes that have a
+            place: then a map of the file as a disk shows that.
     """
 
     name: ClassVar[str]
@@ -81,6 +83,7 @@ class StorageDriver(ABC):
     defers_reads: ClassVar[bool] = False
     resizable: ClassVar[bool] = True
     shows_context: bool = False
+    tells_states: bool = False
     read_alignment: int = 1
     inner: "StorageDriver | None" = None
 
@@ -229,7 +232,8 @@ class StorageDriver(ABC):
         self, offset: int, length: int
     ) -> Sequence[tuple[int, int]]:
         """Return lengths and flags of the context that `shows_context` is
-        about, for at least the first byte of a range and at most all of it."""
+        about, else the ``STATE_*`` bits of `nbdqcow.block.status`, for at least
+        the first byte of a range and at most all of it."""
         raise AssertionError("this driver has no contexts")
 
     async def allocated_length(self) -> int | None:

@@ -97,7 +97,9 @@ async def _rows(
 ) -> AsyncIterator[tuple[list[Row], bool]]:
     """Yield rows, and whether some of them may continue others."""
     driver, backing = node.driver, node.backing
-    if driver.data.shows_context:
+    if driver.data.shows_context or (
+        driver.cluster_size == 1 and driver.data.tells_states
+    ):
         async for rows in _context_rows(node, start, end, depth):
             yield rows, True
         return
@@ -149,13 +151,14 @@ def _flags_of(driver: FormatDriver) -> list[int]:
 async def _context_rows(
     node: Node, start: int, end: int, depth: int
 ) -> AsyncIterator[list[Row]]:
-    """Yield what a metadata context says, with its flags as if they were those
-    of base:allocation: what a dirty bitmap marks is a hole that is no zero."""
+    """Yield what base:allocation says, or another metadata context, with its flags
+    as if they were those: what a dirty bitmap marks is a hole that is no zero."""
     storage = node.driver.data
     plain = IS_PRESENT | HAS_OFFSET
     flags_of = (plain | HAS_DATA, 0, plain | HAS_DATA | IS_ZERO, plain | IS_ZERO)
     while start < end:
-        (_, host_offset, length), *_ = await node.driver.runs(start, end - start)
+        run = node.driver.try_map(start, end - start)
+        _, host_offset, length = run or await node.driver.map(start, end - start)
         extents = await storage.context_extents(host_offset, length)
         rows: list[Row] = []
         for length, flags in extents:

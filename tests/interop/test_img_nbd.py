@@ -1,5 +1,6 @@
 """The image tool on exports of qemu-nbd, beside qemu-img on the same."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import find_tool, wait_until_listening
 from tests.interop.img_programs import run_ours, run_theirs
 
 MiB = 1 << 20
@@ -197,6 +199,44 @@ def test_nbd_is_a_format_too(directory):
             expected = run_theirs(line, directory)
             assert expected[0] == 0
             assert run_ours(line, directory) == expected
+
+
+@pytest.mark.parametrize("first", [0, 4096])
+def test_all_that_an_export_can_be(directory, first):
+    """Zeroes that have a place, and a hole that may be anything, too."""
+    size, step = 1 << 20, 192 << 10
+    extents = ["0", "hole,zero", "zero", "hole", "zero", "hole,zero"]
+    told = "; ".join(
+        f"echo {first + n * step} {step} {flags}" for n, flags in enumerate(extents)
+    )
+    socket = directory / "s"
+    line = [
+        find_tool("nbdkit"), "-f", "-U", socket, "eval", f"get_size=echo {size}",
+        "pread=head -c $3 /dev/zero", "can_extents=exit 0",
+        f"extents=echo 0 {first} zero; {told}",
+    ]  # fmt: skip
+    with subprocess.Popen(line) as process:
+        try:
+            wait_until_listening(socket, process)
+            uri = f"nbd+unix:///?socket={socket}"
+            server = f"file.server.type=unix,file.server.path={socket}"
+            window = f"driver=raw,offset=65536,file.driver=nbd,{server}"
+            for line in (
+                f"map --output=json {uri}",
+                f"map --output=json -s 200k -l 400k {uri}",
+                f"map --output=json --image-opts {window}",
+                f"create -f qcow2 -b {uri} -F raw top.qcow2 2M",
+                "map --output=json top.qcow2",
+            ):
+                assert run_ours(line, directory) == run_theirs(line, directory), line
+            # What convert copies is counted.
+            sizes = [
+                json.loads(run(f"measure --output=json -O qcow2 {uri}", directory)[1])
+                for run in (run_ours, run_theirs)
+            ]
+            assert sizes[0]["required"] - sizes[1]["required"] == step + 16 * first
+        finally:
+            process.terminate()
 
 
 def test_nobody_serves(directory):

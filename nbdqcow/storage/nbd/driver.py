@@ -128,6 +128,11 @@ class NbdStorage(StorageDriver):
         """Disconnect. Does not flush."""
         await self._client.close()
 
+    @property
+    def tells_states(self) -> bool:  # type: ignore[override]
+        """Whether the server does: one after a reconnect may be another."""
+        return self._client.has_status and not self.shows_context
+
     # -- reading -----------------------------------------------------------
 
     def try_pread(self, offset: int, length: int) -> bytes | None:
