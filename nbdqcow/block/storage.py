@@ -66,6 +66,8 @@ class StorageDriver(ABC):
         read_alignment: what is read begins and ends with a multiple of so many
             bytes in the file: it is open past the page cache.
         resizable: whether it can be given another length by who asks for it.
+        fixed_as: what has a length that nobody can set, in QEMU's word for it: an
+            image of just such a file is not resized. None for others.
         inner: the file that this one is a filter over, if it is one.
         shows_context: True if a map of the file is to show a metadata context
             of the server's, `context_extents`, in the place of what is where.
@@ -82,6 +84,7 @@ class StorageDriver(ABC):
     zero_beyond_end: bool
     defers_reads: ClassVar[bool] = False
     resizable: ClassVar[bool] = True
+    fixed_as: str | None = None
     shows_context: bool = False
     tells_states: bool = False
     read_alignment: int = 1

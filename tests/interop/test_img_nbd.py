@@ -273,6 +273,13 @@ def test_what_is_known_of_an_export(directory, format_):
         assert list(found.items()) == list(expected.items())
 
 
+@pytest.mark.parametrize("size", ["16M", "--shrink 4M", "4M", "8M"])
+def test_an_export_keeps_its_size(directory, size):
+    with nbdkit(directory, "memory", "8M") as uri:
+        line = f"resize -f raw {uri} {size}"
+        assert run_ours(line, directory) == run_theirs(line, directory)
+
+
 def test_an_error_of_the_server_s_is_told_by_its_name(directory):
     failing = ("--filter=error", "memory", "8M", "error-pwrite-rate=100%")
     with nbdkit(directory, *failing, "error-pwrite=ENOSPC") as uri:

@@ -44,6 +44,7 @@ class NbdStorage(StorageDriver):
     """
 
     name: ClassVar[str] = "nbd"
+    fixed_as = "NBD nodes"
 
     def __init__(self, client: Client, filename: str, *, read_only: bool) -> None:
         """Take over ``client``, which is connected. Use `open` instead.
