@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 from collections.abc import AsyncIterator
 from typing import Final
 
@@ -128,5 +129,6 @@ class ReadRequests(InlineRequests):
         if length and offset + length > self.size:
             raise BlockError(
                 error,
-                f"{self.filename} has {self.size} bytes: the request goes past them",
+                f"{os.strerror(error)} ({self.filename} has {self.size} bytes: the "
+                "request goes past them)",
             )

@@ -66,9 +66,13 @@ class StorageDriver(ABC):
         read_alignment: what is read begins and ends with a multiple of so many
             bytes in the file: it is open past the page cache.
         resizable: whether it can be given another length by who asks for it.
+        fixed_as: what has a length that nobody can set, in QEMU's word for it: an
+            image of just such a file is not resized. None for others.
         inner: the file that this one is a filter over, if it is one.
         shows_context: True if a map of the file is to show a metadata context
             of the server's, `context_extents`, in the place of what is where.
+        tells_states: whether `context_extents` knows holes from zeroes that have a
+            place: then a map of the file as a disk shows that.
     """
 
     name: ClassVar[str]
@@ -80,7 +84,9 @@ class StorageDriver(ABC):
     zero_beyond_end: bool
     defers_reads: ClassVar[bool] = False
     resizable: ClassVar[bool] = True
+    fixed_as: str | None = None
     shows_context: bool = False
+    tells_states: bool = False
     read_alignment: int = 1
     inner: "StorageDriver | None" = None
 
@@ -234,7 +240,8 @@ class StorageDriver(ABC):
         self, offset: int, length: int
     ) -> Sequence[tuple[int, int]]:
         """Return lengths and flags of the context that `shows_context` is
-        about, for at least the first byte of a range and at most all of it."""
+        about, else the ``STATE_*`` bits of `nbdqcow.block.status`, for at least
+        the first byte of a range and at most all of it."""
         raise AssertionError("this driver has no contexts")
 
     async def allocated_length(self) -> int | None:

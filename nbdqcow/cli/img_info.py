@@ -5,7 +5,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, Final
 
-from nbdqcow.block.filter_names import shown_name
+from nbdqcow.block.filter_names import innermost, shown_name
+from nbdqcow.block.registry import is_remote
 from nbdqcow.block.tools import ImageInfo, SnapshotInfo, parse_window
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_names import GivenObjects, ImageName
@@ -32,6 +33,8 @@ _LONG: Final = {
     "cache=": "-t",
     "limits": "--limits",
 }
+_FILE_S_FORMATS: Final = frozenset(("raw", "luks"))
+"""Those of which QEMU tells no more than of the file; of an export that is nothing."""
 _MAX_BUFFERS: Final = 1024
 """Of one request, as Linux takes them (IOV_MAX)."""
 
@@ -162,7 +165,8 @@ def _as_json(image: OpenImage, info: ImageInfo) -> dict[str, Any]:
         values["encrypted"] = True
     if info.backing_filename is not None:
         values["backing-filename"] = info.backing_filename
-    values["dirty-flag"] = info.dirty
+    if info.format not in _FILE_S_FORMATS or not is_remote(innermost(image.filename)):
+        values["dirty-flag"] = info.dirty
     return values
 
 

@@ -102,15 +102,17 @@ async def _measure_image(
     json: bool,
 ) -> int:
     from nbdqcow.cli.img_nodes import open_node
+    from nbdqcow.jobs.bitmaps import bitmap_driver, has_bitmaps
     from nbdqcow.jobs.map import data_length
     from nbdqcow.jobs.status import disk_size
 
     node = await open_node(name, images, snapshot=snapshot)
     try:
-        size, driver = disk_size(node), node.driver
+        size = disk_size(node)
         bitmaps = None
-        if hasattr(driver, "bitmap_list"):
-            bitmaps = [(one.name, one.granularity) for one in driver.bitmap_list()]
+        if has_bitmaps(node):
+            found = bitmap_driver(node).bitmap_list()
+            bitmaps = [(one.name, one.granularity) for one in found]
         values = _parse(format_, text)
         cluster_size = int(values.get("cluster_size", _DEFAULT_CLUSTER))
         length = size

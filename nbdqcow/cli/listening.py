@@ -8,7 +8,7 @@ from typing import Any
 
 from nbdqcow.errors import UsageError
 from nbdqcow.server.server import Server
-from nbdqcow.server.sockets import inherited_socket
+from nbdqcow.server.sockets import SocketLabelError, inherited_socket
 
 _MAX_PATH_LENGTH = 107
 """Bytes of a unix socket's path on Linux, without its NUL."""
@@ -68,6 +68,7 @@ async def listen_unix(
     path: str,
     mode: int | None = None,
     owner: tuple[int, int] | None = None,
+    label: str | None = None,
 ) -> None:
     """Listen on a unix socket (`Server.listen_unix`). Raises `UsageError`."""
     if len(os.fsencode(path)) > _MAX_PATH_LENGTH:
@@ -76,7 +77,11 @@ async def listen_unix(
             f"Path must be less than {_MAX_PATH_LENGTH + 1} bytes"
         )
     try:
-        await server.listen_unix(path, mode=mode, owner=owner)
+        await server.listen_unix(path, mode=mode, owner=owner, label=label)
+    except SocketLabelError as exc:
+        raise UsageError(
+            f"Cannot set SELinux socket create context to {label}: {_reason(exc)}"
+        ) from None
     except OSError as exc:
         name = "@" + path[1:] if path.startswith("\0") else path
         raise UsageError(f"Failed to bind socket to {name}: {_reason(exc)}") from None

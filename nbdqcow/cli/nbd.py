@@ -231,7 +231,7 @@ async def _listen(server: "Server", settings: Settings) -> None:
         for fd, _ in settings.activated:
             await listen_fd(server, fd)
     elif settings.socket is not None:
-        await listen_unix(server, settings.socket)
+        await listen_unix(server, settings.socket, label=settings.socket_label)
     else:
         await _listen_tcp(server, settings)
 

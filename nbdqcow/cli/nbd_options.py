@@ -64,7 +64,6 @@ _LONG: Final = {
 # Options of qemu-nbd that are known and refused: what messages call them.
 _REFUSED: Final = {
     "T": "--trace is not supported: there are no trace points",
-    "selinux-label": "--selinux-label is not supported yet",
 }
 _PER_DEVICE: Final = frozenset(
     ("x", "D", "o", "A", "B", "f", "l", "n", "cache", "aio", "discard", "c", "d")
@@ -74,6 +73,7 @@ _SOCKET_OPTIONS: Final = {
     "k": "Unix socket",
     "b": "The interface",
     "p": "TCP port number",
+    "selinux-label": "SELinux label",
 }
 _CACHE_MODES: Final = {
     "none": "none",
@@ -105,6 +105,7 @@ The server:
   -p, --port=PORT            TCP port (default: 10809)
   -b, --bind=ADDRESS         address to listen on (default: 0.0.0.0)
   -k, --socket=PATH          listen on a unix socket instead
+      --selinux-label=LABEL  what SELinux knows that socket by
   -e, --shared=NUM           clients at a time, 0 for any number (default: 1)
   -t, --persistent           go on after the last client has left
       --handshake-limit=SECS seconds that a client's handshake may take, 0 for
@@ -153,8 +154,6 @@ The client:
       --tls-hostname=NAME    expect this name in the server's certificate
 
 Without -p, -b and -k, sockets that systemd has opened for the server are used.
-
-Not supported yet: --selinux-label.
 """
 
 
@@ -165,6 +164,7 @@ class Settings:
     Attributes:
         host, port: TCP address; the port may be a service's name.
         socket: path of a unix socket, which takes the place of TCP.
+        socket_label: its SELinux label; None leaves it to the kernel.
         shared: clients at a time; 0 is any number.
         handshake_limit: seconds; 0 is none.
         objects: what --object made; None for nothing.
@@ -187,6 +187,7 @@ class Settings:
     host: str = "0.0.0.0"
     port: str = "10809"
     socket: str | None = None
+    socket_label: str | None = None
     shared: int = 1
     handshake_limit: int = 10
     persistent: bool = False
@@ -267,6 +268,8 @@ def _apply(settings: Settings, name: str, value: str) -> None:
             if not value.startswith("/"):
                 raise UsageError("socket path must be absolute")
             settings.socket = value
+        case "selinux-label":
+            settings.socket_label = value
         case "e":
             settings.shared = _parse_number(value, "shared device number")
         case "handshake-limit":
@@ -372,6 +375,7 @@ def _check(settings: Settings, operands: list[str]) -> None:
         if settings.fork:
             raise UsageError("List mode is incompatible with forking")
         _check_tls(settings)
+        _check_label(settings)
         return
     if len(operands) != 1:
         raise UsageError(
@@ -379,6 +383,7 @@ def _check(settings: Settings, operands: list[str]) -> None:
             f"Try `{program_name()} --help' for more information."
         )
     _check_tls(settings)
+    _check_label(settings)
     (settings.filename,) = operands
     offset = settings.open_options.get("driver_options", {}).get("offset", 0)
     if offset >= _OFFSET_LIMIT:
@@ -404,6 +409,12 @@ def _check_tls(settings: Settings) -> None:
         raise UsageError("TLS authorization is incompatible with export list")
     elif settings.tls_hostname is not None and not settings.list:
         raise UsageError("TLS hostname is only supported with export list")
+
+
+def _check_label(settings: Settings) -> None:
+    has_socket = settings.socket is not None or settings.device is not None
+    if settings.socket_label is not None and not has_socket and not settings.activated:
+        raise UsageError("--selinux-label is not permitted without --socket")
 
 
 def _check_activation(settings: Settings) -> None:

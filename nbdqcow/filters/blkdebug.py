@@ -55,6 +55,7 @@ class BlkdebugStorage(StorageDriver):
         self.filename = filename
         self.read_only = inner.read_only
         self.zero_beyond_end = inner.zero_beyond_end
+        self.fixed_as = inner.fixed_as
         given = dict(pairs)
         self._limits = {name: _take_limit(given, name) for name in _LIMITS}
         self._align = self._limits["align"] or 1

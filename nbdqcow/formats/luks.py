@@ -15,7 +15,7 @@ from nbdqcow.block.inflight import Epochs
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.block.tools import OptionValue, Secrets
 from nbdqcow.crypto.secrets import PassphraseRequired, reveal
-from nbdqcow.errors import BlockError, ImageError
+from nbdqcow.errors import BlockError, ImageError, NotSupported
 from nbdqcow.types import DATA, Run
 from nbdqcow.units import SECTOR_SIZE, round_up
 
@@ -113,6 +113,8 @@ class LuksDriver(FormatDriver):
             raise BlockError(
                 errno.EINVAL, f"The size is no multiple of {SECTOR_SIZE} bytes"
             )
+        if size != self.size and (what := self.storage.fixed_as) is not None:
+            raise NotSupported(f"Cannot resize {what}")
         old, self.size = self.size, min(self.size, size)
         old_length = self.storage.length
         self.when_rebound()

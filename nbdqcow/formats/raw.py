@@ -158,6 +158,8 @@ class RawDriver(FormatDriver):
         """Set the file's length. Raises `BlockError`."""
         if not self.storage.resizable:
             raise NotSupported("Image format driver does not support resize")
+        if size != self.size and (what := self.storage.fixed_as) is not None:
+            raise NotSupported(f"Cannot resize {what}")
         if preallocation == "metadata":
             raise NotSupported("Unsupported preallocation mode: metadata")
         if self._is_fixed:

@@ -46,16 +46,24 @@ async def map_disk(node: Node, start: int, end: int) -> AsyncIterator[list[Row]]
         if rows:
             yield rows
     if (start := max(start, node.size)) < min(end, disk_size(node)):
-        # The rest of the last sector. Past the page cache it is read with what is
-        # before it, and QEMU takes it for the same.
-        flags = IS_ZERO | IS_PRESENT
-        if node.driver.cluster_size == 1:
-            flags |= HAS_OFFSET
-            if node.driver.data.read_alignment > 1 and last and last[0][4] == 0:
-                flags = last[0][2]
-        last = _join([*last, (start, end - start, flags, start, 0, node)])
+        rest = _rest_of_sector(node, start, end, 0)
+        aligned = node.driver.cluster_size == 1 and node.driver.data.read_alignment > 1
+        if aligned and last and last[0][4] == 0:
+            # Past the page cache it is read with what is before it, and QEMU takes
+            # it for the same.
+            rest = (*rest[:2], last[0][2], *rest[3:])
+        last = _join([*last, rest])
     if last:
         yield last
+
+
+def _rest_of_sector(node: Node, start: int, end: int, depth: int) -> Row:
+    """Return what is behind the end of a disk in its last sector."""
+    flags = IS_ZERO | IS_PRESENT
+    if node.driver.cluster_size == 1 and node.driver.data.name != "nbd":
+        # As if the file were that long; an export is what it is.
+        flags |= HAS_OFFSET
+    return start, end - start, flags, start, depth, node
 
 
 async def data_length(node: Node, cluster_size: int) -> int:
@@ -97,7 +105,9 @@ async def _rows(
 ) -> AsyncIterator[tuple[list[Row], bool]]:
     """Yield rows, and whether some of them may continue others."""
     driver, backing = node.driver, node.backing
-    if driver.data.shows_context:
+    if driver.data.shows_context or (
+        driver.cluster_size == 1 and driver.data.tells_states
+    ):
         async for rows in _context_rows(node, start, end, depth):
             yield rows, True
         return
@@ -149,13 +159,14 @@ def _flags_of(driver: FormatDriver) -> list[int]:
 async def _context_rows(
     node: Node, start: int, end: int, depth: int
 ) -> AsyncIterator[list[Row]]:
-    """Yield what a metadata context says, with its flags as if they were those
-    of base:allocation: what a dirty bitmap marks is a hole that is no zero."""
+    """Yield what base:allocation says, or another metadata context, with its flags
+    as if they were those: what a dirty bitmap marks is a hole that is no zero."""
     storage = node.driver.data
     plain = IS_PRESENT | HAS_OFFSET
     flags_of = (plain | HAS_DATA, 0, plain | HAS_DATA | IS_ZERO, plain | IS_ZERO)
     while start < end:
-        (_, host_offset, length), *_ = await node.driver.runs(start, end - start)
+        run = node.driver.try_map(start, end - start)
+        _, host_offset, length = run or await node.driver.map(start, end - start)
         extents = await storage.context_extents(host_offset, length)
         rows: list[Row] = []
         for length, flags in extents:
@@ -169,14 +180,17 @@ async def _see_through(
 ) -> AsyncIterator[list[Row]]:
     """Put what ``backing`` has in the place of what is not present."""
     found: list[Row] = []
+    below_end = disk_size(backing)
     for row in rows:
         start, length, flags, host_offset, _, node = row
-        if flags & IS_PRESENT or start >= backing.size:
+        if flags & IS_PRESENT or start >= below_end:
             found.append(row)
             continue
-        end, stop = start + length, min(start + length, backing.size)
-        async for below, _ in _rows(backing, start, stop, depth + 1):
+        end, stop = start + length, min(start + length, below_end)
+        async for below, _ in _rows(backing, start, min(stop, backing.size), depth + 1):
             found += below
+        if (rest := max(start, backing.size)) < stop:
+            found.append(_rest_of_sector(backing, rest, stop, depth + 1))
         if stop < end:
             found.append(
                 (stop, end - stop, flags, host_offset + stop - start, depth, node)

@@ -147,16 +147,18 @@ class Server:
         *,
         mode: int | None = None,
         owner: tuple[int, int] | None = None,
+        label: str | None = None,
     ) -> None:
         """Listen on a unix socket, which is removed at the end.
 
         ``path`` begins with NUL for an abstract one; ``mode`` and ``owner``
-        (user and group) are the file's. A socket file that nobody listens on
+        (user and group) are the file's, ``label`` is the socket's in SELinux.
+        A socket file that nobody listens on
         any more is replaced. Raises `OSError` (EADDRINUSE if something else
         is there).
         """
         sock, file = await asyncio.to_thread(
-            bind_unix_blocking, path, mode=mode, owner=owner
+            bind_unix_blocking, path, mode=mode, owner=owner, label=label
         )
         self._listen(sock, file)
 

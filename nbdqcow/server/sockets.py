@@ -6,8 +6,8 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,6 +17,7 @@ _BACKLOG: Final = 128
 _ACCEPTS_PER_TURN: Final = 64
 _RETRY_DELAY: Final = 1.0
 """Seconds that nobody is accepted after we ran out of descriptors or memory."""
+_SOCKET_LABEL: Final = "/proc/thread-self/attr/sockcreate"
 _EXHAUSTED: Final = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 
@@ -135,16 +136,51 @@ async def bind_tcp(host: str | None, port: int) -> list[socket.socket]:
     return sockets
 
 
+class SocketLabelError(OSError):
+    """The kernel did not take the SELinux label of a socket."""
+
+
+@contextmanager
+def _labelling_sockets(label: str | None) -> Iterator[None]:
+    """Have sockets that this thread makes labelled. Raises `SocketLabelError`."""
+    if label is None:
+        yield
+        return
+    _write_label(os.fsencode(label) + b"\0")
+    try:
+        yield
+    finally:
+        # The thread is a pool's: what it makes later is none of this label's.
+        _write_label(b"")
+
+
+def _write_label(label: bytes) -> None:
+    try:
+        fd = os.open(_SOCKET_LABEL, os.O_WRONLY)
+        try:
+            os.write(fd, label)
+        finally:
+            os.close(fd)
+    except OSError as exc:
+        raise SocketLabelError(exc.errno, exc.strerror) from exc
+
+
 def bind_unix_blocking(
-    path: str, *, mode: int | None = None, owner: tuple[int, int] | None = None
+    path: str,
+    *,
+    mode: int | None = None,
+    owner: tuple[int, int] | None = None,
+    label: str | None = None,
 ) -> tuple[socket.socket, SocketFile | None]:
     """Return a socket bound to ``path``, in the place of a stale one.
 
     A path that begins with NUL is an abstract one and has no file. ``mode``
     and ``owner`` (user and group; -1 leaves one alone) are the file's; nobody
-    can connect before they are set. Raises `OSError`.
+    can connect before they are set. ``label`` is what SELinux decides by who may
+    connect to the socket. Raises `OSError`.
     """
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with _labelling_sockets(label):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if path.startswith("\0"):
             sock.bind(path)

@@ -78,6 +78,7 @@ class FileStorage(InlineFile):
         self.length = os.lseek(fd, 0, os.SEEK_END)
         self._is_device = stat.S_ISBLK(status.st_mode)
         self.zero_beyond_end = not self._is_device
+        self.fixed_as = "device files" if self._is_device else None
         self._fd = fd
         self._closed = False
         self._pool = pool

@@ -14,6 +14,7 @@ from nbdqcow.nbd import constants as nbd
 from nbdqcow.nbd.client import RemoteExport
 from nbdqcow.server.options import ServerOptions
 from nbdqcow.storage.nbd import client as nbd_client
+from nbdqcow.storage.nbd import connection as nbd_connection
 from nbdqcow.storage.nbd.driver import NbdStorage
 from tests.block.server.support import EIO_ERROR, FakeNode, serving
 from tests.block.server.test_flow import settle
@@ -435,7 +436,26 @@ async def test_a_cancelled_write_does_not_wait_for_ever(tmp_path, monkeypatch):
         assert await storage.pread(1024, 1) == node.data[1024:1025]
 
 
-async def test_close_fails_what_waits(tmp_path):
+async def test_close_takes_the_answers_nobody_waits_for(tmp_path, monkeypatch):
+    """nbdkit 1.32 falls over a client that leaves while it owes an answer."""
+    monkeypatch.setattr(nbd_connection, "_ANSWER_SECONDS", 60.0)
+    node = VolatileNode()
+    async with serving(tmp_path, node):
+        storage = await NbdStorage.open(uri(tmp_path))
+        node.gate.clear()
+        read = asyncio.create_task(storage.pread(0, MiB))
+        await settle(lambda: node.nb_waiting == 1)
+        read.cancel()
+        closing = asyncio.create_task(storage.close())
+        await asyncio.wait((closing,), timeout=0.1)
+        assert not closing.done()
+        node.gate.set()
+        async with asyncio.timeout(10):
+            await closing
+
+
+async def test_close_fails_what_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr(nbd_connection, "_ANSWER_SECONDS", 0.1)
     node = VolatileNode()
     async with serving(tmp_path, node):
         storage = await NbdStorage.open(uri(tmp_path))

@@ -24,6 +24,26 @@ def test_converted_as_by_qemu_img(tmp_path, options, length):
         assert ours == theirs
 
 
+@pytest.mark.parametrize("size", ["", "2M"])
+@pytest.mark.parametrize("last", [b"", b"x"])
+def test_the_last_sector_of_a_backing_file(tmp_path, last, size):
+    """All of it is that file's."""
+    with (tmp_path / "raw").open("wb") as file:
+        file.truncate(1_000_003 - len(last))
+        file.seek(0, os.SEEK_END)
+        file.write(last)
+    for line in (
+        f"create -f qcow2 -b raw -F raw middle {size}",
+        "create -f qcow2 -b middle -F qcow2 top 3M",
+        "map --output=json middle",
+        "map --output=json top",
+        "map --output=json -s 1000002 -l 2 top",
+        "map --output=json -s 1000003 top",
+        "map top",
+    ):
+        assert run_ours(line, tmp_path) == run_theirs(line, tmp_path), line
+
+
 def test_a_table_ends_the_file(tmp_path):
     """As with QEMU, of whose last cluster nothing but the table is there."""
     for name, run in (("ours", run_ours), ("theirs", run_theirs)):

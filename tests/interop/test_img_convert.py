@@ -260,6 +260,7 @@ MEASURE = [
         for name in (
             *("base.qcow2", "top.qcow2", "snap.qcow2", "bitmaps.qcow2", "x.raw"),
             *("holes.raw", "compressed.qcow2", "full.qcow2", "absent", "text"),
+            "v2.qcow2",
         )
     ),
     "measure -O qcow2 -o backing_file=base.qcow2 overlay.qcow2",

@@ -1,5 +1,6 @@
 """The image tool on exports of qemu-nbd, beside qemu-img on the same."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import find_tool, wait_until_listening
 from tests.interop.img_programs import run_ours, run_theirs
 
 MiB = 1 << 20
@@ -37,6 +39,19 @@ def exported(image: Path, format_: str, *options: str) -> Iterator[str]:
         # Until then it has the image locked.
         while is_running(process):
             time.sleep(0.01)
+
+
+@contextmanager
+def nbdkit(directory: Path, *arguments: str) -> Iterator[str]:
+    """Run it while the block runs; its URI."""
+    socket = directory / "s"
+    line = [find_tool("nbdkit"), "-f", "-U", socket, *arguments]
+    with subprocess.Popen(line, stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_until_listening(socket, process)
+            yield f"nbd+unix:///?socket={socket}"
+        finally:
+            process.terminate()
 
 
 def is_running(process: int) -> bool:
@@ -197,6 +212,81 @@ def test_nbd_is_a_format_too(directory):
             expected = run_theirs(line, directory)
             assert expected[0] == 0
             assert run_ours(line, directory) == expected
+
+
+@pytest.mark.parametrize("first", [0, 4096])
+def test_all_that_an_export_can_be(directory, first):
+    """Zeroes that have a place, and a hole that may be anything, too."""
+    size, step = 1 << 20, 192 << 10
+    extents = ["0", "hole,zero", "zero", "hole", "zero", "hole,zero"]
+    told = "; ".join(
+        f"echo {first + n * step} {step} {flags}" for n, flags in enumerate(extents)
+    )
+    options = [
+        f"get_size=echo {size}", "pread=head -c $3 /dev/zero", "can_extents=exit 0",
+        f"extents=echo 0 {first} zero; {told}",
+    ]  # fmt: skip
+    with nbdkit(directory, "eval", *options) as uri:
+        server = f"file.server.type=unix,file.server.path={directory}/s"
+        window = f"driver=raw,offset=65536,file.driver=nbd,{server}"
+        for line in (
+            f"map --output=json {uri}",
+            f"map --output=json -s 200k -l 400k {uri}",
+            f"map --output=json --image-opts {window}",
+            f"create -f qcow2 -b {uri} -F raw top.qcow2 2M",
+            "map --output=json top.qcow2",
+        ):
+            assert run_ours(line, directory) == run_theirs(line, directory), line
+        # What convert copies is counted.
+        sizes = [
+            json.loads(run(f"measure --output=json -O qcow2 {uri}", directory)[1])
+            for run in (run_ours, run_theirs)
+        ]
+        assert sizes[0]["required"] - sizes[1]["required"] == step + 16 * first
+
+
+def test_an_export_of_no_whole_sectors(directory):
+    with nbdkit(directory, "--filter=truncate", "memory", "1048575") as uri:
+        for line in (
+            f"map --output=json {uri}",
+            f"map --output=json -s 1048574 {uri}",
+            f"map --output=json -s 1048575 {uri}",
+            f"create -f qcow2 -b {uri} -F raw top.qcow2",
+            "map --output=json top.qcow2",
+        ):
+            assert run_ours(line, directory) == run_theirs(line, directory), line
+
+
+@pytest.mark.parametrize("format_", ["raw", "luks", "qcow2"])
+def test_what_is_known_of_an_export(directory, format_):
+    """Of its own it has no flag that says whether it is dirty."""
+    secret = "--object secret,id=s,data=x"
+    options = "-o key-secret=s,iter-time=10" if format_ == "luks" else ""
+    line = f"create -f {format_} {secret} {options} image 1M"
+    assert run_ours(line, directory)[0] == 0
+    with nbdkit(directory, "file", str(directory / "image")) as uri:
+        line = f"info --output=json -f {format_} {uri}"
+        found, expected = (
+            json.loads(run(line, directory)[1]) for run in (run_ours, run_theirs)
+        )
+        found["filename"] = expected["filename"]
+        assert list(found.items()) == list(expected.items())
+
+
+@pytest.mark.parametrize("size", ["16M", "--shrink 4M", "4M", "8M"])
+def test_an_export_keeps_its_size(directory, size):
+    with nbdkit(directory, "memory", "8M") as uri:
+        line = f"resize -f raw {uri} {size}"
+        assert run_ours(line, directory) == run_theirs(line, directory)
+
+
+def test_an_error_of_the_server_s_is_told_by_its_name(directory):
+    failing = ("--filter=error", "memory", "8M", "error-pwrite-rate=100%")
+    with nbdkit(directory, *failing, "error-pwrite=ENOSPC") as uri:
+        line = f"convert -n -O raw noise {uri}"
+        status, _, err = run_ours(line, directory)
+        assert (status, run_theirs(line, directory)[0]) == (1, 1)
+        assert b"No space left on device" in err
 
 
 def test_nobody_serves(directory):

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import logging
+import os
 from collections import deque
 from contextlib import suppress
 from typing import Final
@@ -444,7 +445,9 @@ def _is_durable(call: Call) -> bool:
 
 def _error(call: Call) -> BlockError:
     name = nbd.COMMAND_NAMES[call.command]
-    text = f"the NBD server failed a {name}" + (f": {call.text}" if call.text else "")
+    detail = f": {call.text}" if call.text else ""
+    # The error's own words first: they are what is looked for in a message.
+    text = f"{os.strerror(call.error)} (the NBD server failed a {name}{detail})"
     if call.error == errno.ENOTSUP:
         return NotSupported(text)
     return BlockError(call.error, text)

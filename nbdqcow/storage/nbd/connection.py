@@ -28,6 +28,8 @@ CONTEXT_PARAMETER: Final = "x-dirty-bitmap"
 _HANDSHAKE_BUFFER: Final = 64 * KiB
 _SEND_BUFFER: Final = 1 * MiB
 _CLOSE_SECONDS: Final = 1.0
+_ANSWER_SECONDS: Final = 3.0
+"""How long an end waits for what the server still owes."""
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -238,13 +240,25 @@ class Connection(asyncio.BufferedProtocol):
             self._on_lost(exc)
 
     async def close(self) -> None:
-        """Say DISC if that is what the phase wants, and close. Nobody is told."""
-        self._on_complete = self._on_lost = None
+        """Say DISC if that is what the phase wants, and close. Nobody is told.
+
+        Requests that nobody waits for any more are answered first: some servers,
+        nbdkit 1.32 for one, fall over a client that leaves before.
+        """
+        answered = asyncio.Event()
+        self._on_complete = lambda _: answered.set()
+        self._on_lost = lambda _: answered.set()
         if self._transport is None:
             return
         if self._lost is None:
             if self._transmission is not None:
-                self.submit(Call(nbd.CMD_DISC))
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_ANSWER_SECONDS):
+                        while self._transmission.calls and self._lost is None:
+                            answered.clear()
+                            await answered.wait()
+                if self._lost is None:
+                    self.submit(Call(nbd.CMD_DISC))
             self._transport.close()
         await self.wait_closed()
 

@@ -44,6 +44,7 @@ class NbdStorage(StorageDriver):
     """
 
     name: ClassVar[str] = "nbd"
+    fixed_as = "NBD nodes"
 
     def __init__(self, client: Client, filename: str, *, read_only: bool) -> None:
         """Take over ``client``, which is connected. Use `open` instead.
@@ -131,6 +132,11 @@ class NbdStorage(StorageDriver):
     def room(self) -> int:
         """See `StorageDriver.room`."""
         return self.length
+
+    @property
+    def tells_states(self) -> bool:  # type: ignore[override]
+        """Whether the server does: one after a reconnect may be another."""
+        return self._client.has_status and not self.shows_context
 
     # -- reading -----------------------------------------------------------
 

@@ -5,11 +5,13 @@ import errno
 import os
 import signal
 import socket
+import threading
 
 import pytest
 
 from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
+from nbdqcow.server import sockets
 from nbdqcow.server.options import ServerOptions
 from nbdqcow.server.server import Server
 from nbdqcow.server.sockets import as_stream
@@ -117,6 +119,40 @@ async def test_a_stale_socket_is_replaced_and_ours_removed(tmp_path):
     with pytest.raises(OSError) as caught:
         await Server().listen_unix(str(tmp_path / "none" / "socket"))
     assert caught.value.errno == errno.ENOENT
+
+
+async def test_a_label_is_the_thread_s_while_the_socket_is_made(tmp_path, monkeypatch):
+    """As SELinux reads it: a string with its NUL, and an empty write at the end."""
+    writes = []
+    attribute = tmp_path / "sockcreate"
+    attribute.touch()
+    monkeypatch.setattr(sockets, "_SOCKET_LABEL", str(attribute))
+    to_file = os.write
+    make = socket.socket
+
+    def write(fd, data):
+        if os.readlink(f"/proc/self/fd/{fd}") == str(attribute):
+            writes.append((threading.get_ident(), data))
+            return len(data)
+        return to_file(fd, data)
+
+    def make_socket(*arguments):
+        writes.append((threading.get_ident(), "socket"))
+        return make(*arguments)
+
+    monkeypatch.setattr(os, "write", write)
+    monkeypatch.setattr(sockets.socket, "socket", make_socket)
+    sock, _ = await asyncio.to_thread(sockets.bind_unix_blocking, str(tmp_path / "a"))
+    sock.close()
+    assert [what for _, what in writes] == ["socket"]
+    writes.clear()
+    label = "system_u:object_r:svirt_socket_t:s0"
+    sock, _ = await asyncio.to_thread(
+        sockets.bind_unix_blocking, str(tmp_path / "b"), label=label
+    )
+    sock.close()
+    assert [what for _, what in writes] == [f"{label}\0".encode(), "socket", b""]
+    assert len({thread for thread, _ in writes}) == 1
 
 
 async def test_a_socket_of_somebody_else_is_not_removed(tmp_path):

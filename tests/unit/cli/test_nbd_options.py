@@ -34,6 +34,7 @@ def test_defaults_are_those_of_qemu_nbd():
         (["-p", "1"], {"port": "1"}),
         (["--bind=::1"], {"host": "::1"}),
         (["-k", "/s"], {"socket": "/s"}),
+        (["-k", "/s", "--selinux-label=l"], {"socket": "/s", "socket_label": "l"}),
         (["-e", "5"], {"shared": 5}),
         (["--shared=0"], {"shared": 0}),
         (["-e0x10"], {"shared": 16}),
