@@ -7,8 +7,8 @@ from typing import Any, Final, NoReturn
 
 from nbdqcow.block.node import Node
 from nbdqcow.block.open import backing_path
-from nbdqcow.block.registry import format_driver
 from nbdqcow.block.storage import FileRole
+from nbdqcow.block.tools import BACKING_FORMATS
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_chain import overlay_of
 from nbdqcow.cli.img_nodes import ImageArguments, closing, open_node
@@ -118,8 +118,8 @@ class _Change:
         async with closing(node):
             if self._compressed:
                 check_compression(node.format_name)
-            if self._base_format is not None:
-                self._check_format(self._base_format)
+            if self._base_format not in (None, *BACKING_FORMATS):
+                raise ImageError(f"Invalid format name: '{self._base_format}'")
             if self._base is not None and self._base_format is None:
                 self._fail("backing format must be specified")
             if len(os.fsencode(self._base or "")) > _MAX_NAME_BYTES:
@@ -129,12 +129,6 @@ class _Change:
             await self._change_header(node)
             progress.show(100)
         return 0
-
-    def _check_format(self, name: str) -> None:
-        try:
-            format_driver(name)
-        except ImageError:
-            raise ImageError(f"Invalid format name: '{name}'") from None
 
     async def _copy(
         self, node: Node, sources: ImageArguments, control: JobControl
