@@ -58,6 +58,7 @@ KNOWN: Final[Mapping[str, str]] = {
     "144": _EVENTS,
     "153": "tells who holds an image; null-co:// is shown as raw",
     "162": "asks for QEMU's ssh driver",
+    "184": "asks for QEMU's throttle driver",
     "194": _EVENTS,
     "217": _FAULTS,
     "233": (
