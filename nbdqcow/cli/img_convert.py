@@ -303,15 +303,17 @@ async def _write_stream(
 async def _show_snapshot(
     settings: _Settings, name: str, sources: list[Node], cache: str
 ) -> None:
-    """Let the one source be what it was in a snapshot."""
-    if len(sources) > 1:
+    """Let the first source be what it was in a snapshot."""
+    if len(sources) > 1 and isinstance(settings.snapshot, str):
+        # QEMU has no objection to the other way of naming one.
         raise ImageError("No support for concatenating multiple snapshot")
-    await sources.pop().close()
-    sources.append(
+    await sources.pop(0).close()
+    sources.insert(
+        0,
         await open_node(
             name, settings.images, cache=cache, snapshot=settings.snapshot,
             shown=settings.sources[0], raw_role=FileRole.SOURCE,
-        )
+        ),
     )  # fmt: skip
 
 
