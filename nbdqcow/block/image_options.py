@@ -31,6 +31,7 @@ _DISCARD_MODES: Final = {
 }
 _DETECT_ZEROES_MODES: Final = {mode: mode for mode in ("off", "on", "unmap")}
 FILE_DRIVERS: Final = ("file", "host_device")
+NO_FILE_NAME: Final = "The 'file' block driver requires a file name"
 
 _ENCRYPTING: Final = {
     "encrypt.format": ("qcow", "qcow2"),
@@ -362,7 +363,7 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
         raise ImageError(f"Unknown driver '{driver}'")
     filename = file.pop("filename", None)
     if filename is None:
-        raise ImageError("The 'file' block driver requires a file name")
+        raise ImageError(NO_FILE_NAME)
     for key, value in file.items():
         match key:
             case "locking":

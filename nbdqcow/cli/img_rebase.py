@@ -76,14 +76,15 @@ def run(arguments: Sequence[str]) -> int:
     if not unsafe and base is None:
         raise UsageError("Must specify backing file (-b) or use unsafe mode (-u)")
     images.check()
-    images.cache = check_cache(images.cache, "Invalid cache option: ")
-    source_cache = check_cache(source_cache, "Invalid source cache option: ")
-    sources = ImageArguments(
-        force_share=force_share, cache=source_cache, objects=images.objects
-    )
     progress = ProgressLine(shown, quiet=quiet)
-    change = _Change(base, base_format, unsafe, compressed)
     try:
+        progress.show(0)
+        images.cache = check_cache(images.cache, "Invalid cache option: ")
+        source_cache = check_cache(source_cache, "Invalid source cache option: ")
+        sources = ImageArguments(
+            force_share=force_share, cache=source_cache, objects=images.objects
+        )
+        change = _Change(base, base_format, unsafe, compressed)
         return run_command(
             lambda: change.run(operands[0], images, sources, progress), progress
         )
@@ -111,7 +112,6 @@ class _Change:
         progress: ProgressLine,
     ) -> int:
         """Change the image ``name``; return the exit status."""
-        progress.show(0)
         node = await open_node(
             name, images, writable=True, with_backing=not self._unsafe
         )

@@ -3,7 +3,7 @@
 import contextlib
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nbdqcow.block.image_options import JSON_PREFIX, parse_json_name
+from nbdqcow.block.image_options import JSON_PREFIX, NO_FILE_NAME, parse_json_name
 from nbdqcow.block.node import Node
 from nbdqcow.block.storage import FileRole
 from nbdqcow.cli.images import open_node
@@ -87,7 +87,7 @@ def _take_options(settings: Settings, objects: "Objects") -> tuple[str, dict[str
                 _fail(name, str(exc))
             driver_options["secret"] = secret
     elif not filename.removeprefix("file:"):
-        _fail(name, "The 'file' block driver requires a file name")
+        _fail(name, NO_FILE_NAME)
     if settings.native_aio and options.get("cache") not in ("none", "directsync"):
         _fail(
             name,

@@ -272,6 +272,8 @@ INFO = [
     "info a b",
     "info ''",
     "info file:base.qcow2",
+    "info file:",
+    "map file:",
     "info ./base.qcow2",
     "info foo:bar",
     "info -f raw base.qcow2",

@@ -135,6 +135,7 @@ REBASE = [
     "-f raw -u -b base.qcow2 -F qcow2 disk.raw",
     "-t foo -b base.qcow2 top.qcow2",
     "-T foo -b base.qcow2 top.qcow2",
+    "-p -T foo -b base.qcow2 top.qcow2",
     "",
     "top.qcow2",
     "-b base.qcow2",
