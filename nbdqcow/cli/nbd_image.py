@@ -122,7 +122,12 @@ def _raise_as_qemu(settings: Settings, filename: str, exc: ImageError) -> NoRetu
     named a second time only if the file itself is what can't be opened."""
     opening = f"Could not open '{filename}': "
     reason = str(exc)
-    if not isinstance(exc.__cause__, OSError) or reason.startswith(
+    if isinstance(exc.__cause__, OSError) and reason.startswith(
+        f"{opening}Could not open '"
+    ):
+        # The file has another name, as with json: and file:.
+        reason = reason.removeprefix(opening)
+    elif not isinstance(exc.__cause__, OSError) or reason.startswith(
         f"{opening}Failed to connect to "
     ):
         reason = reason.removeprefix(opening)
