@@ -10,7 +10,12 @@ from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from nbdqcow.block.filter_names import filtered_name, layer_name
-from nbdqcow.block.registry import filter_names, format_names
+from nbdqcow.block.registry import (
+    check_device,
+    filter_names,
+    format_names,
+    unmistakable_path,
+)
 from nbdqcow.errors import ImageError
 from nbdqcow.units import parse_size
 
@@ -208,6 +213,8 @@ def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
         if filename is not None:
             file.setdefault("filename", filename)
         filename = _file_name(file, options)
+    if filename is not None:
+        check_device(driver, filename)
     more = _take_all_own(driver, own, options)
     if data_file:
         more["data_file"] = _data_file_name(data_file)
@@ -364,6 +371,8 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
     filename = file.pop("filename", None)
     if filename is None:
         raise ImageError(NO_FILE_NAME)
+    path = unmistakable_path(filename)
+    check_device(driver, path)
     for key, value in file.items():
         match key:
             case "locking":
@@ -375,8 +384,7 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
                 raise ImageError(
                     f"Block protocol '{driver}' doesn't support the option '{key}'"
                 )
-    # A path all the same, whatever stands before a colon.
-    return f"./{filename}" if ":" in filename.partition("/")[0] else filename
+    return path
 
 
 def _nbd_uri(file: dict[str, str | None]) -> str:

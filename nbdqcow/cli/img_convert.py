@@ -10,7 +10,7 @@ from nbdqcow.block.registry import is_remote
 from nbdqcow.block.storage import FileRole
 from nbdqcow.block.tools import FormatTool, OptionValue
 from nbdqcow.cli.img import print_help
-from nbdqcow.cli.img_create import find_tool, print_option_help
+from nbdqcow.cli.img_create import check_creation, find_tool, print_option_help
 from nbdqcow.cli.img_nodes import (
     ImageArguments,
     close_nodes,
@@ -391,7 +391,9 @@ def _create(
     settings: _Settings, tool: FormatTool, values: Mapping[str, OptionValue]
 ) -> NewImage:
     """Return the new image, to be opened. Raises `ImageError`, and leaves none."""
+    assert settings.target_format is not None
     try:
+        check_creation(settings.target_format, settings.target)
         return NewImage.created(settings.target, tool, values, settings.images.secret)
     except ImageError as exc:
         raise ImageError(

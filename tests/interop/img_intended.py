@@ -38,8 +38,6 @@ _OUR_CHOICE: Final = (
     "unrecognized option",
     # It lists all kinds of objects that QEMU has.
     "List of user creatable objects",
-    # host_device is another name of raw, for files, too.
-    "either a character or block device",
     # A passphrase is asked for before there is a look at the file, or at its tables.
     "is required for cipher",
     # Where the reason is GLib's, or the parser's of JSON.
