@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from nbdqcow.block.filter_names import filtered_name, layer_name
 from nbdqcow.block.registry import (
-    check_device,
+    check_place,
     filter_names,
     format_names,
     unmistakable_path,
@@ -213,8 +213,8 @@ def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
         if filename is not None:
             file.setdefault("filename", filename)
         filename = _file_name(file, options)
-    if filename is not None:
-        check_device(driver, filename)
+    if filename is not None and driver in FILE_DRIVERS:
+        check_place(driver, filename)
     more = _take_all_own(driver, own, options)
     if data_file:
         more["data_file"] = _data_file_name(data_file)
@@ -372,7 +372,7 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
     if filename is None:
         raise ImageError(NO_FILE_NAME)
     path = unmistakable_path(filename)
-    check_device(driver, path)
+    check_place(driver, path)
     for key, value in file.items():
         match key:
             case "locking":

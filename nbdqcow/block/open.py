@@ -32,7 +32,7 @@ from nbdqcow.block.registry import (
     LAYER,
     PROBE_LENGTH,
     RoleFinder,
-    check_device,
+    check_place,
     data_file_name,
     filter_driver,
     format_driver,
@@ -177,7 +177,7 @@ async def _open_chain(
         raise ImageError(f"Backing chain of '{above[0]}' loops at '{filename}'")
     if len(above) >= MAX_CHAIN_DEPTH:
         raise ImageError(f"Backing chain of '{above[0]}' is too deep")
-    check_device(options.format, filename)
+    check_place(options.format, filename)
     finder = RoleFinder(options.format, options.raw_role, options.driver_options)
     try:
         storage = await open_storage(filename, options, role=finder, above=above)

@@ -45,7 +45,8 @@ LAYER: Final = "x-format"
 a raw image is, or the disk of any format."""
 
 DEVICE: Final = "host_device"
-_ALIASES: Final = {"file": "raw", DEVICE: "raw", "nbd": "raw"}
+_EXPORT: Final = "nbd"
+_ALIASES: Final = {"file": "raw", DEVICE: "raw", _EXPORT: "raw"}
 """QEMU's names for no format at all: images name their backing file's so."""
 
 _WITHOUT_METADATA: Final = ("raw", "luks")
@@ -188,12 +189,17 @@ def role_of_data_file(raw_role: FileRole) -> FileRole:
     return FileRole.SOURCE if raw_role is FileRole.SOURCE else FileRole.DATA
 
 
-def check_device(format_: str | None, filename: str) -> None:
-    """Refuse a file that is no device if ``format_`` asks for one: who names a disk
-    must not get a file in its place, for it may be gone. Raises `ImageError`."""
-    if format_ != DEVICE:
+def check_place(format_: str | None, filename: str) -> None:
+    """Refuse a file that is no device if ``format_`` asks for one, and a path if it
+    asks for an export: who names a disk must not get a file in its place, for it may
+    be gone. Raises `ImageError`."""
+    if format_ not in (DEVICE, _EXPORT):
         return
     protocol, path = split_protocol(filename)
+    if format_ == _EXPORT:
+        if protocol == "file":
+            raise ImageError("File name string for NBD must start with 'nbd:'")
+        return
     try:
         mode = os.stat(path).st_mode if protocol == "file" else 0
     except (OSError, ValueError):

@@ -10,7 +10,7 @@ from typing import Any, Final
 from nbdqcow.block.registry import (
     DEVICE,
     blocking_file,
-    check_device,
+    check_place,
     filter_names,
     format_tool,
     is_remote,
@@ -125,19 +125,18 @@ def find_tool(format_: str) -> FormatTool:
 
 
 def check_creation(format_: str, filename: str) -> None:
-    """See that ``filename`` is there if ``format_`` asks for a device: nobody can
-    create one. Raises `ImageError`."""
-    if format_ != DEVICE:
-        return
+    """See that ``filename`` is there if ``format_`` asks for a device, or an export:
+    nobody can create one. Raises `ImageError`."""
     try:
-        os.stat(local_path(filename))
-        check_device(format_, filename)
+        if format_ == DEVICE:
+            os.stat(local_path(filename))
+        check_place(format_, filename)
     except (OSError, ImageError) as exc:
         reason: object = exc
         if isinstance(exc, OSError):
             reason = f"Could not open '{filename}': {exc.strerror}"
         raise ImageError(
-            f"Protocol driver '{DEVICE}' does not support image creation, and opening "
+            f"Protocol driver '{format_}' does not support image creation, and opening "
             f"the image failed: {reason}"
         ) from None
 

@@ -16,7 +16,7 @@ from nbdqcow.block.registry import (
     PROBE_LENGTH,
     RoleFinder,
     blocking_file,
-    check_device,
+    check_place,
     data_file_name,
     format_tool,
     is_remote,
@@ -72,7 +72,7 @@ def open_image_file(
     path = filename if remote else local_path(filename)
     if not path:
         raise ImageError(NO_FILE_NAME)
-    check_device(format_, filename)
+    check_place(format_, filename)
     tool = None if format_ is None else format_tool(format_)
     finder = RoleFinder(format_, raw_role, pairs)
     file: BlockingFile

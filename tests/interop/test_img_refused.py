@@ -157,9 +157,14 @@ def test_refused(line: str, disks: Path, tmp_path: Path) -> None:
         "info -f host_device base.raw",
         "resize -f host_device base.raw 1G",
         "bench -w -f host_device base.raw",
+        "convert -O nbd base.qcow2 new",
+        "convert -n -O nbd base.qcow2 base.raw",
+        "create -f nbd new 1M",
+        "dd -O nbd if=base.qcow2 of=new",
+        "info -f nbd base.raw",
     ],
 )
-def test_a_file_in_the_place_of_a_device(
+def test_a_file_in_the_place_of_another_disk(
     line: str, disks: Path, tmp_path: Path
 ) -> None:
     """A disk that is gone must not become a file in /dev that nobody looks at."""
