@@ -327,6 +327,8 @@ CHECK = [
       for name in ("base.qcow2", "kinds.qcow2", "snapshots.qcow2", "new.qcow2")),
     "check",
     "check a b",
+    "check --output=json --image-opts file.filename=base.qcow2",
+    "check --output=json file:base.qcow2",
     "check -r foo base.qcow2",
     "check -r all -U base.qcow2",
     "check -U base.qcow2",
