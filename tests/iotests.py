@@ -56,8 +56,10 @@ KNOWN: Final[Mapping[str, str]] = {
     "112": "a snapshot that fails leaks nothing; other steps of -p",
     "113": "reads a bochs image",
     "144": _EVENTS,
+    "148": "asks for QEMU's quorum driver",
     "153": "tells who holds an image; null-co:// is shown as raw",
     "162": "asks for QEMU's ssh driver",
+    "184": "asks for QEMU's throttle driver",
     "194": _EVENTS,
     "217": _FAULTS,
     "233": (

@@ -10,7 +10,12 @@ from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from nbdqcow.block.filter_names import filtered_name, layer_name
-from nbdqcow.block.registry import filter_names, format_names
+from nbdqcow.block.registry import (
+    check_place,
+    filter_names,
+    format_names,
+    unmistakable_path,
+)
 from nbdqcow.errors import ImageError
 from nbdqcow.units import parse_size, size_expected
 
@@ -40,6 +45,7 @@ COMPRESS: Final = "compress"
 """QEMU's filter over an image, by way of which all that is written is compressed."""
 _COMPRESSING: Final = ("qcow", "qcow2")
 """Formats that have compressed clusters."""
+NO_FILE_NAME: Final = "The 'file' block driver requires a file name"
 
 _ENCRYPTING: Final = {
     "encrypt.format": ("qcow", "qcow2"),
@@ -229,6 +235,8 @@ def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
         if filename is not None:
             file.setdefault("filename", filename)
         filename = _file_name(file, options)
+    if filename is not None and driver in FILE_DRIVERS:
+        check_place(driver, filename)
     more = _take_all_own(driver, own, options)
     if data_file:
         more["data_file"] = _data_file_name(data_file)
@@ -250,7 +258,7 @@ def _parse_compressing(file: Pairs, own: Pairs) -> tuple[str | None, dict[str, A
     unknown = [
         key
         for key, value in own.items()
-        if key != "driver"
+        if not (key == "driver" or (value is None and key in _OWN))
         and (value is None or key in _ENCRYPTING or not _take_own(key, value, above))
     ]
     if not file:
@@ -425,7 +433,9 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
         raise ImageError(f"Unknown driver '{driver}'")
     filename = file.pop("filename", None)
     if filename is None:
-        raise ImageError("The 'file' block driver requires a file name")
+        raise ImageError(NO_FILE_NAME)
+    path = unmistakable_path(filename)
+    check_place(driver, path)
     for key, value in file.items():
         if value is None and key in _FILE:
             continue
@@ -446,8 +456,7 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
                 raise ImageError(
                     f"Block protocol '{driver}' doesn't support the option '{key}'"
                 )
-    # A path all the same, whatever stands before a colon.
-    return f"./{filename}" if ":" in filename.partition("/")[0] else filename
+    return path
 
 
 def _nbd_uri(file: dict[str, str | None]) -> str:

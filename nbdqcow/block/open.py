@@ -32,6 +32,7 @@ from nbdqcow.block.registry import (
     LAYER,
     PROBE_LENGTH,
     RoleFinder,
+    check_place,
     data_file_name,
     filter_driver,
     format_driver,
@@ -180,6 +181,7 @@ async def _open_chain(
         raise ImageError(f"Backing chain of '{above[0]}' loops at '{filename}'")
     if len(above) >= MAX_CHAIN_DEPTH:
         raise ImageError(f"Backing chain of '{above[0]}' is too deep")
+    check_place(options.format, filename)
     finder = RoleFinder(options.format, options.raw_role, options.driver_options)
     try:
         storage = await open_storage(filename, options, role=finder, above=above)

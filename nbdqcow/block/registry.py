@@ -1,5 +1,7 @@
 """The drivers by name, loaded when first used, and format probing."""
 
+import os
+import stat
 from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
@@ -42,7 +44,9 @@ LAYER: Final = "x-format"
 """What stands before the colon if the file is a whole image: a window of a file, which
 a raw image is, or the disk of any format."""
 
-_ALIASES: Final = {"file": "raw", "host_device": "raw", "nbd": "raw"}
+DEVICE: Final = "host_device"
+_EXPORT: Final = "nbd"
+_ALIASES: Final = {"file": "raw", DEVICE: "raw", _EXPORT: "raw"}
 """QEMU's names for no format at all: images name their backing file's so."""
 
 _WITHOUT_METADATA: Final = ("raw", "luks")
@@ -183,6 +187,28 @@ def role_of_data_file(raw_role: FileRole) -> FileRole:
     """Return what an external data file is to who opens its image; ``raw_role`` as
     in `role_of_file`."""
     return FileRole.SOURCE if raw_role is FileRole.SOURCE else FileRole.DATA
+
+
+def check_place(format_: str | None, filename: str) -> None:
+    """Refuse a file that is no device if ``format_`` asks for one, and a path if it
+    asks for an export: who names a disk must not get a file in its place, for it may
+    be gone. Raises `ImageError`."""
+    if format_ not in (DEVICE, _EXPORT):
+        return
+    protocol, path = split_protocol(filename)
+    if format_ == _EXPORT:
+        if protocol == "file":
+            raise ImageError("File name string for NBD must start with 'nbd:'")
+        return
+    try:
+        mode = os.stat(path).st_mode if protocol == "file" else 0
+    except (OSError, ValueError):
+        return  # Whoever opens it says what is wrong.
+    if not (stat.S_ISBLK(mode) or stat.S_ISCHR(mode)):
+        raise ImageError(
+            f"'{DEVICE}' driver requires '{path}' to be either a character or block "
+            "device"
+        )
 
 
 class RoleFinder:

@@ -36,6 +36,17 @@ Progress: TypeAlias = Callable[[int, int], None]
 CACHE_MODES: Final = ("writeback", "none", "writethrough", "unsafe", "directsync")
 """What an image can be opened with, in QEMU's words."""
 
+BACKING_FORMATS: Final = (
+    *("raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vhdx", "vpc", "luks", "parallels"),
+    *("bochs", "cloop", "dmg", "vvfat", "file", "host_device", "host_cdrom", "nbd"),
+    *("http", "https", "ftp", "ftps", "ssh", "rbd", "iscsi", "nfs", "gluster", "nvme"),
+    *("null-co", "null-aio", "quorum", "throttle", "replication", "compress"),
+    *("preallocate", "copy-on-read", "copy-before-write", "snapshot-access"),
+    *("blkdebug", "blkverify", "blklogwrites", "blkreplay"),
+)
+"""What an image may call its backing file's format: all that QEMU 7.2 knows, for which
+the image may be meant."""
+
 
 def no_secrets(name: str) -> bytes:
     """Be the `Secrets` of a command line that has none. Raises `ImageError`."""

@@ -143,7 +143,7 @@ def _check(
             result = again
         if not quiet:
             if json:
-                print(format_json(_as_json(result, image.filename, tool.name)))
+                print(format_json(_as_json(result, named.text, tool.name)))
             else:
                 _print_human(result)
     if result.check_errors:

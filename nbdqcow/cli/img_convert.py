@@ -10,7 +10,7 @@ from nbdqcow.block.registry import is_remote
 from nbdqcow.block.storage import FileRole
 from nbdqcow.block.tools import FormatTool, OptionValue
 from nbdqcow.cli.img import print_help
-from nbdqcow.cli.img_create import find_tool, print_option_help
+from nbdqcow.cli.img_create import check_creation, find_tool, print_option_help
 from nbdqcow.cli.img_nodes import (
     ImageArguments,
     close_nodes,
@@ -303,15 +303,17 @@ async def _write_stream(
 async def _show_snapshot(
     settings: _Settings, name: str, sources: list[Node], cache: str
 ) -> None:
-    """Let the one source be what it was in a snapshot."""
-    if len(sources) > 1:
+    """Let the first source be what it was in a snapshot."""
+    if len(sources) > 1 and isinstance(settings.snapshot, str):
+        # QEMU has no objection to the other way of naming one.
         raise ImageError("No support for concatenating multiple snapshot")
-    await sources.pop().close()
-    sources.append(
+    await sources.pop(0).close()
+    sources.insert(
+        0,
         await open_node(
             name, settings.images, cache=cache, snapshot=settings.snapshot,
             shown=settings.sources[0], raw_role=FileRole.SOURCE,
-        )
+        ),
     )  # fmt: skip
 
 
@@ -389,7 +391,9 @@ def _create(
     settings: _Settings, tool: FormatTool, values: Mapping[str, OptionValue]
 ) -> NewImage:
     """Return the new image, to be opened. Raises `ImageError`, and leaves none."""
+    assert settings.target_format is not None
     try:
+        check_creation(settings.target_format, settings.target)
         return NewImage.created(settings.target, tool, values, settings.images.secret)
     except ImageError as exc:
         raise ImageError(

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from nbdqcow.block.registry import (
+    DEVICE,
     blocking_file,
+    check_place,
     filter_names,
     format_tool,
     is_remote,
@@ -122,6 +124,23 @@ def find_tool(format_: str) -> FormatTool:
         raise ImageError(f"Unknown file format '{format_}'") from None
 
 
+def check_creation(format_: str, filename: str) -> None:
+    """See that ``filename`` is there if ``format_`` asks for a device, or an export:
+    nobody can create one. Raises `ImageError`."""
+    try:
+        if format_ == DEVICE:
+            os.stat(local_path(filename))
+        check_place(format_, filename)
+    except (OSError, ImageError) as exc:
+        reason: object = exc
+        if isinstance(exc, OSError):
+            reason = f"Could not open '{filename}': {exc.strerror}"
+        raise ImageError(
+            f"Protocol driver '{format_}' does not support image creation, and opening "
+            f"the image failed: {reason}"
+        ) from None
+
+
 def option_specs(tool: FormatTool) -> list[OptionSpec]:
     """Return the format's options and the file's, the format's before its namesake."""
     own = {spec.name for spec in tool.create_options}
@@ -201,6 +220,7 @@ def _create(
         raise ImageError("Image creation needs a size parameter")
     if not quiet:
         _print_formatting(filename, format_, specs, values, texts)
+    check_creation(format_, filename)
     plan = tool.prepare(values, secrets=secrets)
     create_data_file(tool, plan, path, values.get("preallocation"))
     try:

@@ -8,6 +8,7 @@ from nbdqcow.block.node import Node
 from nbdqcow.block.registry import format_tool
 from nbdqcow.block.storage import FileRole
 from nbdqcow.cli.img import print_help
+from nbdqcow.cli.img_create import check_creation
 from nbdqcow.cli.img_nodes import ImageArguments, closing, open_node
 from nbdqcow.cli.img_options import MAX_AMOUNT, parse_amount, parse_arguments
 from nbdqcow.cli.img_run import run_command
@@ -104,6 +105,7 @@ async def _copy(
             end = min(end, operands.count * operands.block_size)
         start = min(operands.skip * operands.block_size, MAX_AMOUNT)
         try:
+            check_creation(target_format, target_name)
             new = NewImage.created(target_name, tool, {"size": max(0, end - start)})
         except ImageError as exc:
             raise ImageError(

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from nbdqcow.block.image_options import parse_json_name
+from nbdqcow.block.image_options import NO_FILE_NAME, parse_json_name
 from nbdqcow.block.node import Node
 from nbdqcow.block.open import open_image
 from nbdqcow.block.registry import is_remote
@@ -226,10 +226,8 @@ def _parse_name(name: str, arguments: ImageArguments) -> tuple[str, dict[str, An
         if arguments.image_opts and arguments.force_share:
             check_force_share(given[1])
         return given
-    if not name:
-        raise ImageError(
-            "Could not open '': The 'file' block driver requires a file name"
-        )
+    if name in ("", "file:"):
+        raise ImageError(f"Could not open '{name}': {NO_FILE_NAME}")
     try:
         is_remote(name)
     except ImageError as exc:

@@ -6,11 +6,17 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from nbdqcow.block.filter_names import innermost, is_filtered
-from nbdqcow.block.image_options import JSON_PREFIX, NO_OPTIONS, parse_json_name
+from nbdqcow.block.image_options import (
+    JSON_PREFIX,
+    NO_FILE_NAME,
+    NO_OPTIONS,
+    parse_json_name,
+)
 from nbdqcow.block.registry import (
     PROBE_LENGTH,
     RoleFinder,
     blocking_file,
+    check_place,
     data_file_name,
     format_tool,
     is_remote,
@@ -64,6 +70,9 @@ def open_image_file(
         data_file = options.get("driver_options", {}).get("data_file")
     remote = bool(filename) and is_remote(filename)
     path = filename if remote else local_path(filename)
+    if not path:
+        raise ImageError(NO_FILE_NAME)
+    check_place(format_, filename)
     tool = None if format_ is None else format_tool(format_)
     finder = RoleFinder(format_, raw_role, pairs)
     file: BlockingFile
@@ -129,7 +138,7 @@ def local_path(filename: str) -> str:
     Raises `ImageError` for other protocols, by name.
     """
     if not filename:
-        raise ImageError("The 'file' block driver requires a file name")
+        raise ImageError(NO_FILE_NAME)
     protocol, colon, rest = filename.partition(":")
     if not colon or "/" in protocol:
         return filename

@@ -7,8 +7,8 @@ from typing import Any, Final, NoReturn
 
 from nbdqcow.block.node import Node
 from nbdqcow.block.open import backing_path
-from nbdqcow.block.registry import format_driver
 from nbdqcow.block.storage import FileRole
+from nbdqcow.block.tools import BACKING_FORMATS
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_chain import overlay_of
 from nbdqcow.cli.img_nodes import ImageArguments, closing, open_node
@@ -77,14 +77,15 @@ def run(arguments: Sequence[str]) -> int:
     if not unsafe and base is None:
         raise UsageError("Must specify backing file (-b) or use unsafe mode (-u)")
     images.check()
-    images.cache = check_cache(images.cache, "Invalid cache option: ")
-    source_cache = check_cache(source_cache, "Invalid source cache option: ")
-    sources = ImageArguments(
-        force_share=force_share, cache=source_cache, objects=images.objects
-    )
     progress = ProgressLine(shown, quiet=quiet)
-    change = _Change(base, base_format, unsafe, compressed)
     try:
+        progress.show(0)
+        images.cache = check_cache(images.cache, "Invalid cache option: ")
+        source_cache = check_cache(source_cache, "Invalid source cache option: ")
+        sources = ImageArguments(
+            force_share=force_share, cache=source_cache, objects=images.objects
+        )
+        change = _Change(base, base_format, unsafe, compressed)
         return run_command(
             lambda: change.run(operands[0], images, sources, progress), progress
         )
@@ -112,15 +113,14 @@ class _Change:
         progress: ProgressLine,
     ) -> int:
         """Change the image ``name``; return the exit status."""
-        progress.show(0)
         node = await open_node(
             name, images, writable=True, with_backing=not self._unsafe
         )
         async with closing(node):
             if self._compressed:
                 check_compression(node.format_name)
-            if self._base_format is not None:
-                self._check_format(self._base_format)
+            if self._base_format not in (None, *BACKING_FORMATS):
+                raise ImageError(f"Invalid format name: '{self._base_format}'")
             if self._base is not None and self._base_format is None:
                 self._fail("backing format must be specified")
             if len(os.fsencode(self._base or "")) > _MAX_NAME_BYTES:
@@ -137,12 +137,6 @@ class _Change:
             await self._change_header(node)
             progress.show(100)
         return 0
-
-    def _check_format(self, name: str) -> None:
-        try:
-            format_driver(name)
-        except ImageError:
-            raise ImageError(f"Invalid format name: '{name}'") from None
 
     async def _copy(
         self, node: Node, sources: ImageArguments, control: JobControl

@@ -3,7 +3,7 @@
 import contextlib
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nbdqcow.block.image_options import JSON_PREFIX, parse_json_name
+from nbdqcow.block.image_options import JSON_PREFIX, NO_FILE_NAME, parse_json_name
 from nbdqcow.block.node import Node
 from nbdqcow.block.registry import format_driver
 from nbdqcow.block.storage import FileRole
@@ -94,7 +94,7 @@ def _take_options(settings: Settings, objects: "Objects") -> tuple[str, dict[str
                 _fail(name, str(exc))
             driver_options["secret"] = secret
     elif not filename.removeprefix("file:"):
-        _fail(name, "The 'file' block driver requires a file name")
+        _fail(name, NO_FILE_NAME)
     if settings.native_aio and options.get("cache") not in ("none", "directsync"):
         _fail(
             name,
@@ -128,7 +128,12 @@ def _raise_as_qemu(settings: Settings, filename: str, exc: ImageError) -> NoRetu
     named a second time only if the file itself is what can't be opened."""
     opening = f"Could not open '{filename}': "
     reason = str(exc)
-    if not isinstance(exc.__cause__, OSError) or reason.startswith(
+    if isinstance(exc.__cause__, OSError) and reason.startswith(
+        f"{opening}Could not open '"
+    ):
+        # The file has another name, as with json: and file:.
+        reason = reason.removeprefix(opening)
+    elif not isinstance(exc.__cause__, OSError) or reason.startswith(
         f"{opening}Failed to connect to "
     ):
         reason = reason.removeprefix(opening)

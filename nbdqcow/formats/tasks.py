@@ -51,7 +51,8 @@ class ImageTasks:
     def _background_done(self, task: "asyncio.Task[None]") -> None:
         self._running.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s: %s", self._filename, error)
+            reason = getattr(error, "strerror", None) or error
+            log.error("%s: %s", self._filename, reason)
 
 
 class SharedCommits:

@@ -26,12 +26,20 @@ _OUR_CHOICE: Final = (
     # Options of QEMU's that are refused by name, or in other words.
     *("does not support the option", "does not accept value", "short-form boolean"),
     *("key=value", "is not supported", "invalid size", "node-name="),
-    *("Must specify either", "aio=native", "is deprecated", "Invalid parameter"),
+    *(
+        "Must specify either",
+        "A block device must be specified",
+        "aio=native",
+        "is deprecated",
+        "Invalid parameter",
+    ),
     *("Amend options", "No secret with id"),
     # Newer QEMUs have more long options; so an abbreviation may mean several.
     "unrecognized option",
     # It lists all kinds of objects that QEMU has.
     "List of user creatable objects",
+    # A passphrase is asked for before there is a look at the file, or at its tables.
+    "is required for cipher",
     # Where the reason is GLib's, or the parser's of JSON.
     *("Unable to read", "JSON"),
     # Sizes that are no multiple of a block.

@@ -16,7 +16,13 @@ _SIZE: Final = re.compile(rb'export-size": ([0-9]+)')
 _LEAST: Final = re.compile(rb'(block_size_minimum": |min block: )(1|512)\b')
 _OUR_CHOICE: Final = (
     # What QEMU would unlink; names of unknown encoding; hints.
-    *("Address already in use", "\\udc", "modprobe nbd", "Inappropriate ioctl"),
+    *(
+        "Address already in use",
+        "Failed to unlink socket",
+        "\\udc",
+        "modprobe nbd",
+        "Inappropriate ioctl",
+    ),
     # Why a URI is none, and who can't be written to.
     *("No valid URL specified", "server address missing", "error parsing address"),
     *("the export is read-only", "Could not open backing file"),

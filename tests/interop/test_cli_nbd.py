@@ -134,6 +134,8 @@ SAME = [
     ["-k", "SOCKET", "file:"],
     ["-k", "SOCKET", "nbd:"],
     ["-k", "SOCKET", 'json:{"driver":"qcow2","file.filename":"RAW"}'],
+    ["-k", "SOCKET", 'json:{"driver":"qcow2","file.filename":"/none"}'],
+    ["-k", "SOCKET", "file:a:none"],
     ["-k", "SOCKET", "--image-opts", "driver=luks,key-secret=s,file.filename=IMAGE"],
 ]  # fmt: skip
 

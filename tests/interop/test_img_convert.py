@@ -53,6 +53,8 @@ CONVERT = [
     "convert -l one bad-l1-offset.qcow2 out",
     "convert -l one bad-l1-size.qcow2 out",
     "convert -l one base.qcow2 snap.qcow2 out",
+    "convert -l snapshot.name=one -O qcow2 snap.qcow2 base.qcow2 out",
+    "convert -l snapshot.name=one base.qcow2 snap.qcow2 out",
     "convert -l one base.qcow2 out",
     "convert -p -O qcow2 base.qcow2 out",
     "convert -p empty.qcow2 out",

@@ -135,6 +135,7 @@ REBASE = [
     "-f raw -u -b base.qcow2 -F qcow2 disk.raw",
     "-t foo -b base.qcow2 top.qcow2",
     "-T foo -b base.qcow2 top.qcow2",
+    "-p -T foo -b base.qcow2 top.qcow2",
     "",
     "top.qcow2",
     "-b base.qcow2",
@@ -147,6 +148,14 @@ REBASE = [
 @pytest.mark.parametrize("arguments", REBASE)
 def test_rebase(arguments: str, chain: Path, tmp_path: Path) -> None:
     compare(f"rebase {arguments}", chain, tmp_path)
+
+
+def test_a_backing_file_of_a_format_that_only_qemu_has(tmp_path: Path) -> None:
+    assert run_theirs("create -q -f qcow2 top 1M", tmp_path)[0] == 0
+    assert run_ours("rebase -u -b absent -F vmdk top", tmp_path) == (0, b"", b"")
+    shown = run_theirs("info top", tmp_path)
+    assert b"backing file format: vmdk" in shown[1]
+    assert run_ours("info top", tmp_path) == shown
 
 
 COMMIT = [

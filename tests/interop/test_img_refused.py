@@ -140,6 +140,44 @@ def test_refused(line: str, disks: Path, tmp_path: Path) -> None:
     assert settle(run_ours(line, tmp_path / "ours")) == expected
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "convert -O host_device base.qcow2 new",
+        "convert -O host_device base.qcow2 base.raw",
+        "convert -n -O host_device base.qcow2 base.raw",
+        "convert -n --target-image-opts base.qcow2 "
+        "driver=host_device,filename=base.raw",
+        "convert -n --target-image-opts base.qcow2 "
+        "driver=raw,file.driver=host_device,file.filename=base.raw",
+        "create -f host_device new 1M",
+        "create -f host_device base.raw 1M",
+        "create -f qcow2 -b base.raw -F host_device new",
+        "dd -O host_device if=base.qcow2 of=new",
+        "info -f host_device base.raw",
+        "resize -f host_device base.raw 1G",
+        "bench -w -f host_device base.raw",
+        "convert -O nbd base.qcow2 new",
+        "convert -n -O nbd base.qcow2 base.raw",
+        "create -f nbd new 1M",
+        "dd -O nbd if=base.qcow2 of=new",
+        "info -f nbd base.raw",
+    ],
+)
+def test_a_file_in_the_place_of_another_disk(
+    line: str, disks: Path, tmp_path: Path
+) -> None:
+    """A disk that is gone must not become a file in /dev that nobody looks at."""
+    for name in ("theirs", "ours"):
+        subprocess.run(["cp", "-a", "--", disks, tmp_path / name], check=True)
+    expected = settle(run_theirs(line, tmp_path / "theirs"))
+    assert expected[0] == 1
+    assert settle(run_ours(line, tmp_path / "ours")) == expected
+    left = {path.name: path.read_bytes() for path in (tmp_path / "ours").glob("*.raw")}
+    assert left == {path.name: path.read_bytes() for path in disks.glob("*.raw")}
+    assert not (tmp_path / "ours" / "new").exists()
+
+
 def test_bitmaps_of_a_snapshot(disks: Path, tmp_path: Path) -> None:
     """They are the disk's: QEMU copies them all the same."""
     subprocess.run(["cp", "-a", "--", disks, tmp_path / "ours"], check=True)

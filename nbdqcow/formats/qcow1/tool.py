@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from nbdqcow.block.steps import BlockingFile, run_blocking
 from nbdqcow.block.tools import (
+    BACKING_FORMATS,
     FormatTool,
     ImageInfo,
     OptionSpec,
@@ -64,6 +65,9 @@ class Qcow1Tool(FormatTool):
         """Plan a new image. Raises `ImageError`."""
         from nbdqcow.formats.qcow1.create import CreateOptions, plan_create
 
+        backing_format = values.get("backing_fmt", "raw")
+        if backing_format not in BACKING_FORMATS:
+            raise ImageError(f"unrecognized backing format '{backing_format}'")
         encrypt_format = values.get("encrypt.format")
         if encrypt_format is not None and "encryption" in values:
             raise ImageError(

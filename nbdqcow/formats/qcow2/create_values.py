@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from nbdqcow.block.tools import Measure, OptionValue, Secrets
+from nbdqcow.block.tools import BACKING_FORMATS, Measure, OptionValue, Secrets
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2.create import (
     PREALLOCATIONS,
@@ -16,12 +16,6 @@ from nbdqcow.formats.qcow2.header import COMPRESSION_TYPES
 from nbdqcow.formats.qcow2.measure import measure
 
 _VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
-
-_BACKING_FORMATS: Final = (
-    *("raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vhdx", "vpc", "luks"),
-    *("parallels", "bochs", "cloop", "dmg", "nbd", "file", "http", "https"),
-)
-"""What QEMU knows: the image may be meant for it."""
 
 
 def plan_image(values: Mapping[str, OptionValue], secrets: Secrets) -> CreatePlan:
@@ -53,7 +47,7 @@ def _create_options(values: Mapping[str, OptionValue]) -> CreateOptions:
                 f"Parameter '{name.replace('_', '-')}' does not accept value '{value}'"
             )
     backing_file = values.get("backing_file")
-    if values.get("backing_fmt", "raw") not in _BACKING_FORMATS:
+    if values.get("backing_fmt", "raw") not in BACKING_FORMATS:
         raise ImageError(
             f"Parameter 'backing-fmt' does not accept value '{values['backing_fmt']}'"
         )

@@ -1,6 +1,7 @@
 """What images do beside requests: tasks that are waited for, and shared commits."""
 
 import asyncio
+import errno
 
 import pytest
 
@@ -32,7 +33,7 @@ async def test_who_comes_while_a_commit_runs_shares_the_next():
 async def test_a_commit_goes_on_without_its_caller_and_fails_for_all_others():
     async def commit() -> None:
         await asyncio.sleep(0.01)
-        raise OSError("no more")
+        raise OSError(errno.ENOSPC, "no more")
 
     commits = SharedCommits(commit)
     callers = [asyncio.create_task(commits.run()) for _ in range(3)]
@@ -56,7 +57,7 @@ async def test_settling_waits_for_operations_and_background_work(caplog):
         return name
 
     async def fail() -> None:
-        raise OSError("no more")
+        raise OSError(errno.ENOSPC, "no more")
 
     async def forever() -> None:
         await asyncio.sleep(3600)
