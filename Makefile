@@ -14,18 +14,19 @@ JOBS ?= $(shell echo $$(($$(nproc) + 1)))
 PARALLEL := -n $(JOBS) --dist worksteal
 # What runs at length takes longer than a test of `make test` may.
 LONG := --timeout 7200 -o faulthandler_timeout=0
-export PYTHON
+# By way of the environment the shell takes any name for what it is.
+export PYTHON IMAGE LISTEN FORMAT
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | \
 	    while IFS=$$'\t' read -r target text; do \
 	        printf '  make %-18s %s\n' "$$target" "$$text"; done
 
-serve: setup-serve  ## serve IMAGE=path on LISTEN=host:port (a new 1 GiB qcow2 without IMAGE)
-	@if [ "$(IMAGE)" = var/disk.qcow2 ] && ! [ -e var/disk.qcow2 ]; then \
+serve: setup-serve  ## serve IMAGE=path [FORMAT=raw] on LISTEN=host:port (without IMAGE a new one)
+	@if [ "$$IMAGE" = var/disk.qcow2 ] && ! [ -e var/disk.qcow2 ]; then \
 	    mkdir -p var && $(BIN)/nbdqcow-img create -q -f qcow2 var/disk.qcow2 1G && \
 	    echo "made var/disk.qcow2, an empty image of 1 GiB"; fi
-	@exec $(BIN)/nbdqcow serve "$(IMAGE)" --listen "$(LISTEN)"
+	@exec $(BIN)/nbdqcow serve --listen "$$LISTEN" $${FORMAT:+--format "$$FORMAT"} -- "$$IMAGE"
 
 test: setup-test  ## lint, types and every test but the slow ones
 	$(BIN)/ruff check .

@@ -105,7 +105,8 @@ install_missing() {
             "${packages/PYTHON/python3 (3.11 or later) python3-venv}"
     if [ "$(id -u)" != 0 ] && ! type -P sudo >/dev/null; then
         fail "not root, and no sudo; as root, run:" \
-            "apt-get update && apt-get install ${packages/PYTHON/$(python_packages)}"
+            "apt-get update && apt-get install --no-install-recommends" \
+            "${packages/PYTHON/$(python_packages)}"
     fi
     update_lists
     packages=${packages/PYTHON/$(python_packages)}

@@ -26,6 +26,7 @@ from nbdqcow.formats.qcow2.memory_bitmap import Bitmap
 from tests.differential import histories
 from tests.differential.histories import History, Step
 from tests.differential.refcounts import Layout, assert_alike
+from tests.interop.img_versions import text_as_7_2_says
 from tests.serving import need, run
 
 KiB, MiB = 1 << 10, 1 << 20
@@ -203,7 +204,7 @@ class Pair:
     def compare_maps(self, image: str) -> None:
         """Let both programs tell what is where in one image."""
         words = ("map", "--output=json", *self.secret, "--image-opts", image)
-        theirs = json.loads(run("qemu-img", *words).stdout)
+        theirs = json.loads(text_as_7_2_says(run("qemu-img", *words).stdout))
         ours = json.loads(nbdqcow_img(*words))
         data_file = self.case.data_file
         assert comparable(ours, data_file=data_file) == comparable(

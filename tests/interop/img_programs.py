@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nbdqcow.cli.img import main
+from tests.interop.img_versions import Outcome, as_7_2_says, words_for
 
 IN_A_PROCESS = [
     sys.executable,
@@ -22,13 +23,11 @@ IN_A_PROCESS = [
 TIME_ZONE = "Asia/Kathmandu"
 HOLDER = re.compile(rb" Held by .*\.")
 
-Outcome = tuple[int, bytes, bytes]
-
 
 def run_theirs(line: str, directory: Path) -> Outcome:
-    """Run qemu-img; return exit status, standard output and error."""
+    """Run qemu-img; return exit status, standard output and error, as 7.2 says them."""
     done = subprocess.run(
-        ["qemu-img", *shlex.split(line)],
+        ["qemu-img", *words_for(line)],
         cwd=directory,
         capture_output=True,
         timeout=60,
@@ -36,7 +35,8 @@ def run_theirs(line: str, directory: Path) -> Outcome:
         env={**os.environ, "TZ": TIME_ZONE},
     )
     # Some of its hints lack their newline.
-    return done.returncode, done.stdout, done.stderr.rstrip(b"\n")
+    outcome = done.returncode, done.stdout, done.stderr.rstrip(b"\n")
+    return as_7_2_says(shlex.split(line), outcome)
 
 
 def run_ours(line: str, directory: Path) -> Outcome:

@@ -29,7 +29,8 @@ from tests.interop.img_beside_qemu import prepare as prepare_disks
 from tests.interop.img_beside_qemu import qemu_io, settle
 from tests.interop.img_intended import Difference, unintended
 from tests.interop.img_lines import READING, CommandLines, shrink
-from tests.interop.img_programs import HOLDER, TIME_ZONE, Outcome
+from tests.interop.img_programs import HOLDER, TIME_ZONE
+from tests.interop.img_versions import Outcome, as_7_2_says
 
 SECONDS = 30
 """After so many a program is stopped."""
@@ -85,7 +86,8 @@ def run_theirs(line: list[str], directory: Path) -> Outcome:
         )
     except subprocess.TimeoutExpired:
         return KILLED, b"", b""
-    return done.returncode, done.stdout, done.stderr.rstrip(b"\n")
+    outcome = done.returncode, done.stdout, done.stderr.rstrip(b"\n")
+    return as_7_2_says(line, outcome)
 
 
 def run_ours(line: list[str], directory: Path) -> Outcome:

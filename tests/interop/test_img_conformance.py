@@ -23,6 +23,7 @@ from tests.interop.img_programs import (
     run_ours,
     run_theirs,
 )
+from tests.interop.img_versions import FOLLOWED, qemu_version
 
 
 def prepare(directory: Path) -> None:
@@ -451,10 +452,8 @@ def test_version_and_help(tmp_path):
         status, out, _ = run_ours(option, REPOSITORY)
         # Scripts that look for what they may use read the number.
         ours = re.match(rb"qemu-img version (\d+\.\d+)\.\d+ \(nbdqcow ", out)
-        theirs = re.match(
-            rb"qemu-img version (\d+\.\d+)", run_theirs("-V", tmp_path)[1]
-        )
-        assert (status, ours[1]) == (0, theirs[1])
+        theirs = min(qemu_version(), FOLLOWED)
+        assert (status, tuple(map(int, ours[1].split(b".")))) == (0, theirs)
     for line in ("--help", "-h", "info --help", "create -h", "check -h"):
         status, out, _ = run_ours(line, REPOSITORY)
         assert status == 0
@@ -464,9 +463,9 @@ def test_version_and_help(tmp_path):
         formats = re.search(rb"^Supported formats: (.*)$", out, re.M)[1].split()
         listed = run_theirs("--help", tmp_path)[1]
         assert b"qcow2" in formats
-        assert set(formats) <= set(
-            re.search(rb"^Supported formats: (.*)$", listed, re.M)[1].split()
-        )
+        # Since 10.0 on lines of their own.
+        known = re.search(rb"^Supported (?:image )?formats:((?:\s+\S+)*)", listed, re.M)
+        assert set(formats) <= set(known[1].split())
 
 
 @pytest.mark.parametrize("end", [">&-", "> /dev/full", ">&- 2>&- <&-", "| true"])

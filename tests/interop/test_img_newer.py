@@ -1,8 +1,10 @@
 """What qemu-img learnt after 7.2: options with long names, and new ones."""
 
+import os
 import re
 import shlex
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from tests.interop.img_beside_qemu import (
     settle,
     settled_look,
 )
-from tests.interop.img_programs import files_of, run_ours, run_theirs
+from tests.interop.img_programs import TIME_ZONE, files_of, run_ours, run_theirs
+from tests.interop.img_versions import turn_back
 
 
 @pytest.fixture
@@ -231,3 +234,41 @@ def test_rebase_compressed_of_a_format_that_can_not(option: str, copy: Path) -> 
         1,
         b"qemu-img: Compression not supported for this file format",
     )
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "info --backing-chain top.qcow2",
+        "info --output=json overlay.qcow2",
+        "info snap.qcow2",
+        "snapshot -l snap.qcow2",
+        "snapshot -l lettered.qcow2",
+        "snapshot snap.qcow2",
+        "map --output=json compressed.qcow2",
+        "resize -x base.qcow2 1M",
+        "info --backing-chain=yes base.qcow2",
+        "check -r",
+        "check --output=xml base.qcow2",
+        "create -f qcow2 new.img 5x",
+        "create -f qcow2 new.img .5G",
+        "bench -d foo base.qcow2",
+        "info absent",
+    ],
+)
+def test_turned_back(
+    line: str, copy: Path, newer_clients: Callable[..., list[str]]
+) -> None:
+    """What qemu-img 10 says, in the words of 7.2: other tests rely on that where
+    there is no 7.2."""
+    words = shlex.split(line)
+    done = subprocess.run(
+        newer_clients("qemu-img", *words),
+        cwd=copy,
+        capture_output=True,
+        env={**os.environ, "TZ": TIME_ZONE},
+    )
+    # It goes by the path that it was started by.
+    err = re.sub(rb"[^\s']*/bin/qemu-img", b"qemu-img", done.stderr.rstrip(b"\n"))
+    said = done.returncode, done.stdout, err
+    assert settle(turn_back(words, said)) == settle(run_ours(line, copy))
