@@ -219,6 +219,10 @@ def _parse_in_flight(text: str) -> int:
 
 
 def _check_combinations(settings: _Settings) -> None:
+    if settings.skip_broken_bitmaps and not settings.bitmaps:
+        raise ImageError("Use of --skip-broken-bitmaps requires --bitmaps")
+    if settings.copy_range and settings.compressed:
+        raise ImageError("Cannot enable copy offloading when -c is used")
     if settings.option_lists and settings.no_create:
         raise ImageError("-o has no effect when skipping image creation")
     if settings.copy_range and settings.is_sparse_given:
@@ -227,10 +231,6 @@ def _check_combinations(settings: _Settings) -> None:
         raise ImageError("Cannot use copy offloading in salvaging mode")
     if settings.target_image_opts and not settings.no_create:
         raise ImageError("--target-image-opts requires use of -n flag")
-    if settings.skip_broken_bitmaps and not settings.bitmaps:
-        raise ImageError("Use of --skip-broken-bitmaps requires --bitmaps")
-    if settings.copy_range and settings.compressed:
-        raise ImageError("Cannot enable copy offloading when -c is used")
     if settings.target_is_zero and not settings.no_create:
         raise ImageError("--target-is-zero requires use of -n flag")
     if settings.target_is_zero and settings.backing_file is not None:

@@ -100,6 +100,14 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "convert --bitmaps -O qcow2 base.raw new",
         "convert --bitmaps -O qcow2 v2.qcow2 new",
         "convert --bitmaps -O raw bitmaps.qcow2 new",
+        # Of two things that are wrong, the one that is seen first.
+        "convert -C --salvage -c base.raw new",
+        "convert -C -S 4k -c base.raw new",
+        "convert -C -S 4k --salvage base.raw new",
+        "convert -n -o a=1 -C -c base.raw new",
+        "convert -n -o a=1 --skip-broken-bitmaps base.raw new",
+        "convert --skip-broken-bitmaps -C -c base.raw new",
+        "convert -C --target-image-opts -c base.raw new",
         # A promise that can't be kept.
         "convert -n --target-is-zero -B base.qcow2 -O qcow2 base.raw overlay.qcow2",
         # More than there is of a file.
