@@ -228,3 +228,27 @@ def test_damage_is_noted_although_nobody_waits_for_the_operation(tmp_path, monke
 
     asyncio.run(run())
     assert Header.parse(path.read_bytes()).corrupt
+
+
+@pytest.mark.parametrize("write", ["pwrite", "snapshot"])
+def test_a_block_of_counts_that_is_missing_takes_no_header_s_place(image, write):
+    """It would be where the clusters begin that it is about."""
+    path, places = image
+    data = bytearray(path.read_bytes())
+    table = places["refcount-table"]
+    data[table : table + 8] = bytes(8)
+    path.write_bytes(data)
+
+    async def run():
+        async with open_image(path) as node:
+            if write == "pwrite":
+                await node.pwrite(MiB, b"x" * CLUSTER)
+            else:
+                await node.driver.snapshot_create("t")
+
+    with pytest.raises((BlockError, CorruptImage)):
+        asyncio.run(run())
+    # But for the mark it is what it was.
+    after = bytearray(path.read_bytes()[:CLUSTER])
+    after[72:80] = data[72:80]
+    assert after == data[:CLUSTER]

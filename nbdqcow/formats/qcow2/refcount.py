@@ -395,9 +395,10 @@ class Refcounts:
     def _check_free(self, index: int, nb_clusters: int) -> None:
         """Refuse clusters whose count of 0 can't be right."""
         if not self.metadata.isdisjoint(range(index, index + nb_clusters)):
+            found = min(self.metadata.intersection(range(index, index + nb_clusters)))
             raise CorruptImage(
                 f"Preventing invalid allocation of metadata cluster at offset"
-                f" {index << self.cluster_bits:#x}; image is corrupt"
+                f" {found << self.cluster_bits:#x}; image is corrupt"
             )
 
     def _check_room(self, end: int) -> None:
@@ -518,6 +519,7 @@ class Refcounts:
                 await self._grow_table(nb_blocks + nb_new - 1)
         start = nb_blocks * self.block_entries
         self._check_room(start + nb_new + nb_clusters)
+        self._check_free(start, nb_new + nb_clusters)
         await self.write_empty(start, nb_new)
         for i in range(nb_new):
             counts = zero_counts(self.order, self.block_entries)
@@ -540,15 +542,18 @@ class Refcounts:
             block = await self._block(block_index)
             if block is not None:
                 return block
-        self._check_room(block_index * self.block_entries + 1)
-        await self.write_empty(block_index * self.block_entries, 1)
+        first = block_index * self.block_entries
+        self._check_room(first + 1)
+        # Of a damaged image the block may be missing while clusters are in use.
+        self._check_free(first, self.block_entries)
+        await self.write_empty(first, 1)
         # All clusters that a missing block covers are free: it describes
         # itself from the first of them.
         counts = zero_counts(self.order, self.block_entries)
         counts[0] = 1
         block = RefcountBlock(counts)
         self._keep(block_index, block)
-        self._add_block(block_index, block_index * self.block_entries, block)
+        self._add_block(block_index, first, block)
         return block
 
     async def write_empty(self, cluster_index: int, nb_clusters: int) -> None:
