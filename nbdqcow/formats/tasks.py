@@ -37,18 +37,24 @@ class ImageTasks:
             task.cancel()
 
     async def run_to_end(self, operation: Coroutine[Any, Any, T]) -> T:
-        """Return what ``operation`` does, which goes on if the caller is cancelled."""
+        """Return what ``operation`` does, which goes on if the caller is cancelled;
+        then what fails is logged."""
         task = asyncio.create_task(operation)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            # Nobody else hears of it, and asyncio would show a traceback.
+            task.add_done_callback(self._background_done)
+            raise
 
     async def settle(self) -> None:
         """Wait until no operation and no background work is left."""
         while self._running:
             await asyncio.wait(self._running)
 
-    def _background_done(self, task: "asyncio.Task[None]") -> None:
+    def _background_done(self, task: "asyncio.Task[Any]") -> None:
         self._running.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             reason = getattr(error, "strerror", None) or error

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gc
 
 import pytest
 
@@ -72,3 +73,25 @@ async def test_settling_waits_for_operations_and_background_work(caplog):
     tasks.cancel_until_close()
     assert sorted(done) == ["cancelled", "operation"]
     assert caplog.messages == ["disk: no more"]
+
+
+@pytest.mark.asyncio
+async def test_an_operation_that_fails_without_its_caller_is_one_line(caplog):
+    """asyncio says nothing of it, which would be a traceback."""
+    go_on = asyncio.Event()
+
+    async def operate() -> None:
+        await go_on.wait()
+        raise OSError(errno.ENOSPC, "no more")
+
+    tasks = ImageTasks("disk")
+    caller = asyncio.create_task(tasks.run_to_end(operate()))
+    await asyncio.sleep(0)
+    caller.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    go_on.set()
+    await tasks.settle()
+    del caller
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records] == ["disk: no more"]
