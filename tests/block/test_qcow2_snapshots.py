@@ -1,6 +1,7 @@
 """Internal snapshots of an open image: what QEMU sees of them, and a model."""
 
 import asyncio
+import errno
 import json
 import os
 import random
@@ -10,6 +11,8 @@ import pytest
 
 from nbdqcow import open_image
 from nbdqcow.errors import BlockError
+from nbdqcow.formats.qcow2 import snapshot
+from nbdqcow.formats.qcow2.generation import Generation
 from tests.block.qemu import check, create, qemu_img
 
 MiB = 1 << 20
@@ -265,6 +268,92 @@ def test_random_operations_with_snapshots(tmp_path, round_, extended_l2):
                 assert content(path, "-l", name) == data
 
     asyncio.run(run())
+
+
+def no_room(monkeypatch):
+    async def refuse(*args):
+        raise BlockError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(snapshot, "_delete_at_once", refuse)
+
+
+@pytest.mark.parametrize("extended_l2", [False, True])
+@pytest.mark.parametrize("round_", range(4))
+def test_snapshots_deleted_where_there_is_no_room_for_new_tables(
+    tmp_path, round_, extended_l2, monkeypatch
+):
+    no_room(monkeypatch)
+    seed = SEED + round_
+    print(f"NBDQCOW_SEED={seed}")
+    rnd = random.Random(seed)
+    if extended_l2:
+        options = {"cluster_size": 16384, "extended_l2": "on"}
+    else:
+        options = {"cluster_size": rnd.choice((512, 4096, 65536))}
+    path = create(tmp_path / "a", 2 * MiB, **options)
+    if not extended_l2:
+        # Compressed clusters, several of them in one host cluster.
+        raw = tmp_path / "text"
+        raw.write_bytes(b"".join(b"%7d\n" % i for i in range(2 * MiB // 8)))
+        copied = [f"{name}={value}" for name, value in options.items()]
+        qemu_img("convert", "-c", "-O", "qcow2", "-o", ",".join(copied), raw, path)
+    names = {}
+
+    async def run():
+        async with open_image(path) as node:
+            guest = Guest(node, rnd)
+            guest.model[:] = await node.pread(0, node.size)
+            for step in range(rnd.randrange(4, 8)):
+                await asyncio.gather(*(guest.client(10) for _ in range(3)))
+                if step < 2 or rnd.random() < 0.4:
+                    name = f"s{step}"
+                    await node.driver.snapshot_create(name)
+                    names[name] = bytes(guest.model)
+                elif names:
+                    name = rnd.choice(list(names))
+                    delete = node.driver.snapshot_delete(name)
+                    await asyncio.gather(delete, guest.client(10))
+                    del names[name]
+                assert bytes(await node.pread(0, node.size)) == guest.model
+            expected = bytes(guest.model)
+        check(path)
+        assert content(path) == expected
+        for name, data in names.items():
+            assert content(path, "-l", name) == data
+
+    asyncio.run(run())
+
+
+def test_what_there_is_no_room_to_free_is_left_to_a_repair(
+    tmp_path, monkeypatch, caplog
+):
+    path = create(tmp_path / "a", 2 * MiB)
+
+    async def run():
+        async with open_image(path) as node:
+            await node.pwrite(0, b"\1" * MiB)
+            await node.driver.snapshot_create("s")
+            await node.pwrite(0, b"\2" * 65536)
+            no_room(monkeypatch)
+            with monkeypatch.context() as context:
+
+                async def refuse(self, **kwargs):
+                    raise BlockError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+                context.setattr(Generation, "reserve", refuse)
+                await node.driver.snapshot_delete("s")
+            await node.pwrite(MiB, b"\3" * 65536)
+
+    asyncio.run(run())
+    assert "'check -r all'" in caplog.text
+    assert not snapshots(path)
+    # Leaks, and nothing else.
+    done = subprocess.run(["qemu-img", "check", path], capture_output=True, text=True)
+    assert done.returncode == 3, done.stdout
+    qemu_img("check", "-r", "all", path)
+    check(path)
+    now = b"\2" * 65536 + b"\1" * (MiB - 65536) + b"\3" * 65536
+    assert content(path) == now.ljust(2 * MiB, b"\0")
 
 
 def test_a_snapshot_under_load_has_what_was_answered_before_it(tmp_path):

@@ -7,6 +7,7 @@ corruption, after a repair if the image says that it is dirty.
 """
 
 import asyncio
+import errno
 import os
 import random
 import subprocess
@@ -14,6 +15,8 @@ import subprocess
 import pytest
 
 from nbdqcow.block.node import Node
+from nbdqcow.errors import BlockError
+from nbdqcow.formats.qcow2 import snapshot
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.refcount import Refcounts
@@ -106,6 +109,20 @@ class History:
             await self.node.driver.snapshot_create("s")
 
 
+class Snapshots(History):
+    """Snapshots come and go, the oldest or the newest first."""
+
+    kinds = ("write", "zero", "snapshot", "snapshot")
+
+    async def snapshot(self):
+        names = [one.name for one in await self.node.driver.snapshot_list()]
+        if names and (len(names) > 2 or self.rnd.random() < 0.5):
+            name = self.rnd.choice((names[0], names[-1]))
+            await self.node.driver.snapshot_delete(name)
+        else:
+            await self.node.driver.snapshot_create(f"s{len(self.states)}")
+
+
 class ManyBlocks(History):
     """Of an image whose clusters many refcount blocks count."""
 
@@ -172,6 +189,15 @@ async def explore(seed, path, kind=History):
 def test_power_cuts_during_operations(tmp_path):
     for seed in range(FIRST_SEED, FIRST_SEED + NB_HISTORIES):
         asyncio.run(explore(seed, tmp_path / "disk.qcow2"))
+
+
+def test_power_cuts_while_snapshots_go_without_room(tmp_path, monkeypatch):
+    async def refuse(*args):
+        raise BlockError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(snapshot, "_delete_at_once", refuse)
+    for seed in range(FIRST_SEED, FIRST_SEED + NB_HISTORIES):
+        asyncio.run(explore(seed, tmp_path / "disk.qcow2", Snapshots))
 
 
 def test_power_cuts_while_refcount_blocks_come_and_go(tmp_path):

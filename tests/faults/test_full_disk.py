@@ -102,3 +102,38 @@ def test_a_full_disk(tmp_path, kind, options, figures):
             for offset, data in written.items():
                 assert client.read(offset, PIECE) == data
     figures(f"full disk, {kind}: {nb_refused} writes refused, {len(written)} kept")
+
+
+def test_a_snapshot_can_be_deleted_when_the_disk_is_full(tmp_path):
+    directory = tmp_path / "mounted"
+    directory.mkdir()
+    with small_disk(directory, 8 * MiB) as mounted:
+        if not mounted:
+            pytest.skip("mounting is not allowed here")
+        image = directory / "disk"
+        nbdqcow_img("create", "-q", "-f", "qcow2", image, "32M")
+        for first, name in ((0, "old"), (1, "new")):
+            with serving(image) as server, NbdClient(server.socket) as client:
+                client.write(0, pattern(name, 2 * MiB))
+                client.flush()
+            nbdqcow_img("snapshot", "-c", name, image)
+        with serving(image) as server, NbdClient(server.socket) as client:
+            client.write(MiB, pattern("now", MiB))
+            client.flush()
+        with (directory / "rest").open("wb", buffering=0) as file:
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+        used = image.stat().st_blocks * 512
+        # The table of the one that stays would need room.
+        with pytest.raises(AssertionError, match="No space left on device"):
+            nbdqcow_img("snapshot", "-d", "old", image)
+        check_image(image)
+        nbdqcow_img("snapshot", "-d", "new", image)
+        check_image(image)
+        nbdqcow_img("snapshot", "-d", "old", image)
+        check_image(image)
+        assert image.stat().st_blocks * 512 <= used - 2 * MiB
+        with serving(image) as server, NbdClient(server.socket) as client:
+            assert client.read(0, MiB) == pattern("new", 2 * MiB)[:MiB]
+            assert client.read(MiB, MiB) == pattern("now", MiB)

@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import struct
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Mapping
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 import numpy as np
@@ -71,18 +71,19 @@ class Generation:
     # -- room ------------------------------------------------------------
 
     async def reserve(
-        self, *, nb_l2_tables: int, nb_l1_entries: int, snapshots_length: int
+        self, *, nb_l2_tables: int, nb_l1_entries: int, snapshots_length: int | None
     ) -> None:
         """Take clusters for all that may be written, the most there can be.
 
-        They are in use on disk, too, when this returns.
+        They are in use on disk, too, when this returns. ``snapshots_length``:
+        bytes of a new snapshot table; None if the old one stays.
         """
         image, refcounts = self._image, self._image.refcounts
         size = image.cluster_size
         self._l1_offset = await self._take_row(-(-nb_l1_entries * 8 // size))
         if snapshots_length:
             self.snapshots_offset = await self._take_row(-(-snapshots_length // size))
-        else:
+        elif snapshots_length is not None:
             self.snapshots_offset = 0
         while True:
             table_clusters = image.header.refcount_table_clusters
@@ -136,10 +137,10 @@ class Generation:
         """
         image = self._image
         new_l1 = array("Q", bytes(len(l1) * 8))
-        async for indices, tables in self._read_tables(l1[:nb_entries]):
+        async for indices, tables in self.read_tables(l1[:nb_entries]):
             for index, table in zip(indices, tables, strict=True):
-                entries = self._entries(table)
-                await self._counts.add(self._referenced(entries), 1)
+                entries = self.entries(table)
+                await self._counts.add(self.referenced(entries), 1)
                 offset = l1[index] & OFFSET_MASK
                 if (entries >> np.uint64(63)).any():
                     entries &= np.uint64(_WITHOUT_COPIED)
@@ -151,22 +152,34 @@ class Generation:
                 await asyncio.sleep(0)
         return new_l1
 
-    async def drop(self, l1: "array[int]") -> None:
-        """Remove one user of all that an L1 table reaches."""
+    async def drop(
+        self, l1: "array[int]", only: Mapping[int, bytes] | None = None
+    ) -> None:
+        """Remove one user of all that an L1 table reaches. ``only``: by L1 index,
+        packed bits: which entries of the L2 table still have that user."""
         bits = self._image.cluster_bits
-        async for indices, tables in self._read_tables(l1):
+        async for indices, tables in self.read_tables(l1):
             for index, table in zip(indices, tables, strict=True):
-                await self._counts.add(self._referenced(self._entries(table)), -1)
+                entries = self.entries(table)
+                if only is not None:
+                    packed = np.frombuffer(only[index], np.uint8)
+                    bits_set = np.unpackbits(packed, count=len(entries))
+                    entries = entries[bits_set.astype(np.bool_)]
+                await self._counts.add(self.referenced(entries), -1)
                 offset = l1[index] & OFFSET_MASK
                 await self._counts.add(np.array([offset >> bits], np.uint64), -1)
                 await asyncio.sleep(0)
 
-    async def set_flags(self) -> None:
-        """Make the COPIED flags of the active tables agree with the counts."""
+    async def set_flags(self, only: Collection[int] | None = None) -> None:
+        """Make the COPIED flags of the active tables agree with the counts;
+        ``only``: of the L2 tables with these indices."""
         image, counts = self._image, self._counts
-        async for indices, tables in self._read_tables(self.l1):
+        l1 = self.l1[:]
+        if only is not None:
+            l1 = array("Q", [word if i in only else 0 for i, word in enumerate(l1)])
+        async for indices, tables in self.read_tables(l1):
             for index, table in zip(indices, tables, strict=True):
-                entries = self._entries(table)
+                entries = self.entries(table)
                 offset = self.l1[index] & OFFSET_MASK
                 cluster = np.array([offset >> image.cluster_bits], np.uint64)
                 once = bool((await counts.look_up(cluster))[0] == 1)
@@ -191,7 +204,7 @@ class Generation:
         )
         return bool((entries[used] != old).any())
 
-    async def _read_tables(
+    async def read_tables(
         self, l1: "array[int]"
     ) -> AsyncIterator[tuple[list[int], list[Entries]]]:
         """Yield L1 indices and the L2 tables there, as writable arrays."""
@@ -202,11 +215,12 @@ class Generation:
         for start in range(0, len(used), nb):
             indices = used[start : start + nb]
             pieces = await asyncio.gather(
-                *(self._read_table(l1[index] & OFFSET_MASK) for index in indices)
+                *(self.read_table(l1[index] & OFFSET_MASK) for index in indices)
             )
             yield indices, pieces
 
-    async def _read_table(self, offset: int) -> Entries:
+    async def read_table(self, offset: int) -> Entries:
+        """Return an L2 table as a writable array of words."""
         image = self._image
         if offset & (image.cluster_size - 1):
             raise CorruptImage(f"L2 table offset {offset:#x} unaligned")
@@ -232,12 +246,12 @@ class Generation:
             data = data[: max(SECTOR_SIZE, round_up(used, SECTOR_SIZE))]
         await image.storage.pwritev(offset, [data])
 
-    def _entries(self, table: Entries) -> Entries:
+    def entries(self, table: Entries) -> Entries:
         """Return a view of the words of a table that name clusters."""
         entries: Entries = table[:: self._image.header.l2_entry_size // 8]
         return entries
 
-    def _referenced(self, entries: Entries) -> Entries:
+    def referenced(self, entries: Entries) -> Entries:
         """Return the host clusters that entries name, each as often."""
         bits = self._image.cluster_bits
         compressed = (entries & np.uint64(OFLAG_COMPRESSED)) != 0

@@ -19,6 +19,7 @@ from nbdqcow.block.tools import SnapshotInfo
 from nbdqcow.errors import BlockError, ImageError, NotSupported
 from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES
 from nbdqcow.formats.qcow2.generation import Generation, alone
+from nbdqcow.formats.qcow2.snapshot_release import NO_ROOM, Release
 from nbdqcow.formats.qcow2.snapshot_table import (
     Snapshot,
     find_snapshot,
@@ -144,28 +145,54 @@ async def delete(image: "Qcow2Driver", id_or_name: str) -> None:
     """See `Qcow2Driver.snapshot_delete`."""
     _check_possible(image)
     async with alone(image):
-        header, old_l1 = image.header, image.tables.l1
-        snapshots, old_length = await read(image)
-        chosen = snapshots.pop(find_snapshot(snapshots, id_or_name))
-        generation = Generation(image)
+        snapshots, table_length = await read(image)
+        index = find_snapshot(snapshots, id_or_name)
+        chosen = snapshots.pop(index)
+        l1 = await read_l1(image, chosen)
+        table = _pack(image, snapshots)
         try:
-            l1 = await read_l1(image, chosen)
-            table = _pack(image, snapshots)
-            await generation.reserve(
-                nb_l2_tables=_nb_tables(old_l1),
-                nb_l1_entries=len(old_l1),
-                snapshots_length=len(table),
+            await _delete_at_once(
+                image, chosen, l1, table, len(snapshots), table_length
             )
-            await generation.drop(l1)
-            await generation.set_flags()
-            await generation.write_snapshot_table(table, len(snapshots))
-        except BaseException:
-            await generation.abandon()
-            raise
-        generation.replaces(header.l1_table_offset, len(old_l1) * 8)
-        generation.replaces(chosen.l1_table_offset, chosen.l1_size * 8)
-        generation.replaces(header.snapshots_offset, old_length)
-        await generation.switch()
+            return
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+        release = Release(image, chosen, l1)
+        await release.read()
+        # What is behind the last one in a table is no part of it.
+        kept = table if index < len(snapshots) or not snapshots else None
+        await release.forget(kept, len(snapshots), table_length)
+    await release.finish()
+
+
+async def _delete_at_once(
+    image: "Qcow2Driver",
+    chosen: Snapshot,
+    l1: "array[int]",
+    table: bytes,
+    nb_snapshots: int,
+    old_table_length: int,
+) -> None:
+    """Delete a snapshot whose L1 table is ``l1``; ``table`` is of the others."""
+    header, old_l1 = image.header, image.tables.l1
+    generation = Generation(image)
+    try:
+        await generation.reserve(
+            nb_l2_tables=_nb_tables(old_l1),
+            nb_l1_entries=len(old_l1),
+            snapshots_length=len(table),
+        )
+        await generation.drop(l1)
+        await generation.set_flags()
+        await generation.write_snapshot_table(table, nb_snapshots)
+    except BaseException:
+        await generation.abandon()
+        raise
+    generation.replaces(header.l1_table_offset, len(old_l1) * 8)
+    generation.replaces(chosen.l1_table_offset, chosen.l1_size * 8)
+    generation.replaces(header.snapshots_offset, old_table_length)
+    await generation.switch()
 
 
 async def read_l1(image: "Qcow2Driver", snapshot: Snapshot) -> "array[int]":

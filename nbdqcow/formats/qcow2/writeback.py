@@ -291,6 +291,11 @@ class Writeback:
         else:
             self._trim_if_wanted()
 
+    async def drop(self, freed: Freed) -> None:
+        """Give back what nothing on disk names any more, as a commit does."""
+        self.waiting.append(freed)
+        await self._drop_references(freed)
+
     def _trim_if_wanted(self) -> None:
         image = self.image
         if image.trim_wanted and not self.waiting:
