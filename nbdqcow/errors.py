@@ -15,7 +15,9 @@
     +-- UsageError                     a wrong command line
 """
 
+import contextlib as _contextlib
 import errno as _errno
+from collections.abc import Iterator
 from typing import Self
 
 
@@ -49,6 +51,20 @@ class CorruptImage(BlockError):
 
     def __init__(self, text: str) -> None:
         super().__init__(_errno.EIO, text)
+
+
+@_contextlib.contextmanager
+def explained(text: str) -> Iterator[None]:
+    """Let an `OSError` say in the words of ``text`` what could not be done. What a
+    `CorruptImage` says is enough."""
+    try:
+        yield
+    except CorruptImage:
+        raise
+    except OSError as error:
+        raise BlockError(
+            error.errno or _errno.EIO, f"{text}: {error.strerror}"
+        ) from error
 
 
 class ImageError(NbdQcowError):

@@ -49,6 +49,13 @@ def full_disk(
     )
 
 
+def fill(path: Path) -> None:
+    """Let a file take all the room that there is."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
 @pytest.mark.parametrize(
     "options",
     ["qcow2 -o cluster_size=4096", "qcow2 -o cluster_size=65536", "qcow"],
@@ -112,7 +119,7 @@ def test_a_snapshot_can_be_deleted_when_the_disk_is_full(tmp_path):
             pytest.skip("mounting is not allowed here")
         image = directory / "disk"
         nbdqcow_img("create", "-q", "-f", "qcow2", image, "32M")
-        for first, name in ((0, "old"), (1, "new")):
+        for name in ("old", "new"):
             with serving(image) as server, NbdClient(server.socket) as client:
                 client.write(0, pattern(name, 2 * MiB))
                 client.flush()
@@ -120,11 +127,15 @@ def test_a_snapshot_can_be_deleted_when_the_disk_is_full(tmp_path):
         with serving(image) as server, NbdClient(server.socket) as client:
             client.write(MiB, pattern("now", MiB))
             client.flush()
-        with (directory / "rest").open("wb", buffering=0) as file:
-            with contextlib.suppress(OSError):
-                while True:
-                    file.write(bytes(4096))
+        fill(directory / "rest")
         used = image.stat().st_blocks * 512
+        for words, what in (
+            (("bitmap", "--add", image, "b"), "Failed to write bitmap 'b' to file"),
+            (("snapshot", "-c", "third", image), "Could not create snapshot 'third'"),
+        ):
+            with pytest.raises(AssertionError, match=f"{what}: .*No space left on"):
+                nbdqcow_img(*words)
+            check_image(image)
         # The table of the one that stays would need room.
         with pytest.raises(AssertionError, match="No space left on device"):
             nbdqcow_img("snapshot", "-d", "old", image)
@@ -137,3 +148,17 @@ def test_a_snapshot_can_be_deleted_when_the_disk_is_full(tmp_path):
         with serving(image) as server, NbdClient(server.socket) as client:
             assert client.read(0, MiB) == pattern("new", 2 * MiB)[:MiB]
             assert client.read(MiB, MiB) == pattern("now", MiB)
+
+
+def test_what_an_amendment_has_no_room_for_is_said(tmp_path):
+    directory = tmp_path / "mounted"
+    directory.mkdir()
+    with small_disk(directory, 4 * MiB) as mounted:
+        if not mounted:
+            pytest.skip("mounting is not allowed here")
+        image = directory / "disk"
+        nbdqcow_img("create", "-q", "-f", "qcow2", image, "1T")
+        fill(directory / "rest")
+        with pytest.raises(AssertionError, match="refblock: No space left on device"):
+            nbdqcow_img("amend", "-o", "refcount_bits=64", image)
+        check_image(image)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from nbdqcow.block.tools import OptionValue, Progress
-from nbdqcow.errors import BlockError, ImageError, NotSupported
+from nbdqcow.errors import BlockError, ImageError, NotSupported, explained
 from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2 import resize
 from nbdqcow.formats.qcow2.create import feature_names
@@ -153,8 +153,9 @@ async def amend(
     if wishes.refcount_bits not in (None, header.refcount_bits):
         assert wishes.refcount_bits is not None
         order = wishes.refcount_bits.bit_length() - 1
-        async with alone(image):
-            await change_refcount_width(image, order, progress)
+        with explained("Failed to write refblock"):
+            async with alone(image):
+                await change_refcount_width(image, order, progress)
     await _change_data_file(image, wishes)
     await _change_lazy_refcounts(image, wishes.lazy_refcounts)
     if wishes.size is not None:

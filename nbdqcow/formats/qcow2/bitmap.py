@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from nbdqcow.block.steps import run_steps
-from nbdqcow.errors import BlockError, ImageError, NotSupported
+from nbdqcow.errors import BlockError, ImageError, NotSupported, explained
 from nbdqcow.formats.qcow2 import header as qcow2_header
 from nbdqcow.formats.qcow2.bitmap_directory import (
     FLAG_AUTO,
@@ -353,7 +353,10 @@ class Bitmaps:
                     if not bitmap.inconsistent:
                         if entry is not None:
                             old += await self._clusters_of(entry)
-                        entry = await self._store_one(bitmap, new)
+                        with explained(
+                            f"Failed to write bitmap '{bitmap.name}' to file"
+                        ):
+                            entry = await self._store_one(bitmap, new)
                     assert entry is not None
                     entries.append(entry)
             except BaseException:
