@@ -5,7 +5,7 @@
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -255,21 +255,15 @@ def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
 def _parse_compressing(file: Pairs, own: Pairs) -> tuple[str | None, dict[str, Any]]:
     """Do as `_parse` does for an image, ``file``, that is written to compressed."""
     above: dict[str, Any] = {}
-    unknown = [
-        key
-        for key, value in own.items()
-        if not (key == "driver" or (value is None and key in _OWN))
-        and (value is None or key in _ENCRYPTING or not _take_own(key, value, above))
-    ]
+    given = {key: value for key, value in own.items() if key != "driver"}
+    unknown = list(_untaken(COMPRESS, given, lambda k, v: _take_own(k, v, above)))
     if not file:
         return None, {}
     if "" in file:
         raise ImageError(_no_such_node(file[""]))
     filename, options = _parse({"driver": "file", **file})
     if unknown:
-        raise ImageError(
-            f"Block format '{COMPRESS}' does not support the option '{unknown[0]}'"
-        )
+        raise ImageError(_not_supported(COMPRESS, unknown[0]))
     if (cache := _cache_mode(own)) is not None:
         above["cache"] = cache
     if options["format"] not in _COMPRESSING:
@@ -299,23 +293,31 @@ def _take_all_own(
     """Take the image's own options; return those of its driver. Raises `ImageError`
     for one that it does not have."""
     more: dict[str, Any] = {}
+    for key in _untaken(
+        driver,
+        own,
+        lambda k, v: _take_own(k, v, options) or _take_driver_own(k, v, more),
+    ):
+        raise ImageError(_not_supported(driver or "raw", key))
+    _take_overlap_checks(own, more)
+    return more
+
+
+def _untaken(
+    driver: str | None, own: Pairs, take: Callable[[str, str], bool]
+) -> Iterator[str]:
+    """Have ``take`` take the options that images of a format can have; yield the
+    others, and those that it says it does not know. Null is no option at all."""
     for key, value in own.items():
         fits = driver is None or driver in _ENCRYPTING.get(key, (driver,))
         if value is None and fits and key in _OWN:
-            # As if it were not there.
             continue
-        if (
-            value is None
-            or not fits
-            or not (
-                _take_own(key, value, options) or _take_driver_own(key, value, more)
-            )
-        ):
-            raise ImageError(
-                f"Block format '{driver or 'raw'}' does not support the option '{key}'"
-            )
-    _take_overlap_checks(own, more)
-    return more
+        if value is None or not fits or not take(key, value):
+            yield key
+
+
+def _not_supported(format_: str, key: str) -> str:
+    return f"Block format '{format_}' does not support the option '{key}'"
 
 
 def _take_own(key: str, value: str, options: dict[str, Any]) -> bool:
