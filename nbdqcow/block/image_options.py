@@ -46,6 +46,14 @@ COMPRESS: Final = "compress"
 _COMPRESSING: Final = ("qcow", "qcow2")
 """Formats that have compressed clusters."""
 NO_FILE_NAME: Final = "The 'file' block driver requires a file name"
+_NO_PLACE: Final = "Must specify either driver or file"
+_STRINGS: Final = ("driver", "filename", "file", "data-file", "image", "test", "raw")
+"""Last parts of keys whose values are names. What JSON has there, and is no string,
+counts as null, as in QEMU, which looks for a string and for nothing else."""
+_NULL_REFERENCE: Final[Mapping[str, None]] = {"": None}
+"""What `_groups` makes of a null in the place of a file."""
+_NODE_NAME: Final = "[a-zA-Z][a-zA-Z0-9._-]*"
+_MAX_NODE_NAME: Final = 31
 
 _ENCRYPTING: Final = {
     "encrypt.format": ("qcow", "qcow2"),
@@ -179,6 +187,8 @@ def flatten(given: Mapping[str, Any]) -> dict[str, str | None]:
                 item = {str(index): each for index, each in enumerate(item)}
             if isinstance(item, dict):
                 within.append((f"{name}.", item))
+            elif not isinstance(item, str) and name.rpartition(".")[2] in _STRINGS:
+                pairs[name] = None
             elif isinstance(item, bool):
                 pairs[name] = "on" if item else "off"
             elif isinstance(item, float):
@@ -201,9 +211,10 @@ def parse_pairs(pairs: Pairs) -> tuple[str, dict[str, Any]]:
     """
     driver = pairs.get("driver")
     if driver is None and not any(
-        key.partition(".")[0] in ("file", "filename") for key in pairs
+        value is not None and key.partition(".")[0] in ("file", "filename")
+        for key, value in pairs.items()
     ):
-        raise ImageError("Must specify either driver or file")
+        raise ImageError(_NO_PLACE)
     filename, options = _parse(pairs)
     if filename is None:
         if driver in FILE_DRIVERS:
@@ -238,7 +249,7 @@ def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
     if filename is not None and driver in FILE_DRIVERS:
         check_place(driver, filename)
     more = _take_all_own(driver, own, options)
-    if data_file:
+    if data_file and data_file != _NULL_REFERENCE:
         more["data_file"] = _data_file_name(data_file)
     if backing:
         try:
@@ -257,7 +268,7 @@ def _parse_compressing(file: Pairs, own: Pairs) -> tuple[str | None, dict[str, A
     above: dict[str, Any] = {}
     given = {key: value for key, value in own.items() if key != "driver"}
     unknown = list(_untaken(COMPRESS, given, lambda k, v: _take_own(k, v, above)))
-    if not file:
+    if not file or file == _NULL_REFERENCE:
         return None, {}
     if "" in file:
         raise ImageError(_no_such_node(file[""]))
@@ -342,8 +353,7 @@ def _take_own(key: str, value: str, options: dict[str, Any]) -> bool:
         case "cache.direct" | "cache.no-flush" | "cache.writeback" | "auto-read-only":
             _boolean(key, value)
         case "node-name":
-            # Nobody refers to it here.
-            pass
+            _check_node_name(value)
         case _:
             return False
     return True
@@ -407,8 +417,9 @@ _NBD: Final = (
 _NULL: Final = ("size", "latency-ns", "read-zeroes")
 NULL_DRIVERS: Final = ("null-co", "null-aio")
 
-
-_FILE: Final = ("locking", "aio", "cache.direct", "cache.no-flush", "discard")
+_FILE: Final = (
+    *("locking", "aio", "cache.direct", "cache.no-flush", "discard", "node-name"),
+)
 
 
 def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
@@ -422,7 +433,11 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
         if file[""] is None:
             raise ImageError('A block device must be specified for "file"')
         raise ImageError(_no_such_node(file[""]))
-    driver = file.pop("driver", None) or "file"
+    driver = file.pop("driver", None)
+    if driver is None:
+        if file.keys() <= {"filename", *_FILE} and file.get("filename") is None:
+            raise ImageError(_NO_PLACE)
+        driver = "file"
     if driver == "nbd":
         return _nbd_uri(file)
     if driver in NULL_DRIVERS:
@@ -453,7 +468,7 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
             case "discard":
                 _discard_mode(value)
             case "node-name":
-                pass
+                _check_node_name(value)
             case _:
                 raise ImageError(
                     f"Block protocol '{driver}' doesn't support the option '{key}'"
@@ -524,6 +539,8 @@ def _null_name(driver: str, file: dict[str, str | None]) -> str:
 
 
 def _data_file_name(pairs: dict[str, str | None]) -> str:
+    if "" in pairs:
+        raise ImageError(_no_such_node(pairs[""]))
     name, options = _parse(pairs)
     if name is None or options.get("format", "raw") != "raw" or len(options) > 1:
         raise ImageError("image option 'data-file' is a file's name, and no more")
@@ -569,6 +586,14 @@ def _mode(value: str, modes: Sequence[str]) -> str:
     if value not in modes:
         raise ImageError(f"invalid parameter value: {value}")
     return value
+
+
+def _check_node_name(name: str) -> None:
+    """Refuse what QEMU does not take for a node's name; nobody refers to one here."""
+    if re.fullmatch(_NODE_NAME, name) is None:
+        raise ImageError(f"Invalid node-name: '{name}'")
+    if len(name) > _MAX_NODE_NAME:
+        raise ImageError("Node name too long")
 
 
 def _discard_mode(value: str) -> str:
