@@ -18,6 +18,7 @@ from nbdqcow.block.status import DEFAULT_LIMIT, DirtyBitmap, Extents, block_stat
 from nbdqcow.block.tools import OptionValue, Progress
 from nbdqcow.block.write_requests import WriteRequests
 from nbdqcow.errors import BlockError, ImageError
+from nbdqcow.outliving import run_to_end
 from nbdqcow.units import SECTOR_SIZE
 
 
@@ -171,7 +172,7 @@ class Node(WriteRequests):
         await self._reopening.acquire()
         # Half of it might leave bitmaps marked as in use for good. Like other
         # operations it runs to its end even if its caller is cancelled.
-        await asyncio.shield(asyncio.create_task(self._reopen(read_only)))
+        await run_to_end(asyncio.create_task(self._reopen(read_only)), self.filename)
 
     async def _reopen(self, read_only: bool) -> None:
         storage = self.driver.storage
