@@ -17,7 +17,7 @@ from nbdqcow.block.registry import (
     unmistakable_path,
 )
 from nbdqcow.errors import ImageError
-from nbdqcow.units import parse_size, size_expected
+from nbdqcow.units import BOOLEANS, boolean_expected, parse_size, size_expected
 
 Pairs: TypeAlias = Mapping[str, str | None]
 """Dotted keys and their values as text; None is JSON's null."""
@@ -27,10 +27,6 @@ NO_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({})
 JSON_PREFIX: Final = "json:"
 _MAX_DEPTH: Final = 300
 _STRING: Final = r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'"""
-_BOOLEANS: Final = {
-    **dict.fromkeys(("on", "yes", "true", "y"), True),
-    **dict.fromkeys(("off", "no", "false", "n"), False),
-}
 _DISCARD_MODES: Final = {
     "unmap": "unmap",
     "on": "unmap",
@@ -577,9 +573,9 @@ def _cache_mode(pairs: Pairs) -> str | None:
 
 
 def _boolean(key: str, value: str | None) -> bool:
-    if value not in _BOOLEANS:
-        raise ImageError(f"Parameter '{key}' expects 'on' or 'off'")
-    return _BOOLEANS[value]
+    if value not in BOOLEANS:
+        raise ImageError(boolean_expected(key))
+    return BOOLEANS[value]
 
 
 def _mode(value: str, modes: Sequence[str]) -> str:
