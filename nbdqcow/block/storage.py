@@ -11,6 +11,7 @@ False) means "not now, take the coroutine". Errors are `OSError`s.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import Enum
 from typing import ClassVar, Final, Protocol, TypeAlias
 
@@ -217,6 +218,13 @@ class StorageDriver(ABC):
 
         No write past ``length`` may be in flight, or begin: it would be cut off.
         """
+
+    async def cut_off(self, length: int) -> None:
+        """Make the file at most ``length`` bytes long if that can be: what is behind
+        is nobody's, and stays where the file can't be cut. See `truncate`."""
+        if self.length > length:
+            with suppress(OSError):
+                await self.truncate(length)
 
     async def grow(self, length: int) -> None:
         """Make the file at least ``length`` bytes long, whatever is written to

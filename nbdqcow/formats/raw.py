@@ -4,7 +4,6 @@ import asyncio
 import errno
 from bisect import bisect_right
 from collections.abc import Mapping
-from contextlib import suppress
 from itertools import accumulate
 from typing import Any, Final, Self
 
@@ -178,10 +177,8 @@ class RawDriver(FormatDriver):
             await self._set_length(self.size, size, preallocation)
             self.size = size
         except BaseException:
-            if self.storage.length > old_length:
-                # It would be the disk's for whoever opens it next.
-                with suppress(OSError):
-                    await self.storage.truncate(old_length)
+            # What is new would be the disk's for whoever opens it next.
+            await self.storage.cut_off(old_length)
             # Whoever is cancelled may find the file shorter already.
             self.size = min(old_size, self.storage.length - self._offset)
             raise
