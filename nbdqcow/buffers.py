@@ -17,6 +17,11 @@ def is_zeroes(buffer: Buffer) -> bool:
     return type(buffer) is memoryview and buffer.obj is ZEROES
 
 
+def zero_bytes(length: int) -> bytes:
+    """Return ``length`` zeroes, to compare with: up to 1 MiB nothing is filled."""
+    return ZEROES[:length] if length <= MiB else bytes(length)
+
+
 def zero_views(length: int) -> list[Buffer]:
     """Return ``length`` zeroes that `is_zeroes` knows."""
     return [ZERO_VIEW[: min(MiB, length - start)] for start in range(0, length, MiB)]

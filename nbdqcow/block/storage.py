@@ -17,6 +17,7 @@ from typing import ClassVar, Final, Protocol, TypeAlias
 
 from nbdqcow.errors import NotSupported
 from nbdqcow.types import Buffer, Buffers
+from nbdqcow.units import MiB
 
 WriteBlocking: TypeAlias = Callable[[int, Buffer], None]
 """Writes bytes at a position, in a worker thread."""
@@ -231,6 +232,12 @@ class StorageDriver(ABC):
         it meanwhile; what is new reads as zeroes if it can."""
         if self.length < length:
             await self.truncate(length)
+
+    async def write_zero_data(self, offset: int, length: int) -> None:
+        """Write zeroes out as data is: they take their space for certain."""
+        zeroes = memoryview(bytes(min(length, MiB)))
+        for start in range(0, length, MiB):
+            await self.pwritev(offset + start, [zeroes[: length - start]])
 
     async def block_status(self, offset: int, length: int) -> tuple[bool, int]:
         """Return ``(allocated, run)``: whether ``offset`` holds data, and for

@@ -14,7 +14,6 @@ from nbdqcow.block.storage import StorageDriver
 from nbdqcow.block.tools import parse_window
 from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.types import DATA, ZERO, Run
-from nbdqcow.units import MiB
 
 _NB_AHEAD: Final = 256
 
@@ -193,11 +192,7 @@ class RawDriver(FormatDriver):
                 self._offset + start, size - start, may_unmap=False
             )
         else:
-            zeroes = memoryview(bytes(MiB))
-            for offset in range(start, size, MiB):
-                await self.storage.pwritev(
-                    self._offset + offset, [zeroes[: min(MiB, size - offset)]]
-                )
+            await self.storage.write_zero_data(self._offset + start, size - start)
 
     async def reopen(self, *, read_only: bool) -> None:
         """See `FormatDriver.reopen`."""

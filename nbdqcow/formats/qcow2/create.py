@@ -42,8 +42,6 @@ _FEATURE_NAMES: Final = (
 _FEATURE_NAMES_MIN_CLUSTER: Final = 8192
 """Below this, QEMU spares the names: the backing name needs the room."""
 
-_ZEROES_CHUNK: Final = 1 << 20
-
 
 class CreateOptions(NamedTuple):
     """What a new image is to be like; sizes in bytes.
@@ -393,7 +391,4 @@ async def _preallocate(
     if preallocation == "falloc":
         await storage.write_zeroes(offset, length, may_unmap=False)
     elif preallocation == "full":
-        zeroes = bytes(_ZEROES_CHUNK)
-        for start in range(0, length, _ZEROES_CHUNK):
-            piece = memoryview(zeroes)[: min(_ZEROES_CHUNK, length - start)]
-            await storage.pwritev(offset + start, [piece])
+        await storage.write_zero_data(offset, length)

@@ -41,15 +41,13 @@ from nbdqcow.formats.qcow2.write import (
     slice_for_change,
 )
 from nbdqcow.formats.words import dump_be64
-from nbdqcow.units import SECTOR_SIZE, MiB, round_up
+from nbdqcow.units import SECTOR_SIZE, round_up
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
 _DISK: Final = struct.Struct(">QIIQ")
 """The header from ``size`` to ``l1_table_offset``: within one sector."""
-
-_ZEROES: Final = bytes(MiB)
 
 
 async def resize(image: "Qcow2Driver", size: int, preallocation: str) -> None:
@@ -411,9 +409,7 @@ async def _zero_file(
     """Make a range of a file, which was never used, what a preallocation
     mode wants."""
     if preallocation == "full":
-        for start in range(0, length, MiB):
-            piece = memoryview(_ZEROES)[: min(MiB, length - start)]
-            await storage.pwritev(offset + start, [piece])
+        await storage.write_zero_data(offset, length)
     elif preallocation == "falloc" or not storage.zero_beyond_end:
         await storage.write_zeroes(offset, length, may_unmap=False)
     else:
