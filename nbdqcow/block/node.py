@@ -12,10 +12,10 @@ from contextlib import suppress
 from functools import partial
 from typing import Self
 
-from nbdqcow.block.driver import PREALLOCATIONS, FormatDriver
+from nbdqcow.block.driver import FormatDriver
 from nbdqcow.block.resizing import prepare_growing
 from nbdqcow.block.status import DEFAULT_LIMIT, DirtyBitmap, Extents, block_status
-from nbdqcow.block.tools import OptionValue, Progress
+from nbdqcow.block.tools import PREALLOCATIONS, OptionValue, Progress
 from nbdqcow.block.write_requests import WriteRequests
 from nbdqcow.errors import BlockError, ImageError
 from nbdqcow.outliving import run_to_end
@@ -128,7 +128,7 @@ class Node(WriteRequests):
 
         Requests past the end of a disk that has become smaller fail, whatever
         their clients think that its size is. ``preallocation`` is one of
-        `nbdqcow.block.driver.PREALLOCATIONS`. Raises `BlockError`.
+        `nbdqcow.block.tools.PREALLOCATIONS`. Raises `BlockError`.
         """
         self._check_writable()
         if preallocation not in PREALLOCATIONS:

@@ -16,7 +16,6 @@ from nbdqcow.units import (
 )
 
 MAX_AMOUNT: Final = (1 << 63) - 1
-PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
 
 
 def parse_arguments(

@@ -27,8 +27,6 @@ from nbdqcow.formats.qcow2.header import Extension, Header
 from nbdqcow.formats.qcow2.refcount_codec import filled_block
 from nbdqcow.units import MAX_DISK_LENGTH, SECTOR_SIZE, round_up
 
-PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
-
 _FEATURE_NAMES: Final = (
     (0, 0, b"dirty bit"),
     (0, 1, b"corrupt bit"),

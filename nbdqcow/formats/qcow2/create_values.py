@@ -3,10 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from nbdqcow.block.tools import BACKING_FORMATS, Measure, OptionValue, Secrets
+from nbdqcow.block.tools import (
+    BACKING_FORMATS,
+    PREALLOCATIONS,
+    Measure,
+    OptionValue,
+    Secrets,
+)
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2.create import (
-    PREALLOCATIONS,
     CreateOptions,
     CreatePlan,
     plan_create,
