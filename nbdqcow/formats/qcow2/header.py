@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Self
 
+from nbdqcow.block.steps import Read, Steps
 from nbdqcow.errors import ImageError, UnsupportedFeature
 from nbdqcow.formats.qcow2.entries import (
     MAX_CLUSTER_BITS,
@@ -25,7 +26,7 @@ from nbdqcow.units import round_up
 MAGIC: Final = 0x514649FB
 """``QFI\\xfb``."""
 
-HEADER_READ_LENGTH: Final = 65536
+_READ_LENGTH: Final = 65536
 """Bytes to read before `needed` can say whether the header has more."""
 
 INCOMPAT_DIRTY: Final = 1 << 0
@@ -124,6 +125,14 @@ def needed(data: bytes) -> int:
     if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
         return len(data)
     return int(1 << cluster_bits)
+
+
+def read_header(*, for_check: bool = False) -> Steps["Header"]:
+    """Read and parse the header: see `Header.parse`. Raises `ImageError`."""
+    head = bytes((yield Read(0, _READ_LENGTH)))
+    if needed(head) > len(head):
+        head = bytes((yield Read(0, needed(head))))
+    return Header.parse(head, for_check=for_check)
 
 
 @dataclass(slots=True)
