@@ -48,6 +48,9 @@ COMPRESSION_ZLIB: Final = 0
 COMPRESSION_ZSTD: Final = 1
 COMPRESSION_TYPES: Final = ("zlib", "zstd")
 
+COMPAT_VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+"""The version that each value of the option ``compat`` means."""
+
 EXT_END: Final = 0
 EXT_BACKING_FORMAT: Final = 0xE2792ACA
 EXT_FEATURE_NAMES: Final = 0x6803F857
@@ -110,6 +113,12 @@ class BitmapsExtension(NamedTuple):
     nb_bitmaps: int
     directory_length: int
     directory_offset: int
+
+    def pack(self) -> bytes:
+        """Return it as `Header.set_extension` takes it."""
+        return _BITMAPS.pack(
+            self.nb_bitmaps, 0, self.directory_length, self.directory_offset
+        )
 
 
 def needed(data: bytes) -> int:
@@ -262,7 +271,7 @@ class Header:
         for start in range(0, len(data) - 1, _FEATURE_NAME_LENGTH):
             # The last one may be cut short.
             entry = data[start : start + _FEATURE_NAME_LENGTH]
-            names[entry[0], entry[1]] = _decode(entry[2:])
+            names[entry[0], entry[1]] = decode_name(entry[2:])
         return names
 
     def extension(self, type_: int) -> bytes | None:
@@ -291,7 +300,7 @@ class Header:
 
     def _string_extension(self, type_: int) -> str | None:
         data = self.extension(type_)
-        return None if data is None else _decode(data)
+        return None if data is None else decode_name(data)
 
     # -- reading ---------------------------------------------------------
 
@@ -382,7 +391,7 @@ class Header:
             raise ImageError("Backing file name too long")
         if length and offset < self.header_length:
             raise ImageError("Invalid backing file offset")
-        self.backing_filename = _decode(data[offset : offset + length]) or None
+        self.backing_filename = decode_name(data[offset : offset + length]) or None
 
     def _check_features(self) -> None:
         """Refuse feature bits that we don't know, and contradictions."""
@@ -590,6 +599,6 @@ class Header:
         return bytes(fixed)
 
 
-def _decode(data: bytes) -> str:
+def decode_name(data: bytes) -> str:
     """Decode a name of the image: UTF-8 up to a NUL, any bytes kept."""
     return data.partition(b"\0")[0].decode("utf-8", "surrogateescape")

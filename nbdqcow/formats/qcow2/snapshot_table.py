@@ -13,7 +13,7 @@ from nbdqcow.block.steps import Read, Steps
 from nbdqcow.block.tools import Report, SnapshotInfo
 from nbdqcow.errors import BlockError, ImageError
 from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES
-from nbdqcow.formats.qcow2.header import MAX_SNAPSHOTS, Header
+from nbdqcow.formats.qcow2.header import MAX_SNAPSHOTS, Header, decode_name
 from nbdqcow.units import round_up
 
 MAX_TABLE_BYTES: Final = 64 << 20
@@ -155,8 +155,8 @@ def read_snapshots(
             vm_state_length = int.from_bytes(extra[:8], "big")
         icount = int.from_bytes(extra[16:24], "big") if known_length >= 24 else None
         info = SnapshotInfo(
-            id=_decode(rest[extra_length : extra_length + id_length]),
-            name=_decode(rest[extra_length + id_length :]),
+            id=decode_name(rest[extra_length : extra_length + id_length]),
+            name=decode_name(rest[extra_length + id_length :]),
             vm_state_length=vm_state_length,
             date_seconds=date_seconds,
             date_nanoseconds=date_nanoseconds,
@@ -235,7 +235,3 @@ def select_snapshot(
 
 def _encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
-
-
-def _decode(data: bytes) -> str:
-    return data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
