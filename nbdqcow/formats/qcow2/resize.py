@@ -223,30 +223,6 @@ async def _free_tables(image: "Qcow2Driver", l1: "array[int]") -> None:
         image.start_writeback_if_due()
 
 
-class _Preallocation(Allocation):
-    """New clusters that are linked without data of the guest's.
-
-    ``bitmap``: with extended L2, what is said of their subclusters.
-    """
-
-    __slots__ = ("bitmap",)
-    bitmap: int
-
-    def link(self, image: "Qcow2Driver") -> None:
-        """Let the L2 entries, which are empty, name the clusters."""
-        step = image.tables.entry_words
-        words, first = self.l2.words, self.l2_index * step
-        end = first + self.nb_clusters * step
-        size = image.cluster_size
-        start = self.cluster_index * size | OFLAG_COPIED
-        words[first:end:step] = array(
-            "Q", range(start, start + self.nb_clusters * size, size)
-        )
-        if step > 1:
-            words[first + 1 : end : step] = array("Q", [self.bitmap]) * self.nb_clusters
-        image.tables.mark_dirty(self.l2, first, end)
-
-
 # -- growing ---------------------------------------------------------------
 
 
@@ -312,6 +288,30 @@ async def _grow_l1(image: "Qcow2Driver", size: int) -> "array[int]":
         nb_new = max(nb_new, len(l1))
         await _move_l1(image, l1[:nb_old] + array("Q", bytes((nb_new - nb_old) * 8)))
     return stale
+
+
+class _Preallocation(Allocation):
+    """New clusters that are linked without data of the guest's.
+
+    ``bitmap``: with extended L2, what is said of their subclusters.
+    """
+
+    __slots__ = ("bitmap",)
+    bitmap: int
+
+    def link(self, image: "Qcow2Driver") -> None:
+        """Let the L2 entries, which are empty, name the clusters."""
+        step = image.tables.entry_words
+        words, first = self.l2.words, self.l2_index * step
+        end = first + self.nb_clusters * step
+        size = image.cluster_size
+        start = self.cluster_index * size | OFLAG_COPIED
+        words[first:end:step] = array(
+            "Q", range(start, start + self.nb_clusters * size, size)
+        )
+        if step > 1:
+            words[first + 1 : end : step] = array("Q", [self.bitmap]) * self.nb_clusters
+        image.tables.mark_dirty(self.l2, first, end)
 
 
 async def _preallocate(
