@@ -26,6 +26,7 @@ from nbdqcow.formats.qcow2.entries import (
     OFLAG_COPIED,
     OFLAG_ZERO,
     compressed_range,
+    compressed_ranges,
     is_sound,
 )
 from nbdqcow.formats.qcow2.header import Header
@@ -470,16 +471,10 @@ class L2Tables:
     ) -> "npt.NDArray[np.bool_]":
         """Count compressed clusters; return which lie outside the file."""
         header, references = self.header, self.references
-        offset_bits = 62 - (header.cluster_bits - 8)
-        chosen = entries[sound]
-        start = chosen & np.uint64((1 << offset_bits) - 1)
-        sectors = (chosen >> np.uint64(offset_bits)) & np.uint64(
-            (1 << (header.cluster_bits - 8)) - 1
-        )
-        end = (start & ~np.uint64(511)) + (sectors + np.uint64(1)) * np.uint64(512)
-        outside = end >= references.file_length + header.cluster_size
+        starts, ends = compressed_ranges(entries[sound], header.cluster_bits)
+        outside = ends >= references.file_length + header.cluster_size
         bits = np.uint64(header.cluster_bits)
-        first, last = start >> bits, (end - np.uint64(1)) >> bits
+        first, last = starts >> bits, (ends - np.uint64(1)) >> bits
         chosen_times = times[sound]
         for step in range(_MAX_COMPRESSED_CLUSTERS):
             here = ~outside & (first + np.uint64(step) <= last)
