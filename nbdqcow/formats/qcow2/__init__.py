@@ -19,7 +19,7 @@ Where a change goes:
   ``new_counts``); ``header_update`` changes the header alone.
 - Guest data in another file, or encrypted: ``data_file``, ``encryption``. Which of it
   was written: ``bitmap``, ``memory_bitmap``.
-- The check: ``check`` runs it, ``references``, ``copied`` and ``snapshot_check`` look,
-  ``rebuild`` makes refcounts anew.
+- The check: ``check`` runs it, ``references`` and ``l2_references`` count, ``copied``
+  and ``snapshot_check`` look at the rest, ``rebuild`` makes refcounts anew.
 - What commands ask: ``tool``; of new images ``create``, ``create_values``, ``measure``.
 """
