@@ -17,8 +17,7 @@ from nbdqcow.server.options import ServerOptions
 from nbdqcow.storage.nbd import client as nbd_client
 from nbdqcow.storage.nbd import connection as nbd_connection
 from nbdqcow.storage.nbd.driver import NbdStorage
-from tests.block.server.support import EIO_ERROR, FakeNode, serving
-from tests.block.server.test_flow import settle
+from tests.block.server.support import EIO_ERROR, FakeNode, serving, settle
 
 MiB = 1 << 20
 pytestmark = pytest.mark.asyncio
