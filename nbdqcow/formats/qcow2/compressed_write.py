@@ -19,6 +19,7 @@ from nbdqcow.formats.qcow2.entries import compressed_entry, max_compressed_offse
 from nbdqcow.formats.qcow2.header import CRYPT_NONE
 from nbdqcow.formats.qcow2.tables import L2Slice
 from nbdqcow.formats.qcow2.write import free_entry, slice_for_change
+from nbdqcow.outliving import forget
 from nbdqcow.types import Buffer
 from nbdqcow.units import SECTOR_SIZE, round_up
 
@@ -45,6 +46,8 @@ async def write_compressed(
     clusters = image.compressed
     compress = clusters.compress
     job = asyncio.create_task(clusters.threads.run(compress, data))
+    # It may have failed before it is this call's turn, and this call be cancelled.
+    forget(job)
     try:
         # First come, first served: the lock keeps the order of the calls.
         async with clusters.placing:
