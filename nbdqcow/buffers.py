@@ -17,6 +17,11 @@ def is_zeroes(buffer: Buffer) -> bool:
     return type(buffer) is memoryview and buffer.obj is ZEROES
 
 
+def zero_bytes(length: int) -> bytes:
+    """Return ``length`` zeroes, to compare with: up to 1 MiB nothing is filled."""
+    return ZEROES[:length] if length <= MiB else bytes(length)
+
+
 def zero_views(length: int) -> list[Buffer]:
     """Return ``length`` zeroes that `is_zeroes` knows."""
     return [ZERO_VIEW[: min(MiB, length - start)] for start in range(0, length, MiB)]
@@ -78,13 +83,7 @@ def keep_freed_memory() -> None:
     gives it back to the system and asks for it again in the next turn; page
     faults were half the cost of a 64 KiB read. Other C libraries: no effect.
     """
-    import ctypes
-
-    with suppress(AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_TRIM_THRESHOLD, 8 * MiB)
-        # Setting one of the two freezes the other one at its default.
-        mallopt(_M_MMAP_THRESHOLD, 2 * MiB)
+    _set_thresholds(trim=8 * MiB, mmap=2 * MiB)
 
 
 def keep_much_freed_memory() -> None:
@@ -92,9 +91,14 @@ def keep_much_freed_memory() -> None:
 
     It is for a command that reads and frees megabytes all the time.
     """
+    _set_thresholds(trim=256 * MiB, mmap=32 * MiB)
+
+
+def _set_thresholds(*, trim: int, mmap: int) -> None:
     import ctypes
 
     with suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_TRIM_THRESHOLD, 256 * MiB)
-        mallopt(_M_MMAP_THRESHOLD, 32 * MiB)
+        # Setting one of the two freezes the other one at its default.
+        mallopt(_M_TRIM_THRESHOLD, trim)
+        mallopt(_M_MMAP_THRESHOLD, mmap)

@@ -1,4 +1,5 @@
-"""Units and rounding; sizes as people write them and as qemu-img prints them."""
+"""Units and rounding; sizes and truth values as people write them, sizes as qemu-img
+prints them."""
 
 import re
 from typing import Final
@@ -11,6 +12,12 @@ TiB: Final = 1 << 40
 SECTOR_SIZE: Final = 512
 MAX_DISK_LENGTH: Final = (1 << 63) - (1 << 30)
 """Of any disk in QEMU, in bytes."""
+
+BOOLEANS: Final = {
+    **dict.fromkeys(("on", "yes", "true", "y"), True),
+    **dict.fromkeys(("off", "no", "false", "n"), False),
+}
+"""What QEMU takes for a truth value in an option's text."""
 
 _SUFFIXES: Final = "BKMGTPE"
 _MAX_DIGITS: Final = 40
@@ -63,6 +70,11 @@ def size_expected(name: str) -> str:
         "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
         "and exabytes, respectively."
     )
+
+
+def boolean_expected(name: str) -> str:
+    """Return what QEMU says of an option whose text is none of `BOOLEANS`."""
+    return f"Parameter '{name}' expects 'on' or 'off'"
 
 
 def format_size(size: int) -> str:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 from nbdqcow.block.inflight import Epochs
 from nbdqcow.block.status import DirtyBitmap, Kinds
@@ -18,10 +18,6 @@ from nbdqcow.block.storage import BlockingSource, StorageDriver
 from nbdqcow.block.tools import OptionValue, Progress, Secrets
 from nbdqcow.errors import ImageError, NotSupported
 from nbdqcow.types import Buffer, Run
-
-PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
-"""How much of an image's room is taken at once: none; the tables, so that all
-is mapped; the file's space as well; the same by writing zeroes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -297,7 +293,8 @@ class FormatDriver(ABC):
         What is new reads as zeroes from the next cluster on, even if the
         backing image has data there; what the last cluster holds beyond the
         old size is the caller's business.
-        ``preallocation`` is one of `PREALLOCATIONS`. Raises `BlockError`.
+        ``preallocation`` is one of `nbdqcow.block.tools.PREALLOCATIONS`. Raises
+        `BlockError`.
         """
         raise NotSupported("Image format driver does not support resize")
 

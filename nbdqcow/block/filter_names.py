@@ -22,6 +22,8 @@ _CHILDREN: Final = {
 """The files below a filter; the first one is the one that it is about."""
 _PLAIN: Final = (("filename",), ("driver", "filename"), ("filename", "driver"))
 _NULL: Final = {"driver": "null-co"}
+_NAMES: Final = ("driver", "filename", "file")
+"""Options of a file that are as good as not there if null is their value."""
 _ORDER: Final = ("offset", "driver", "size", "file")
 _NUMBERS: Final = ("errno", "sector", "state", "new_state", "align")
 
@@ -97,9 +99,11 @@ def _sort_options(driver: str, pairs: Mapping[str, str | None]) -> FilteredName:
     children: dict[str, dict[str, str]] = {name: {} for name in _CHILDREN[driver]}
     options: dict[str, str] = {}
     for key, value in pairs.items():
+        first, dot, rest = key.partition(".")
+        if value is None and first in children and rest in ("", *_NAMES):
+            continue
         if value is None:
             raise ImageError(f"Parameter '{key}' has no value")
-        first, dot, rest = key.partition(".")
         if first in children and not dot:
             raise ImageError(f"Cannot find device='{value}' nor node-name='{value}'")
         if first in children:
@@ -133,7 +137,11 @@ def filtered_name(driver: str, pairs: Mapping[str, str | None]) -> str:
             return f"{driver}:{first}:{places[0]}"
     import json
 
-    kept = {key: value for key, value in pairs.items() if key != "driver"}
+    kept = {
+        key: value
+        for key, value in pairs.items()
+        if key != "driver" and value is not None
+    }
     return f"{driver}:{_OPTIONS}{json.dumps(kept)}"
 
 

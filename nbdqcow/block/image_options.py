@@ -5,7 +5,7 @@
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, TypeAlias
 
@@ -17,7 +17,7 @@ from nbdqcow.block.registry import (
     unmistakable_path,
 )
 from nbdqcow.errors import ImageError
-from nbdqcow.units import parse_size, size_expected
+from nbdqcow.units import BOOLEANS, boolean_expected, parse_size, size_expected
 
 Pairs: TypeAlias = Mapping[str, str | None]
 """Dotted keys and their values as text; None is JSON's null."""
@@ -27,10 +27,6 @@ NO_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({})
 JSON_PREFIX: Final = "json:"
 _MAX_DEPTH: Final = 300
 _STRING: Final = r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'"""
-_BOOLEANS: Final = {
-    **dict.fromkeys(("on", "yes", "true", "y"), True),
-    **dict.fromkeys(("off", "no", "false", "n"), False),
-}
 _DISCARD_MODES: Final = {
     "unmap": "unmap",
     "on": "unmap",
@@ -46,6 +42,14 @@ COMPRESS: Final = "compress"
 _COMPRESSING: Final = ("qcow", "qcow2")
 """Formats that have compressed clusters."""
 NO_FILE_NAME: Final = "The 'file' block driver requires a file name"
+_NO_PLACE: Final = "Must specify either driver or file"
+_STRINGS: Final = ("driver", "filename", "file", "data-file", "image", "test", "raw")
+"""Last parts of keys whose values are names. What JSON has there, and is no string,
+counts as null, as in QEMU, which looks for a string and for nothing else."""
+_NULL_REFERENCE: Final[Mapping[str, None]] = {"": None}
+"""What `_groups` makes of a null in the place of a file."""
+_NODE_NAME: Final = "[a-zA-Z][a-zA-Z0-9._-]*"
+_MAX_NODE_NAME: Final = 31
 
 _ENCRYPTING: Final = {
     "encrypt.format": ("qcow", "qcow2"),
@@ -179,6 +183,8 @@ def flatten(given: Mapping[str, Any]) -> dict[str, str | None]:
                 item = {str(index): each for index, each in enumerate(item)}
             if isinstance(item, dict):
                 within.append((f"{name}.", item))
+            elif not isinstance(item, str) and name.rpartition(".")[2] in _STRINGS:
+                pairs[name] = None
             elif isinstance(item, bool):
                 pairs[name] = "on" if item else "off"
             elif isinstance(item, float):
@@ -201,9 +207,10 @@ def parse_pairs(pairs: Pairs) -> tuple[str, dict[str, Any]]:
     """
     driver = pairs.get("driver")
     if driver is None and not any(
-        key.partition(".")[0] in ("file", "filename") for key in pairs
+        value is not None and key.partition(".")[0] in ("file", "filename")
+        for key, value in pairs.items()
     ):
-        raise ImageError("Must specify either driver or file")
+        raise ImageError(_NO_PLACE)
     filename, options = _parse(pairs)
     if filename is None:
         if driver in FILE_DRIVERS:
@@ -238,7 +245,7 @@ def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
     if filename is not None and driver in FILE_DRIVERS:
         check_place(driver, filename)
     more = _take_all_own(driver, own, options)
-    if data_file:
+    if data_file and data_file != _NULL_REFERENCE:
         more["data_file"] = _data_file_name(data_file)
     if backing:
         try:
@@ -255,21 +262,15 @@ def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
 def _parse_compressing(file: Pairs, own: Pairs) -> tuple[str | None, dict[str, Any]]:
     """Do as `_parse` does for an image, ``file``, that is written to compressed."""
     above: dict[str, Any] = {}
-    unknown = [
-        key
-        for key, value in own.items()
-        if not (key == "driver" or (value is None and key in _OWN))
-        and (value is None or key in _ENCRYPTING or not _take_own(key, value, above))
-    ]
-    if not file:
+    given = {key: value for key, value in own.items() if key != "driver"}
+    unknown = list(_untaken(COMPRESS, given, lambda k, v: _take_own(k, v, above)))
+    if not file or file == _NULL_REFERENCE:
         return None, {}
     if "" in file:
         raise ImageError(_no_such_node(file[""]))
     filename, options = _parse({"driver": "file", **file})
     if unknown:
-        raise ImageError(
-            f"Block format '{COMPRESS}' does not support the option '{unknown[0]}'"
-        )
+        raise ImageError(_not_supported(COMPRESS, unknown[0]))
     if (cache := _cache_mode(own)) is not None:
         above["cache"] = cache
     if options["format"] not in _COMPRESSING:
@@ -299,23 +300,31 @@ def _take_all_own(
     """Take the image's own options; return those of its driver. Raises `ImageError`
     for one that it does not have."""
     more: dict[str, Any] = {}
+    for key in _untaken(
+        driver,
+        own,
+        lambda k, v: _take_own(k, v, options) or _take_driver_own(k, v, more),
+    ):
+        raise ImageError(_not_supported(driver or "raw", key))
+    _take_overlap_checks(own, more)
+    return more
+
+
+def _untaken(
+    driver: str | None, own: Pairs, take: Callable[[str, str], bool]
+) -> Iterator[str]:
+    """Have ``take`` take the options that images of a format can have; yield the
+    others, and those that it says it does not know. Null is no option at all."""
     for key, value in own.items():
         fits = driver is None or driver in _ENCRYPTING.get(key, (driver,))
         if value is None and fits and key in _OWN:
-            # As if it were not there.
             continue
-        if (
-            value is None
-            or not fits
-            or not (
-                _take_own(key, value, options) or _take_driver_own(key, value, more)
-            )
-        ):
-            raise ImageError(
-                f"Block format '{driver or 'raw'}' does not support the option '{key}'"
-            )
-    _take_overlap_checks(own, more)
-    return more
+        if value is None or not fits or not take(key, value):
+            yield key
+
+
+def _not_supported(format_: str, key: str) -> str:
+    return f"Block format '{format_}' does not support the option '{key}'"
 
 
 def _take_own(key: str, value: str, options: dict[str, Any]) -> bool:
@@ -340,8 +349,7 @@ def _take_own(key: str, value: str, options: dict[str, Any]) -> bool:
         case "cache.direct" | "cache.no-flush" | "cache.writeback" | "auto-read-only":
             _boolean(key, value)
         case "node-name":
-            # Nobody refers to it here.
-            pass
+            _check_node_name(value)
         case _:
             return False
     return True
@@ -405,8 +413,9 @@ _NBD: Final = (
 _NULL: Final = ("size", "latency-ns", "read-zeroes")
 NULL_DRIVERS: Final = ("null-co", "null-aio")
 
-
-_FILE: Final = ("locking", "aio", "cache.direct", "cache.no-flush", "discard")
+_FILE: Final = (
+    *("locking", "aio", "cache.direct", "cache.no-flush", "discard", "node-name"),
+)
 
 
 def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
@@ -420,7 +429,11 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
         if file[""] is None:
             raise ImageError('A block device must be specified for "file"')
         raise ImageError(_no_such_node(file[""]))
-    driver = file.pop("driver", None) or "file"
+    driver = file.pop("driver", None)
+    if driver is None:
+        if file.keys() <= {"filename", *_FILE} and file.get("filename") is None:
+            raise ImageError(_NO_PLACE)
+        driver = "file"
     if driver == "nbd":
         return _nbd_uri(file)
     if driver in NULL_DRIVERS:
@@ -451,7 +464,7 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
             case "discard":
                 _discard_mode(value)
             case "node-name":
-                pass
+                _check_node_name(value)
             case _:
                 raise ImageError(
                     f"Block protocol '{driver}' doesn't support the option '{key}'"
@@ -522,6 +535,8 @@ def _null_name(driver: str, file: dict[str, str | None]) -> str:
 
 
 def _data_file_name(pairs: dict[str, str | None]) -> str:
+    if "" in pairs:
+        raise ImageError(_no_such_node(pairs[""]))
     name, options = _parse(pairs)
     if name is None or options.get("format", "raw") != "raw" or len(options) > 1:
         raise ImageError("image option 'data-file' is a file's name, and no more")
@@ -558,15 +573,23 @@ def _cache_mode(pairs: Pairs) -> str | None:
 
 
 def _boolean(key: str, value: str | None) -> bool:
-    if value not in _BOOLEANS:
-        raise ImageError(f"Parameter '{key}' expects 'on' or 'off'")
-    return _BOOLEANS[value]
+    if value not in BOOLEANS:
+        raise ImageError(boolean_expected(key))
+    return BOOLEANS[value]
 
 
 def _mode(value: str, modes: Sequence[str]) -> str:
     if value not in modes:
         raise ImageError(f"invalid parameter value: {value}")
     return value
+
+
+def _check_node_name(name: str) -> None:
+    """Refuse what QEMU does not take for a node's name; nobody refers to one here."""
+    if re.fullmatch(_NODE_NAME, name) is None:
+        raise ImageError(f"Invalid node-name: '{name}'")
+    if len(name) > _MAX_NODE_NAME:
+        raise ImageError("Node name too long")
 
 
 def _discard_mode(value: str) -> str:

@@ -12,12 +12,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Self
 
-from nbdqcow.block.driver import PREALLOCATIONS, FormatDriver
+from nbdqcow.block.driver import FormatDriver
 from nbdqcow.block.resizing import prepare_growing
 from nbdqcow.block.status import DEFAULT_LIMIT, DirtyBitmap, Extents, block_status
-from nbdqcow.block.tools import OptionValue, Progress
+from nbdqcow.block.tools import PREALLOCATIONS, OptionValue, Progress
 from nbdqcow.block.write_requests import WriteRequests
 from nbdqcow.errors import BlockError, ImageError
+from nbdqcow.outliving import run_to_end
 from nbdqcow.units import SECTOR_SIZE
 
 
@@ -127,7 +128,7 @@ class Node(WriteRequests):
 
         Requests past the end of a disk that has become smaller fail, whatever
         their clients think that its size is. ``preallocation`` is one of
-        `nbdqcow.block.driver.PREALLOCATIONS`. Raises `BlockError`.
+        `nbdqcow.block.tools.PREALLOCATIONS`. Raises `BlockError`.
         """
         self._check_writable()
         if preallocation not in PREALLOCATIONS:
@@ -171,7 +172,7 @@ class Node(WriteRequests):
         await self._reopening.acquire()
         # Half of it might leave bitmaps marked as in use for good. Like other
         # operations it runs to its end even if its caller is cancelled.
-        await asyncio.shield(asyncio.create_task(self._reopen(read_only)))
+        await run_to_end(asyncio.create_task(self._reopen(read_only)), self.filename)
 
     async def _reopen(self, read_only: bool) -> None:
         storage = self.driver.storage

@@ -11,11 +11,13 @@ False) means "not now, take the coroutine". Errors are `OSError`s.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import Enum
 from typing import ClassVar, Final, Protocol, TypeAlias
 
 from nbdqcow.errors import NotSupported
 from nbdqcow.types import Buffer, Buffers
+from nbdqcow.units import MiB
 
 WriteBlocking: TypeAlias = Callable[[int, Buffer], None]
 """Writes bytes at a position, in a worker thread."""
@@ -218,11 +220,24 @@ class StorageDriver(ABC):
         No write past ``length`` may be in flight, or begin: it would be cut off.
         """
 
+    async def cut_off(self, length: int) -> None:
+        """Make the file at most ``length`` bytes long if that can be: what is behind
+        is nobody's, and stays where the file can't be cut. See `truncate`."""
+        if self.length > length:
+            with suppress(OSError):
+                await self.truncate(length)
+
     async def grow(self, length: int) -> None:
         """Make the file at least ``length`` bytes long, whatever is written to
         it meanwhile; what is new reads as zeroes if it can."""
         if self.length < length:
             await self.truncate(length)
+
+    async def write_zero_data(self, offset: int, length: int) -> None:
+        """Write zeroes out as data is: they take their space for certain."""
+        zeroes = memoryview(bytes(min(length, MiB)))
+        for start in range(0, length, MiB):
+            await self.pwritev(offset + start, [zeroes[: length - start]])
 
     async def block_status(self, offset: int, length: int) -> tuple[bool, int]:
         """Return ``(allocated, run)``: whether ``offset`` holds data, and for

@@ -36,6 +36,10 @@ Progress: TypeAlias = Callable[[int, int], None]
 CACHE_MODES: Final = ("writeback", "none", "writethrough", "unsafe", "directsync")
 """What an image can be opened with, in QEMU's words."""
 
+PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
+"""How much of an image's room is taken at once: none; the tables, so that all
+is mapped; the file's space as well; the same by writing zeroes."""
+
 BACKING_FORMATS: Final = (
     *("raw", "qcow2", "qcow", "qed", "vmdk", "vdi", "vhdx", "vpc", "luks", "parallels"),
     *("bochs", "cloop", "dmg", "vvfat", "file", "host_device", "host_cdrom", "nbd"),

@@ -12,7 +12,7 @@ from nbdqcow.block.driver import WritePlan
 from nbdqcow.block.inline_requests import GUARD_LENGTH, MAX_INLINE
 from nbdqcow.block.read_requests import ReadRequests
 from nbdqcow.block.storage import StorageDriver, WriteBlocking
-from nbdqcow.buffers import ZERO_VIEW, ZEROES
+from nbdqcow.buffers import ZERO_VIEW, zero_bytes
 from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.types import DATA, UNALLOCATED, Buffer
 from nbdqcow.units import MiB
@@ -118,7 +118,7 @@ class WriteRequests(ReadRequests):
         if (
             self._detect_zeroes != "off"
             and length
-            and bytes(data) == (ZEROES[:length] if length <= MiB else bytes(length))
+            and bytes(data) == zero_bytes(length)
         ):
             await self.write_zeroes(
                 offset, length, may_unmap=self._detect_zeroes == "unmap", fua=fua

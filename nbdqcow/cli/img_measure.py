@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from nbdqcow.block.tools import PREALLOCATIONS
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_create import find_tool
 from nbdqcow.cli.img_names import GivenObjects
 from nbdqcow.cli.img_options import (
-    PREALLOCATIONS,
     check_option_list,
     format_json,
     parse_amount,

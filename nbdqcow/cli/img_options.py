@@ -7,13 +7,15 @@ from nbdqcow.block.tools import CACHE_MODES, OptionValue
 from nbdqcow.cli.getopt_scan import Fault, Scan, scan
 from nbdqcow.cli.messages import error
 from nbdqcow.errors import ImageError, UsageError
-from nbdqcow.units import SizeTooLarge, parse_size, size_expected
+from nbdqcow.units import (
+    BOOLEANS,
+    SizeTooLarge,
+    boolean_expected,
+    parse_size,
+    size_expected,
+)
 
 MAX_AMOUNT: Final = (1 << 63) - 1
-PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
-
-_TRUE: Final = ("on", "yes", "true", "y")
-_FALSE: Final = ("off", "no", "false", "n")
 
 
 def parse_arguments(
@@ -122,11 +124,9 @@ def convert_option(name: str, kind: str, value: str) -> OptionValue:
     """Return the value that an option's text means. Raises `ImageError`."""
     match kind:
         case "bool":
-            if value in _TRUE:
-                return True
-            if value in _FALSE:
-                return False
-            raise ImageError(f"Parameter '{name}' expects 'on' or 'off'")
+            if value in BOOLEANS:
+                return BOOLEANS[value]
+            raise ImageError(boolean_expected(name))
         case "size":
             try:
                 return parse_size(value, limit=1 << 64)

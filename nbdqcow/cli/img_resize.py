@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, Final
 
+from nbdqcow.block.tools import PREALLOCATIONS
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_create import preallocation_failure
 from nbdqcow.cli.img_nodes import ImageArguments, closing, open_node
-from nbdqcow.cli.img_options import PREALLOCATIONS, convert_option, parse_arguments
+from nbdqcow.cli.img_options import convert_option, parse_arguments
 from nbdqcow.cli.img_run import run_command
 from nbdqcow.cli.messages import error
 from nbdqcow.errors import BlockError, ImageError, UsageError

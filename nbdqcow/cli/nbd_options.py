@@ -130,7 +130,7 @@ The image:
                              snapshot.id=ID,snapshot.name=NAME; read-only
   -s, --snapshot             keep what is written in a temporary file, which
                              goes with the server: FILE stays as it is
-  -f, --format=FORMAT        raw or qcow2 (default: guessed)
+  -f, --format=FORMAT        raw, qcow, qcow2 or luks (default: guessed)
   -r, --read-only            refuse all writes
   -n, --nocache              the same as --cache=none
       --cache=MODE           none, writeback (default), writethrough,

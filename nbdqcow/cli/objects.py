@@ -12,6 +12,7 @@ from nbdqcow.block.image_options import DuplicateKeyError, load_json
 from nbdqcow.cli.image_opts import parse_keyval
 from nbdqcow.cli.program import Answered
 from nbdqcow.errors import UsageError
+from nbdqcow.units import BOOLEANS, boolean_expected
 
 if TYPE_CHECKING:
     from nbdqcow.server.authz import Rules
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from nbdqcow.tls import TlsCredentials
 
 _IDENTIFIER: Final = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
-_BOOLEANS: Final = {"on": True, "yes": True, "off": False, "no": False}
 _HELP: Final = frozenset(("help", "?"))
 _BASE64_DIGITS: Final = f"{string.ascii_letters}{string.digits}+/=".encode()
 _PADDING: Final = ord("=")
@@ -175,9 +175,9 @@ class Properties:
         """Return a truth value. Raises `UsageError`."""
         value = self._given.pop(key, default)
         if isinstance(value, str):
-            value = _BOOLEANS.get(value)
+            value = BOOLEANS.get(value)
         if not isinstance(value, bool):
-            raise UsageError(f"Parameter '{key}' expects 'on' or 'off'")
+            raise UsageError(boolean_expected(key))
         return value
 
     def take_choice(self, key: str, choices: Sequence[str], default: str) -> str:

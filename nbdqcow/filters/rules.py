@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nbdqcow.errors import ImageError
-from nbdqcow.units import SECTOR_SIZE
+from nbdqcow.units import BOOLEANS, SECTOR_SIZE, boolean_expected
 
 MAX_RULES: Final = 4096
 MAX_CONFIG_LENGTH: Final = 256 << 10
@@ -244,6 +244,6 @@ def _number(pairs: Mapping[str, str], key: str, default: int) -> int:
 
 def _flag(pairs: Mapping[str, str], key: str) -> bool:
     text = pairs.get(key, "off")
-    if text not in ("on", "off", "yes", "no"):
-        raise ImageError(f"Parameter '{key}' expects 'on' or 'off'")
-    return text in ("on", "yes")
+    if text not in BOOLEANS:
+        raise ImageError(boolean_expected(key))
+    return BOOLEANS[text]

@@ -7,7 +7,6 @@ each in its place.
 import asyncio
 import errno
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Self
 
 from nbdqcow.block.driver import FormatDriver, WritePlan
@@ -129,10 +128,8 @@ class LuksDriver(FormatDriver):
                     )
             self.size = size
         except BaseException:
-            if self.storage.length > old_length:
-                # It would be the disk's for whoever opens it next, and noise.
-                with suppress(OSError):
-                    await self.storage.truncate(old_length)
+            # What is new would be the disk's for whoever opens it next, and noise.
+            await self.storage.cut_off(old_length)
             # Whoever is cancelled may find the file shorter already.
             self.size = min(old, self.storage.length - self._payload_offset)
             raise

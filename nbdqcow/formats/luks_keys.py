@@ -16,6 +16,7 @@ from nbdqcow.block.tools import OptionValue, Secrets
 from nbdqcow.crypto.luks import DEFAULT_ITERATION_MS, NB_SLOTS, Edit, LuksHeader
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.luks_file import read_luks
+from nbdqcow.formats.luks_options import parse_iteration_ms
 from nbdqcow.pool import Pool
 from nbdqcow.types import Buffer
 
@@ -78,11 +79,7 @@ class KeyChange:
                 "To erase keyslot(s), either explicit keyslot index or the password "
                 "currently contained in them must be given"
             )
-        iteration_ms = int(given.get("iter-time", DEFAULT_ITERATION_MS))
-        if iteration_ms < 0:
-            raise ImageError(
-                "PBKDF iterations too large to scale: iter-time is negative"
-            )
+        iteration_ms = parse_iteration_ms(given)
         new, old = given.get("new-secret"), given.get("old-secret")
         return cls(
             new=None if new is None else secrets(str(new)),

@@ -39,13 +39,19 @@ def create_area_blocking(
     Raises `ImageError`.
     """
     spec, hash_name = parse_cipher(values, prefix)
-    iteration_ms = int(values.get(f"{prefix}iter-time", DEFAULT_ITERATION_MS))
-    if iteration_ms < 0:
-        raise ImageError("PBKDF iterations too large to scale: iter-time is negative")
+    iteration_ms = parse_iteration_ms(values, prefix)
     header, _, area = create_blocking(
         passphrase(), spec=spec, hash_name=hash_name, iteration_ms=iteration_ms
     )
     return header, area
+
+
+def parse_iteration_ms(values: Mapping[str, OptionValue], prefix: str = "") -> int:
+    """Return the time to spend on a passphrase, in ms. Raises `ImageError`."""
+    iteration_ms = int(values.get(f"{prefix}iter-time", DEFAULT_ITERATION_MS))
+    if iteration_ms < 0:
+        raise ImageError("PBKDF iterations too large to scale: iter-time is negative")
+    return iteration_ms
 
 
 def parse_cipher(

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Final
 
 from nbdqcow.block.steps import BlockingFile, run_blocking
 from nbdqcow.block.tools import (
+    PREALLOCATIONS,
     FormatTool,
     ImageInfo,
     Measure,
@@ -18,7 +19,6 @@ from nbdqcow.errors import ImageError
 from nbdqcow.formats.luks_specs import cipher_options, key_options
 from nbdqcow.units import SECTOR_SIZE, round_up
 
-_PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
 _NO_SECRET: Final = "Parameter 'key-secret' is required for cipher"
 _FIRST: Final = 4096
 """Bytes in front of the key slots."""
@@ -67,7 +67,7 @@ class LuksTool(FormatTool):
     ) -> LuksPlan:
         """Plan a new container; takes seconds. Raises `ImageError`."""
         preallocation = str(values.get("preallocation", "off"))
-        if preallocation not in _PREALLOCATIONS:
+        if preallocation not in PREALLOCATIONS:
             raise ImageError(f"invalid parameter value: {preallocation}")
         key_secret = values.get("key-secret")
 

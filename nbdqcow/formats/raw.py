@@ -4,7 +4,6 @@ import asyncio
 import errno
 from bisect import bisect_right
 from collections.abc import Mapping
-from contextlib import suppress
 from itertools import accumulate
 from typing import Any, Final, Self
 
@@ -15,7 +14,6 @@ from nbdqcow.block.storage import StorageDriver
 from nbdqcow.block.tools import parse_window
 from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.types import DATA, ZERO, Run
-from nbdqcow.units import MiB
 
 _NB_AHEAD: Final = 256
 
@@ -178,10 +176,8 @@ class RawDriver(FormatDriver):
             await self._set_length(self.size, size, preallocation)
             self.size = size
         except BaseException:
-            if self.storage.length > old_length:
-                # It would be the disk's for whoever opens it next.
-                with suppress(OSError):
-                    await self.storage.truncate(old_length)
+            # What is new would be the disk's for whoever opens it next.
+            await self.storage.cut_off(old_length)
             # Whoever is cancelled may find the file shorter already.
             self.size = min(old_size, self.storage.length - self._offset)
             raise
@@ -196,11 +192,7 @@ class RawDriver(FormatDriver):
                 self._offset + start, size - start, may_unmap=False
             )
         else:
-            zeroes = memoryview(bytes(MiB))
-            for offset in range(start, size, MiB):
-                await self.storage.pwritev(
-                    self._offset + offset, [zeroes[: min(MiB, size - offset)]]
-                )
+            await self.storage.write_zero_data(self._offset + start, size - start)
 
     async def reopen(self, *, read_only: bool) -> None:
         """See `FormatDriver.reopen`."""

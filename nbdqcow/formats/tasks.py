@@ -1,13 +1,12 @@
 """What an image does beside the calls of its driver: background work, and commits."""
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+from nbdqcow.outliving import forget, log_failure, outcome, run_to_end
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class ImageTasks:
@@ -42,12 +41,7 @@ class ImageTasks:
         task = asyncio.create_task(operation)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            # Nobody else hears of it, and asyncio would show a traceback.
-            task.add_done_callback(self._background_done)
-            raise
+        return await run_to_end(task, self._filename)
 
     async def settle(self) -> None:
         """Wait until no operation and no background work is left."""
@@ -56,9 +50,7 @@ class ImageTasks:
 
     def _background_done(self, task: "asyncio.Task[Any]") -> None:
         self._running.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            reason = getattr(error, "strerror", None) or error
-            log.error("%s: %s", self._filename, reason)
+        log_failure(self._filename, task)
 
 
 class SharedCommits:
@@ -79,20 +71,15 @@ class SharedCommits:
         """Return the next commit, which begins when the present one has ended."""
         if self._queued is None:
             self._queued = asyncio.create_task(self._commit_when_free())
-            self._queued.add_done_callback(_retrieve)
+            # Whoever awaits it has its failure.
+            forget(self._queued)
         return self._queued
 
     async def run(self) -> None:
         """Commit all that was dirty before this call. Raises what the commit does."""
-        await asyncio.shield(self.start())
+        await outcome(self.start())
 
     async def _commit_when_free(self) -> None:
         async with self.running:
             self._queued = None
             await self._commit()
-
-
-def _retrieve(task: "asyncio.Task[None]") -> None:
-    """Mark a failed commit's error as seen: whoever awaited it has it."""
-    if not task.cancelled():
-        task.exception()

@@ -2,14 +2,10 @@
 
 from functools import lru_cache
 
-from nbdqcow.buffers import ZEROES
+from nbdqcow.buffers import zero_bytes
 from nbdqcow.types import Buffer
-from nbdqcow.units import MiB
 
-
-@lru_cache(maxsize=4)
-def _zeroes(length: int) -> bytes:
-    return ZEROES[:length] if length <= MiB else bytes(length)
+_zeroes = lru_cache(maxsize=4)(zero_bytes)
 
 
 def is_zero(data: Buffer) -> bool:

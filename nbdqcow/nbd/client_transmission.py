@@ -32,8 +32,6 @@ _FURTHER_CHUNKS: Final = 1024
 """Chunks that a reply may have besides one for each sector of a read: a server
 that sends more of them does not mean to come to an end."""
 
-_HOLE: Final = Struct(">QI")
-_ERROR: Final = Struct(">IH")
 _STATUS_EXT: Final = Struct(">II")
 _EXTENT: Final = Struct(">II")
 _EXTENT_EXT: Final = Struct(">QQ")
@@ -353,10 +351,10 @@ class ClientTransmission:
             if payload or not flags & nbd.REPLY_FLAG_DONE:
                 raise ProtocolError("a NONE that is not the end of a reply")
         elif kind == nbd.REPLY_TYPE_OFFSET_HOLE and call.command == nbd.CMD_READ:
-            if len(payload) != _HOLE.size:
+            if len(payload) != codec.HOLE.size:
                 raise ProtocolError(f"an OFFSET_HOLE of {len(payload)} bytes")
             # ``data`` is zero from the beginning.
-            call.add_chunk(*_HOLE.unpack(payload))
+            call.add_chunk(*codec.HOLE.unpack(payload))
         elif call.command == nbd.CMD_BLOCK_STATUS and kind == (
             nbd.REPLY_TYPE_BLOCK_STATUS_EXT
             if self._extended
@@ -389,10 +387,10 @@ class ClientTransmission:
 
 def _take_error(call: Call, payload: bytes) -> None:
     """Take an error chunk of any type: they begin alike."""
-    if len(payload) < _ERROR.size:
+    if len(payload) < codec.ERROR.size:
         raise ProtocolError(f"an error chunk of {len(payload)} bytes")
-    error, length = _ERROR.unpack_from(payload)
-    text = payload[_ERROR.size : _ERROR.size + length]
+    error, length = codec.ERROR.unpack_from(payload)
+    text = payload[codec.ERROR.size : codec.ERROR.size + length]
     if len(text) != length:
         raise ProtocolError("an error chunk that is shorter than its text")
     # A server that reports an error has one, whatever the number.

@@ -30,6 +30,10 @@ STRUCTURED_REPLY: Final = Struct(">IHHQI")
 EXTENDED_REPLY: Final = Struct(">IHHQQQ")
 """EXTENDED_REPLY_MAGIC, reply flags, type, cookie, offset of the request,
 length of the payload."""
+HOLE: Final = Struct(">QI")
+"""The payload of OFFSET_HOLE: offset, length."""
+ERROR: Final = Struct(">IH")
+"""What the payload of an error chunk begins with: error, length of its text."""
 
 U16: Final = Struct(">H")
 U32: Final = Struct(">I")

@@ -146,8 +146,8 @@ class ServerHandshake:
         terms: what else holds in TRANSMISSION.
         trailing: bytes that came after the handshake's last option.
         error: why the connection is CLOSED; None after an ABORT.
-        shutting_down: set by the shell: every option but ABORT is refused.
         encrypted: whether TLS has begun.
+        shutting_down: set by the shell: every option but ABORT is refused.
         refusal: set by the shell: the same, for a reason of its own.
     """
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdqcow.buffers import is_zeroes
 from nbdqcow.nbd import constants as nbd
+from nbdqcow.nbd.codec import ERROR, HOLE, U32, U64
 from nbdqcow.types import Buffer
 
 if TYPE_CHECKING:
@@ -28,10 +29,6 @@ REPLY_OK: Final = nbd.SIMPLE_REPLY_MAGIC.to_bytes(4, "big") + bytes(4)
 _SIMPLE: Final = Struct(">II8s")
 _CHUNK: Final = Struct(">IHH8sI")
 _EXTENDED_CHUNK: Final = Struct(">IHH8sQQ")
-_ERROR: Final = Struct(">IH")
-_HOLE: Final = Struct(">QI")
-_U32: Final = Struct(">I")
-_U64: Final = Struct(">Q")
 
 # A whole reply to a read that has no error, up to the data: the inline path
 # packs it in one call. The first word is magic, flags and type.
@@ -121,12 +118,12 @@ class Replies:
         if self.style is ReplyStyle.SIMPLE:
             return simple_reply(cookie, error)
         message = encode_text(text)
-        payload = _ERROR.pack(error, len(message)) + message
+        payload = ERROR.pack(error, len(message)) + message
         if error_offset is None:
             kind = nbd.REPLY_TYPE_ERROR
         else:
             kind = nbd.REPLY_TYPE_ERROR_OFFSET
-            payload += _U64.pack(error_offset)
+            payload += U64.pack(error_offset)
         return self._chunk(cookie, offset, kind, len(payload)) + payload
 
     def read(
@@ -170,10 +167,10 @@ class Replies:
         extended = self.style is ReplyStyle.EXTENDED
         reply: list[Buffer] = []
         for index, (context_id, lengths, flags) in enumerate(rows, 1):
-            head = _U32.pack(context_id)
+            head = U32.pack(context_id)
             if extended:
                 kind = nbd.REPLY_TYPE_BLOCK_STATUS_EXT
-                head += _U32.pack(len(lengths))
+                head += U32.pack(len(lengths))
             else:
                 kind = nbd.REPLY_TYPE_BLOCK_STATUS
             descriptors = np.empty((len(lengths), 2), ">u8" if extended else ">u4")
@@ -196,11 +193,11 @@ class Replies:
             last = done and index == len(parts)
             length = sum(map(len, buffers))
             if is_hole:
-                payload = _HOLE.pack(position, length)
+                payload = HOLE.pack(position, length)
                 kind, payload_length = nbd.REPLY_TYPE_OFFSET_HOLE, len(payload)
                 buffers = []
             else:
-                payload = _U64.pack(position)
+                payload = U64.pack(position)
                 kind, payload_length = nbd.REPLY_TYPE_OFFSET_DATA, len(payload) + length
             reply.append(
                 self._chunk(cookie, offset, kind, payload_length, done=last) + payload

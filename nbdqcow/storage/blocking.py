@@ -1,6 +1,7 @@
 """A local file for programs without an event loop."""
 
 import os
+import stat
 from collections.abc import Callable
 from typing import Final, Self
 
@@ -121,7 +122,7 @@ class BlockingLocalFile:
     @property
     def is_device(self) -> bool:
         """Whether this is a block device, whose length is fixed."""
-        return os.fstat(self._fd).st_mode & 0o170000 == 0o060000
+        return stat.S_ISBLK(os.fstat(self._fd).st_mode)
 
     def close(self) -> None:
         """Release the file and its locks."""

@@ -18,7 +18,7 @@ from nbdqcow.storage.memory import MemoryStorage
 from tests.block.qemu import check, create
 from tests.block.qemu import run_qemu_img as qemu_img
 from tests.crash.histories import filled
-from tests.crash.test_histories import check_by_us, is_sound
+from tests.crash.verdicts import check_by_us, is_sound
 from tests.faults.faulty import FaultyStorage, Rule
 
 KiB, MiB = 1 << 10, 1 << 20

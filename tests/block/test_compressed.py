@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gc
 import random
 import subprocess
 import threading
@@ -579,3 +580,27 @@ def test_streams_are_placed_in_the_order_of_the_calls(tmp_path, seed, monkeypatc
     asyncio.run(run())
     assert codec.deflate_blocking(data[:65536])
     check(path)
+
+
+def test_a_failed_compression_that_nobody_waits_for(tmp_path, caplog):
+    """asyncio says nothing of it, which would be a traceback."""
+    path = create(tmp_path / "disk")
+
+    async def cancelled():
+        async with open_image(path) as node:
+            clusters = node.driver.compressed
+
+            def fail(data):
+                raise MemoryError
+
+            clusters.compress = fail
+            async with clusters.placing:
+                writing = asyncio.create_task(node.driver.write_compressed(0, b"x" * 9))
+                await asyncio.sleep(0.2)
+                writing.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await writing
+
+    asyncio.run(cancelled())
+    gc.collect()
+    assert caplog.records == []

@@ -10,20 +10,10 @@ import pytest
 
 from nbdqcow import open_image
 from nbdqcow.errors import ImageError
+from tests.block.qemu import create, qemu_img
 
 MiB = 1 << 20
-
-
-def qemu_img(*arguments):
-    return subprocess.run(
-        ["qemu-img", *map(str, arguments)], check=True, capture_output=True, text=True
-    ).stdout
-
-
-def create(path, **options):
-    text = ",".join(f"{k}={v}" for k, v in options.items())
-    qemu_img("create", "-qf", "qcow2", *(["-o", text] if text else []), path, 8 * MiB)
-    return path
+SIZE = 8 * MiB
 
 
 def run(path, work, **options):
@@ -52,17 +42,17 @@ async def replace_compressed_and_shared(node):
 
 
 def test_discard_request(tmp_path):
-    assert run(create(tmp_path / "a"), discard) < MiB
-    kept = run(create(tmp_path / "b"), discard, **{"pass-discard-request": False})
+    assert run(create(tmp_path / "a", SIZE), discard) < MiB
+    kept = run(create(tmp_path / "b", SIZE), discard, **{"pass-discard-request": False})
     assert kept > 4 * MiB
-    ignored = run(create(tmp_path / "c"), discard, discard="ignore")
+    ignored = run(create(tmp_path / "c", SIZE), discard, discard="ignore")
     assert ignored > 4 * MiB
 
 
 def test_discard_snapshot(tmp_path):
     work = replace_compressed_and_shared
-    assert run(create(tmp_path / "a"), work) < 5 * MiB
-    kept = run(create(tmp_path / "b"), work, **{"pass-discard-snapshot": False})
+    assert run(create(tmp_path / "a", SIZE), work) < 5 * MiB
+    kept = run(create(tmp_path / "b", SIZE), work, **{"pass-discard-snapshot": False})
     assert kept > 8 * MiB
 
 
@@ -94,7 +84,7 @@ def test_discarded_clusters_that_stay(tmp_path, extended_l2):
         assert bytes(await node.pread(MiB, 2 * MiB)) == bytes(2 * MiB)
         await node.pwrite(MiB, b"z" * 100)
 
-    path = create(tmp_path / "a", extended_l2=extended_l2)
+    path = create(tmp_path / "a", SIZE, extended_l2=extended_l2)
     run(path, work, **{"discard-no-unref": True})
     assert json.loads(qemu_img("check", "--output=json", path))[
         "allocated-clusters"
@@ -117,11 +107,11 @@ def test_what_snapshots_have_is_not_given_back(tmp_path):
         assert bytes(await node.pread(0, 4 * MiB)) == b"x" * 4 * MiB
 
     for number, options in enumerate(({}, {"discard-no-unref": True})):
-        run(create(tmp_path / f"a{number}"), work, **options)
+        run(create(tmp_path / f"a{number}", SIZE), work, **options)
 
 
 def test_version_2_has_no_clusters_to_keep(tmp_path):
-    path = create(tmp_path / "a", compat="0.10")
+    path = create(tmp_path / "a", SIZE, compat="0.10")
     with pytest.raises(ImageError, match="only supported since qcow2 version 3"):
         run(path, discard, **{"discard-no-unref": True})
 
@@ -141,7 +131,7 @@ def test_version_2_has_no_clusters_to_keep(tmp_path):
     ],
 )
 def test_cache_sizes_are_refused_as_by_qemu(tmp_path, options, message):
-    path = create(tmp_path / "a")
+    path = create(tmp_path / "a", SIZE)
     with pytest.raises(ImageError, match=message):
         run(path, discard, **options)
     file = {"driver": "file", "filename": str(path)}
@@ -151,7 +141,7 @@ def test_cache_sizes_are_refused_as_by_qemu(tmp_path, options, message):
 
 
 def test_cached_tables_are_given_up(tmp_path):
-    path = create(tmp_path / "a")
+    path = create(tmp_path / "a", SIZE)
 
     async def work(node):
         tables = node.driver.tables
@@ -168,7 +158,7 @@ def test_cached_tables_are_given_up(tmp_path):
 
 
 def test_nobody_looks_after_an_image_that_could_not_be_opened(tmp_path):
-    path = create(tmp_path / "a")
+    path = create(tmp_path / "a", SIZE)
     qemu_img("bitmap", "--add", path, "b0")
     image = bytearray(path.read_bytes())
     # Behind the extension's head are the number of bitmaps, and of their directory

@@ -16,7 +16,7 @@ from nbdqcow.storage.memory import MemoryStorage
 from tests.block.qemu import check, create
 from tests.block.qemu import run_qemu_img as qemu_img
 from tests.crash.histories import created
-from tests.crash.test_histories import check_by_us, is_sound
+from tests.crash.verdicts import check_by_us, is_sound
 from tests.faults.faulty import WRITE, FaultyStorage, Rule
 
 KiB, MiB = 1 << 10, 1 << 20

@@ -18,8 +18,9 @@ from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.formats.qcow2.tool import Qcow2Tool
 from nbdqcow.storage.memory import MemoryStorage
 from nbdqcow.types import DATA, UNALLOCATED, ZERO, ZERO_ALLOCATED
-from tests.block.test_qcow2_driver import check, patch, qemu_img
-from tests.block.test_qcow2_driver import create as qemu_create
+from tests.block.qemu import check, qemu_img
+from tests.block.qemu import create as qemu_create
+from tests.block.test_qcow2_driver import patch
 from tests.block.test_status import our_map, qemu_io, qemu_map
 from tests.builder import BytesFile
 

@@ -1,6 +1,8 @@
 """Raw images that are made read-only, writable again and shorter in use."""
 
 import asyncio
+import errno
+import gc
 import os
 import threading
 
@@ -59,6 +61,30 @@ async def test_a_write_that_has_begun_is_durable_once_read_only(tmp_path, monkey
         await node.flush()
         assert gate.log[-2:] == ["write", "sync"]
     assert path.read_bytes() == b"\1" * MIB + bytes(3 * MIB)
+
+
+@pytest.mark.asyncio
+async def test_what_fails_without_its_caller_is_one_line(tmp_path, monkeypatch, caplog):
+    """asyncio says nothing of it, which would be a traceback."""
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(MIB))
+    async with open_image(path, format="raw") as node:
+        go_on = asyncio.Event()
+
+        async def fail(*, read_only):
+            await go_on.wait()
+            raise OSError(errno.ENOSPC, "no more")
+
+        monkeypatch.setattr(node.driver, "reopen", fail)
+        reopening = asyncio.create_task(node.reopen(read_only=True))
+        await asyncio.sleep(0)
+        reopening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reopening
+        go_on.set()
+    del reopening
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records] == [f"{path}: no more"]
 
 
 @pytest.mark.asyncio

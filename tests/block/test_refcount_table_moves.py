@@ -13,7 +13,7 @@ from nbdqcow.block.node import Node
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.storage.memory import MemoryStorage
 from tests.builder import ImageBuilder
-from tests.crash.test_histories import check_by_us, is_sound
+from tests.crash.verdicts import check_by_us, is_sound
 
 POINTER_OFFSET = 48
 

@@ -13,8 +13,8 @@ from nbdqcow.block.tools import REPAIR_ALL, REPAIR_LEAKS, REPAIR_NONE
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2 import header
 from nbdqcow.formats.qcow2.check import check_image
+from nbdqcow.formats.qcow2.header import read_header
 from nbdqcow.formats.qcow2.snapshot_table import Snapshot, read_snapshots
-from nbdqcow.formats.qcow2.tool import read_header
 from nbdqcow.storage.memory import MemoryStorage
 from tests.builder import ImageBuilder
 

@@ -10,7 +10,6 @@ import re
 import pytest
 
 from nbdqcow import open_image
-from nbdqcow.cli.img import main
 from nbdqcow.errors import NotSupported
 from nbdqcow.jobs import convert as convert_module
 from nbdqcow.jobs import pieces as pieces_module
@@ -24,6 +23,7 @@ from nbdqcow.jobs.zeroes import data_runs
 from nbdqcow.storage import file as file_module
 from nbdqcow.storage.file import FileStorage
 from nbdqcow.storage.linux import copy_file_range
+from tests.block.image_tool import img
 from tests.conftest import SEED
 
 KiB, MiB = 1 << 10, 1 << 20
@@ -42,10 +42,6 @@ def some_disk(rng, nb_pieces=100, piece=32 * KiB):
     runs = rng.choices(kinds, k=nb_pieces // 2)
     runs += [kinds[1]] * (nb_pieces // 4) + [kinds[0]] * (nb_pieces // 4)
     return b"".join(runs) + rng.randbytes(3 * 512)
-
-
-def img(*arguments):
-    assert main([str(argument) for argument in arguments]) == 0
 
 
 async def convert_file(sources, path, format_, **options):

@@ -6,22 +6,18 @@ import random
 import pytest
 
 from nbdqcow import open_image
-from nbdqcow.cli.img import main
 from nbdqcow.jobs import convert as convert_module
 from nbdqcow.jobs.control import JobControl
 from nbdqcow.jobs.convert import convert
 from nbdqcow.jobs.pieces import ConvertOptions
 from nbdqcow.jobs.transfer import Transfer, ZeroesFound
 from nbdqcow.types import DATA
+from tests.block.image_tool import img
 from tests.conftest import SEED
 
 KiB, MiB = 1 << 10, 1 << 20
 
 pytestmark = pytest.mark.asyncio
-
-
-def img(*arguments):
-    assert main([str(argument) for argument in arguments]) == 0
 
 
 @pytest.mark.parametrize("options", ["", "cluster_size=512", "extended_l2=on"])

@@ -26,7 +26,7 @@ from tests.crash.histories import created
 from tests.crash.recording import RecordingStorage
 from tests.crash.states import Figures, cut_after
 from tests.crash.test_data_file_cut import Timeline
-from tests.crash.test_histories import check_by_us, is_sound
+from tests.crash.verdicts import check_by_us, is_sound
 from tests.qcow1_image import check as check_qcow1
 
 KiB = 1 << 10

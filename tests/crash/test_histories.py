@@ -9,19 +9,16 @@ the image clean, and each sector holds what it may.
 import asyncio
 import os
 import random
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from nbdqcow.block.steps import run_steps
-from nbdqcow.block.tools import REPAIR_ALL, REPAIR_NONE, CheckResult
+from nbdqcow.block.tools import REPAIR_ALL
 from nbdqcow.formats.qcow2.check import check_image
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
-from nbdqcow.formats.qcow2.tool import Qcow2Tool
 from nbdqcow.storage.memory import MemoryStorage
-from tests.builder import BytesFile
 from tests.crash.histories import (
     HISTORIES,
     LOOKED_AT,
@@ -32,11 +29,11 @@ from tests.crash.histories import (
 )
 from tests.crash.recording import RecordingStorage
 from tests.crash.states import Figures, cut_after
+from tests.crash.verdicts import SHARE_FOR_QEMU, check_by_qemu, check_by_us, is_sound
 
 STATES_OF_A_CUT = 32
 STATES_AT_LENGTH = int(os.environ.get("NBDQCOW_STATES", "600"))
 NB_LONG_SEEDS = int(os.environ.get("NBDQCOW_LONG_SEEDS", "4"))
-SHARE_FOR_QEMU = 0.05
 
 
 @dataclass(slots=True)
@@ -84,26 +81,6 @@ async def play(history: History, rnd: random.Random) -> Played:
     disk.flushed()
     played.note()
     return played
-
-
-def check_by_us(data: bytes, repair: int = REPAIR_NONE) -> tuple[CheckResult, str]:
-    lines: list[str] = []
-    result = Qcow2Tool().check(BytesFile(data), repair, lines.append)
-    return result, "\n".join(lines)
-
-
-def is_sound(result: CheckResult, *, leaks: bool = True) -> bool:
-    return not (
-        result.corruptions or result.check_errors or (result.leaks and not leaks)
-    )
-
-
-def check_by_qemu(path: Path, data: bytes, where: str) -> None:
-    path.write_bytes(data)
-    done = subprocess.run(
-        ["qemu-img", "check", "-f", "qcow2", path], capture_output=True, text=True
-    )
-    assert done.returncode in (0, 3), f"{where}:\n{done.stdout}{done.stderr}"
 
 
 async def look_at(

@@ -22,7 +22,7 @@ from nbdqcow.storage.memory import MemoryStorage
 from tests.crash.histories import created
 from tests.crash.recording import SECTOR, RecordingStorage
 from tests.crash.states import Figures, distinct_disks
-from tests.crash.test_histories import check_by_us, is_sound
+from tests.crash.verdicts import check_by_us, is_sound
 
 KiB = 1 << 10
 STATES = 6

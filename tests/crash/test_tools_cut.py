@@ -29,7 +29,7 @@ from tests.crash.histories import filled
 from tests.crash.recorded_file import RecordedFile
 from tests.crash.recording import SECTOR
 from tests.crash.states import Figures, cut_after, distinct_disks
-from tests.crash.test_histories import (
+from tests.crash.verdicts import (
     SHARE_FOR_QEMU,
     check_by_qemu,
     check_by_us,

@@ -16,7 +16,7 @@ from nbdqcow.formats.raw import RawDriver
 from nbdqcow.storage.memory import MemoryStorage
 from tests.builder import patched
 from tests.crash.histories import SECTOR, created, filled
-from tests.crash.test_histories import check_by_us, is_sound
+from tests.crash.verdicts import check_by_us, is_sound
 from tests.faults.faulty import DISCARD, FLUSH, KINDS, READ, WRITE, FaultyStorage, Rule
 
 

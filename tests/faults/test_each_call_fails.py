@@ -29,7 +29,7 @@ from tests.crash.histories import (
     Step,
     base_content,
 )
-from tests.crash.test_histories import check_by_us, is_sound
+from tests.crash.verdicts import check_by_us, is_sound
 from tests.faults.faulty import DISCARD, READ, FaultyStorage, Rule
 
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EAGAIN)

@@ -11,7 +11,7 @@ from nbdqcow.server.server import Server
 from nbdqcow.storage.memory import MemoryStorage
 from tests import nbd_client
 from tests.crash.histories import created, pattern
-from tests.crash.test_histories import check_by_us, is_sound
+from tests.crash.verdicts import check_by_us, is_sound
 from tests.faults.faulty import FLUSH, READ, WRITE, FaultyStorage, Rule
 from tests.nbd_client import NbdClient
 

@@ -22,7 +22,7 @@ from tests.crash.histories import (
     base_content,
     filled,
 )
-from tests.crash.test_histories import check_by_us, is_sound
+from tests.crash.verdicts import check_by_us, is_sound
 from tests.interleavings.permuting import InlinePool, PermutedStorage, PermutingLoop
 
 NB_LONG_ROUNDS = int(os.environ.get("NBDQCOW_CANCEL_ROUNDS", "40"))

@@ -22,7 +22,7 @@ from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2.driver import Qcow2Driver
 from nbdqcow.formats.qcow2.writeback import _Picture
 from tests.crash.histories import SECTOR
-from tests.crash.test_histories import check_by_us, is_sound
+from tests.crash.verdicts import check_by_us, is_sound
 from tests.differential.model import DiskModel
 from tests.differential.operations import Operation
 from tests.interleavings.permuting import InlinePool, PermutedStorage, PermutingLoop

@@ -31,7 +31,7 @@ from tests.crash.histories import (
     created,
     filled,
 )
-from tests.crash.test_histories import check_by_us, is_sound
+from tests.crash.verdicts import check_by_us, is_sound
 from tests.differential.model import DiskModel
 from tests.differential.operations import Generator, Kind, Operation, Weights
 from tests.interleavings.permuting import InlinePool, PermutedStorage, PermutingLoop

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tests.conftest import REPOSITORY, find_tool, wait_until_listening
-from tests.interop.test_cli_serve import run
+from tests.interop.commands import run
 
 
 @pytest.fixture

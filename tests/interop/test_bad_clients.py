@@ -14,10 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import find_tool, own_environment
-from tests.interop.test_cli_serve import images, short_path
 from tests.nbd_client import NbdClient
-
-__all__ = ["images", "short_path"]
 
 KiB, MiB = 1 << 10, 1 << 20
 GREETING_LENGTH = 18

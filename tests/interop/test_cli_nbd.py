@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.conftest import REPOSITORY, find_tool, wait_until_listening
+from tests.interop.commands import info, run
 from tests.interop.img_versions import errors_as_7_2_says, is_newer
 from tests.interop.nbd_beside_qemu import (
     image,
@@ -19,7 +20,6 @@ from tests.interop.nbd_beside_qemu import (
     theirs,
     wait_gone,
 )
-from tests.interop.test_cli_serve import info, run
 
 __all__ = ["image", "ours", "path", "program", "start", "theirs"]
 

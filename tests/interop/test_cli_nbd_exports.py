@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from tests.conftest import find_tool
+from tests.interop.commands import info, run
 from tests.interop.nbd_beside_qemu import (
     image,
     ours,
@@ -15,7 +16,6 @@ from tests.interop.nbd_beside_qemu import (
     theirs,
     wait_gone,
 )
-from tests.interop.test_cli_serve import info, run
 
 __all__ = ["image", "ours", "path", "program", "start", "theirs"]
 

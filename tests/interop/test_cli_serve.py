@@ -1,67 +1,15 @@
 """``nbdqcow serve``, attached to by clients of others."""
 
 import json
-import random
 import shutil
 import socket
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import find_tool, own_environment
+from tests.conftest import find_tool
+from tests.interop.commands import info, listeners, run, serve
 
 MiB = 1 << 20
-
-
-def run(*command, status=0):
-    """Run a program to its end and return what it printed on both."""
-    done = subprocess.run(
-        [str(word) for word in command],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=own_environment(),
-    )
-    assert done.returncode == status, f"{command}\n{done.stdout}{done.stderr}"
-    return done.stdout, done.stderr
-
-
-def serve(*arguments, status=1):
-    """Run ``nbdqcow serve``, which is to fail; return its message."""
-    out, err = run(sys.executable, "-m", "nbdqcow", "serve", *arguments, status=status)
-    assert out == ""
-    assert "Traceback" not in err
-    return err
-
-
-def info(uri):
-    out, _ = run(find_tool("nbdinfo"), "--json", uri)
-    (export,) = json.loads(out)["exports"]
-    return export
-
-
-@pytest.fixture
-def images(tmp_path, seed):
-    """A qcow2 and a raw image of 3 MiB + 512 with the same random bytes."""
-    raw, qcow2 = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
-    raw.write_bytes(random.Random(seed).randbytes(3 * MiB + 512))
-    run(find_tool("qemu-img"), "convert", "-f", "raw", "-O", "qcow2", raw, qcow2)
-    return {"raw": raw, "qcow2": qcow2}
-
-
-@pytest.fixture
-def short_path(tmp_path_factory):
-    """A directory for unix sockets, whose paths have 107 bytes at most."""
-    path = tmp_path_factory.mktemp("s")
-    assert len(str(path)) < 90
-    return path
-
-
-def listeners(server):
-    """Return the address of each ready line."""
-    lines = server.stdout.read_text().splitlines()
-    return [line.partition(": ready on ")[2] for line in lines if "ready on" in line]
 
 
 @pytest.mark.parametrize("image_format", ["raw", "qcow2"])

@@ -2,20 +2,14 @@
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from nbdqcow.block.registry import blocking_file, format_tool
+from tests.block.qemu import qemu_img
 
 MiB = 1 << 20
-
-
-def qemu_img(*arguments):
-    return subprocess.run(
-        ["qemu-img", *map(str, arguments)], check=True, capture_output=True, text=True
-    ).stdout
 
 
 def make(directory: Path, values: dict) -> tuple[Path, Path]:

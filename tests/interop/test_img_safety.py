@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.block.qemu import qemu_img
 from tests.conftest import own_environment
 from tests.interop.img_programs import IN_A_PROCESS, run_ours
 
@@ -19,12 +20,6 @@ MiB = 1 << 20
 def start(directory: Path, *arguments: str, **options) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         [*IN_A_PROCESS, *arguments], cwd=directory, env=own_environment(), **options
-    )
-
-
-def qemu_img(*arguments: object) -> None:
-    subprocess.run(
-        ["qemu-img", *map(str, arguments)], check=True, capture_output=True, timeout=60
     )
 
 

@@ -75,6 +75,38 @@ def directory(tmp_path):
                 ("qcow2", '"file.cache.direct":"x"'),
             )
         ),
+        # Where QEMU wants a string, what is none is as good as not there.
+        *(
+            f"info 'json:{{{options}}}'"
+            for options in (
+                '"driver":1,"file":{"driver":"file","filename":"base"}',
+                '"driver":true,"file":{"driver":1.5,"filename":"base"}',
+                '"driver":7',
+                '"driver":"qcow2","file":1',
+                '"driver":"qcow2","file":{"filename":1}',
+                '"driver":"qcow2","file":{"driver":"file","filename":1}',
+                '"driver":"qcow2","file":{"locking":"on"}',
+                '"driver":"qcow2","file":{"driver":"raw","file":1}',
+                '"driver":"file","filename":1',
+                '"driver":"compress","file":1',
+                '"driver":"qcow2","file.filename":"base","data-file":1',
+                '"driver":"raw","file":{"driver":"blkdebug","image":true}',
+                '"driver":"raw","file":{"driver":"blkverify","test":1,"raw":"x"}',
+                '"file":1',
+                '"filename":1',
+            )
+        ),
+        *(
+            f'info \'json:{{"driver":"qcow2",{option},"file.filename":"base"}}\''
+            for option in (
+                '"node-name":1',
+                '"node-name":"a.b-c_1"',
+                f'"node-name":"{"a" * 32}"',
+                f'"node-name":"{"a" * 31}"',
+                '"file.node-name":"_"',
+                '"file.node-name":null',
+            )
+        ),
         "map --image-opts driver=raw,file.driver=foo,file.filename=overlay",
         "info null-co://",
         "info --output=json null-aio:x",

@@ -6,8 +6,8 @@ import subprocess
 import pytest
 
 from tests.conftest import wait_until_listening
+from tests.interop.commands import info
 from tests.interop.nbd_beside_qemu import image, ours, path, program, start, theirs
-from tests.interop.test_cli_serve import info
 from tests.serving import run
 
 __all__ = ["image", "ours", "path", "program", "start", "theirs"]

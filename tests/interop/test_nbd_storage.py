@@ -14,9 +14,7 @@ from nbdqcow.errors import ImageError
 from nbdqcow.storage.nbd.driver import NbdStorage
 from tests.certificates import Authority
 from tests.conftest import find_free_port, find_tool
-from tests.interop.test_cli_serve import run, short_path
-
-__all__ = ["short_path"]
+from tests.interop.commands import run
 
 MiB = 1 << 20
 SIZE = 8 * MiB

@@ -6,8 +6,8 @@ import subprocess
 import pytest
 
 from nbdqcow.formats.qcow2.header import Header
+from tests.interop.commands import info
 from tests.interop.nbd_beside_qemu import image, ours, path, program, start, theirs
-from tests.interop.test_cli_serve import info
 from tests.nbd_client import NbdClient
 from tests.serving import check_image, need, run, serving
 

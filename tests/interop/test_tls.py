@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import random
 import socket as socket_module
 import ssl
 import subprocess
@@ -13,7 +12,7 @@ import pytest
 
 from tests.certificates import Authority
 from tests.conftest import REPOSITORY, find_free_port, find_tool
-from tests.interop.test_cli_serve import run, serve
+from tests.interop.commands import run, serve
 
 MiB = 1 << 20
 ALICE = "O=Example,CN=alice"
@@ -43,19 +42,13 @@ def pki(tmp_path):
 
 
 @pytest.fixture
-def socket(tmp_path_factory):
-    path = tmp_path_factory.mktemp("s") / "s"
-    assert len(str(path)) < 100
-    return path
+def socket(short_path):
+    return short_path / "s"
 
 
 @pytest.fixture
-def image(tmp_path, seed):
-    """A qcow2 image of 3 MiB + 512 of random bytes, and a raw one like it."""
-    raw, qcow2 = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
-    raw.write_bytes(random.Random(seed).randbytes(3 * MiB + 512))
-    run(find_tool("qemu-img"), "convert", "-f", "raw", "-O", "qcow2", raw, qcow2)
-    return qcow2
+def image(images):
+    return images["qcow2"]
 
 
 def uri(socket, directory, export=""):

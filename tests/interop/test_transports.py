@@ -10,9 +10,7 @@ import sys
 import pytest
 
 from tests.conftest import find_tool, own_environment, wait_until_listening
-from tests.interop.test_cli_serve import images, info, listeners, run, short_path
-
-__all__ = ["images", "short_path"]
+from tests.interop.commands import info, listeners, run
 
 MiB = 1 << 20
 GREETING = b"NBDMAGICIHAVEOPT"

@@ -1,6 +1,7 @@
 """The import rules of docs/architecture.md, "Rooms"."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -53,6 +54,17 @@ def module_name(path: Path) -> str:
     """Return ``formats.qcow2.header`` for that file; a package is its folder."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run an interpreter that has loaded nothing yet."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=PACKAGE.parent,
+    )
 
 
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -149,15 +161,21 @@ def test_modules_are_short() -> None:
     assert {p: n for p, n in lengths.items() if n > MAX_LINES} == {}
 
 
+@pytest.mark.parametrize("room", ["formats.qcow2", "storage", "cli"])
+def test_what_a_room_says_of_its_modules(room: str) -> None:
+    text = ast.get_docstring(ast.parse(MODULES[room].read_bytes())) or ""
+    # Beginnings and ends of names, and programs, have another form.
+    named = set(re.findall(r"``([a-z]\w*)``", text)) - {"nbdqcow"}
+    prefix = f"{room}."
+    there = {name[len(prefix) :] for name in MODULES if name.startswith(prefix)}
+    assert named - there == set()
+    if room == "formats.qcow2":
+        assert {name for name in there - named if "_extended" not in name} == set()
+
+
 @pytest.mark.parametrize("module", ["nbdqcow", "nbdqcow.cli.img", "nbdqcow.cli.nbd"])
 def test_import_is_light(module: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", f"import {module}"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=PACKAGE.parent,
-    )
+    done = run_python("-X", "importtime", "-c", f"import {module}")
     assert done.returncode == 0, done.stderr
     # "import time:   self [us] | cumulative | name"
     loaded = {
@@ -182,13 +200,7 @@ def test_what_a_command_on_a_file_never_needs_is_loaded_late(tmp_path: Path) -> 
         "print(sslproto.SSLProtocol.__name__)\n"
         "print([type(sys.modules[name]).__name__ for name in ('inspect', 'ssl')])\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(disk), str(tmp_path / "image")],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=PACKAGE.parent,
-    )
+    done = run_python("-c", script, str(disk), str(tmp_path / "image"))
     assert (done.stdout.splitlines(), done.stderr) == (
         [
             "['_LateModule', '_LateModule']",
@@ -212,11 +224,5 @@ def test_filters_are_loaded_for_whoever_names_one(tmp_path: Path) -> None:
         "for name in sys.argv[1:]:\n"
         "    print(asyncio.run(main(name)))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(disk), f"blkdebug::{disk}"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=PACKAGE.parent,
-    )
+    done = run_python("-c", script, str(disk), f"blkdebug::{disk}")
     assert (done.stdout, done.stderr) == ("False\nTrue\n", "")

@@ -195,10 +195,8 @@ class Qcow1Driver(FormatDriver):
         """Cut off what a failed write has left behind the used part."""
         async with self.writeback.running, self.lock:
             write.drop_unused_tables(self)
-            if self.storage.length > self.file_end.offset:
-                # Unused space is no harm where a file can't be cut.
-                with contextlib.suppress(OSError):
-                    await self.storage.truncate(self.file_end.offset)
+            # Unused space is no harm where a file can't be cut.
+            await self.storage.cut_off(self.file_end.offset)
 
     async def write_compressed(
         self, offset: int, data: Buffer, *, store_zeroes: bool = False

@@ -31,7 +31,6 @@ from nbdqcow.formats.qcow2.snapshot_table import pack_snapshots
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
-_VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 _NAMES: Final = frozenset(
     {
         *("compat", "size", "refcount_bits", "lazy_refcounts"),
@@ -60,7 +59,7 @@ class _Wishes:
             if name not in _NAMES:
                 raise BlockError(errno.EINVAL, f"Invalid parameter '{name}'")
         compat = options.get("compat")
-        if compat is not None and compat not in _VERSIONS:
+        if compat is not None and compat not in h.COMPAT_VERSIONS:
             raise BlockError(errno.EINVAL, f"Unknown compatibility level {compat}")
         bits = _integer(options, "refcount_bits")
         if bits is not None and (not 1 <= bits <= 64 or bits & (bits - 1)):
@@ -68,8 +67,11 @@ class _Wishes:
                 errno.EINVAL,
                 "Refcount width must be a power of two and may not exceed 64 bits",
             )
+        version = header.version
+        if compat is not None:
+            version = h.COMPAT_VERSIONS[str(compat)]
         return cls(
-            version=header.version if compat is None else _VERSIONS[str(compat)],
+            version=version,
             size=_integer(options, "size") or None,
             refcount_bits=bits,
             lazy_refcounts=_flag(options, "lazy_refcounts"),

@@ -10,7 +10,6 @@ Source: qcow2.txt, "Bitmaps", "Bitmaps extension".
 import asyncio
 import contextlib
 import errno
-import struct
 from array import array
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -44,7 +43,6 @@ _MAX_LOADED_BYTES: Final = 256 * MiB
 _MAX_TABLE_BYTES: Final = 64 * MiB
 _ALL_ONES: Final = 1
 """A table entry for a cluster of ones that has no cluster."""
-_BITMAPS: Final = struct.Struct(">IIQQ")
 _TURN_BYTES: Final = 4 * MiB
 """Of a bitmap that is read or stored, before others get a turn at the event loop."""
 
@@ -421,7 +419,9 @@ class Bitmaps:
             if entries:
                 directory = pack_bitmap_directory(entries)
                 offset = await self._write_new(directory, new)
-                extension = _BITMAPS.pack(len(entries), 0, len(directory), offset)
+                extension = qcow2_header.BitmapsExtension(
+                    len(entries), len(directory), offset
+                ).pack()
             await image.writeback.flush(accurate=True)
             async with image.lock:
                 old_directory = self._directory_clusters()

@@ -28,7 +28,7 @@ from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2.copied import check_copied_flags
 from nbdqcow.formats.qcow2.entries import REFTABLE_OFFSET_MASK, REFTABLE_RESERVED_MASK
-from nbdqcow.formats.qcow2.header import Header, needed
+from nbdqcow.formats.qcow2.header import Header
 from nbdqcow.formats.qcow2.rebuild import choose_clusters, rebuild_refcounts
 from nbdqcow.formats.qcow2.refcount_codec import pack_refcounts, unpack_refcounts
 from nbdqcow.formats.qcow2.references import References, count_references
@@ -61,14 +61,11 @@ def check_image(
 ) -> Steps[CheckResult]:
     """Check an image in a file of ``file_length`` bytes.
 
-    ``repair`` is one of the ``REPAIR_`` constants of `nbdqcow.block.tools`; a
-    file that is a device can't ``grow``.
+    ``repair`` is one of the ``REPAIR_`` constants of `nbdqcow.block.tools`;
+    ``can_grow`` is False for a file that is a device.
     Raises `ImageError` for what can't be checked, `OSError` from the file.
     """
-    head = bytes((yield Read(0, h.HEADER_READ_LENGTH)))
-    if needed(head) > len(head):
-        head = bytes((yield Read(0, needed(head))))
-    header = Header.parse(head, for_check=True)
+    header = yield from h.read_header(for_check=True)
     if file_length >> header.cluster_bits >= MAX_CLUSTERS:
         raise ImageError(
             f"The file has too many clusters to be checked: more than {MAX_CLUSTERS}"

@@ -13,14 +13,15 @@ from array import array
 from typing import TYPE_CHECKING
 
 from nbdqcow.block.inflight import InFlightRange
-from nbdqcow.buffers import ZEROES
+from nbdqcow.buffers import zero_bytes
 from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.formats.qcow2.entries import compressed_entry, max_compressed_offset
 from nbdqcow.formats.qcow2.header import CRYPT_NONE
 from nbdqcow.formats.qcow2.tables import L2Slice
 from nbdqcow.formats.qcow2.write import free_entry, slice_for_change
+from nbdqcow.outliving import forget
 from nbdqcow.types import Buffer
-from nbdqcow.units import SECTOR_SIZE, MiB, round_up
+from nbdqcow.units import SECTOR_SIZE, round_up
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
@@ -36,8 +37,7 @@ async def write_compressed(
     if header.has_data_file:
         raise NotSupported("an external data file can't hold compressed clusters")
     length, cluster_size = len(data), image.cluster_size
-    zeroes = ZEROES[:length] if length <= MiB else bytes(length)
-    if not store_zeroes and bytes(data) == zeroes:
+    if not store_zeroes and bytes(data) == zero_bytes(length):
         with contextlib.suppress(NotSupported):
             await image.write_zeroes(offset, length, may_unmap=True, no_fallback=True)
             return
@@ -46,6 +46,8 @@ async def write_compressed(
     clusters = image.compressed
     compress = clusters.compress
     job = asyncio.create_task(clusters.threads.run(compress, data))
+    # It may have failed before it is this call's turn, and this call be cancelled.
+    forget(job)
     try:
         # First come, first served: the lock keeps the order of the calls.
         async with clusters.placing:

@@ -12,7 +12,7 @@ from nbdqcow.block.steps import Flush, Steps, Write
 from nbdqcow.block.tools import CheckResult, Report
 from nbdqcow.formats.qcow2.entries import OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_COPIED
 from nbdqcow.formats.qcow2.header import Header
-from nbdqcow.formats.qcow2.references import BATCH_BYTES, read_l2_tables
+from nbdqcow.formats.qcow2.l2_references import BATCH_BYTES, read_l2_tables
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -27,8 +27,6 @@ from nbdqcow.formats.qcow2.header import Extension, Header
 from nbdqcow.formats.qcow2.refcount_codec import filled_block
 from nbdqcow.units import MAX_DISK_LENGTH, SECTOR_SIZE, round_up
 
-PREALLOCATIONS: Final = ("off", "metadata", "falloc", "full")
-
 _FEATURE_NAMES: Final = (
     (0, 0, b"dirty bit"),
     (0, 1, b"corrupt bit"),
@@ -41,8 +39,6 @@ _FEATURE_NAMES: Final = (
 )
 _FEATURE_NAMES_MIN_CLUSTER: Final = 8192
 """Below this, QEMU spares the names: the backing name needs the room."""
-
-_ZEROES_CHUNK: Final = 1 << 20
 
 
 class CreateOptions(NamedTuple):
@@ -393,7 +389,4 @@ async def _preallocate(
     if preallocation == "falloc":
         await storage.write_zeroes(offset, length, may_unmap=False)
     elif preallocation == "full":
-        zeroes = bytes(_ZEROES_CHUNK)
-        for start in range(0, length, _ZEROES_CHUNK):
-            piece = memoryview(zeroes)[: min(_ZEROES_CHUNK, length - start)]
-            await storage.pwritev(offset + start, [piece])
+        await storage.write_zero_data(offset, length)

@@ -1,21 +1,23 @@
 """The options of a command line as those of a new image."""
 
 from collections.abc import Mapping, Sequence
-from typing import Final
 
-from nbdqcow.block.tools import BACKING_FORMATS, Measure, OptionValue, Secrets
+from nbdqcow.block.tools import (
+    BACKING_FORMATS,
+    PREALLOCATIONS,
+    Measure,
+    OptionValue,
+    Secrets,
+)
 from nbdqcow.errors import ImageError
 from nbdqcow.formats.qcow2.create import (
-    PREALLOCATIONS,
     CreateOptions,
     CreatePlan,
     plan_create,
 )
 from nbdqcow.formats.qcow2.encryption_header import new_encryption
-from nbdqcow.formats.qcow2.header import COMPRESSION_TYPES
+from nbdqcow.formats.qcow2.header import COMPAT_VERSIONS, COMPRESSION_TYPES
 from nbdqcow.formats.qcow2.measure import measure
-
-_VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 
 
 def plan_image(values: Mapping[str, OptionValue], secrets: Secrets) -> CreatePlan:
@@ -37,7 +39,7 @@ def measure_image(
 
 def _create_options(values: Mapping[str, OptionValue]) -> CreateOptions:
     compat = str(values.get("compat", "1.1"))
-    if compat not in _VERSIONS:
+    if compat not in COMPAT_VERSIONS:
         raise ImageError(f"Parameter 'version' does not accept value '{compat}'")
     choices = {"preallocation": PREALLOCATIONS, "compression_type": COMPRESSION_TYPES}
     for name, allowed in choices.items():
@@ -55,7 +57,7 @@ def _create_options(values: Mapping[str, OptionValue]) -> CreateOptions:
     data_file = values.get("data_file")
     return CreateOptions(
         size=int(values.get("size", 0)),
-        version=_VERSIONS[compat],
+        version=COMPAT_VERSIONS[compat],
         cluster_size=int(values.get("cluster_size", 65536)),
         backing_file=None if backing_file is None else str(backing_file),
         backing_format=None if backing_format is None else str(backing_format),

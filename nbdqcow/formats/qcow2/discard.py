@@ -3,13 +3,14 @@
 import asyncio
 import errno
 from array import array
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from nbdqcow.errors import BlockError, NotSupported
 from nbdqcow.formats.qcow2 import discard_extended
+from nbdqcow.formats.qcow2.discard_extended import ChangePiece
 from nbdqcow.formats.qcow2.entries import (
     OFFSET_MASK,
     OFLAG_COMPRESSED,
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 
 _Change: TypeAlias = Callable[[int], int]
 """Gives the entry that takes an entry's place; the same one: no change."""
-
-_ChangePiece: TypeAlias = Callable[[int, int], Awaitable[None]]
-"""Changes the entries of a guest range, which lies within one L2 slice."""
 
 _SLICE_COST: Final = 64
 _COST_PER_LOCK: Final = 16 * _SLICE_COST
@@ -70,7 +68,7 @@ async def write_zeroes(
             return entry | OFLAG_ZERO
         return OFLAG_ZERO
 
-    zero_piece: _ChangePiece = partial(_change_in_slice, image, change)
+    zero_piece: ChangePiece = partial(_change_in_slice, image, change)
     if image.header.extended_l2:
         zero_piece = discard_extended.zeroing(
             image, covered=covered, may_unmap=may_unmap
@@ -138,7 +136,7 @@ async def _discard(image: "Qcow2Driver", offset: int, length: int) -> None:
             return OFLAG_ZERO
         return 0 if version2 or not entry else OFLAG_ZERO
 
-    discard_piece: _ChangePiece = partial(_change_in_slice, image, change)
+    discard_piece: ChangePiece = partial(_change_in_slice, image, change)
     if image.header.extended_l2:
         discard_piece = discard_extended.discarding(image, covered=covered)
     unit = image.cluster_size
@@ -174,7 +172,7 @@ async def _change_clusters(
     image: "Qcow2Driver",
     offset: int,
     length: int,
-    change_piece: _ChangePiece,
+    change_piece: ChangePiece,
     covered: bool,
     unit: int,
 ) -> int:

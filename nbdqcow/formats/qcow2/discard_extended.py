@@ -36,10 +36,11 @@ _Change: TypeAlias = Callable[[int, int, int], tuple[int, int]]
 """Given an entry, its bitmap and the allocation bits of the subclusters that
 are concerned: the entry and the bitmap that take their place."""
 
-_ChangePiece: TypeAlias = Callable[[int, int], Awaitable[None]]
+ChangePiece: TypeAlias = Callable[[int, int], Awaitable[None]]
+"""Changes the entries of a guest range, which lies within one L2 slice."""
 
 
-def zeroing(image: "Qcow2Driver", *, covered: bool, may_unmap: bool) -> _ChangePiece:
+def zeroing(image: "Qcow2Driver", *, covered: bool, may_unmap: bool) -> ChangePiece:
     """Return what makes the subclusters of a piece read as zeroes.
 
     ``covered``: a backing file shows through what is not allocated. It raises
@@ -62,7 +63,7 @@ def zeroing(image: "Qcow2Driver", *, covered: bool, may_unmap: bool) -> _ChangeP
     return partial(_change_in_slice, image, change)
 
 
-def discarding(image: "Qcow2Driver", *, covered: bool) -> _ChangePiece:
+def discarding(image: "Qcow2Driver", *, covered: bool) -> ChangePiece:
     """Return what frees the clusters of a piece."""
 
     def change(entry: int, bitmap: int, chosen: int) -> tuple[int, int]:
@@ -71,7 +72,7 @@ def discarding(image: "Qcow2Driver", *, covered: bool) -> _ChangePiece:
     return partial(_change_in_slice, image, change)
 
 
-def claiming(image: "Qcow2Driver") -> _ChangePiece:
+def claiming(image: "Qcow2Driver") -> ChangePiece:
     """Return what makes unallocated subclusters read as zeroes."""
 
     def change(entry: int, bitmap: int, chosen: int) -> tuple[int, int]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
-_MAX_SLICES: Final = 64
+MAX_SLICES: Final = 64
 """Slices looked at (some 10 us each) before others get a turn on the loop."""
 _NB_AT_A_TIME: Final = 1 << 16
 """L1 entries looked at (some 300 us) before others get a turn."""
@@ -50,16 +50,16 @@ async def extents(image: "Qcow2Driver", offset: int, length: int, limit: int) ->
             if position < end:
                 await asyncio.sleep(0)
         else:
-            words, piece_end = await _load_entries(image, position, end, nb_slices)
-            kinds, unit = _kinds(image, words)
+            words, piece_end = await load_entries(image, position, end, nb_slices)
+            kinds, unit = kinds_of(image, words)
             # Of the first cluster, and the last, only a part may be meant.
             first = (position & (image.cluster_size - 1)) // unit
             end_index = first + -(-(piece_end - position + position % unit) // unit)
             piece = _runs(kinds[first:end_index], position, piece_end, unit)
             position = piece_end
             # Who wants few extents gets them soon; a long way goes in strides.
-            nb_slices = min(2 * nb_slices, _MAX_SLICES)
-            if nb_slices == _MAX_SLICES:
+            nb_slices = min(2 * nb_slices, MAX_SLICES)
+            if nb_slices == MAX_SLICES:
                 await asyncio.sleep(0)
         # What goes on where the last piece ended will be one extent with it.
         goes_on = pieces and pieces[-1].kinds[-1] == piece.kinds[0]
@@ -91,7 +91,7 @@ def _empty_until(image: "Qcow2Driver", position: int, end: int) -> int:
     return min(end, (first + nb_empty) << tables.l1_shift)
 
 
-async def _load_entries(
+async def load_entries(
     image: "Qcow2Driver", position: int, end: int, nb_slices: int
 ) -> tuple["npt.NDArray[np.uint64]", int]:
     """Return the words of L2 entries from that of ``position`` on, and where in
@@ -115,7 +115,7 @@ async def _load_entries(
     return words[first * nb_words : (first + nb_clusters) * nb_words], end
 
 
-def _kinds(
+def kinds_of(
     image: "Qcow2Driver", words: "npt.NDArray[np.uint64]"
 ) -> tuple["npt.NDArray[np.uint8]", int]:
     """Return run kinds from the cluster of the first entry on, and the bytes

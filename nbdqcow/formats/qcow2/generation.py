@@ -24,7 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 from nbdqcow.errors import CorruptImage
-from nbdqcow.formats.qcow2.entries import OFFSET_MASK, OFLAG_COMPRESSED, OFLAG_COPIED
+from nbdqcow.formats.qcow2.entries import (
+    OFFSET_MASK,
+    OFLAG_COMPRESSED,
+    OFLAG_COPIED,
+    compressed_ranges,
+)
 from nbdqcow.formats.qcow2.new_counts import NewCounts, runs
 from nbdqcow.formats.words import dump_be64
 from nbdqcow.units import SECTOR_SIZE, MiB, round_up
@@ -259,7 +264,9 @@ class Generation:
         clusters: Entries = offsets[offsets != 0] >> np.uint64(bits)
         if not compressed.any():
             return clusters
-        first, last = _compressed_clusters(entries[compressed], bits)
+        starts, ends = compressed_ranges(entries[compressed], bits)
+        first = starts >> np.uint64(bits)
+        last = (ends - np.uint64(1)) >> np.uint64(bits)
         # One ends in its first cluster, the next one, or the one after.
         parts = [clusters, first]
         for step in (1, 2):
@@ -343,22 +350,6 @@ class Generation:
         if refcounts.freed:
             nb_entries = image.refcounts.block_entries
             image.tasks.spawn(_drop(image, refcounts.freed, nb_entries))
-
-
-def _compressed_clusters(
-    entries: Entries, cluster_bits: int
-) -> tuple[Entries, Entries]:
-    """Return the first and the last host cluster of each compressed one.
-
-    Source: qcow2.txt, "Compressed Clusters Descriptor".
-    """
-    offset_bits = 62 - (cluster_bits - 8)
-    start = entries & np.uint64((1 << offset_bits) - 1)
-    sectors = entries >> np.uint64(offset_bits)
-    sectors &= np.uint64((1 << (cluster_bits - 8)) - 1)
-    end = (start & ~np.uint64(511)) + (sectors + np.uint64(1)) * np.uint64(512)
-    bits = np.uint64(cluster_bits)
-    return start >> bits, (end - np.uint64(1)) >> bits
 
 
 async def _drop(

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Self
 
+from nbdqcow.block.steps import Read, Steps
 from nbdqcow.errors import ImageError, UnsupportedFeature
 from nbdqcow.formats.qcow2.entries import (
     MAX_CLUSTER_BITS,
@@ -25,7 +26,7 @@ from nbdqcow.units import round_up
 MAGIC: Final = 0x514649FB
 """``QFI\\xfb``."""
 
-HEADER_READ_LENGTH: Final = 65536
+_READ_LENGTH: Final = 65536
 """Bytes to read before `needed` can say whether the header has more."""
 
 INCOMPAT_DIRTY: Final = 1 << 0
@@ -46,6 +47,9 @@ CRYPT_LUKS: Final = 2
 COMPRESSION_ZLIB: Final = 0
 COMPRESSION_ZSTD: Final = 1
 COMPRESSION_TYPES: Final = ("zlib", "zstd")
+
+COMPAT_VERSIONS: Final = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+"""The version that each value of the option ``compat`` means."""
 
 EXT_END: Final = 0
 EXT_BACKING_FORMAT: Final = 0xE2792ACA
@@ -110,6 +114,12 @@ class BitmapsExtension(NamedTuple):
     directory_length: int
     directory_offset: int
 
+    def pack(self) -> bytes:
+        """Return it as `Header.set_extension` takes it."""
+        return _BITMAPS.pack(
+            self.nb_bitmaps, 0, self.directory_length, self.directory_offset
+        )
+
 
 def needed(data: bytes) -> int:
     """Return how many bytes of the file `Header.parse` wants.
@@ -124,6 +134,14 @@ def needed(data: bytes) -> int:
     if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
         return len(data)
     return int(1 << cluster_bits)
+
+
+def read_header(*, for_check: bool = False) -> Steps["Header"]:
+    """Read and parse the header: see `Header.parse`. Raises `ImageError`."""
+    head = bytes((yield Read(0, _READ_LENGTH)))
+    if needed(head) > len(head):
+        head = bytes((yield Read(0, needed(head))))
+    return Header.parse(head, for_check=for_check)
 
 
 @dataclass(slots=True)
@@ -253,7 +271,7 @@ class Header:
         for start in range(0, len(data) - 1, _FEATURE_NAME_LENGTH):
             # The last one may be cut short.
             entry = data[start : start + _FEATURE_NAME_LENGTH]
-            names[entry[0], entry[1]] = _decode(entry[2:])
+            names[entry[0], entry[1]] = decode_name(entry[2:])
         return names
 
     def extension(self, type_: int) -> bytes | None:
@@ -282,7 +300,7 @@ class Header:
 
     def _string_extension(self, type_: int) -> str | None:
         data = self.extension(type_)
-        return None if data is None else _decode(data)
+        return None if data is None else decode_name(data)
 
     # -- reading ---------------------------------------------------------
 
@@ -373,7 +391,7 @@ class Header:
             raise ImageError("Backing file name too long")
         if length and offset < self.header_length:
             raise ImageError("Invalid backing file offset")
-        self.backing_filename = _decode(data[offset : offset + length]) or None
+        self.backing_filename = decode_name(data[offset : offset + length]) or None
 
     def _check_features(self) -> None:
         """Refuse feature bits that we don't know, and contradictions."""
@@ -581,6 +599,6 @@ class Header:
         return bytes(fixed)
 
 
-def _decode(data: bytes) -> str:
+def decode_name(data: bytes) -> str:
     """Decode a name of the image: UTF-8 up to a NUL, any bytes kept."""
     return data.partition(b"\0")[0].decode("utf-8", "surrogateescape")

@@ -36,11 +36,7 @@ async def open_driver(
     options: Options[str, Any],
 ) -> D:
     """See `Qcow2Driver.open`."""
-    head = bytes(await storage.pread(0, qcow2_header.HEADER_READ_LENGTH))
-    wanted = qcow2_header.needed(head)
-    if wanted > len(head):
-        head = bytes(await storage.pread(0, wanted))
-    header = Header.parse(head)
+    header = await run_steps(qcow2_header.read_header(), storage)
     header.check_supported(read_only=read_only)
     settings = Settings.parse(options, header)
     if header.dirty and not read_only:

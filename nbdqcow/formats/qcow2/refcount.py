@@ -522,10 +522,7 @@ class Refcounts:
         self._check_free(start, nb_new + nb_clusters)
         await self.write_empty(start, nb_new)
         for i in range(nb_new):
-            counts = zero_counts(self.order, self.block_entries)
-            for j in range(min(self.block_entries, nb_new - i * self.block_entries)):
-                counts[j] = 1
-            block = RefcountBlock(counts)
+            block = self._new_block(nb_new - i * self.block_entries)
             self._keep(nb_blocks + i, block)
             self._add_block(nb_blocks + i, start + i, block)
         await self.add(start + nb_new, nb_clusters, 1)
@@ -549,12 +546,18 @@ class Refcounts:
         await self.write_empty(first, 1)
         # All clusters that a missing block covers are free: it describes
         # itself from the first of them.
-        counts = zero_counts(self.order, self.block_entries)
-        counts[0] = 1
-        block = RefcountBlock(counts)
+        block = self._new_block(1)
         self._keep(block_index, block)
         self._add_block(block_index, first, block)
         return block
+
+    def _new_block(self, nb_used: int) -> RefcountBlock:
+        """Return a block of which the first ``nb_used`` counts are 1: all of them if
+        it has no more, none if that is below 1."""
+        counts = zero_counts(self.order, self.block_entries)
+        for index in range(min(nb_used, self.block_entries)):
+            counts[index] = 1
+        return RefcountBlock(counts)
 
     async def write_empty(self, cluster_index: int, nb_clusters: int) -> None:
         """Write zeroes to clusters that are to have tables. A commit, which is for
@@ -619,10 +622,7 @@ class Refcounts:
         self.note_used((start + used) << self.cluster_bits)
         blocks = []
         for i in range(nb_blocks):
-            counts = zero_counts(self.order, self.block_entries)
-            for j in range(min(self.block_entries, used - i * self.block_entries)):
-                counts[j] = 1
-            blocks.append(RefcountBlock(counts))
+            blocks.append(self._new_block(used - i * self.block_entries))
             table[first_block + i] = (start + i) << self.cluster_bits
         # Blocks that the old table on disk has no entry for yet go out with
         # the new table: it must never point at garbage.

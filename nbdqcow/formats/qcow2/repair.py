@@ -44,8 +44,4 @@ async def repair_dirty(storage: StorageDriver, header: Header) -> Header:
         result.corruptions_fixed,
         result.leaks_fixed,
     )
-    head = bytes(await storage.pread(0, qcow2_header.HEADER_READ_LENGTH))
-    wanted = qcow2_header.needed(head)
-    if wanted > len(head):
-        head = bytes(await storage.pread(0, wanted))
-    return Header.parse(head)
+    return await run_steps(qcow2_header.read_header(), storage)

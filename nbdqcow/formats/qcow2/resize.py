@@ -41,15 +41,13 @@ from nbdqcow.formats.qcow2.write import (
     slice_for_change,
 )
 from nbdqcow.formats.words import dump_be64
-from nbdqcow.units import SECTOR_SIZE, MiB, round_up
+from nbdqcow.units import SECTOR_SIZE, round_up
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
 _DISK: Final = struct.Struct(">QIIQ")
 """The header from ``size`` to ``l1_table_offset``: within one sector."""
-
-_ZEROES: Final = bytes(MiB)
 
 
 async def resize(image: "Qcow2Driver", size: int, preallocation: str) -> None:
@@ -225,30 +223,6 @@ async def _free_tables(image: "Qcow2Driver", l1: "array[int]") -> None:
         image.start_writeback_if_due()
 
 
-class _Preallocation(Allocation):
-    """New clusters that are linked without data of the guest's.
-
-    ``bitmap``: with extended L2, what is said of their subclusters.
-    """
-
-    __slots__ = ("bitmap",)
-    bitmap: int
-
-    def link(self, image: "Qcow2Driver") -> None:
-        """Let the L2 entries, which are empty, name the clusters."""
-        step = image.tables.entry_words
-        words, first = self.l2.words, self.l2_index * step
-        end = first + self.nb_clusters * step
-        size = image.cluster_size
-        start = self.cluster_index * size | OFLAG_COPIED
-        words[first:end:step] = array(
-            "Q", range(start, start + self.nb_clusters * size, size)
-        )
-        if step > 1:
-            words[first + 1 : end : step] = array("Q", [self.bitmap]) * self.nb_clusters
-        image.tables.mark_dirty(self.l2, first, end)
-
-
 # -- growing ---------------------------------------------------------------
 
 
@@ -314,6 +288,30 @@ async def _grow_l1(image: "Qcow2Driver", size: int) -> "array[int]":
         nb_new = max(nb_new, len(l1))
         await _move_l1(image, l1[:nb_old] + array("Q", bytes((nb_new - nb_old) * 8)))
     return stale
+
+
+class _Preallocation(Allocation):
+    """New clusters that are linked without data of the guest's.
+
+    ``bitmap``: with extended L2, what is said of their subclusters.
+    """
+
+    __slots__ = ("bitmap",)
+    bitmap: int
+
+    def link(self, image: "Qcow2Driver") -> None:
+        """Let the L2 entries, which are empty, name the clusters."""
+        step = image.tables.entry_words
+        words, first = self.l2.words, self.l2_index * step
+        end = first + self.nb_clusters * step
+        size = image.cluster_size
+        start = self.cluster_index * size | OFLAG_COPIED
+        words[first:end:step] = array(
+            "Q", range(start, start + self.nb_clusters * size, size)
+        )
+        if step > 1:
+            words[first + 1 : end : step] = array("Q", [self.bitmap]) * self.nb_clusters
+        image.tables.mark_dirty(self.l2, first, end)
 
 
 async def _preallocate(
@@ -411,9 +409,7 @@ async def _zero_file(
     """Make a range of a file, which was never used, what a preallocation
     mode wants."""
     if preallocation == "full":
-        for start in range(0, length, MiB):
-            piece = memoryview(_ZEROES)[: min(MiB, length - start)]
-            await storage.pwritev(offset + start, [piece])
+        await storage.write_zero_data(offset, length)
     elif preallocation == "falloc" or not storage.zero_beyond_end:
         await storage.write_zeroes(offset, length, may_unmap=False)
     else:

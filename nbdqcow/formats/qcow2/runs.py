@@ -7,7 +7,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from nbdqcow.formats.qcow2.entries import NB_SUBCLUSTERS, OFFSET_MASK
-from nbdqcow.formats.qcow2.extents import _MAX_SLICES, _kinds, _load_entries
+from nbdqcow.formats.qcow2.extents import MAX_SLICES, kinds_of, load_entries
 from nbdqcow.types import COMPRESSED, UNALLOCATED, Run
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ async def runs(image: "Qcow2Driver", offset: int, length: int) -> list[Run]:
     empty_end = tables.empty_until(offset, offset + length)
     if empty_end > offset:
         return [(UNALLOCATED, 0, empty_end - offset)]
-    words, end = await _load_entries(image, offset, offset + length, _MAX_SLICES)
+    words, end = await load_entries(image, offset, offset + length, MAX_SLICES)
     await asyncio.sleep(0)
-    kinds, unit = _kinds(image, words)
+    kinds, unit = kinds_of(image, words)
     entries = words[::2] if image.header.extended_l2 else words
     hosts = entries & np.uint64(OFFSET_MASK)
     if (hosts & np.uint64(image.cluster_size - 1)).any() or (kinds == COMPRESSED).any():

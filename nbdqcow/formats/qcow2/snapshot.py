@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdqcow.block.steps import run_steps
 from nbdqcow.block.tools import SnapshotInfo
-from nbdqcow.errors import BlockError, ImageError, NotSupported
+from nbdqcow.errors import BlockError, ImageError
 from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES
 from nbdqcow.formats.qcow2.generation import Generation, alone
 from nbdqcow.formats.qcow2.snapshot_release import NO_ROOM, Release
@@ -59,7 +59,6 @@ async def create(
     date_nanoseconds: int | None,
 ) -> SnapshotInfo:
     """See `Qcow2Driver.snapshot_create`."""
-    _check_possible(image)
     if len(name.encode("utf-8", "surrogateescape")) > _MAX_NAME_BYTES:
         raise BlockError(
             errno.EINVAL, f"a snapshot's name has at most {_MAX_NAME_BYTES} bytes"
@@ -105,7 +104,6 @@ async def create(
 
 async def apply(image: "Qcow2Driver", id_or_name: str) -> None:
     """See `Qcow2Driver.snapshot_apply`."""
-    _check_possible(image)
     if image.bitmaps.infos:
         raise BlockError(errno.EBUSY, "Device has active dirty bitmaps")
     async with alone(image):
@@ -143,7 +141,6 @@ async def apply(image: "Qcow2Driver", id_or_name: str) -> None:
 
 async def delete(image: "Qcow2Driver", id_or_name: str) -> None:
     """See `Qcow2Driver.snapshot_delete`."""
-    _check_possible(image)
     async with alone(image):
         snapshots, table_length = await read(image)
         index = find_snapshot(snapshots, id_or_name)
@@ -207,11 +204,6 @@ async def read_l1(image: "Qcow2Driver", snapshot: Snapshot) -> "array[int]":
     if offset >= image.storage.length:
         raise BlockError(errno.EINVAL, "Snapshot L1 table is past the file's end")
     return load_be64(await image.storage.pread(offset, length))
-
-
-def _check_possible(image: "Qcow2Driver") -> None:
-    if image.header.has_data_file:
-        raise NotSupported("an image with an external data file has no snapshots")
 
 
 def _pack(image: "Qcow2Driver", snapshots: list[Snapshot]) -> bytes:

@@ -13,7 +13,7 @@ from nbdqcow.block.steps import Read, Steps
 from nbdqcow.block.tools import Report, SnapshotInfo
 from nbdqcow.errors import BlockError, ImageError
 from nbdqcow.formats.qcow2.entries import MAX_L1_BYTES
-from nbdqcow.formats.qcow2.header import MAX_SNAPSHOTS, Header
+from nbdqcow.formats.qcow2.header import MAX_SNAPSHOTS, Header, decode_name
 from nbdqcow.units import round_up
 
 MAX_TABLE_BYTES: Final = 64 << 20
@@ -98,17 +98,7 @@ def read_snapshots(
         end = offset
         offset = round_up(offset, 8)
         fixed = bytes((yield Read(offset, _ENTRY.size)))
-        (
-            l1_offset,
-            l1_size,
-            id_length,
-            name_length,
-            date_seconds,
-            date_nanoseconds,
-            clock,
-            vm_state_length,
-            extra_length,
-        ) = _ENTRY.unpack(fixed)
+        _, _, id_length, name_length, _, _, _, _, extra_length = _ENTRY.unpack(fixed)
         offset += _ENTRY.size
         extra = b""
         if extra_length > MAX_EXTRA_BYTES:
@@ -149,23 +139,38 @@ def read_snapshots(
             )
             discards.nb_snapshots += nb_beyond
             return snapshots, end - header.snapshots_offset
-        extra = extra or rest[:extra_length]
-        known_length = len(extra)
-        if known_length >= 8:
-            vm_state_length = int.from_bytes(extra[:8], "big")
-        icount = int.from_bytes(extra[16:24], "big") if known_length >= 24 else None
-        info = SnapshotInfo(
-            id=_decode(rest[extra_length : extra_length + id_length]),
-            name=_decode(rest[extra_length + id_length :]),
-            vm_state_length=vm_state_length,
-            date_seconds=date_seconds,
-            date_nanoseconds=date_nanoseconds,
-            vm_clock_nanoseconds=clock,
-            icount=None if icount == _NO_ICOUNT else icount,
+        snapshots.append(
+            _parse_entry(
+                fixed,
+                extra or rest[:extra_length],
+                id_=decode_name(rest[extra_length : extra_length + id_length]),
+                name=decode_name(rest[extra_length + id_length :]),
+            )
         )
-        disk_size = int.from_bytes(extra[8:16], "big") if known_length >= 16 else None
-        snapshots.append(Snapshot(info, l1_offset, l1_size, disk_size, extra))
     return snapshots, offset - header.snapshots_offset
+
+
+def _parse_entry(fixed: bytes, extra: bytes, *, id_: str, name: str) -> Snapshot:
+    """Return what an entry says: its fixed part, and its extra data, of which old
+    images have less."""
+    l1_offset, l1_size, _, _, seconds, nanoseconds, clock, vm_state_length, _ = (
+        _ENTRY.unpack(fixed)
+    )
+    known_length = len(extra)
+    if known_length >= 8:
+        vm_state_length = int.from_bytes(extra[:8], "big")
+    disk_size = int.from_bytes(extra[8:16], "big") if known_length >= 16 else None
+    icount = int.from_bytes(extra[16:24], "big") if known_length >= 24 else None
+    info = SnapshotInfo(
+        id=id_,
+        name=name,
+        vm_state_length=vm_state_length,
+        date_seconds=seconds,
+        date_nanoseconds=nanoseconds,
+        vm_clock_nanoseconds=clock,
+        icount=None if icount == _NO_ICOUNT else icount,
+    )
+    return Snapshot(info, l1_offset, l1_size, disk_size, extra)
 
 
 def pack_snapshots(snapshots: Sequence[Snapshot]) -> bytes:
@@ -235,7 +240,3 @@ def select_snapshot(
 
 def _encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
-
-
-def _decode(data: bytes) -> str:
-    return data.partition(b"\0")[0].decode("utf-8", "surrogateescape")

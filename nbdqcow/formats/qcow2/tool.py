@@ -3,7 +3,7 @@
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from nbdqcow.block.steps import BlockingFile, Read, Step, Steps, run_blocking
+from nbdqcow.block.steps import BlockingFile, Read, Step, run_blocking
 from nbdqcow.block.tools import (
     CheckResult,
     FormatTool,
@@ -23,7 +23,7 @@ from nbdqcow.formats.qcow2.bitmap_directory import (
     read_bitmap_directory,
 )
 from nbdqcow.formats.qcow2.encryption_header import luks_range
-from nbdqcow.formats.qcow2.header import Header, needed
+from nbdqcow.formats.qcow2.header import Header, read_header
 from nbdqcow.formats.qcow2.snapshot_table import read_snapshots
 from nbdqcow.types import Buffer
 from nbdqcow.units import SECTOR_SIZE
@@ -179,14 +179,6 @@ def _preallocate(
         file.allocate(offset, length)
     elif preallocation == "full":
         file.write_zeroes(offset, length)
-
-
-def read_header(*, for_check: bool = False) -> Steps[Header]:
-    """Read and parse the header. Raises `ImageError`."""
-    head = bytes((yield Read(0, h.HEADER_READ_LENGTH)))
-    if needed(head) > len(head):
-        head = bytes((yield Read(0, needed(head))))
-    return Header.parse(head, for_check=for_check)
 
 
 def _describe() -> Generator[Step, Buffer, ImageInfo]:

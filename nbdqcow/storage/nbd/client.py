@@ -13,6 +13,7 @@ from nbdqcow.nbd import constants as nbd
 from nbdqcow.nbd.client import RemoteExport
 from nbdqcow.nbd.client_transmission import Call
 from nbdqcow.nbd.uri import NbdUri
+from nbdqcow.outliving import forget, outcome
 from nbdqcow.storage.nbd.connection import (
     BASE_ALLOCATION,
     CONTEXT_PARAMETER,
@@ -186,8 +187,9 @@ class Client:
         if self._request_timeout and self._timer is None:
             self._timer = loop.call_later(self._request_timeout, self._check_timeouts)
         try:
-            await asyncio.shield(request.future)
+            await outcome(request.future)
         except asyncio.CancelledError:
+            forget(request.future)
             # Without a connection, nothing of it is on its way any more.
             if call.command in _CHANGES and self._connection is not None:
                 request.unwanted = True
@@ -210,8 +212,6 @@ class Client:
                 self._connection.abort()
             with suppress(asyncio.CancelledError):
                 await asyncio.wait((request.future,), timeout=max(left, 0))
-        # Nobody else looks at its failure.
-        request.future.exception()
 
     @property
     def _logs(self) -> bool:

@@ -30,6 +30,8 @@ _SEND_BUFFER: Final = 1 * MiB
 _CLOSE_SECONDS: Final = 1.0
 _ANSWER_SECONDS: Final = 3.0
 """How long an end waits for what the server still owes."""
+_VSOCK_TIMEOUT: Final = 10.0
+"""Seconds that connecting may take."""
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -320,6 +322,3 @@ def _connect_vsock(cid: int, port: int) -> socket.socket:
         sock.connect((cid, port))
         sock.setblocking(False)
         return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=sock.detach())
-
-
-_VSOCK_TIMEOUT: Final = 10.0

@@ -2,7 +2,7 @@
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -18,6 +18,13 @@ from nbdqcow.server.server import Server
 from nbdqcow.types import Buffer, Buffers
 from tests import chunks
 from tests.chunks import Chunk, Reply
+
+
+async def settle(condition: Callable[[], bool]) -> None:
+    """Wait until ``condition()`` holds."""
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.001)
 
 
 class FakeNode:

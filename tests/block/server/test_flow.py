@@ -8,17 +8,10 @@ import pytest
 
 from nbdqcow.nbd import constants as nbd
 from nbdqcow.server.options import ServerOptions
-from tests.block.server.support import EIO_ERROR, FakeNode, serving
+from tests.block.server.support import EIO_ERROR, FakeNode, serving, settle
 
 KiB, MiB = 1 << 10, 1 << 20
 pytestmark = pytest.mark.asyncio
-
-
-async def settle(condition):
-    """Wait until ``condition()`` holds."""
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 def conversation(client, node, rng, nb_requests):

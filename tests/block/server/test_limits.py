@@ -13,8 +13,7 @@ from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
 from nbdqcow.server.options import ServerOptions
 from nbdqcow.units import KiB, MiB
-from tests.block.server.support import FakeNode, Refused, serving
-from tests.block.server.test_flow import settle
+from tests.block.server.support import FakeNode, Refused, serving, settle
 
 pytestmark = pytest.mark.asyncio
 

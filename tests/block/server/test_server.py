@@ -15,8 +15,14 @@ from nbdqcow.server import sockets
 from nbdqcow.server.options import ServerOptions
 from nbdqcow.server.server import Server
 from nbdqcow.server.sockets import as_stream
-from tests.block.server.support import EIO_ERROR, Client, FakeNode, Refused, serving
-from tests.block.server.test_flow import settle
+from tests.block.server.support import (
+    EIO_ERROR,
+    Client,
+    FakeNode,
+    Refused,
+    serving,
+    settle,
+)
 
 MiB = 1 << 20
 pytestmark = pytest.mark.asyncio

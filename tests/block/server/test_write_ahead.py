@@ -6,8 +6,7 @@ import random
 import pytest
 
 from nbdqcow.nbd import constants as nbd
-from tests.block.server.support import EIO_ERROR, FakeNode, serving
-from tests.block.server.test_flow import settle
+from tests.block.server.support import EIO_ERROR, FakeNode, serving, settle
 
 KiB, MiB = 1 << 10, 1 << 20
 pytestmark = pytest.mark.asyncio

@@ -7,7 +7,7 @@ import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from nbdqcow.cli.nbd_options import parse_arguments
-from nbdqcow.cli.objects import Objects
+from nbdqcow.cli.objects import Objects, Properties
 from nbdqcow.cli.program import Answered, run_program
 from nbdqcow.errors import UsageError
 
@@ -45,6 +45,24 @@ def test_help(text, answer, capsys):
 @pytest.mark.parametrize("text", ["secret,id=a,data=help", "secret,id=help,data=a"])
 def test_a_value_asks_for_nothing(text):
     Objects([text])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *((text, True) for text in ("on", "yes", "true", "y")),
+        *((text, False) for text in ("off", "no", "false", "n")),
+    ],
+)
+def test_truth_values(text, value):
+    properties = Properties({"verify-peer": text})
+    assert properties.take_boolean("verify-peer", not value) is value
+
+
+@pytest.mark.parametrize("text", ["", "ON", "1"])
+def test_no_truth_value(text):
+    with pytest.raises(UsageError, match="'verify-peer' expects 'on' or 'off'"):
+        Properties({"verify-peer": text}).take_boolean("verify-peer", True)
 
 
 def test_a_question_needs_no_image(capsys):

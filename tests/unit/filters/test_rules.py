@@ -41,8 +41,9 @@ def test_what_fails_is_eio_by_default():
     assert rules.error_for(READ, 0, 1) == errno.EIO
 
 
-def test_once():
-    rules = config('[inject-error]\nevent = "read_aio"\nonce = "on"\n')
+@pytest.mark.parametrize("on", ["on", "yes", "true", "y"])
+def test_once(on):
+    rules = config(f'[inject-error]\nevent = "read_aio"\nonce = "{on}"\n')
     rules.announce("read_aio")
     assert rules.error_for(READ, 0, 1) == errno.EIO
     assert rules.error_for(READ, 0, 1) == 0

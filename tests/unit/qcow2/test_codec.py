@@ -4,6 +4,7 @@ import random
 import sys
 import zlib
 
+import numpy as np
 import pytest
 
 from nbdqcow.errors import BlockError
@@ -13,6 +14,7 @@ from nbdqcow.formats.qcow2.entries import (
     OFLAG_COPIED,
     compressed_entry,
     compressed_range,
+    compressed_ranges,
     max_compressed_offset,
 )
 from nbdqcow.formats.qcow2.header import COMPRESSION_ZLIB, COMPRESSION_ZSTD
@@ -151,3 +153,13 @@ def test_descriptors(cluster_bits, seed):
         assert start == offset
         assert length <= covered < length + 512
         assert (start + covered) % 512 == 0
+
+
+@pytest.mark.parametrize("cluster_bits", [9, 12, 16, 21])
+def test_many_descriptors(cluster_bits, seed):
+    rnd = random.Random(seed)
+    entries = [OFLAG_COMPRESSED | rnd.getrandbits(62) for _ in range(200)]
+    starts, ends = compressed_ranges(np.array(entries, np.uint64), cluster_bits)
+    for entry, start, end in zip(entries, starts, ends, strict=True):
+        offset, length = compressed_range(entry, cluster_bits)
+        assert (start, end) == (offset, offset + length)
