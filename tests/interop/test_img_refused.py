@@ -63,6 +63,32 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "driver=raw,key-secret=s,file.filename=base.raw",
             )
         ),
+        # Images that their options make read-only.
+        *(
+            f"{command} --image-opts file.filename=base.qcow2,{option}{end}"
+            for option in (
+                "driver=qcow2,read-only=on",
+                "driver=qcow2,file.read-only=on",
+            )
+            for command, end in (
+                ("amend -o compat=0.10", ""),
+                ("bench -w", ""),
+                ("bitmap --add", " x"),
+                ("check -r all", ""),
+                ("check", ""),
+                ("commit", ""),
+                ("rebase -b ''", ""),
+                ("resize", " 16M"),
+                ("snapshot -c a", ""),
+                ("snapshot -l", ""),
+                ("map", ""),
+            )
+        ),
+        "convert -n --target-image-opts base.raw"
+        " driver=qcow2,file.filename=base.qcow2,read-only=on",
+        'resize \'json:{"file.filename": "base.qcow2", "read-only": true}\' 16M',
+        'check -r all \'json:{"file.filename": "absent", "read-only": true}\'',
+        "resize --image-opts file.filename=base.qcow2,file.force-share=on 9M",
         # Disks that are what they are.
         *(
             f"resize {option} 'json:{{{name}}}' {size}"
