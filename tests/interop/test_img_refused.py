@@ -233,3 +233,15 @@ def test_list_of_objects(disks: Path) -> None:
     assert set(out.splitlines()) <= set(listed)
     assert b"  secret" in out.splitlines()
     assert not (disks / "new").exists()
+
+
+@pytest.mark.parametrize("format_", ["qed", "vdi", "vmdk", "vhdx", "vpc", "parallels"])
+def test_images_of_other_formats_are_not_taken_for_raw_ones(tmp_path, format_):
+    """The disk would be what is in the file."""
+    assert run_theirs(f"create -q -f {format_} disk 1M", tmp_path)[0] == 0
+    before = (tmp_path / "disk").read_bytes()
+    for line in ("convert -O qcow2 disk new", "info disk", "resize disk 16M"):
+        text = f"qemu-img: Could not open 'disk': Unknown driver '{format_}'"
+        assert run_ours(line, tmp_path) == (1, b"", text.encode())
+    assert (tmp_path / "disk").read_bytes() == before
+    assert run_ours("convert -f raw -O qcow2 disk new", tmp_path) == (0, b"", b"")
