@@ -143,6 +143,62 @@ def test_unaligned_cluster_with_subclusters(zeroed, options, tmp_path):
         assert results[0][0] == 0
 
 
+@pytest.mark.parametrize("options", ["", "-r all"])
+@pytest.mark.parametrize("data_file", ["", ",data_file=data"])
+@pytest.mark.parametrize(
+    ("index", "bitmap"),
+    [
+        # Stored and zero; the first cluster, which in a data file is at offset 0.
+        (0, 0x1_FFFF_FFFF),
+        (2, 0x8000_0001_0000_0001),
+        # Stored nowhere.
+        (4, 1),
+        (4, 0x1_0000_0001),
+    ],
+)
+def test_subclusters_that_can_not_be(index, bitmap, data_file, options, tmp_path):
+    results = []
+    for name, run in (("theirs", run_theirs), ("ours", run_ours)):
+        directory = tmp_path / name
+        directory.mkdir()
+        image = directory / "image"
+        for line in (
+            f"qemu-img create -q -f qcow2 -o extended_l2=on{data_file} image 1M",
+            "qemu-io -f qcow2 -c 'write 0 64k' -c 'write 128k 2k' image",
+        ):
+            subprocess.run(
+                shlex.split(line), cwd=directory, check=True, capture_output=True
+            )
+        l1_offset = int.from_bytes(image.read_bytes()[40:48])
+        l2_offset = int.from_bytes(image.read_bytes()[l1_offset + 1 : l1_offset + 8])
+        change = (l2_offset + 16 * index + 8, "Q", bitmap)
+        image.write_bytes(patched(image.read_bytes(), change))
+        results.append([run(f"check {options} image", directory), image.read_bytes()])
+        results[-1].append(run("convert -O raw image new", directory)[0])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("bitmap", [1, 0x1_0000_0000])
+def test_a_compressed_cluster_with_subclusters_keeps_its_space(bitmap, tmp_path):
+    image = tmp_path / "image"
+    for line in (
+        "qemu-img create -q -f qcow2 -o extended_l2=on image 1M",
+        "qemu-io -f qcow2 -c 'write -c -P 5 0 64k' image",
+    ):
+        subprocess.run(shlex.split(line), cwd=tmp_path, check=True, capture_output=True)
+    l1_offset = int.from_bytes(image.read_bytes()[40:48])
+    l2_offset = int.from_bytes(image.read_bytes()[l1_offset + 1 : l1_offset + 8])
+    image.write_bytes(patched(image.read_bytes(), (l2_offset + 8, "Q", bitmap)))
+    error = b"ERROR compressed cluster 0 with non-zero subcluster allocation bitmap"
+    assert run_theirs("check image", tmp_path)[2].startswith(error)
+    status, out, err = run_ours("check -r all image", tmp_path)
+    assert (status, err.partition(b",")[0]) == (2, error)
+    assert b"1 errors were found" in out
+    assert b"leaked" not in out
+    read = ["qemu-io", "-r", "-c", "read -P 5 0 64k", "image"]
+    subprocess.run(read, cwd=tmp_path, check=True)
+
+
 @pytest.mark.parametrize("order", range(7))
 @pytest.mark.parametrize("bits", [9, 12, 16])
 def test_every_width_and_cluster_size(order, bits, tmp_path):
