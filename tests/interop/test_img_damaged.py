@@ -178,6 +178,23 @@ def test_subclusters_that_can_not_be(index, bitmap, data_file, options, tmp_path
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize(
+    "offset", [1 << 62, (1 << 63) - 0x10000, 1 << 63, (1 << 64) - 0x10000]
+)
+@pytest.mark.parametrize("options", ["", "-r all"])
+def test_snapshot_past_the_end_of_all_files(offset, options, tmp_path):
+    """What leaks then is kept: it may be the snapshot's."""
+    builder = builder_of_all_kinds(cluster_bits=16)
+    builder.add_snapshot()
+    builder.snapshots[0] = patched(builder.snapshots[0], (0, "Q", offset))
+    (tmp_path / "image").write_bytes(builder.build())
+    status, out, err = run_ours(f"check {options} image", tmp_path)
+    assert status == 2
+    assert b"\n1 errors were found on the image.\n" in out
+    assert err.startswith(b"ERROR: counting reference for region exceeding the end")
+    assert look_at(tmp_path, "image")[0][0] == 0
+
+
 @pytest.mark.parametrize("bitmap", [1, 0x1_0000_0000])
 def test_a_compressed_cluster_with_subclusters_keeps_its_space(bitmap, tmp_path):
     image = tmp_path / "image"
