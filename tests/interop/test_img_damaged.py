@@ -69,6 +69,11 @@ def damaged(kind: str, **options) -> bytes:
         case "block-reserved":
             image = builder.build()
             return patched(image, (builder.header.refcount_table_offset + 8, "Q", 1))
+        case "block-outside":
+            builder.allocate()
+            image = builder.build()
+            place = builder.header.refcount_table_offset + 8
+            return patched(image, (place, "Q", 1 << 40))
         case "dirty":
             return patched(builder.build(), (72, "Q", 1))
         case "corrupt":
@@ -110,6 +115,16 @@ def test_damaged_image(kind, options, tmp_path):
                 assert err == b""
             continue
         results.append([status, out, err, look_at(directory, "image")])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("options", ["", "-r leaks"])
+def test_leaks_are_repaired_beside_a_block_outside_the_file(options, tmp_path):
+    results = []
+    for run in (run_theirs, run_ours):
+        (tmp_path / "image").write_bytes(damaged("block-outside"))
+        shown = run(f"check {options} image", tmp_path)
+        results.append([shown, look_at(tmp_path, "image")])
     assert results[0] == results[1]
 
 
