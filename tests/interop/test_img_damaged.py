@@ -231,6 +231,34 @@ def test_a_compressed_cluster_with_subclusters_keeps_its_space(bitmap, tmp_path)
     subprocess.run(read, cwd=tmp_path, check=True)
 
 
+@pytest.mark.parametrize("index", [0, 1, 20])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("map image", "map --output=json image", "convert -O raw image new"),
+        *("convert -c -O qcow2 image new", "convert --salvage -O raw image new"),
+    ],
+)
+def test_where_the_map_of_a_disk_ends(index, line, tmp_path):
+    image = tmp_path / "image"
+    for words in (
+        "qemu-img create -q -f qcow2 image 4M",
+        "qemu-io -f qcow2 -c 'write 0 3M' image",
+    ):
+        subprocess.run(
+            shlex.split(words), cwd=tmp_path, check=True, capture_output=True
+        )
+    l1_offset = int.from_bytes(image.read_bytes()[40:48])
+    l2_offset = int.from_bytes(image.read_bytes()[l1_offset + 1 : l1_offset + 8])
+    image.write_bytes(patched(image.read_bytes(), (l2_offset + 8 * index + 6, "B", 2)))
+    expected, shown = (run(line, tmp_path) for run in (run_theirs, run_ours))
+    assert shown[:2] == expected[:2]
+    # Theirs says what is wrong in a line of its own, once.
+    ours, theirs = (outcome[2].splitlines()[-1] for outcome in (shown, expected))
+    where = ours.partition(b": Cluster allocation offset")[0]
+    assert where + b": Input/output error" == theirs
+
+
 @pytest.mark.parametrize("order", range(7))
 @pytest.mark.parametrize("bits", [9, 12, 16])
 def test_every_width_and_cluster_size(order, bits, tmp_path):
