@@ -7,8 +7,9 @@ exceptions with their reasons. The tests themselves are fetched
 (`tools/iotests-sources.sh`) and not a part of this project. Takes half an hour for
 qcow2.
 
-``--protocol nbd`` puts the images behind qemu-nbd, ``--options compat=0.10`` makes
-them with these options of ``qemu-img create``; most tests can do with that.
+``--protocol nbd`` puts the images behind qemu-nbd, ``fuse`` behind a FUSE export of
+QEMU's, ``--options compat=0.10`` makes them with these options of ``qemu-img
+create``; most tests can do with that.
 """
 
 import argparse
@@ -18,8 +19,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from threading import get_ident
@@ -100,10 +102,22 @@ exec -a qemu-system-x86_64 "$QEMU_REAL" "${arguments[@]}"
 """
 
 
-_STARTING: Final = "sleep 1 # FIXME: qemu-nbd needs to be listening before we continue"
-_STARTED: Final = """\
-while [ ! -S "$SOCK_DIR/nbd" ] && kill -0 $! 2>/dev/null; do sleep 0.1; done"""
-"""A busy machine takes longer than a second to start a server."""
+_CHANGES: Final = (
+    # A busy machine takes longer than a second to start a server.
+    (
+        "common.rc",
+        "sleep 1 # FIXME: qemu-nbd needs to be listening before we continue",
+        """\
+while [ ! -S "$SOCK_DIR/nbd" ] && kill -0 $! 2>/dev/null; do sleep 0.1; done""",
+    ),
+    # The server takes the format apart, and qemu-io is told to do it once more.
+    (
+        "testenv.py",
+        "' -f ' + self.imgfmt",
+        "' -f ' + ('raw' if self.imgproto == 'nbd' else self.imgfmt)",
+    ),
+)
+"""What has to be otherwise in the tests: a file, a text in it and the new one."""
 
 
 class Outcome(Enum):
@@ -163,15 +177,15 @@ def run(
     sources = work / f"sources-{get_ident()}"
     if not sources.exists():
         shutil.copytree(SOURCES, sources, symlinks=True)
-        functions = sources / "tests/qemu-iotests/common.rc"
-        text = functions.read_text()
-        assert _STARTING in text
-        functions.write_text(text.replace(_STARTING, _STARTED))
-    with tempfile.TemporaryDirectory(
-        prefix=_PREFIX,
-        dir=work,
-        ignore_cleanup_errors=True,  # A test that fails may leave a mount.
-    ) as directory:
+        for file_name, old, new in _CHANGES:
+            changed = sources / "tests/qemu-iotests" / file_name
+            text = changed.read_text()
+            assert old in text
+            changed.write_text(text.replace(old, new))
+    with (
+        tempfile.TemporaryDirectory(prefix=_PREFIX, dir=work) as directory,
+        _cleared(directory),
+    ):
         scratch, sockets = Path(directory, "scratch"), Path(directory, "s")
         scratch.mkdir()
         sockets.mkdir()
@@ -197,6 +211,35 @@ def run(
     if "\nNot run: " in output:
         return Outcome.NOT_RUN, output
     return Outcome.PASSED, output
+
+
+@contextmanager
+def _cleared(directory: str) -> Iterator[None]:
+    """End what a test that failed has left running here, and unmount what it has."""
+    try:
+        yield
+    finally:
+        # A daemon has left the test's session, but not its environment.
+        mark = f"TEST_DIR={directory}/".encode()
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark in (process / "environ").read_bytes():
+                    os.kill(int(process.name), signal.SIGKILL)
+            except OSError:  # It is gone, or another user's.
+                continue
+        for mount in _mounts_in(directory):
+            # A mount of a FUSE server that is no more is there, and can't be used.
+            unmount = ["umount", "--lazy", mount]
+            if os.geteuid() != 0:
+                unmount = ["fusermount3", "-u", "-z", mount]
+            subprocess.run(unmount, check=True)
+
+
+def _mounts_in(directory: str) -> list[str]:
+    # The fields of proc(5); names are escaped only where they have spaces.
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    mounts = [line.split()[4] for line in lines]
+    return [mount for mount in reversed(mounts) if mount.startswith(f"{directory}/")]
 
 
 def all_names() -> list[str]:
@@ -226,7 +269,7 @@ def main() -> int:
     """Run what is asked for; 1 if something ends otherwise with QEMU's programs."""
     parser = argparse.ArgumentParser(prog="python -m tests.iotests")
     parser.add_argument("--format", default="qcow2", choices=FORMATS)
-    parser.add_argument("--protocol", default="file", choices=("file", "nbd"))
+    parser.add_argument("--protocol", default="file", choices=("file", "nbd", "fuse"))
     parser.add_argument("--options", metavar="NAME=VALUE,...")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("names", nargs="*", metavar="NAME")
@@ -237,9 +280,7 @@ def main() -> int:
     if options.options is not None:
         how += ["-o", options.options]
     with (
-        tempfile.TemporaryDirectory(
-            prefix=_PREFIX, ignore_cleanup_errors=True
-        ) as directory,
+        tempfile.TemporaryDirectory(prefix=_PREFIX) as directory,
         ThreadPoolExecutor(options.jobs) as pool,
     ):
         work = Path(directory)

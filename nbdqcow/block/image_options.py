@@ -329,15 +329,19 @@ def _not_supported(format_: str, key: str) -> str:
 
 def _take_own(key: str, value: str, options: dict[str, Any]) -> bool:
     """Take an option that images of all formats have; whether it is one."""
+
+    def file_says(option: str) -> bool:
+        return bool(options.get(option, False))
+
     match key:
         case "driver":
             if value in FILE_DRIVERS:
                 value = "raw"
             options.setdefault("format", value)
         case "read-only":
-            options["read_only"] = _boolean(key, value)
+            options["read_only"] = _boolean(key, value) or file_says("read_only")
         case "force-share":
-            options["force_share"] = _boolean(key, value)
+            options["force_share"] = _boolean(key, value) or file_says("force_share")
         case "discard":
             options["discard"] = _discard_mode(value)
         case "detect-zeroes":
@@ -413,9 +417,12 @@ _NBD: Final = (
 _NULL: Final = ("size", "latency-ns", "read-zeroes")
 NULL_DRIVERS: Final = ("null-co", "null-aio")
 
-_FILE: Final = (
-    *("locking", "aio", "cache.direct", "cache.no-flush", "discard", "node-name"),
+_FILE: Final = ("locking", "aio")
+_COMMON: Final = (
+    *("read-only", "auto-read-only", "force-share", "discard", "detect-zeroes"),
+    *("cache.direct", "cache.no-flush", "node-name"),
 )
+"""Options that every image has, and every file below one."""
 
 
 def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
@@ -431,12 +438,17 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
         raise ImageError(_no_such_node(file[""]))
     driver = file.pop("driver", None)
     if driver is None:
-        if file.keys() <= {"filename", *_FILE} and file.get("filename") is None:
+        if (
+            file.keys() <= {"filename", *_FILE, *_COMMON}
+            and file.get("filename") is None
+        ):
             raise ImageError(_NO_PLACE)
         driver = "file"
     if driver == "nbd":
+        _take_common(file, options)
         return _nbd_uri(file)
     if driver in NULL_DRIVERS:
+        _take_common(file, options)
         return _null_name(driver, file)
     if driver in filter_names():
         return filtered_name(driver, file)
@@ -449,6 +461,7 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
         raise ImageError(NO_FILE_NAME)
     path = unmistakable_path(filename)
     check_place(driver, path)
+    _take_common(file, options)
     for key, value in file.items():
         if value is None and key in _FILE:
             continue
@@ -456,20 +469,38 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
         match key:
             case "locking":
                 options["lock"] = _mode(value, _LOCKING_MODES) != "off"
-            # What these say to QEMU's driver, ours finds out by itself.
             case "aio":
+                # What this says to QEMU's driver, ours finds out by itself.
                 _mode(value, _AIO_MODES)
-            case "cache.direct" | "cache.no-flush":
-                _boolean(key, value)
-            case "discard":
-                _discard_mode(value)
-            case "node-name":
-                _check_node_name(value)
             case _:
                 raise ImageError(
                     f"Block protocol '{driver}' doesn't support the option '{key}'"
                 )
     return path
+
+
+def _take_common(file: dict[str, str | None], options: dict[str, Any]) -> None:
+    """Take what any file may be told, out of ``file``.
+
+    A file that is read-only or shared makes the image over it so. The rest is how
+    QEMU's drivers do their work, and only has to be right.
+    """
+    for key in _COMMON:
+        value = file.pop(key, None)
+        if value is None:
+            continue
+        match key:
+            case "read-only" | "force-share":
+                if _boolean(key, value):
+                    options[key.replace("-", "_")] = True
+            case "discard":
+                _discard_mode(value)
+            case "detect-zeroes":
+                _mode(value, _DETECT_ZEROES_MODES)
+            case "node-name":
+                _check_node_name(value)
+            case _:
+                _boolean(key, value)
 
 
 def _nbd_uri(file: dict[str, str | None]) -> str:

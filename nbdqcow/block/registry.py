@@ -78,6 +78,23 @@ _SIGNATURES: Final = (
 )
 """How files begin: a magic, the bytes of the version behind it, versions, and
 the format. Here, so that to probe a file does not load all drivers."""
+_FOREIGN: Final = (
+    (0, b"QED\0", "qed"),
+    (0, b"KDMV", "vmdk"),
+    (0, b"COWD", "vmdk"),
+    (0, b"vhdxfile", "vhdx"),
+    (0, b"conectix", "vpc"),
+    (64, b"\x7f\x10\xda\xbe", "vdi"),
+    (0, b"WithoutFreeSpace", "parallels"),
+    (0, b"WithouFreSpacExt", "parallels"),
+    (0, b"Bochs Virtual HD Image", "bochs"),
+    (0, b"#!/bin/sh\n#V2.0 Format\n", "cloop"),
+)
+"""What is where in files of formats that QEMU knows by their content, and that there
+are not here. They are no raw images: taken for one, a disk would be what is in the
+file, and nobody told."""
+_VMDK_TEXT: Final = rb"(?:#[^\n]*\n| *\r?\n)*version=[123]\r?\n"
+"""A file that says where a disk of the format vmdk is."""
 _MIN_HEAD: Final = 8
 
 PROBE_LENGTH: Final = 2048
@@ -247,7 +264,7 @@ def is_remote(filename: str) -> bool:
 
 def probe_format(head: bytes) -> str:
     """Return the name of the format that ``head`` is of: the file's first
-    `PROBE_LENGTH` bytes, or all of a shorter one.
+    `PROBE_LENGTH` bytes, or all of a shorter one. It may be one that there is not.
 
     A guest can write any header into a raw image: never probe what a guest
     could have written unless the user asked for it.
@@ -258,4 +275,13 @@ def probe_format(head: bytes) -> str:
             version = int.from_bytes(head[len(magic) : end], "big")
             if head.startswith(magic) and version in versions:
                 return name
+        for offset, magic, name in _FOREIGN:
+            if head.startswith(magic, offset):
+                return name
+        if head[0] in b"# \r\nv":
+            # Not above: most files have no text, and small commands no need of it.
+            import re
+
+            if re.match(_VMDK_TEXT, head):
+                return "vmdk"
     return "raw"

@@ -10,7 +10,7 @@ to make.
 """
 
 from collections.abc import Generator
-from typing import NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Final, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from nbdqcow.block.storage import StorageDriver
 from nbdqcow.types import Buffer
@@ -42,6 +42,10 @@ Steps: TypeAlias = Generator[Step, Buffer, T]
 """Yields steps, is sent the bytes of a `Read` (``b""`` otherwise), returns T.
 
 An `OSError` of a step is raised where it was yielded."""
+
+
+_OFFSET_LIMIT: Final = 1 << 63
+"""Where all files end: system calls can't say more."""
 
 
 class BlockingFile(Protocol):
@@ -102,7 +106,10 @@ def run_blocking(steps: Steps[T], file: BlockingFile) -> T:
             answer, error = b"", None
             try:
                 if isinstance(step, Read):
-                    answer = file.pread(step.offset, step.length)
+                    if step.offset + step.length >= _OFFSET_LIMIT:
+                        answer = bytes(step.length)
+                    else:
+                        answer = file.pread(step.offset, step.length)
                 elif isinstance(step, Write):
                     file.pwrite(step.offset, step.data)
                 else:
@@ -124,7 +131,10 @@ async def run_steps(steps: Steps[T], storage: StorageDriver) -> T:
             answer, error = b"", None
             try:
                 if isinstance(step, Read):
-                    answer = await storage.pread(step.offset, step.length)
+                    if step.offset + step.length >= _OFFSET_LIMIT:
+                        answer = bytes(step.length)
+                    else:
+                        answer = await storage.pread(step.offset, step.length)
                 elif isinstance(step, Write):
                     await storage.pwritev(step.offset, [step.data])
                 else:

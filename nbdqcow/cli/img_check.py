@@ -12,7 +12,7 @@ from nbdqcow.block.tools import (
     Secrets,
 )
 from nbdqcow.cli.img import print_help
-from nbdqcow.cli.img_names import GivenObjects, ImageName
+from nbdqcow.cli.img_names import READ_ONLY, GivenObjects, ImageName
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
 from nbdqcow.cli.img_options import (
     check_cache,
@@ -110,10 +110,12 @@ def _check(
     with open_image_file(
         named.filename,
         named.format,
-        read_only=repair == REPAIR_NONE,
+        read_only=repair == REPAIR_NONE or named.read_only,
         force_share=named.force_share,
         pairs=named.pairs,
     ) as image:
+        if repair != REPAIR_NONE and named.read_only:
+            raise ImageError(READ_ONLY)
         tool, file = image.tool, image.file
         if repair != REPAIR_NONE and named.format is None and tool.name == "raw":
             warn_of_guess(named.filename)

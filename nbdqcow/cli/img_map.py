@@ -2,9 +2,10 @@
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
+from nbdqcow.block.node import Node
 from nbdqcow.block.node_storage import below_filters
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_nodes import ImageArguments, open_node
@@ -17,6 +18,7 @@ from nbdqcow.cli.img_options import (
 from nbdqcow.cli.img_run import run_command
 from nbdqcow.cli.messages import is_our_name
 from nbdqcow.errors import ImageError, UsageError
+from nbdqcow.jobs.errors import reason_of
 from nbdqcow.jobs.map import HAS_DATA, HAS_OFFSET, IS_PRESENT, IS_ZERO, Row, map_disk
 from nbdqcow.jobs.status import disk_size
 from nbdqcow.units import format_hex
@@ -70,16 +72,16 @@ async def _map(
     write = sys.stdout.write
     node = await open_node(name, images)
     shown = below_filters(node)
+    separator = ""
     try:
         end = min(disk_size(shown), start + length)
         write("[" if json else f"{'Offset':16}{'Length':16}{'Mapped to':16}File\n")
-        separator = ""
         bar = None
         if not json and start < end and sys.stdout.isatty() and is_our_name():
             from nbdqcow.cli.map_bar import MapBar
 
             bar = MapBar(start, end, shutil.get_terminal_size().columns)
-        async for rows in map_disk(shown, start, end):
+        async for rows in _rows(shown, start, end):
             if bar is not None:
                 bar.add(rows)
             lines = json_lines(rows) if json else human_lines(rows)
@@ -93,10 +95,22 @@ async def _map(
         write("]\n" if json else "")
         if bar is not None:
             write(str(bar))
+    except ImageError:
+        write(separator if json else "")
+        raise
     finally:
         sys.stdout.flush()
         await node.close()
     return 0
+
+
+async def _rows(node: Node, start: int, end: int) -> AsyncIterator[list[Row]]:
+    """Yield what `map_disk` does. Raises `ImageError` where it fails."""
+    try:
+        async for rows in map_disk(node, start, end):
+            yield rows
+    except OSError as exc:
+        raise ImageError(f"Could not read file metadata: {reason_of(exc)}") from None
 
 
 async def _draw(
@@ -109,7 +123,7 @@ async def _draw(
     try:
         end = min(disk_size(shown), start + length)
         picture = Picture(shown, start, end)
-        async for rows in map_disk(shown, start, end):
+        async for rows in _rows(shown, start, end):
             picture.add(rows)
     finally:
         await node.close()

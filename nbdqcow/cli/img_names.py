@@ -21,6 +21,10 @@ _ORDER: Final = (
 )
 
 
+READ_ONLY: Final = "Block node is read-only"
+"""Of an image that is to be written to although its options forbid it."""
+
+
 class GivenObjects:
     """The ``--object`` arguments of a command line, made as they come."""
 
@@ -86,6 +90,7 @@ class ImageName(NamedTuple):
         key_id: the id of the secret that opens it, or None.
         pairs: the options that it is a set of.
         force_share: whether they open it beside a writer.
+        read_only: whether they forbid to write to it.
     """
 
     text: str
@@ -94,6 +99,7 @@ class ImageName(NamedTuple):
     key_id: str | None = None
     pairs: Mapping[str, str] = NO_OPTIONS
     force_share: bool = False
+    read_only: bool = False
 
     def as_json(self, format_: str) -> str | None:
         """Return the ``json:`` name that QEMU gives an image of that format if
@@ -143,6 +149,7 @@ def image_name(
             options.get("key_secret"),
             {key: value for key, value in pairs.items() if value is not None},
             force_share or options.get("force_share", False),
+            options.get("read_only", False),
         )
     if not image_opts:
         return ImageName(text, text, format_, force_share=force_share)
@@ -165,4 +172,5 @@ def image_name(
         options.get("key_secret"),
         parse_keyval(text),
         force_share or options.get("force_share", False),
+        options.get("read_only", False),
     )

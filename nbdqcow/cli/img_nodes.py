@@ -11,7 +11,7 @@ from nbdqcow.block.open import open_image
 from nbdqcow.block.registry import is_remote
 from nbdqcow.block.storage import FileRole
 from nbdqcow.cli.image_opts import parse_image_opts
-from nbdqcow.cli.img_names import GivenObjects, check_force_share
+from nbdqcow.cli.img_names import READ_ONLY, GivenObjects, check_force_share
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
 from nbdqcow.cli.messages import warn_of_guess
 from nbdqcow.crypto.secrets import PassphraseRequired, Secret
@@ -139,6 +139,10 @@ async def open_node(
             )
         inner = None if filename == name else filename
         raise _in_qemus_words(exc, opening, inner) from None
+    if writable and options["read_only"]:
+        # Its options say so.
+        await node.close()
+        raise ImageError(opening + READ_ONLY)
     guessed = options.get("format") is None and node.driver.name == "raw"
     if writable and warns and guessed:
         warn_of_guess(filename)

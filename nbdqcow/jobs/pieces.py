@@ -233,14 +233,16 @@ class Cutter:
                     ahead=disk.ahead,
                 )
             except OSError as error:
+                if joins:
+                    # Up to where it is: what is before that is sound.
+                    joins = False
+                    continue
                 position, reason = disk.start + offset, reason_of(error)
                 if not self._options.salvage:
                     action = "reading block status"
                     raise CopyError(action, position, reason) from error
-                if not joins:
-                    self._on_salvaged("block status at offset", position, reason)
-                    return DATA, min(SECTOR_SIZE, length)
-                joins = False
+                self._on_salvaged("block status at offset", position, reason)
+                return DATA, min(SECTOR_SIZE, length)
 
     def _whole_clusters(
         self, kind: int, position: int, covered: int, boundary: int

@@ -206,7 +206,8 @@ async def test_salvage_goes_on_where_the_map_fails(monkeypatch):
     )
     assert salvaged == [("block status at offset", bad, "bad map")]
     assert bytes(await target.pread(0, MiB)) == b"x" * MiB
-    with pytest.raises(CopyError, match="reading block status at offset 0: bad map"):
+    expected = f"reading block status at offset {bad}: bad map"
+    with pytest.raises(CopyError, match=expected):
         await convert([source], target, ConvertOptions(), JobControl())
 
 

@@ -168,6 +168,37 @@ def test_zeroes_take_no_room_where_nothing_is_stored(tmp_path):
     check(path)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_zero_cluster_in_version_2_is_not_guessed_at(tmp_path, whole):
+    """It is neither read as data nor completed with it, and can be written over."""
+    path = create(tmp_path / "a", compat="0.10")
+
+    async def prepare():
+        async with open_image(path) as node:
+            await node.pwrite(0, b"x" * MiB)
+
+    async def run():
+        async with open_image(path) as node:
+            assert bytes(await node.pread(0, 65536)) == b"x" * 65536
+            if whole:
+                await node.pwrite(65536, b"y" * 65536)
+                expected = b"x" * 65536 + b"y" * 65536 + b"x" * 65536
+                assert bytes(await node.pread(0, 3 * 65536)) == expected
+                return
+            with pytest.raises(BlockError, match="pre-v3"):
+                await node.pwrite(65536 + 512, b"y" * 512)
+            with pytest.raises(BlockError, match="pre-v3"):
+                await node.pread(0, MiB)
+
+    asyncio.run(prepare())
+    image = path.read_bytes()
+    l1_offset = int.from_bytes(image[40:48])
+    l2_offset = int.from_bytes(image[l1_offset + 1 : l1_offset + 8])
+    patch(path, l2_offset + 15, b"\1")
+    asyncio.run(run())
+    check(path)
+
+
 def test_fast_zero_or_nothing(tmp_path):
     base, path = tmp_path / "base", tmp_path / "a"
     base.write_bytes(b"b" * MiB)

@@ -69,6 +69,11 @@ def damaged(kind: str, **options) -> bytes:
         case "block-reserved":
             image = builder.build()
             return patched(image, (builder.header.refcount_table_offset + 8, "Q", 1))
+        case "block-outside":
+            builder.allocate()
+            image = builder.build()
+            place = builder.header.refcount_table_offset + 8
+            return patched(image, (place, "Q", 1 << 40))
         case "dirty":
             return patched(builder.build(), (72, "Q", 1))
         case "corrupt":
@@ -113,6 +118,16 @@ def test_damaged_image(kind, options, tmp_path):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("options", ["", "-r leaks"])
+def test_leaks_are_repaired_beside_a_block_outside_the_file(options, tmp_path):
+    results = []
+    for run in (run_theirs, run_ours):
+        (tmp_path / "image").write_bytes(damaged("block-outside"))
+        shown = run(f"check {options} image", tmp_path)
+        results.append([shown, look_at(tmp_path, "image")])
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize("options", ["", "-r leaks", "-r all"])
 @pytest.mark.parametrize("zeroed", ["4k 2k", "8k 2k"])
 def test_unaligned_cluster_with_subclusters(zeroed, options, tmp_path):
@@ -141,6 +156,118 @@ def test_unaligned_cluster_with_subclusters(zeroed, options, tmp_path):
     assert results[0] == results[1]
     if (zeroed, options) == ("4k 2k", "-r all"):
         assert results[0][0] == 0
+
+
+@pytest.mark.parametrize("options", ["", "-r all"])
+@pytest.mark.parametrize("data_file", ["", ",data_file=data"])
+@pytest.mark.parametrize(
+    ("index", "bitmap"),
+    [
+        # Stored and zero; the first cluster, which in a data file is at offset 0.
+        (0, 0x1_FFFF_FFFF),
+        (2, 0x8000_0001_0000_0001),
+        # Stored nowhere.
+        (4, 1),
+        (4, 0x1_0000_0001),
+    ],
+)
+def test_subclusters_that_can_not_be(index, bitmap, data_file, options, tmp_path):
+    results = []
+    for name, run in (("theirs", run_theirs), ("ours", run_ours)):
+        directory = tmp_path / name
+        directory.mkdir()
+        image = directory / "image"
+        for line in (
+            f"qemu-img create -q -f qcow2 -o extended_l2=on{data_file} image 1M",
+            "qemu-io -f qcow2 -c 'write 0 64k' -c 'write 128k 2k' image",
+        ):
+            subprocess.run(
+                shlex.split(line), cwd=directory, check=True, capture_output=True
+            )
+        l1_offset = int.from_bytes(image.read_bytes()[40:48])
+        l2_offset = int.from_bytes(image.read_bytes()[l1_offset + 1 : l1_offset + 8])
+        change = (l2_offset + 16 * index + 8, "Q", bitmap)
+        image.write_bytes(patched(image.read_bytes(), change))
+        results.append([run(f"check {options} image", directory), image.read_bytes()])
+        results[-1].append(run("convert -O raw image new", directory)[0])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    "offset", [1 << 62, (1 << 63) - 0x10000, 1 << 63, (1 << 64) - 0x10000]
+)
+@pytest.mark.parametrize("options", ["", "-r all"])
+def test_snapshot_past_the_end_of_all_files(offset, options, tmp_path):
+    """What leaks then is kept: it may be the snapshot's."""
+    builder = builder_of_all_kinds(cluster_bits=16)
+    builder.add_snapshot()
+    builder.snapshots[0] = patched(builder.snapshots[0], (0, "Q", offset))
+    (tmp_path / "image").write_bytes(builder.build())
+    status, out, err = run_ours(f"check {options} image", tmp_path)
+    assert status == 2
+    assert b"\n1 errors were found on the image.\n" in out
+    assert err.startswith(b"ERROR: counting reference for region exceeding the end")
+    assert look_at(tmp_path, "image")[0][0] == 0
+
+
+@pytest.mark.parametrize("bitmap", [1, 0x1_0000_0000])
+def test_a_compressed_cluster_with_subclusters_keeps_its_space(bitmap, tmp_path):
+    image = tmp_path / "image"
+    for line in (
+        "qemu-img create -q -f qcow2 -o extended_l2=on image 1M",
+        "qemu-io -f qcow2 -c 'write -c -P 5 0 64k' image",
+    ):
+        subprocess.run(shlex.split(line), cwd=tmp_path, check=True, capture_output=True)
+    l1_offset = int.from_bytes(image.read_bytes()[40:48])
+    l2_offset = int.from_bytes(image.read_bytes()[l1_offset + 1 : l1_offset + 8])
+    image.write_bytes(patched(image.read_bytes(), (l2_offset + 8, "Q", bitmap)))
+    error = b"ERROR compressed cluster 0 with non-zero subcluster allocation bitmap"
+    assert run_theirs("check image", tmp_path)[2].startswith(error)
+    status, out, err = run_ours("check -r all image", tmp_path)
+    assert (status, err.partition(b",")[0]) == (2, error)
+    assert b"1 errors were found" in out
+    assert b"leaked" not in out
+    read = ["qemu-io", "-r", "-c", "read -P 5 0 64k", "image"]
+    subprocess.run(read, cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("index", [0, 1, 20])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("map image", "map --output=json image", "convert -O raw image new"),
+        *("convert -c -O qcow2 image new", "convert --salvage -O raw image new"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("compat", "byte", "value", "reason"),
+    [
+        ("1.1", 6, 2, b"Cluster allocation offset"),
+        # Version 2 has no such flag: the cluster may be data or zeroes.
+        ("0.10", 7, 1, b"Zero cluster entry found in pre-v3 image"),
+    ],
+)
+def test_where_the_map_of_a_disk_ends(
+    compat, byte, value, reason, index, line, tmp_path
+):
+    image = tmp_path / "image"
+    for words in (
+        f"qemu-img create -q -f qcow2 -o compat={compat} image 4M",
+        "qemu-io -f qcow2 -c 'write 0 3M' image",
+    ):
+        subprocess.run(
+            shlex.split(words), cwd=tmp_path, check=True, capture_output=True
+        )
+    l1_offset = int.from_bytes(image.read_bytes()[40:48])
+    l2_offset = int.from_bytes(image.read_bytes()[l1_offset + 1 : l1_offset + 8])
+    change = (l2_offset + 8 * index + byte, "B", value)
+    image.write_bytes(patched(image.read_bytes(), change))
+    expected, shown = (run(line, tmp_path) for run in (run_theirs, run_ours))
+    assert shown[:2] == expected[:2]
+    # Theirs says what is wrong in a line of its own, once.
+    ours, theirs = (outcome[2].splitlines()[-1] for outcome in (shown, expected))
+    where = ours.partition(b": " + reason)[0]
+    assert where + b": Input/output error" == theirs
 
 
 @pytest.mark.parametrize("order", range(7))

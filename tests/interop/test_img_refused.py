@@ -63,6 +63,32 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "driver=raw,key-secret=s,file.filename=base.raw",
             )
         ),
+        # Images that their options make read-only.
+        *(
+            f"{command} --image-opts file.filename=base.qcow2,{option}{end}"
+            for option in (
+                "driver=qcow2,read-only=on",
+                "driver=qcow2,file.read-only=on",
+            )
+            for command, end in (
+                ("amend -o compat=0.10", ""),
+                ("bench -w", ""),
+                ("bitmap --add", " x"),
+                ("check -r all", ""),
+                ("check", ""),
+                ("commit", ""),
+                ("rebase -b ''", ""),
+                ("resize", " 16M"),
+                ("snapshot -c a", ""),
+                ("snapshot -l", ""),
+                ("map", ""),
+            )
+        ),
+        "convert -n --target-image-opts base.raw"
+        " driver=qcow2,file.filename=base.qcow2,read-only=on",
+        'resize \'json:{"file.filename": "base.qcow2", "read-only": true}\' 16M',
+        'check -r all \'json:{"file.filename": "absent", "read-only": true}\'',
+        "resize --image-opts file.filename=base.qcow2,file.force-share=on 9M",
         # Disks that are what they are.
         *(
             f"resize {option} 'json:{{{name}}}' {size}"
@@ -207,3 +233,15 @@ def test_list_of_objects(disks: Path) -> None:
     assert set(out.splitlines()) <= set(listed)
     assert b"  secret" in out.splitlines()
     assert not (disks / "new").exists()
+
+
+@pytest.mark.parametrize("format_", ["qed", "vdi", "vmdk", "vhdx", "vpc", "parallels"])
+def test_images_of_other_formats_are_not_taken_for_raw_ones(tmp_path, format_):
+    """The disk would be what is in the file."""
+    assert run_theirs(f"create -q -f {format_} disk 1M", tmp_path)[0] == 0
+    before = (tmp_path / "disk").read_bytes()
+    for line in ("convert -O qcow2 disk new", "info disk", "resize disk 16M"):
+        text = f"qemu-img: Could not open 'disk': Unknown driver '{format_}'"
+        assert run_ours(line, tmp_path) == (1, b"", text.encode())
+    assert (tmp_path / "disk").read_bytes() == before
+    assert run_ours("convert -f raw -O qcow2 disk new", tmp_path) == (0, b"", b"")

@@ -73,6 +73,12 @@ def directory(tmp_path):
                 ("qcow2", '"file.locking":null'),
                 ("qcow2", '"file.discard":"x"'),
                 ("qcow2", '"file.cache.direct":"x"'),
+                ("qcow2", '"file.read-only":false,"read-only":true'),
+                ("qcow2", '"file.read-only":"x"'),
+                ("qcow2", '"file.force-share":true'),
+                ("qcow2", '"file.auto-read-only":true'),
+                ("qcow2", '"file.detect-zeroes":"unmap"'),
+                ("qcow2", '"file.detect-zeroes":true'),
             )
         ),
         # Where QEMU wants a string, what is none is as good as not there.

@@ -253,7 +253,11 @@ class _Check:
                     "corrupted"
                 )
             elif cluster >= references.nb_clusters:
-                self._bad_block(f"block {index} is outside image")
+                # A repair of leaks can do without: what counts there is no leak.
+                self._bad_block(
+                    f"block {index} is outside image",
+                    rebuilds=self.repair == REPAIR_ALL,
+                )
             else:
                 references.count_range(offset, header.cluster_size)
                 if references.counts[cluster] != 1:
@@ -261,10 +265,10 @@ class _Check:
                         f"block {index} refcount={references.counts[cluster]}"
                     )
 
-    def _bad_block(self, text: str) -> None:
+    def _bad_block(self, text: str, *, rebuilds: bool = True) -> None:
         self.report(f"ERROR refcount {text}")
         self.result.corruptions += 1
-        self.rebuild = True
+        self.rebuild |= rebuilds
 
     # -- comparison ----------------------------------------------------------
 

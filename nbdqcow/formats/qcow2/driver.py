@@ -158,7 +158,11 @@ class Qcow2Driver(Operations):
         """Choose the methods that fit the image's version and features."""
         header = self.header
         self.mapping = Mapping(
-            self.tables, self.metadata, header.version >= 3, self.check_not_metadata
+            self.tables,
+            self.metadata,
+            True,
+            self.check_not_metadata,
+            version2=header.version < 3,
         )
         self.try_plan = write.try_plan
         inline_writer = InlineWriter

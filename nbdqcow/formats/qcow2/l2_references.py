@@ -22,7 +22,6 @@ from nbdqcow.formats.qcow2.entries import (
     OFLAG_ZERO,
     compressed_range,
     compressed_ranges,
-    is_sound,
 )
 from nbdqcow.formats.qcow2.header import Header
 
@@ -256,7 +255,7 @@ class L2Tables:
         if is_compressed.any():
             bad |= self._count_compressed(entries, is_compressed & ~bad, row_times)
         if bad.any():
-            self._report_bad(entries, bitmaps, row_times, bad)
+            self._report_bad(entries, bitmaps, is_standard, row_times, bad)
         bits = np.uint64(header.cluster_bits)
         references.count_clusters(offsets[counted] >> bits, row_times[counted])
         straddling = counted & unaligned
@@ -288,6 +287,7 @@ class L2Tables:
         self,
         entries: "Entries",
         bitmaps: "Entries | None",
+        is_standard: "npt.NDArray[np.bool_]",
         times: "Entries",
         bad: "npt.NDArray[np.bool_]",
     ) -> None:
@@ -297,11 +297,14 @@ class L2Tables:
             nb = int(times[row, column])
             bitmap = 0 if bitmaps is None else int(bitmaps[row, column])
             if entry & OFLAG_COMPRESSED:
-                self._report_bad_compressed(entry, bitmap, nb)
+                self._report_bad_compressed(entry, column, bitmap, nb)
             else:
-                self._report_bad_standard(entry, bitmap, nb)
+                has_cluster = bool(is_standard[row, column])
+                self._report_bad_standard(entry, bitmap, nb, has_cluster=has_cluster)
 
-    def _report_bad_compressed(self, entry: int, bitmap: int, times: int) -> None:
+    def _report_bad_compressed(
+        self, entry: int, index: int, bitmap: int, times: int
+    ) -> None:
         header, references = self.header, self.references
         if header.has_data_file:
             references.bad(
@@ -310,11 +313,11 @@ class L2Tables:
             return
         if bitmap:
             references.bad(
-                "ERROR compressed cluster with non-zero subcluster allocation bitmap, "
-                f"entry={entry:#x}",
+                f"ERROR compressed cluster {index} with non-zero subcluster allocation "
+                f"bitmap, entry={entry:#x}",
                 times,
             )
-            return
+            # It is read all the same: QEMU's repair frees it.
         offset, length = compressed_range(entry, header.cluster_bits)
         if entry & OFLAG_COPIED:
             references.bad(
@@ -324,18 +327,27 @@ class L2Tables:
             )
         references.count_range(offset, length, times)
 
-    def _report_bad_standard(self, entry: int, bitmap: int, times: int) -> None:
+    def _report_bad_standard(
+        self, entry: int, bitmap: int, times: int, *, has_cluster: bool
+    ) -> None:
         header, references = self.header, self.references
+        offset = entry & OFFSET_MASK
         if entry & L2_RESERVED_MASK:
             references.bad(
                 f"ERROR found l2 entry with reserved bits set: {entry:x}", times
             )
-        if not is_sound(entry, bitmap) and not header.has_data_file:
+        if not has_cluster:
+            if bitmap & ALL_ALLOCATED:
+                references.bad(
+                    "ERROR: Unallocated cluster has non-zero subcluster allocation map",
+                    times,
+                )
+        elif bitmap & bitmap >> NB_SUBCLUSTERS & ALL_ALLOCATED:
             references.bad(
-                f"ERROR impossible subcluster bitmap {bitmap:#x}, entry={entry:#x}",
+                f"ERROR offset={offset:x}: Allocated cluster has corrupted subcluster "
+                "allocation bitmap",
                 times,
             )
-        offset = entry & OFFSET_MASK
         if offset % header.cluster_size:
             is_read = not entry & OFLAG_ZERO
             if header.extended_l2:
@@ -378,10 +390,11 @@ class L2Tables:
 def _are_unsound(
     bitmaps: "Entries", has_cluster: "npt.NDArray[np.bool_]"
 ) -> "npt.NDArray[np.bool_]":
-    """As ``not is_sound`` for entries of standard clusters."""
+    """Tell which bitmaps of clusters that are not compressed can't be: a subcluster
+    is both allocated and zero, or allocated without a cluster."""
     allocated = bitmaps & np.uint64(ALL_ALLOCATED)
     both = (bitmaps >> np.uint64(NB_SUBCLUSTERS)) & allocated
-    return np.asarray((both != 0) | ((allocated != 0) & ~has_cluster))
+    return np.asarray(np.where(has_cluster, both != 0, allocated != 0))
 
 
 def _batches(

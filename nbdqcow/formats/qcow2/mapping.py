@@ -15,7 +15,7 @@ from nbdqcow.formats.qcow2.entries import (
     classify,
 )
 from nbdqcow.formats.qcow2.tables import L2Slice, Tables
-from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO_ALLOCATED, Run
+from nbdqcow.types import COMPRESSED, DATA, UNALLOCATED, ZERO, ZERO_ALLOCATED, Run
 from nbdqcow.units import format_hex
 
 MAX_PIECES: Final = 32
@@ -29,6 +29,7 @@ class Mapping:
     ``metadata`` holds the indices of host clusters that guest data must never
     be written to; it is the image's own set, which grows and shrinks.
     ``check_overlap`` raises `CorruptImage` for one of them, or lets it pass.
+    ``zero_flag``: bit 0 of an entry is one; ``version2``: it may not be set.
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class Mapping:
         metadata: set[int],
         zero_flag: bool,
         check_overlap: Callable[[int], None],
+        *,
+        version2: bool = False,
     ) -> None:
         self._tables = tables
         self._young = tables.young
@@ -48,8 +51,8 @@ class Mapping:
         self._cluster_size = tables.cluster_size
         self._cluster_mask = tables.cluster_size - 1
         self._index_mask = tables.slice_entries - 1
-        # Version 2 has no zero flag: bit 0 is reserved there and ignored.
         self._zero_flag: Final = OFLAG_ZERO if zero_flag else 0
+        self._version2 = version2
         # No bit of these: a plain cluster, well aligned.
         self._not_plain = (
             OFLAG_COMPRESSED | self._zero_flag | (self._cluster_mask & OFFSET_MASK)
@@ -180,6 +183,15 @@ class Mapping:
             covered += more
         return kind, host_offset, covered
 
+    def _corrupt(self, what: str, offset: int) -> CorruptImage:
+        """Return the error for the entry of a guest offset that can't be right."""
+        tables = self._tables
+        table = tables.table_offset(tables.l1_index(offset >> self._slice_shift))
+        in_table = (offset >> self._cluster_bits) & (self._cluster_size // 8 - 1)
+        return CorruptImage(
+            f"{what} (L2 offset: {table:#x}, L2 index: {format_hex(in_table)})"
+        )
+
     def _run_in_slice(self, offset: int, length: int) -> Run:
         tables = self._tables
         key = offset >> self._slice_shift
@@ -196,12 +208,12 @@ class Mapping:
             return kind, words[index], min(covered, length)
         host_offset = entry & OFFSET_MASK
         if host_offset & self._cluster_mask:
-            table = tables.table_offset(tables.l1_index(key))
-            in_table = (offset >> self._cluster_bits) & (self._cluster_size // 8 - 1)
-            raise CorruptImage(
-                f"Cluster allocation offset {host_offset:#x} unaligned (L2 offset:"
-                f" {table:#x}, L2 index: {format_hex(in_table)})"
+            raise self._corrupt(
+                f"Cluster allocation offset {host_offset:#x} unaligned", offset
             )
+        if self._version2 and kind in (ZERO, ZERO_ALLOCATED):
+            # Whether it is data or zeroes nobody knows.
+            raise self._corrupt("Zero cluster entry found in pre-v3 image", offset)
         step = self._cluster_size if kind in (DATA, ZERO_ALLOCATED) else 0
         while covered < length and (index := index + 1) <= self._index_mask:
             entry += step
