@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from nbdqcow.block.registry import (
@@ -61,6 +61,8 @@ _FILE_OPTIONS: Final = (
         "extent_size_hint", "size", "Extent size hint for the image file, 0 to disable"
     ),
 )
+_MAX_EXTENT_SIZE_HINT: Final = (1 << 32) - 1
+"""What the kernel has a field for."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -150,6 +152,13 @@ def option_specs(tool: FormatTool) -> list[OptionSpec]:
     ]
 
 
+def check_file_options(values: Mapping[str, OptionValue]) -> None:
+    """See that the file's own options can be meant. Raises `ImageError`."""
+    hint = values.get("extent_size_hint", 0)
+    if isinstance(hint, int) and hint > _MAX_EXTENT_SIZE_HINT:
+        raise ImageError("Extent size hint is too large")
+
+
 def print_option_help(format_: str, filename: str | None) -> None:
     """Print what ``-o`` can say; of a file as well if there is a name."""
     tool = find_tool(format_)
@@ -221,6 +230,7 @@ def _create(
     if not quiet:
         _print_formatting(filename, format_, specs, values, texts)
     check_creation(format_, filename)
+    check_file_options(values)
     plan = tool.prepare(values, secrets=secrets)
     create_data_file(tool, plan, path, values.get("preallocation"))
     try:

@@ -10,7 +10,12 @@ from typing import Self
 from nbdqcow.block.directories import sync_directory_blocking
 from nbdqcow.block.registry import blocking_file, is_remote
 from nbdqcow.block.tools import FormatTool, OptionValue, Secrets, no_secrets
-from nbdqcow.cli.img_create import create_data_file, option_specs, write_image
+from nbdqcow.cli.img_create import (
+    check_file_options,
+    create_data_file,
+    option_specs,
+    write_image,
+)
 from nbdqcow.cli.img_open import local_path
 from nbdqcow.cli.img_options import convert_option, split_options
 from nbdqcow.errors import ImageError
@@ -141,6 +146,7 @@ class NewImage:
     def _create(
         self, tool: FormatTool, values: Mapping[str, OptionValue], secrets: Secrets
     ) -> None:
+        check_file_options(values)
         plan = tool.prepare(values, secrets=secrets)
         preallocation = values.get("preallocation")
         create_data_file(tool, plan, self._final or self.path, preallocation)

@@ -49,9 +49,7 @@ class RawTool(FormatTool):
         if preallocation == "metadata":
             raise ImageError("Unsupported preallocation mode: metadata")
         if preallocation not in PREALLOCATIONS:
-            raise ImageError(
-                f"Parameter 'preallocation' does not accept value '{preallocation}'"
-            )
+            raise ImageError(f"invalid parameter value: {preallocation}")
         length = round_up(int(values.get("size", 0)), SECTOR_SIZE)
         if length > _MAX_LENGTH:
             raise ImageError("Could not resize file: Invalid argument")

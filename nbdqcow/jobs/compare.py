@@ -219,7 +219,10 @@ def _status(entry: Entry | None) -> tuple[bool, ...]:
     """Return what a strict comparison looks at."""
     if entry is None:
         return ()
-    return entry.is_data, entry.is_zero, entry.present, entry.host_offset >= 0
+    # What is behind the end of a backing file is zero whatever that file is given
+    # later: the image says so as it does by a zero cluster.
+    present = entry.present or entry.node.backing is not None
+    return entry.is_data, entry.is_zero, present, entry.host_offset >= 0
 
 
 async def _compare(

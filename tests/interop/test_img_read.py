@@ -5,7 +5,10 @@ How they are compared: `img_beside_qemu`.
 
 from pathlib import Path
 
-from tests.interop.img_beside_qemu import compare, lines
+import pytest
+
+from tests.interop.img_beside_qemu import compare, lines, qemu_io
+from tests.interop.img_programs import run_ours, run_theirs
 
 COMPARE = [
     "compare",
@@ -58,6 +61,25 @@ COMPARE = [
 @lines(*COMPARE)
 def test_compare(line: str, disks: Path, tmp_path: Path) -> None:
     compare(line, disks, tmp_path)
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_strict_comparison_behind_a_backing_file(tmp_path: Path, zeroed: bool) -> None:
+    """Such zeroes count as the image's own."""
+    for line in (
+        "create -f qcow2 base 64k",
+        "create -f qcow2 -b base -F qcow2 top 192k",
+        "create -f qcow2 flat 192k",
+    ):
+        assert run_theirs(line, tmp_path)[0] == 0
+    qemu_io(tmp_path, "top", "write 0 64k")
+    qemu_io(tmp_path, "flat", "write 0 64k")
+    if zeroed:
+        qemu_io(tmp_path, "flat", "write -z 64k 128k")
+    line = "compare -s top flat"
+    outcome = run_ours(line, tmp_path)
+    assert outcome == run_theirs(line, tmp_path)
+    assert outcome[0] == (0 if zeroed else 1)
 
 
 MAP = [

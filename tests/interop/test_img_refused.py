@@ -46,6 +46,14 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dd if=base.raw of=sub",
         "bench -w sub",
         "bitmap --add sub x",
+        # The file's own options.
+        "create -f raw -o preallocation=foo new 1M",
+        "convert -o preallocation=foo base.raw new",
+        *(
+            f"{line} extent_size_hint={hint}"
+            for line in ("create -f qcow2 new 1M -o", "convert base.raw new -o")
+            for hint in ("4G", "5000M", "16E")
+        ),
         # Encryption that an image does not have.
         *(
             f"{command} {ONE} --image-opts {options}"
