@@ -132,6 +132,7 @@ class Transmission(asyncio.BufferedProtocol):
             terms.meta_contexts,
             self._reply,
             shared,
+            export.failures,
             max_requests=options.max_requests,
             max_bytes=options.max_bytes,
         )
@@ -558,6 +559,9 @@ class Transmission(asyncio.BufferedProtocol):
 
     def _fail(self, cookie: bytes, offset: int, exc: Exception) -> None:
         """A request that was served at once has failed."""
+        if isinstance(exc, OSError | MemoryError):
+            what = f"a request at {offset}"
+            self._export.failures.note(what, exc, self._loop.time())
         self._out.append(
             self._replies.error(cookie, offset, request_error(exc), error_text(exc))
         )
