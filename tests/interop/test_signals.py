@@ -1,8 +1,10 @@
 """SIGTERM and SIGKILL under load: what was flushed is there afterwards."""
 
 import contextlib
+import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import find_tool, own_environment
 from tests.differential.geometries import Geometry, content_by_qemu
 from tests.differential.model import NEVER, DiskModel
 from tests.differential.operations import Generator, Weights
@@ -184,3 +187,28 @@ def test_sigterm_does_not_cut_the_closing_short():
     command = [sys.executable, "-c", AFTER_THE_LAST_CLIENT]
     found = subprocess.run(command, capture_output=True, check=False)
     assert (found.returncode, found.stdout) == (0, b"closed\n")
+
+
+def test_sigterm_ends_the_first_process_of_a_container_at_any_time(
+    tmp_path: Path,
+) -> None:
+    """Also while it still opens its images: here one whose server says nothing. The
+    kernel drops signals that the first process has no handler for."""
+    command = [find_tool("unshare"), "--fork", "--pid", "--kill-child"]
+    if os.getuid():
+        command += ["--user", "--map-root-user"]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        image = f"nbd://127.0.0.1:{silent.getsockname()[1]}"
+        serve = [sys.executable, "-m", "nbdqcow", "serve", image, "--format", "raw"]
+        with subprocess.Popen(
+            [*command, *serve, "--listen", "127.0.0.1:0"], env=own_environment()
+        ) as process:
+            try:
+                silent.settimeout(60)
+                with silent.accept()[0]:
+                    task = Path(f"/proc/{process.pid}/task/{process.pid}")
+                    (child,) = (task / "children").read_text().split()
+                    os.kill(int(child), signal.SIGTERM)
+                    assert process.wait(20) == 128 + signal.SIGTERM
+            finally:
+                process.kill()
