@@ -276,8 +276,11 @@ class Transmission(asyncio.BufferedProtocol):
         if not (self._write_paused or self._closing):
             try:
                 self._serve()
-            except ProtocolError as exc:
-                logger.warning("%s closed: %s", peer_name(self._transport), exc)
+            except (ProtocolError, MemoryError) as exc:
+                # There is no memory for a write's data, so that the client can't
+                # be followed any further either.
+                reason = str(exc) or "out of memory"
+                logger.warning("%s closed: %s", peer_name(self._transport), reason)
                 self._stop_reading()
         if self._out:
             if self._defers_reads:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdqcow.buffers import BufferPool
 from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
 from nbdqcow.server.options import ServerOptions
@@ -27,6 +28,36 @@ def resident():
 
 def nb_descriptors():
     return len(os.listdir("/proc/self/fd"))
+
+
+async def test_a_write_that_no_memory_is_left_for(tmp_path, monkeypatch, caplog):
+    def acquire(pool, length):
+        raise MemoryError
+
+    async with serving(tmp_path, FakeNode(8 * MiB)) as served:
+        greedy, other = await served.connect(), await served.connect()
+        with monkeypatch.context() as patch:
+            patch.setattr(BufferPool, "acquire", acquire)
+            greedy.writer.write(greedy.request(nbd.CMD_READ, 0, 512))
+            greedy.writer.write(greedy.request(nbd.CMD_WRITE, 0, 8 * MiB) + b"data")
+            assert (await greedy.reply(512))[:2] == (1, 0)
+            assert await greedy.reader.read() == b""
+        assert caplog.messages == ["client on a unix socket closed: out of memory"]
+        assert await other.write(0, bytes(8 * MiB)) == 0
+
+
+async def test_headers_of_large_writes_take_no_memory(tmp_path):
+    async with serving(tmp_path, FakeNode(32 * MiB)) as served:
+        before = resident()
+        for _ in range(20):
+            client = await served.connect()
+            client.writer.write(client.request(nbd.CMD_WRITE, 0, 32 * MiB) + b"data")
+        connections = served.server._connections
+        await settle(lambda: all(c._transmission._reader.arriving for c in connections))
+        assert len(connections) == 20
+        assert resident() - before < 200 * MiB
+        for client in served.clients:
+            client.close()
 
 
 async def test_clients_of_one_export(tmp_path):
