@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import logging
 import os
 import signal
 import socket
@@ -469,3 +470,30 @@ async def test_stop_does_not_wait_for_a_client_that_reads_nothing(tmp_path):
         await settle(lambda: node.tokens)
         await served.stop()
         assert not node.tokens
+
+
+async def test_what_clients_do_is_logged_for_who_asks(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    node = FakeNode()
+    async with serving(tmp_path, node, node) as served:
+        client = await served.connect_chunked(extended=True, name="1")
+        await client.disconnect()
+        await settle(lambda: not served.server._connections)
+        client = await served.connect_raw()
+        await client.greet()
+        with pytest.raises(Refused):
+            await client.go("no\nsuch")
+        client.close()
+        await settle(lambda: not served.server._connections)
+        client = await served.connect_raw()
+        await client.greet()
+        await client.ask(nbd.OPT_LIST)
+        client.close()
+        await settle(lambda: not served.server._connections)
+    name = "client on a unix socket"
+    assert caplog.messages == [
+        f"{name} uses the export '1': extended replies, no TLS",
+        f"{name} has left the export '1'",
+        f"{name} left without an export (it was told: no export 'no\\nsuch')",
+        f"{name} left without an export",
+    ]
