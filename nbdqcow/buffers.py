@@ -1,5 +1,6 @@
 """Recycled memory: touching fresh memory costs more than filling it."""
 
+import mmap
 from contextlib import suppress
 from typing import Final, cast
 
@@ -31,6 +32,12 @@ _SMALLEST: Final = 16 * KiB
 _LARGEST_KEPT: Final = 4 * MiB
 """A larger buffer is given back to the system: it would hold its memory for
 one rare request."""
+_FROM_SYSTEM: Final = 2 * MiB
+"""A buffer from here on is pages of its own, which take memory as they are filled.
+A `bytearray` is filled with zeroes first: 32 MiB of them keep the event loop busy for
+tens of milliseconds, and a client need not send more than a header to have that."""
+
+_Memory = bytearray | mmap.mmap
 
 
 class BufferPool:
@@ -45,10 +52,11 @@ class BufferPool:
     def __init__(self, max_idle: int = 32 * MiB) -> None:
         self._max_idle = max_idle
         self._nb_idle_bytes = 0
-        self._idle: dict[int, list[bytearray]] = {}
+        self._idle: dict[int, list[_Memory]] = {}
 
     def acquire(self, length: int) -> memoryview:
-        """Return a writable view of ``length`` bytes of any content."""
+        """Return a writable view of ``length`` bytes of any content. Raises
+        `MemoryError`."""
         capacity = _SMALLEST
         if length > capacity:
             capacity = 1 << (length - 1).bit_length()
@@ -58,17 +66,26 @@ class BufferPool:
             buffer = idle.pop()
         else:
             # Only the kept ones are worth their round-up.
-            buffer = bytearray(capacity if capacity <= _LARGEST_KEPT else length)
+            buffer = _allocate(capacity if capacity <= _LARGEST_KEPT else length)
         return memoryview(buffer)[:length]
 
     def release(self, view: memoryview) -> None:
         """Take back what `acquire` returned; nobody may use it any more."""
-        buffer = cast(bytearray, view.obj)
+        buffer = cast(_Memory, view.obj)
         capacity = len(buffer)
         if capacity > _LARGEST_KEPT or self._nb_idle_bytes + capacity > self._max_idle:
             return
         self._nb_idle_bytes += capacity
         self._idle.setdefault(capacity, []).append(buffer)
+
+
+def _allocate(length: int) -> _Memory:
+    if length < _FROM_SYSTEM:
+        return bytearray(length)
+    try:
+        return mmap.mmap(-1, length, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        raise MemoryError from None
 
 
 # malloc.h

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from nbdqcow.cli.messages import is_our_name, printable
-from nbdqcow.cli.program import Signalled
+from nbdqcow.cli.program import Signalled, is_unhandled
 
 _PATIENCE: Final = 1.0
 """Seconds that a command may take before a terminal hears how far it is."""
@@ -130,7 +130,7 @@ def run_command(
         with contextlib.suppress(ValueError):
             for number in _ENDING:
                 # Below nohup it stays ignored.
-                if signal.getsignal(number) == signal.SIG_DFL:
+                if is_unhandled(number):
                     catch(number, end, number)
             if progress is not None:
                 catch(signal.SIGUSR1, progress.ask)

@@ -52,7 +52,13 @@ class Places:
 
 
 def address(text: str) -> tuple[str, int]:
-    """Return host and port of ``HOST:PORT``; "" is every address."""
+    """Return host and port of ``HOST:PORT``; "" is every address.
+
+    Nothing at all is a variable that was not set, and no wish to be reached from
+    everywhere.
+    """
+    if text in ("", "[]"):
+        raise click.BadParameter("give HOST:PORT, with * for all addresses")
     host, colon, port = text.rpartition(":")
     if not colon or text.endswith("]"):
         host, port = text, str(DEFAULT_PORT)

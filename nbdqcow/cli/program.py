@@ -57,6 +57,7 @@ def run_program(main: Callable[[], int], *, print_failures_last: bool = False) -
     ``print_failures_last``: the work is done although nobody reads about it.
     """
     sys.setswitchinterval(SWITCH_INTERVAL)
+    _end_as_others_do()
     open_standard_streams()
     outputs = _remember_failures() if print_failures_last else []
     status = 0
@@ -85,6 +86,27 @@ def run_program(main: Callable[[], int], *, print_failures_last: bool = False) -
     if not isinstance(failure, BrokenPipeError):
         error(describe(failure))
     return status or 1
+
+
+def _end_as_others_do() -> None:
+    """Let SIGTERM end us if we are the first process of a container.
+
+    The kernel drops what such a process has no handler for: a server that is told
+    to end while it still opens its images would go on, until it is killed.
+    """
+    if os.getpid() == 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        # Threads but the first one can't.
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, _end_at_once)
+
+
+def _end_at_once(number: int, _frame: object) -> NoReturn:
+    os._exit(128 + number)
+
+
+def is_unhandled(number: int) -> bool:
+    """Whether nobody has decided yet what a signal does, such as nohup(1)."""
+    return signal.getsignal(number) in (signal.SIG_DFL, _end_at_once)
 
 
 def leave(status: int) -> NoReturn:

@@ -146,6 +146,7 @@ class ServerHandshake:
         terms: what else holds in TRANSMISSION.
         trailing: bytes that came after the handshake's last option.
         error: why the connection is CLOSED; None after an ABORT.
+        refused: what the client was told when an option was refused last.
         encrypted: whether TLS has begun.
         shutting_down: set by the shell: every option but ABORT is refused.
         refusal: set by the shell: the same, for a reason of its own.
@@ -172,6 +173,7 @@ class ServerHandshake:
         self.terms = Terms()
         self.trailing = b""
         self.error: str | None = None
+        self.refused: str | None = None
         self.shutting_down = False
         self.encrypted = False
         self.refusal: OptionError | None = None
@@ -342,6 +344,7 @@ class ServerHandshake:
         self._queue(codec.option_reply(option, reply, data))
 
     def _refuse(self, option: int, refusal: OptionError) -> None:
+        self.refused = refusal.text
         self._reply(option, refusal.reply, refusal.text.encode())
 
     # -- options -----------------------------------------------------------

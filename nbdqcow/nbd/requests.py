@@ -205,7 +205,8 @@ class RequestReader:
     def next_request(self) -> Request | None:
         """Take the next request, or return None until more has arrived.
 
-        Raises `ProtocolError` if what comes next is no request.
+        Raises `ProtocolError` if what comes next is no request, `MemoryError` if
+        there is no room for its data.
         """
         if not self.at_header and not self._finish_payload():
             return None

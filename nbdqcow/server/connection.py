@@ -15,6 +15,7 @@ from nbdqcow.nbd.handshake import (
     ServerHandshake,
     TlsMode,
 )
+from nbdqcow.nbd.option_data import quote
 from nbdqcow.nbd.replies import ReplyStyle
 from nbdqcow.nbd.requests import COMPACT, EXTENDED, RequestReader
 from nbdqcow.server.dispatch import Shared
@@ -179,6 +180,10 @@ class Connection(asyncio.BufferedProtocol):
         if self._timer is not None:
             self._timer.cancel()
         if self._welcome:
+            if not self._failed:
+                refused = self._handshake.refused
+                reason = f" (it was told: {refused})" if refused else ""
+                logger.info("%s left without an export%s", self._peer, reason)
             self._on_closed(self)
 
     def check_quiet(self, now: float, *, held_up: bool) -> None:
@@ -243,11 +248,11 @@ class Connection(asyncio.BufferedProtocol):
     def _fail(self, reason: str) -> None:
         assert self._transport is not None
         if not (self._lost or self._failed):
-            self._failed = True
             self._log_closed(reason)
         self._transport.abort()
 
     def _log_closed(self, reason: str) -> None:
+        self._failed = True
         logger.warning("%s closed: %s", self._peer, reason)
 
     def _admit(self, info: ExportInfo) -> None:
@@ -266,6 +271,13 @@ class Connection(asyncio.BufferedProtocol):
         export = self._exports[self._handshake.export.name]
         export.nb_clients += 1
         terms = self._handshake.terms
+        logger.info(
+            "%s uses the export %s: %s replies, %s",
+            self._peer,
+            quote(export.name),
+            terms.style.name.lower(),
+            "TLS" if self._handshake.encrypted else "no TLS",
+        )
         reader = RequestReader(
             self._shared.pool,
             export.maximum_payload,
@@ -294,4 +306,5 @@ class Connection(asyncio.BufferedProtocol):
 
     def _leave(self, export: Export) -> None:
         export.nb_clients -= 1
+        logger.info("%s has left the export %s", self._peer, quote(export.name))
         self._on_closed(self)

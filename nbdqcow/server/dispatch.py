@@ -15,6 +15,7 @@ from nbdqcow.nbd.replies import Replies
 from nbdqcow.nbd.requests import Request, context_ids
 from nbdqcow.server.block_status import block_status
 from nbdqcow.server.export import ExportedNode
+from nbdqcow.server.failures import FailureLog
 from nbdqcow.server.poller import Poller
 from nbdqcow.types import Buffer, Buffers
 from nbdqcow.units import KiB, MiB
@@ -77,6 +78,7 @@ class Dispatcher:
     __slots__ = (
         "nb_requests",
         "_contexts",
+        "_failures",
         "_loop",
         "_max_bytes",
         "_max_requests",
@@ -94,6 +96,7 @@ class Dispatcher:
         meta_contexts: Sequence[str],
         reply: Reply,
         shared: Shared,
+        failures: FailureLog,
         *,
         max_requests: int,
         max_bytes: int,
@@ -104,6 +107,7 @@ class Dispatcher:
         self._contexts = tuple(enumerate(meta_contexts))
         self._reply = reply
         self._shared = shared
+        self._failures = failures
         self._max_requests = max_requests
         self._max_bytes = max_bytes
         self._nb_bytes = 0
@@ -152,7 +156,7 @@ class Dispatcher:
                 )
             ]
         except Exception as exc:
-            error, text = _failure(request, exc)
+            error, text = self._failure(request, exc)
             reply = [self._replies.error(request.cookie, request.offset, error, text)]
         self.nb_requests -= 1
         self._nb_bytes -= nb_bytes
@@ -179,7 +183,7 @@ class Dispatcher:
                 # Not a comprehension: what came before a failure is sent.
                 data.append(piece)  # noqa: PERF401
         except Exception as exc:
-            error, text = _failure(request, exc)
+            error, text = self._failure(request, exc)
             if whole:
                 data.clear()
             return self._replies.read_until(cookie, offset, data, error, text)
@@ -197,13 +201,21 @@ class Dispatcher:
         rows = await block_status(self._node, request, contexts)
         return self._replies.block_status(request.cookie, request.offset, rows)
 
-
-def _failure(request: Request, exc: Exception) -> tuple[int, str]:
-    error = request_error(exc)
-    if error == nbd.ENOTSUP and not request.flags & nbd.CMD_FLAG_FAST_ZERO:
-        # The protocol has it for fast zeroes only.
-        error = nbd.EIO
-    return error, error_text(exc)
+    def _failure(self, request: Request, exc: Exception) -> tuple[int, str]:
+        """Return what to tell the client of a request that failed."""
+        error = request_error(exc)
+        if error == nbd.ENOTSUP:
+            if request.flags & nbd.CMD_FLAG_FAST_ZERO:
+                # Zeroes that are not fast: nothing is wrong with the image.
+                return error, error_text(exc)
+            # The protocol has it for fast zeroes only.
+            error = nbd.EIO
+        if isinstance(exc, OSError | MemoryError):
+            what = nbd.COMMAND_NAMES[request.command]
+            if request.command != nbd.CMD_FLUSH:
+                what += f" of {request.length} bytes at {request.offset}"
+            self._failures.note(what, exc, self._loop.time())
+        return error, error_text(exc)
 
 
 def error_text(exc: Exception) -> str:

@@ -8,6 +8,7 @@ from nbdqcow.nbd import constants as nbd
 from nbdqcow.nbd.handshake import ExportInfo, Terms
 from nbdqcow.nbd.replies import ReplyStyle
 from nbdqcow.nbd.requests import Request, context_ids
+from nbdqcow.server.failures import FailureLog
 from nbdqcow.types import Buffer, Buffers
 
 
@@ -158,6 +159,7 @@ class Export:
         may_use: says whether the client with this certificate (DER; None if
             it has shown none) may use the export.
         nb_clients: how many have chosen it.
+        failures: of requests, for the log.
     """
 
     def __init__(
@@ -183,6 +185,7 @@ class Export:
         self.name = name
         self.node = node
         self.nb_clients = 0
+        self.failures = FailureLog(node.filename)
         self.size = node.size
         self.read_only = read_only or node.read_only
         flags = _READ_FLAGS

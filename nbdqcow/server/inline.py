@@ -34,7 +34,7 @@ from nbdqcow.server.dispatch import (
     new_staging,
     request_error,
 )
-from nbdqcow.server.export import Export, Refusal
+from nbdqcow.server.export import Export
 from nbdqcow.server.large_writes import LargeWrites
 from nbdqcow.server.options import ServerOptions
 from nbdqcow.server.sendfile import BrokenReplyError, FileSender
@@ -132,6 +132,7 @@ class Transmission(asyncio.BufferedProtocol):
             terms.meta_contexts,
             self._reply,
             shared,
+            export.failures,
             max_requests=options.max_requests,
             max_bytes=options.max_bytes,
         )
@@ -151,8 +152,7 @@ class Transmission(asyncio.BufferedProtocol):
         self._write_paused = False
         self._reading_paused = False
         self._eof = False
-        # New requests are refused; or none are looked at any more.
-        self._draining = False
+        # No new request is looked at any more.
         self._closing = False
         self._lost = False
         self._abort_timer: asyncio.TimerHandle | None = None
@@ -216,9 +216,13 @@ class Transmission(asyncio.BufferedProtocol):
     # -- ending ----------------------------------------------------------------
 
     def drain(self) -> None:
-        """Refuse new requests, and close once those in flight have ended."""
-        self._draining = True
-        self._reader.maximum_payload = 0
+        """Close once the requests in flight have ended.
+
+        Those that are not yet begun get no answer: a client that connects again
+        repeats them. It would take ESHUTDOWN for an answer, and QEMU's hands it
+        to the guest, as a disk that is broken.
+        """
+        self._stop_reading()
         self._schedule_run()
 
     def abort(self) -> None:
@@ -275,8 +279,11 @@ class Transmission(asyncio.BufferedProtocol):
         if not (self._write_paused or self._closing):
             try:
                 self._serve()
-            except ProtocolError as exc:
-                logger.warning("%s closed: %s", peer_name(self._transport), exc)
+            except (ProtocolError, MemoryError) as exc:
+                # There is no memory for a write's data, so that the client can't
+                # be followed any further either.
+                reason = str(exc) or "out of memory"
+                logger.warning("%s closed: %s", peer_name(self._transport), reason)
                 self._stop_reading()
         if self._out:
             if self._defers_reads:
@@ -288,7 +295,7 @@ class Transmission(asyncio.BufferedProtocol):
             self._served()
         if self._sender is not None:
             self._sender.release_read()
-        if (self._closing or self._draining or self._eof) and self._finished:
+        if (self._closing or self._eof) and self._finished:
             self._close()
         elif self._reader.full:
             self._reading_paused = True
@@ -303,7 +310,7 @@ class Transmission(asyncio.BufferedProtocol):
         if self._dispatcher.nb_requests:
             return False
         # At the end of input, what has arrived is still served.
-        return not self._eof or not (self._run_scheduled or self._write_paused)
+        return self._closing or not (self._run_scheduled or self._write_paused)
 
     def _serve(self) -> None:
         """Serve the requests in the buffer until the allowance is used up.
@@ -333,7 +340,7 @@ class Transmission(asyncio.BufferedProtocol):
         ok = REPLY_OK
         allowance = self._allowance
         while allowance > 0:
-            if reader.at_header and not self._draining:
+            if reader.at_header:
                 start = reader.start
                 # The last place where a header may begin.
                 last = reader.end - head_length
@@ -409,8 +416,7 @@ class Transmission(asyncio.BufferedProtocol):
                 return
             request = reader.next_request()
             if request is None:
-                if not self._draining:
-                    self._large_writes.write_ahead()
+                self._large_writes.write_ahead()
                 return
             allowance -= _REQUEST_COST
             if request.command <= nbd.CMD_WRITE:
@@ -428,10 +434,7 @@ class Transmission(asyncio.BufferedProtocol):
             return
         if command == nbd.CMD_BLOCK_STATUS and flags & nbd.CMD_FLAG_PAYLOAD_LEN:
             request = expand_status(request)
-        if self._draining:
-            refusal: Refusal | None = (nbd.ESHUTDOWN, "the server is shutting down")
-        else:
-            refusal = self._export.check(request, self._terms)
+        refusal = self._export.check(request, self._terms)
         if refusal is not None:
             self._out.append(self._replies.error(cookie, offset, *refusal))
         elif not request.length and command != nbd.CMD_FLUSH:
@@ -558,6 +561,9 @@ class Transmission(asyncio.BufferedProtocol):
 
     def _fail(self, cookie: bytes, offset: int, exc: Exception) -> None:
         """A request that was served at once has failed."""
+        if isinstance(exc, OSError | MemoryError):
+            what = f"a request at {offset}"
+            self._export.failures.note(what, exc, self._loop.time())
         self._out.append(
             self._replies.error(cookie, offset, request_error(exc), error_text(exc))
         )

@@ -68,6 +68,7 @@ class Listener:
         self._file = file
         self._loop = asyncio.get_running_loop()
         self._retry: asyncio.TimerHandle | None = None
+        self._exhausted = False
         self._loop.add_reader(sock.fileno(), self._accept)
 
     def close(self) -> None:
@@ -84,6 +85,8 @@ class Listener:
             try:
                 sock, _address = self.sock.accept()
             except (BlockingIOError, InterruptedError):
+                # Nobody is left waiting.
+                self._exhausted = False
                 return
             except OSError as exc:
                 if exc.errno in _EXHAUSTED:
@@ -96,7 +99,10 @@ class Listener:
 
     def _pause(self, exc: OSError) -> None:
         """The socket stays readable: do not try again all the time."""
-        logger.warning("no client can be accepted: %s", exc.strerror)
+        if not self._exhausted:
+            # Not each second of a day.
+            logger.warning("no client can be accepted: %s", exc.strerror)
+        self._exhausted = True
         self._loop.remove_reader(self.sock.fileno())
         self._retry = self._loop.call_later(_RETRY_DELAY, self._resume)
 

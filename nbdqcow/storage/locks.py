@@ -227,6 +227,9 @@ def _descriptor_holds(pid: str, number: str, fd: int, byte: int) -> bool:
 
 
 def _command_of(pid: str) -> str:
+    if pid == str(os.getpid()):
+        # One image under two names, say, not another program to look for.
+        return "this process"
     with open(f"/proc/{pid}/comm", errors="replace") as file:
         name = file.read().rstrip("\n")
     return "".join(c if c.isprintable() else "?" for c in name)

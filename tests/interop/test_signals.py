@@ -1,22 +1,26 @@
 """SIGTERM and SIGKILL under load: what was flushed is there afterwards."""
 
 import contextlib
+import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import find_tool, own_environment
 from tests.differential.geometries import Geometry, content_by_qemu
 from tests.differential.model import NEVER, DiskModel
 from tests.differential.operations import Generator, Weights
 from tests.differential.runner import NbdTarget, Runner
 from tests.nbd_client import NbdClient
-from tests.serving import check_image, need, run, serving
+from tests.serving import check_image, need, run, server_command, serving
 
 MiB = 1 << 20
 
@@ -87,6 +91,40 @@ def test_sigterm_under_load_loses_no_answered_write(tmp_path: Path, seed: int) -
         content = content_by_qemu(image, geometry, tmp_path).tobytes()
         model.check_read(0, content, model.tick())
         model.settle([(0, content)])
+
+
+def test_a_client_that_connects_again_sees_no_error_of_a_restart(
+    tmp_path: Path,
+) -> None:
+    """Requests that a stopping server has not begun get no answer: with an error
+    QEMU's client would not repeat them, and its guest would have an I/O error."""
+    image = create(tmp_path / "a.qcow2", 256 * MiB)
+    with tempfile.TemporaryDirectory(prefix="nbdq-") as directory:
+        address = Path(directory) / "s"
+        command = server_command(image, address, image_format="qcow2")
+        options = f"driver=nbd,server.type=unix,server.path={address}"
+        bench = ["qemu-img", "bench", "-w", "-c", "4096", "-d", "64", "-s", "64k"]
+        bench += ["--flush-interval", "256"]
+        bench += ["--image-opts", f"{options},reconnect-delay=100"]
+        client = None
+        for done in (16, 64, 128, 192, 256):
+            with subprocess.Popen(
+                command, stdout=subprocess.PIPE, text=True, env=own_environment()
+            ) as server:
+                assert server.stdout is not None
+                assert "ready" in server.stdout.readline()
+                client = client or subprocess.Popen(
+                    bench, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+                )
+                while image.stat().st_size < done * MiB and client.poll() is None:
+                    time.sleep(0.01)
+                if done == 256:
+                    assert client.communicate() == (None, "")
+                server.send_signal(signal.SIGTERM)
+                assert server.wait(60) == 0
+        assert client is not None
+        assert client.returncode == 0
+    check_image(image)
 
 
 def test_sigkill_keeps_what_another_connection_flushed(
@@ -184,3 +222,28 @@ def test_sigterm_does_not_cut_the_closing_short():
     command = [sys.executable, "-c", AFTER_THE_LAST_CLIENT]
     found = subprocess.run(command, capture_output=True, check=False)
     assert (found.returncode, found.stdout) == (0, b"closed\n")
+
+
+def test_sigterm_ends_the_first_process_of_a_container_at_any_time(
+    tmp_path: Path,
+) -> None:
+    """Also while it still opens its images: here one whose server says nothing. The
+    kernel drops signals that the first process has no handler for."""
+    command = [find_tool("unshare"), "--fork", "--pid", "--kill-child"]
+    if os.getuid():
+        command += ["--user", "--map-root-user"]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        image = f"nbd://127.0.0.1:{silent.getsockname()[1]}"
+        serve = [sys.executable, "-m", "nbdqcow", "serve", image, "--format", "raw"]
+        with subprocess.Popen(
+            [*command, *serve, "--listen", "127.0.0.1:0"], env=own_environment()
+        ) as process:
+            try:
+                silent.settimeout(60)
+                with silent.accept()[0]:
+                    task = Path(f"/proc/{process.pid}/task/{process.pid}")
+                    (child,) = (task / "children").read_text().split()
+                    os.kill(int(child), signal.SIGTERM)
+                    assert process.wait(20) == 128 + signal.SIGTERM
+            finally:
+                process.kill()

@@ -1,3 +1,5 @@
+import mmap
+
 import pytest
 
 from nbdqcow.buffers import BufferPool
@@ -43,3 +45,21 @@ def test_the_largest_are_not_kept():
     assert len(view.obj) == 5 * MiB
     pool.release(view)
     assert pool.acquire(5 * MiB).obj is not view.obj
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
+
+
+def test_a_large_buffer_takes_memory_as_it_is_filled():
+    before = _resident()
+    view = BufferPool().acquire(256 * MiB)
+    assert len(view) == 256 * MiB
+    view[-1] = view[MiB] = 1
+    assert _resident() - before < 128 * MiB
+
+
+def test_too_large_a_buffer_is_a_memory_error():
+    with pytest.raises(MemoryError):
+        BufferPool().acquire(1 << 60)

@@ -358,28 +358,6 @@ async def test_data_behind_disc_is_not_looked_at(tmp_path, extended):
     assert ("try_pwrite", 0, 1) not in node.log
 
 
-@both
-async def test_requests_while_the_server_stops(tmp_path, extended):
-    node = FakeNode()
-    node.gate.clear()
-    async with serving(tmp_path, node) as served:
-        client = await served.connect_chunked(extended=extended)
-        client.writer.write(client.request(nbd.CMD_TRIM, 0, 4096))
-        while not node.nb_waiting:
-            await asyncio.sleep(0.01)
-        served.server.stop()
-        await asyncio.sleep(0.05)
-        client.writer.write(client.request(nbd.CMD_READ, 0, 4096))
-        reply = (await client.replies(1))[2]
-        assert (reply.error, reply.text) == (
-            nbd.ESHUTDOWN,
-            "the server is shutting down",
-        )
-        node.gate.set()
-        assert not (await client.replies(1))[1].error
-        assert await client.reader.read() == b""
-
-
 async def test_options_while_the_server_stops(tmp_path, monkeypatch):
     # Longer than a busy machine lets anybody wait.
     monkeypatch.setattr(connection_module, "_DRAIN_TIMEOUT", 3)

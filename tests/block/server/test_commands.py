@@ -230,6 +230,32 @@ async def test_failing_requests(tmp_path, inline):
 
 
 @pytest.mark.parametrize("inline", [True, False])
+async def test_failures_are_told_once(tmp_path, inline, caplog):
+    node = FakeNode()
+    node.inline = inline
+    async with serving(tmp_path, node) as served:
+        client = await served.connect()
+        node.failure = OSError(28, "the disk is full")
+        for _ in range(3):
+            assert await client.write(512, bytes(512)) == nbd.ENOSPC
+        (line,) = caplog.messages
+        assert line.startswith("'disk.img': ")
+        assert line.endswith(" at 512 failed: the disk is full")
+        # Another error of the same image is another matter.
+        node.failure = EIO_ERROR
+        assert await client.call(nbd.CMD_FLUSH) == nbd.EIO
+        assert caplog.messages[1:] == ["'disk.img': FLUSH failed: the disk is broken"]
+
+
+async def test_zeroes_that_are_not_fast_are_no_failure(tmp_path, caplog):
+    async with serving(tmp_path, FakeNode()) as served:
+        client = await served.connect()
+        fast = nbd.CMD_FLAG_FAST_ZERO
+        assert await client.call(nbd.CMD_WRITE_ZEROES, 0, 9, fast) == nbd.ENOTSUP
+        assert not caplog.messages
+
+
+@pytest.mark.parametrize("inline", [True, False])
 async def test_a_bug_is_logged_and_answered(tmp_path, inline, caplog):
     node = FakeNode()
     node.inline = inline

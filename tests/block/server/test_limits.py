@@ -1,16 +1,20 @@
 """What one client can't take from the others, and what it is told."""
 
 import asyncio
+import errno
 import gc
 import os
+import socket
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from nbdqcow.buffers import BufferPool
 from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
+from nbdqcow.server import sockets
 from nbdqcow.server.options import ServerOptions
 from nbdqcow.units import KiB, MiB
 from tests.block.server.support import FakeNode, Refused, serving, settle
@@ -26,6 +30,73 @@ def resident():
 
 def nb_descriptors():
     return len(os.listdir("/proc/self/fd"))
+
+
+async def test_a_write_that_no_memory_is_left_for(tmp_path, monkeypatch, caplog):
+    def acquire(pool, length):
+        raise MemoryError
+
+    async with serving(tmp_path, FakeNode(8 * MiB)) as served:
+        greedy, other = await served.connect(), await served.connect()
+        with monkeypatch.context() as patch:
+            patch.setattr(BufferPool, "acquire", acquire)
+            greedy.writer.write(greedy.request(nbd.CMD_READ, 0, 512))
+            greedy.writer.write(greedy.request(nbd.CMD_WRITE, 0, 8 * MiB) + b"data")
+            assert (await greedy.reply(512))[:2] == (1, 0)
+            assert await greedy.reader.read() == b""
+        assert caplog.messages == ["client on a unix socket closed: out of memory"]
+        assert await other.write(0, bytes(8 * MiB)) == 0
+
+
+async def test_headers_of_large_writes_take_no_memory(tmp_path):
+    async with serving(tmp_path, FakeNode(32 * MiB)) as served:
+        before = resident()
+        for _ in range(20):
+            client = await served.connect()
+            client.writer.write(client.request(nbd.CMD_WRITE, 0, 32 * MiB) + b"data")
+        connections = served.server._connections
+        await settle(lambda: all(c._transmission._reader.arriving for c in connections))
+        assert len(connections) == 20
+        assert resident() - before < 200 * MiB
+        for client in served.clients:
+            client.close()
+
+
+class FullSocket(socket.socket):
+    """One that has no file descriptor for a client while ``full``."""
+
+    full = True
+    nb_refused = 0
+
+    def accept(self):
+        if self.full:
+            self.nb_refused += 1
+            raise OSError(errno.EMFILE, "Too many open files")
+        return super().accept()
+
+
+async def test_files_that_run_out_are_told_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sockets, "_RETRY_DELAY", 0.01)
+    path = str(tmp_path / "s")
+    sock = FullSocket(socket.AF_UNIX)
+    sock.bind(path)
+    accepted = []
+    listener = sockets.Listener(sock, accepted.append)
+    for nb_told in (1, 2):
+        sock.full, sock.nb_refused = True, 0
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            await settle(lambda: sock.nb_refused >= 3)
+            assert (
+                caplog.messages
+                == ["no client can be accepted: Too many open files"] * nb_told
+            )
+            sock.full = False
+            await settle(lambda: accepted)
+            accepted.pop().close()
+            # It has seen that nobody else waits.
+            await settle(lambda: not listener._exhausted)
+    listener.close()
 
 
 async def test_clients_of_one_export(tmp_path):

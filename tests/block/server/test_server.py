@@ -2,10 +2,12 @@
 
 import asyncio
 import errno
+import logging
 import os
 import signal
 import socket
 import threading
+from contextlib import suppress
 
 import pytest
 
@@ -405,20 +407,42 @@ async def test_stop_finishes_requests_and_flushes(tmp_path):
         assert await haggling.reader.read() == b""
         with pytest.raises((ConnectionError, FileNotFoundError)):
             await served.connect_raw()
-        # Whatever comes now is refused, and leaves the connection in sync.
+        # Whatever comes now gets no answer: the client asks again when it has
+        # found a server again, and an error would be its guest's.
         node.inline = True
-        assert await client.read(0, 512) == nbd.ESHUTDOWN
-        for length in (512, 100000, 33 * MiB):
-            assert await client.write(0, bytes(length)) == nbd.ESHUTDOWN
-        assert await client.call(nbd.CMD_FLUSH) == nbd.ESHUTDOWN
+        client.writer.write(
+            client.request(nbd.CMD_READ, 0, 512)
+            + client.request(nbd.CMD_WRITE, 8, 4)
+            + b"more"
+            + client.request(nbd.CMD_WRITE, 8, MiB - 8)
+            + bytes(MiB - 8)
+        )
+        await asyncio.sleep(0.05)
         assert node.log == []
         node.gate.set()
         assert await client.reply() == (1, 0, b"")
-        assert await client.reader.read() == b""
+        with suppress(ConnectionResetError):
+            assert await client.reader.read() == b""
         await served.stop()
-        assert node.data[:4] == b"data"
+        assert node.data[:12] == b"data" + FakeNode().data[4:12]
         assert [entry[0] for entry in node.log] == ["pwrite", "flush"]
         assert other.log == [("flush",)]
+
+
+async def test_stop_does_not_wait_for_who_asks_nothing_and_reads_nothing(tmp_path):
+    options = ServerOptions(close_timeout=0.1)
+    async with serving(tmp_path, FakeNode(MiB), options=options) as served:
+        client = await served.connect()
+        for _ in range(100):
+            client.writer.write(client.request(nbd.CMD_READ, 0, MiB))
+        client.writer.write_eof()
+        (connection,) = served.server._connections
+        await settle(
+            lambda: (
+                connection._transmission._eof and connection._transmission._write_paused
+            )
+        )
+        await served.stop()
 
 
 async def test_a_failing_last_flush_is_told(tmp_path):
@@ -475,3 +499,30 @@ async def test_stop_does_not_wait_for_a_client_that_reads_nothing(tmp_path):
         await settle(lambda: node.tokens)
         await served.stop()
         assert not node.tokens
+
+
+async def test_what_clients_do_is_logged_for_who_asks(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    node = FakeNode()
+    async with serving(tmp_path, node, node) as served:
+        client = await served.connect_chunked(extended=True, name="1")
+        await client.disconnect()
+        await settle(lambda: not served.server._connections)
+        client = await served.connect_raw()
+        await client.greet()
+        with pytest.raises(Refused):
+            await client.go("no\nsuch")
+        client.close()
+        await settle(lambda: not served.server._connections)
+        client = await served.connect_raw()
+        await client.greet()
+        await client.ask(nbd.OPT_LIST)
+        client.close()
+        await settle(lambda: not served.server._connections)
+    name = "client on a unix socket"
+    assert caplog.messages == [
+        f"{name} uses the export '1': extended replies, no TLS",
+        f"{name} has left the export '1'",
+        f"{name} left without an export (it was told: no export 'no\\nsuch')",
+        f"{name} left without an export",
+    ]

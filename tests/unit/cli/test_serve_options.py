@@ -53,7 +53,8 @@ def test_addresses(text, address):
 
 
 @pytest.mark.parametrize(
-    "text", ["::1", "::1:99", "h:", "h:x", "h:65536", "h:-1", "h:" + "9" * 9999]
+    "text",
+    ["", "[]", "::1", "::1:99", "h:", "h:x", "h:65536", "h:-1", "h:" + "9" * 9999],
 )
 def test_bad_addresses(text):
     with pytest.raises(click.BadParameter):
@@ -101,6 +102,7 @@ def test_announcement(monkeypatch):
         (["serve"], 2, "nbdqcow: Missing argument"),
         (["serve", "--bogus", "a"], 2, "nbdqcow: No such option"),
         (["serve", "--listen", "h:x", "a"], 2, "a port is a number"),
+        (["serve", "--listen", "", "a"], 2, "'--listen': give HOST:PORT"),
         (["serve", "--l2-cache-size", "x", "a"], 2, "invalid size 'x'"),
         (["serve", "--max-connections", "0", "a"], 2, "max-connections"),
         (["serve", "--idle-timeout", "nan", "a"], 2, "no number of seconds"),

@@ -126,7 +126,7 @@ def test_names_itself_but_not_its_own_descriptor(tmp_path: Path):
     path.touch()
     first, second = (os.open(path, os.O_RDWR) for _ in range(2))
     locks.lock_blocking(first, str(path), locks.READ_WRITE)
-    with pytest.raises(ImageInUse, match=rf"\(pid {os.getpid()}\)\.$"):
+    with pytest.raises(ImageInUse, match=rf"this process \(pid {os.getpid()}\)\.$"):
         locks.lock_blocking(second, str(path), locks.READ_WRITE)
     os.close(first)
     # The second still has its own locks, and they are no reason to refuse it.
