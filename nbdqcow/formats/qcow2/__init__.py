@@ -14,8 +14,9 @@ Where a change goes:
 - With subclusters another module takes the place of one: its name ends in
   ``_extended``.
 - Space, and the order in which metadata reaches the disk: ``refcount``, ``writeback``.
-- Changes of a whole image: ``resize``, ``snapshot``, ``amend`` with ``expand_zeroes``
-  and ``refcount_width``. New metadata beside the old is a ``generation`` (with
+- Changes of a whole image: ``resize``, ``snapshot`` (where there is no room for one's
+  deletion ``snapshot_release``), ``amend`` with ``expand_zeroes`` and
+  ``refcount_width``. New metadata beside the old is a ``generation`` (with
   ``new_counts``); ``header_update`` changes the header alone.
 - Guest data in another file, or encrypted: ``data_file``, ``encryption``. Which of it
   was written: ``bitmap``, ``memory_bitmap``.
