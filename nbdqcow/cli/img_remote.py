@@ -76,7 +76,7 @@ class RemoteFile:
             self._run(self._open_storage.truncate(length))
             self.length = length
         elif length > self.length:
-            raise ImageError("Could not resize image: Cannot grow NBD nodes")
+            raise ImageError("Cannot grow NBD nodes")
 
     def allocate(self, offset: int, length: int) -> None:
         """Leave that to the server."""

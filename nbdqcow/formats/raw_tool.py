@@ -68,6 +68,15 @@ class RawTool(FormatTool):
     def create(self, file: BlockingFile, plan: Any) -> None:
         """Write the planned image, the file's old content gone."""
         assert isinstance(plan, RawPlan)
+        if file.is_device:
+            # It has its space. What is wrong is found before anything is written.
+            if plan.preallocation != "off":
+                raise ImageError(
+                    f"Unsupported preallocation mode '{plan.preallocation}'"
+                )
+            file.truncate(plan.length)
+            # The header of what was there would say what the disk is.
+            file.write_zeroes(0, min(plan.length, SECTOR_SIZE))
         file.truncate(0)
         if plan.preallocation == "falloc":
             file.allocate(0, plan.length)

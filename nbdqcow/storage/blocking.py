@@ -92,10 +92,15 @@ class BlockingLocalFile:
         self.length = max(self.length, offset)
 
     def truncate(self, length: int) -> None:
-        """Set the length; a block device keeps its own."""
+        """Set the length; a block device keeps its own, which is to be enough.
+
+        Raises `ImageError`.
+        """
         if not self.is_device:
             os.ftruncate(self._fd, length)
             self.length = length
+        elif length > self.length:
+            raise ImageError("Cannot grow device files")
 
     def allocate(self, offset: int, length: int) -> None:
         """Take space for a range; what was there stays, the rest is zero."""

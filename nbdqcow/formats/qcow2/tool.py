@@ -15,6 +15,7 @@ from nbdqcow.block.tools import (
     Secrets,
     no_secrets,
 )
+from nbdqcow.errors import ImageError
 from nbdqcow.formats.luks_specs import cipher_options, key_options
 from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2.bitmap_directory import (
@@ -126,7 +127,10 @@ class Qcow2Tool(FormatTool):
         """Write the planned image, the file's old content gone."""
         plan = _plan(plan)
         file.truncate(0)
-        file.truncate(plan.file_length)
+        try:
+            file.truncate(plan.file_length)
+        except ImageError as exc:
+            raise ImageError(f"Could not resize image: {exc}") from None
         if file.is_device:
             file.write_zeroes(0, plan.file_length)
             # The header of what was there must not outlive its tables.
