@@ -29,6 +29,14 @@ def content(path, *options):
     return raw.read_bytes()
 
 
+def check_all(path, expected, names):
+    """The disk and its snapshots, by name, are what they should be, says QEMU."""
+    check(path)
+    assert content(path) == expected
+    for name, data in names.items():
+        assert content(path, "-l", name) == data
+
+
 @pytest.mark.parametrize("version", ["0.10", "1.1"])
 def test_qemu_lists_applies_and_deletes_ours(tmp_path, version):
     path = create(tmp_path / "a", compat=version)
@@ -262,10 +270,7 @@ def test_random_operations_with_snapshots(tmp_path, round_, extended_l2):
                     assert bytes(await node.pread(0, node.size)) == guest.model
                 await asyncio.gather(*(guest.client(10) for _ in range(3)))
                 expected = bytes(guest.model)
-            check(path)
-            assert content(path) == expected
-            for name, data in names.items():
-                assert content(path, "-l", name) == data
+            check_all(path, expected, names)
 
     asyncio.run(run())
 
@@ -316,10 +321,7 @@ def test_snapshots_deleted_where_there_is_no_room_for_new_tables(
                     del names[name]
                 assert bytes(await node.pread(0, node.size)) == guest.model
             expected = bytes(guest.model)
-        check(path)
-        assert content(path) == expected
-        for name, data in names.items():
-            assert content(path, "-l", name) == data
+        check_all(path, expected, names)
 
     asyncio.run(run())
 

@@ -111,54 +111,55 @@ def test_a_full_disk(tmp_path, kind, options, figures):
     figures(f"full disk, {kind}: {nb_refused} writes refused, {len(written)} kept")
 
 
-def test_a_snapshot_can_be_deleted_when_the_disk_is_full(tmp_path):
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A directory with room for 8 MiB."""
     directory = tmp_path / "mounted"
     directory.mkdir()
     with small_disk(directory, 8 * MiB) as mounted:
         if not mounted:
             pytest.skip("mounting is not allowed here")
-        image = directory / "disk"
-        nbdqcow_img("create", "-q", "-f", "qcow2", image, "32M")
-        for name in ("old", "new"):
-            with serving(image) as server, NbdClient(server.socket) as client:
-                client.write(0, pattern(name, 2 * MiB))
-                client.flush()
-            nbdqcow_img("snapshot", "-c", name, image)
+        yield directory
+
+
+def test_a_snapshot_can_be_deleted_when_the_disk_is_full(small):
+    image = small / "disk"
+    nbdqcow_img("create", "-q", "-f", "qcow2", image, "32M")
+    for name in ("old", "new"):
         with serving(image) as server, NbdClient(server.socket) as client:
-            client.write(MiB, pattern("now", MiB))
+            client.write(0, pattern(name, 2 * MiB))
             client.flush()
-        fill(directory / "rest")
-        used = image.stat().st_blocks * 512
-        for words, what in (
-            (("bitmap", "--add", image, "b"), "Failed to write bitmap 'b' to file"),
-            (("snapshot", "-c", "third", image), "Could not create snapshot 'third'"),
-        ):
-            with pytest.raises(AssertionError, match=f"{what}: .*No space left on"):
-                nbdqcow_img(*words)
-            check_image(image)
-        # The table of the one that stays would need room.
-        with pytest.raises(AssertionError, match="No space left on device"):
-            nbdqcow_img("snapshot", "-d", "old", image)
+        nbdqcow_img("snapshot", "-c", name, image)
+    with serving(image) as server, NbdClient(server.socket) as client:
+        client.write(MiB, pattern("now", MiB))
+        client.flush()
+    fill(small / "rest")
+    used = image.stat().st_blocks * 512
+    for words, what in (
+        (("bitmap", "--add", image, "b"), "Failed to write bitmap 'b' to file"),
+        (("snapshot", "-c", "third", image), "Could not create snapshot 'third'"),
+    ):
+        with pytest.raises(AssertionError, match=f"{what}: .*No space left on"):
+            nbdqcow_img(*words)
         check_image(image)
-        nbdqcow_img("snapshot", "-d", "new", image)
-        check_image(image)
+    # The table of the one that stays would need room.
+    with pytest.raises(AssertionError, match="No space left on device"):
         nbdqcow_img("snapshot", "-d", "old", image)
-        check_image(image)
-        assert image.stat().st_blocks * 512 <= used - 2 * MiB
-        with serving(image) as server, NbdClient(server.socket) as client:
-            assert client.read(0, MiB) == pattern("new", 2 * MiB)[:MiB]
-            assert client.read(MiB, MiB) == pattern("now", MiB)
+    check_image(image)
+    nbdqcow_img("snapshot", "-d", "new", image)
+    check_image(image)
+    nbdqcow_img("snapshot", "-d", "old", image)
+    check_image(image)
+    assert image.stat().st_blocks * 512 <= used - 2 * MiB
+    with serving(image) as server, NbdClient(server.socket) as client:
+        assert client.read(0, MiB) == pattern("new", 2 * MiB)[:MiB]
+        assert client.read(MiB, MiB) == pattern("now", MiB)
 
 
-def test_what_an_amendment_has_no_room_for_is_said(tmp_path):
-    directory = tmp_path / "mounted"
-    directory.mkdir()
-    with small_disk(directory, 4 * MiB) as mounted:
-        if not mounted:
-            pytest.skip("mounting is not allowed here")
-        image = directory / "disk"
-        nbdqcow_img("create", "-q", "-f", "qcow2", image, "1T")
-        fill(directory / "rest")
-        with pytest.raises(AssertionError, match="refblock: No space left on device"):
-            nbdqcow_img("amend", "-o", "refcount_bits=64", image)
-        check_image(image)
+def test_what_an_amendment_has_no_room_for_is_said(small):
+    image = small / "disk"
+    nbdqcow_img("create", "-q", "-f", "qcow2", image, "1T")
+    fill(small / "rest")
+    with pytest.raises(AssertionError, match="refblock: No space left on device"):
+        nbdqcow_img("amend", "-o", "refcount_bits=64", image)
+    check_image(image)
