@@ -17,6 +17,7 @@
 
 import contextlib as _contextlib
 import errno as _errno
+import os as _os
 from collections.abc import Iterator
 from typing import Self
 
@@ -55,16 +56,14 @@ class CorruptImage(BlockError):
 
 @_contextlib.contextmanager
 def explained(text: str) -> Iterator[None]:
-    """Let an `OSError` say in the words of ``text`` what could not be done. What a
-    `CorruptImage` says is enough."""
+    """Let an `OSError` that says nothing but the system's words for its number say
+    in those of ``text`` what could not be done."""
     try:
         yield
-    except CorruptImage:
-        raise
     except OSError as error:
-        raise BlockError(
-            error.errno or _errno.EIO, f"{text}: {error.strerror}"
-        ) from error
+        if error.errno is None or error.strerror != _os.strerror(error.errno):
+            raise
+        raise BlockError(error.errno, f"{text}: {error.strerror}") from error
 
 
 class ImageError(NbdQcowError):

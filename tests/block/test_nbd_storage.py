@@ -236,7 +236,8 @@ async def test_the_failure_of_a_cancelled_flush_stays(tmp_path, caplog):
         assert not storage._client._requests
     gc.collect()
     # The loss has its line; asyncio has none for the flush that nobody waits for.
-    assert [r.name for r in caplog.records] == ["nbdqcow.storage.nbd.client"]
+    names = [r.name for r in caplog.records if "server" not in r.name]
+    assert names == ["nbdqcow.storage.nbd.client"]
 
 
 async def test_kept_writes_are_bounded(tmp_path, monkeypatch):

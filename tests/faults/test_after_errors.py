@@ -111,6 +111,25 @@ def test_a_failed_operation_leaves_nothing_behind(operation, caplog):
     assert number > 3
 
 
+def test_a_full_file_system_that_copies_on_write_fails_no_image(caplog):
+    """Nothing at all can be written there, the header neither."""
+
+    async def run():
+        node, storage, memory = await opened(await with_snapshot())
+        storage.rules = [Rule(errno.ENOSPC, kinds=[WRITE], count=-1)]
+        with pytest.raises(OSError, match="No space left on device"):
+            await node.driver.snapshot_delete("old")
+        assert not node.driver.failed
+        storage.rules = []
+        look(memory)
+        await node.driver.snapshot_delete("old")
+        await node.pwrite(0, b"3" * SECTOR)
+        await node.close()
+        look(memory)
+
+    asyncio.run(run())
+
+
 async def until_done(work):
     while True:
         with contextlib.suppress(OSError):

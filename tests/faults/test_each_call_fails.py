@@ -158,6 +158,10 @@ async def fail_each_call(history: History, seed: int, stride: int) -> int:
             raise AssertionError(f"{what}\n{error!r}") from error
         # A discard is a hint, and a read may be for work that can wait.
         may_pass = log[number][0] in (READ, DISCARD) or history.background
+        # A snapshot is deleted in another way where there is no room.
+        may_pass |= rule.error == errno.ENOSPC and any(
+            step.name.startswith("snapshot delete") for step in history.steps
+        )
         assert trial.nb_failures or may_pass, what
         nb_trials += 1
     return nb_trials

@@ -153,7 +153,7 @@ async def delete(image: "Qcow2Driver", id_or_name: str) -> None:
             )
             return
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if error.errno not in NO_ROOM or image.failed:
                 raise
         release = Release(image, chosen, l1)
         await release.read()

@@ -121,30 +121,31 @@ class Release:
             image.storage.announce("l1_update")
             await image.storage.pwritev(SNAPSHOT_FIELDS_OFFSET, [fields])
             await image.storage.flush()
-        except BaseException:
-            # Whether there is the snapshot nobody knows now.
-            image.fail()
+        except BaseException as error:
+            # There may be no room for what is overwritten, either: file systems that
+            # copy on write. Else whether there is the snapshot nobody knows now.
+            if table or getattr(error, "errno", None) not in NO_ROOM:
+                image.fail()
             raise
         if table is not None:
             self._free_range(header.snapshots_offset, old_table_length)
         header.nb_snapshots, header.snapshots_offset = nb_snapshots, offset
 
     async def finish(self) -> None:
-        """Free what the snapshot had. What there is no room for is logged."""
+        """Free what the snapshot had. It is deleted already: what fails is logged."""
         image = self._image
-        await image.writeback.drop(self._own)
-        if not self._shared:
-            return
         try:
-            await self._drop_shared()
+            # What can't be given back is tried again with a later commit.
+            await image.writeback.drop(self._own)
+            if self._shared:
+                await self._drop_shared()
         except OSError as error:
-            if error.errno not in NO_ROOM:
-                raise
             log.warning(
-                "%s: snapshot '%s' is deleted, but there was no room to free what the "
-                "disk shares with it: with more room, 'check -r all' does",
+                "%s: snapshot '%s' is deleted, but not all that it had could be "
+                "freed (%s): 'check -r all' does, with more room",
                 image.storage.filename,
                 self._snapshot.info.name,
+                error.strerror,
             )
 
     async def _drop_shared(self) -> None:

@@ -23,11 +23,11 @@ def drop_page_cache(filename: str) -> None:
     os.fsync(fd)
     # It is only advice: pages that a processor has just put aside to move
     # between the kernel's lists stay. Others push them out of there.
-    last = os.stat(filename).st_size - PAGE_SIZE
+    places = range(0, os.stat(filename).st_size, 16 * PAGE_SIZE)
     cpus = os.sched_getaffinity(0)
     for _ in range(100):
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        if not mapped_file.is_resident(max(last, 0), 1):
+        if not any(mapped_file.is_resident(place, 1) for place in places):
             break
         for cpu in cpus:
             os.sched_setaffinity(0, {cpu})
