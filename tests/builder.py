@@ -17,6 +17,12 @@ from nbdqcow.formats.qcow2.entries import (
 from nbdqcow.formats.qcow2.header import Header
 
 
+def l2_table_offset(image: bytes) -> int:
+    """Return where the first L2 table of an image is, by its first L1 entry."""
+    l1_offset = int.from_bytes(image[40:48])
+    return int.from_bytes(image[l1_offset + 1 : l1_offset + 8])
+
+
 def patched(image: bytes, *fields: tuple[int, str, int | bytes]) -> bytes:
     """Return ``image`` with big-endian fields overwritten.
 

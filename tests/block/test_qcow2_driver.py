@@ -11,6 +11,7 @@ from nbdqcow import open_image
 from nbdqcow.errors import BlockError, ImageError, NotSupported
 from nbdqcow.types import DATA
 from tests.block.qemu import check, create, qemu_img
+from tests.builder import l2_table_offset
 
 MiB = 1 << 20
 
@@ -191,10 +192,7 @@ def test_a_zero_cluster_in_version_2_is_not_guessed_at(tmp_path, whole):
                 await node.pread(0, MiB)
 
     asyncio.run(prepare())
-    image = path.read_bytes()
-    l1_offset = int.from_bytes(image[40:48])
-    l2_offset = int.from_bytes(image[l1_offset + 1 : l1_offset + 8])
-    patch(path, l2_offset + 15, b"\1")
+    patch(path, l2_table_offset(path.read_bytes()) + 15, b"\1")
     asyncio.run(run())
     check(path)
 

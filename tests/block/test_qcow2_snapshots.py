@@ -275,10 +275,11 @@ def test_random_operations_with_snapshots(tmp_path, round_, extended_l2):
     asyncio.run(run())
 
 
-def no_room(monkeypatch):
-    async def refuse(*args):
-        raise BlockError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+async def refuse(*args, **kwargs):
+    raise BlockError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+
+def no_room(monkeypatch):
     monkeypatch.setattr(snapshot, "_delete_at_once", refuse)
 
 
@@ -338,10 +339,6 @@ def test_what_there_is_no_room_to_free_is_left_to_a_repair(
             await node.pwrite(0, b"\2" * 65536)
             no_room(monkeypatch)
             with monkeypatch.context() as context:
-
-                async def refuse(self, **kwargs):
-                    raise BlockError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
                 context.setattr(Generation, "reserve", refuse)
                 await node.driver.snapshot_delete("s")
             await node.pwrite(MiB, b"\3" * 65536)

@@ -22,7 +22,7 @@ from tests.block.qemu import check, qemu_img
 from tests.block.qemu import create as qemu_create
 from tests.block.test_qcow2_driver import patch
 from tests.block.test_status import our_map, qemu_io, qemu_map
-from tests.builder import BytesFile
+from tests.builder import BytesFile, l2_table_offset
 
 KiB, MiB = 1 << 10, 1 << 20
 SEED = int(os.environ.get("NBDQCOW_SEED", random.randrange(1 << 32)))
@@ -323,11 +323,6 @@ def test_what_we_create(tmp_path, preallocation, with_backing):
     expected[MiB + 5000 : 2 * MiB + 5000] = b"x" * MiB
     (tmp_path / "raw").write_bytes(expected)
     qemu_img("compare", "-q", "-f", "raw", "-F", "qcow2", tmp_path / "raw", path)
-
-
-def l2_table_offset(data):
-    l1_offset = int.from_bytes(data[40:48], "big")
-    return int.from_bytes(data[l1_offset : l1_offset + 8], "big") & ((1 << 56) - 1)
 
 
 @pytest.mark.parametrize(

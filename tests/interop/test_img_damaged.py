@@ -7,12 +7,18 @@ reverse.
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from nbdqcow.formats.qcow2 import header as h
 from nbdqcow.formats.qcow2.entries import OFLAG_COPIED, OFLAG_ZERO
-from tests.builder import ImageBuilder, builder_of_all_kinds, patched
+from tests.builder import (
+    ImageBuilder,
+    builder_of_all_kinds,
+    l2_table_offset,
+    patched,
+)
 from tests.conftest import find_tool
 from tests.interop.img_programs import look_at, run_ours, run_theirs
 
@@ -22,6 +28,11 @@ SMALL = ImageBuilder(cluster_bits=16).build()
 @pytest.fixture(autouse=True)
 def qemu_img() -> str:
     return find_tool("qemu-img")
+
+
+def run_line(line: str, directory: Path) -> None:
+    """Run one of QEMU's programs, which is to succeed."""
+    subprocess.run(shlex.split(line), cwd=directory, check=True, capture_output=True)
 
 
 def damaged(kind: str, **options) -> bytes:
@@ -141,11 +152,8 @@ def test_unaligned_cluster_with_subclusters(zeroed, options, tmp_path):
             "qemu-img create -q -f qcow2 -o extended_l2=on image 1M",
             f"qemu-io -f qcow2 -c 'write 4k 2k' -c 'write -z {zeroed}' image",
         ):
-            subprocess.run(
-                shlex.split(line), cwd=directory, check=True, capture_output=True
-            )
-        l1_offset = int.from_bytes(image.read_bytes()[40:48])
-        l2_offset = int.from_bytes(image.read_bytes()[l1_offset + 1 : l1_offset + 8])
+            run_line(line, directory)
+        l2_offset = l2_table_offset(image.read_bytes())
         image.write_bytes(patched(image.read_bytes(), (l2_offset + 6, "B", 2)))
         status, out, err = run(f"check {options} image", directory)
         # Where new refcount structures go differs.
@@ -181,11 +189,8 @@ def test_subclusters_that_can_not_be(index, bitmap, data_file, options, tmp_path
             f"qemu-img create -q -f qcow2 -o extended_l2=on{data_file} image 1M",
             "qemu-io -f qcow2 -c 'write 0 64k' -c 'write 128k 2k' image",
         ):
-            subprocess.run(
-                shlex.split(line), cwd=directory, check=True, capture_output=True
-            )
-        l1_offset = int.from_bytes(image.read_bytes()[40:48])
-        l2_offset = int.from_bytes(image.read_bytes()[l1_offset + 1 : l1_offset + 8])
+            run_line(line, directory)
+        l2_offset = l2_table_offset(image.read_bytes())
         change = (l2_offset + 16 * index + 8, "Q", bitmap)
         image.write_bytes(patched(image.read_bytes(), change))
         results.append([run(f"check {options} image", directory), image.read_bytes()])
@@ -217,9 +222,8 @@ def test_a_compressed_cluster_with_subclusters_keeps_its_space(bitmap, tmp_path)
         "qemu-img create -q -f qcow2 -o extended_l2=on image 1M",
         "qemu-io -f qcow2 -c 'write -c -P 5 0 64k' image",
     ):
-        subprocess.run(shlex.split(line), cwd=tmp_path, check=True, capture_output=True)
-    l1_offset = int.from_bytes(image.read_bytes()[40:48])
-    l2_offset = int.from_bytes(image.read_bytes()[l1_offset + 1 : l1_offset + 8])
+        run_line(line, tmp_path)
+    l2_offset = l2_table_offset(image.read_bytes())
     image.write_bytes(patched(image.read_bytes(), (l2_offset + 8, "Q", bitmap)))
     error = b"ERROR compressed cluster 0 with non-zero subcluster allocation bitmap"
     assert run_theirs("check image", tmp_path)[2].startswith(error)
@@ -255,11 +259,8 @@ def test_where_the_map_of_a_disk_ends(
         f"qemu-img create -q -f qcow2 -o compat={compat} image 4M",
         "qemu-io -f qcow2 -c 'write 0 3M' image",
     ):
-        subprocess.run(
-            shlex.split(words), cwd=tmp_path, check=True, capture_output=True
-        )
-    l1_offset = int.from_bytes(image.read_bytes()[40:48])
-    l2_offset = int.from_bytes(image.read_bytes()[l1_offset + 1 : l1_offset + 8])
+        run_line(words, tmp_path)
+    l2_offset = l2_table_offset(image.read_bytes())
     change = (l2_offset + 8 * index + byte, "B", value)
     image.write_bytes(patched(image.read_bytes(), change))
     expected, shown = (run(line, tmp_path) for run in (run_theirs, run_ours))
