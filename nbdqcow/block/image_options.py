@@ -329,19 +329,15 @@ def _not_supported(format_: str, key: str) -> str:
 
 def _take_own(key: str, value: str, options: dict[str, Any]) -> bool:
     """Take an option that images of all formats have; whether it is one."""
-
-    def file_says(option: str) -> bool:
-        return bool(options.get(option, False))
-
     match key:
         case "driver":
             if value in FILE_DRIVERS:
                 value = "raw"
             options.setdefault("format", value)
-        case "read-only":
-            options["read_only"] = _boolean(key, value) or file_says("read_only")
-        case "force-share":
-            options["force_share"] = _boolean(key, value) or file_says("force_share")
+        case "read-only" | "force-share":
+            # That the file below it says so is enough.
+            option = key.replace("-", "_")
+            options[option] = _boolean(key, value) or options.get(option, False)
         case "discard":
             options["discard"] = _discard_mode(value)
         case "detect-zeroes":
@@ -485,22 +481,14 @@ def _take_common(file: dict[str, str | None], options: dict[str, Any]) -> None:
     A file that is read-only or shared makes the image over it so. The rest is how
     QEMU's drivers do their work, and only has to be right.
     """
+    said: dict[str, Any] = {}
     for key in _COMMON:
         value = file.pop(key, None)
-        if value is None:
-            continue
-        match key:
-            case "read-only" | "force-share":
-                if _boolean(key, value):
-                    options[key.replace("-", "_")] = True
-            case "discard":
-                _discard_mode(value)
-            case "detect-zeroes":
-                _mode(value, _DETECT_ZEROES_MODES)
-            case "node-name":
-                _check_node_name(value)
-            case _:
-                _boolean(key, value)
+        if value is not None:
+            _take_own(key, value, said)
+    for option in ("read_only", "force_share"):
+        if said.get(option):
+            options[option] = True
 
 
 def _nbd_uri(file: dict[str, str | None]) -> str:

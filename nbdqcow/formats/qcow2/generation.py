@@ -86,10 +86,8 @@ class Generation:
         image, refcounts = self._image, self._image.refcounts
         size = image.cluster_size
         self._l1_offset = await self._take_row(-(-nb_l1_entries * 8 // size))
-        if snapshots_length:
-            self.snapshots_offset = await self._take_row(-(-snapshots_length // size))
-        elif snapshots_length is not None:
-            self.snapshots_offset = 0
+        if snapshots_length is not None:
+            await self.take_snapshot_table(snapshots_length)
         while True:
             table_clusters = image.header.refcount_table_clusters
             self._table_offset = await self._take_row(table_clusters)
@@ -115,6 +113,11 @@ class Generation:
         for first, nb_clusters, _ in waiting:
             clusters = np.arange(first, first + nb_clusters, dtype=np.uint64)
             await self._counts.add(clusters, -1)
+
+    async def take_snapshot_table(self, length: int) -> None:
+        """Take clusters for a new snapshot table; none if it is empty."""
+        nb_clusters = -(-length // self._image.cluster_size)
+        self.snapshots_offset = await self._take_row(nb_clusters) if length else 0
 
     async def _take_row(self, nb_clusters: int) -> int:
         first = await self._image.refcounts.allocate_contiguous(nb_clusters)
@@ -179,7 +182,7 @@ class Generation:
         """Make the COPIED flags of the active tables agree with the counts;
         ``only``: of the L2 tables with these indices."""
         image, counts = self._image, self._counts
-        l1 = self.l1[:]
+        l1 = self.l1
         if only is not None:
             l1 = array("Q", [word if i in only else 0 for i, word in enumerate(l1)])
         async for indices, tables in self.read_tables(l1):
@@ -279,9 +282,7 @@ class Generation:
     def replaces(self, offset: int, length: int) -> None:
         """A metadata range of the old generation is not in the new one."""
         if length:
-            bits = self._image.cluster_bits
-            first = offset >> bits
-            self._old.append((first, ((offset + length - 1) >> bits) - first + 1))
+            self._old.append(clusters_of(offset, length, self._image.cluster_bits))
 
     async def write_snapshot_table(self, table: bytes, nb_snapshots: int) -> None:
         """Write the new snapshot table where `reserve` took room."""
@@ -350,6 +351,12 @@ class Generation:
         if refcounts.freed:
             nb_entries = image.refcounts.block_entries
             image.tasks.spawn(_drop(image, refcounts.freed, nb_entries))
+
+
+def clusters_of(offset: int, length: int, cluster_bits: int) -> tuple[int, int]:
+    """Return the clusters that a range of the file touches: the first, how many."""
+    first = offset >> cluster_bits
+    return first, ((offset + length - 1) >> cluster_bits) - first + 1
 
 
 async def _drop(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from nbdqcow.formats.qcow2.entries import OFFSET_MASK, OFLAG_COMPRESSED
-from nbdqcow.formats.qcow2.generation import Entries, Generation, alone
+from nbdqcow.formats.qcow2.generation import Entries, Generation, alone, clusters_of
 from nbdqcow.formats.qcow2.header import SNAPSHOT_FIELDS_OFFSET
 from nbdqcow.formats.qcow2.new_counts import runs
 from nbdqcow.formats.qcow2.writeback import Freed
@@ -88,11 +88,9 @@ class Release:
             once, times = once[times > 0], times[times > 0]
 
     def _free_range(self, offset: int, length: int) -> None:
-        bits = self._image.cluster_bits
         if length:
-            first = offset >> bits
-            last = (offset + length - 1) >> bits
-            self._own.add(first, last - first + 1, False)
+            clusters = clusters_of(offset, length, self._image.cluster_bits)
+            self._own.add(*clusters, False)
 
     async def forget(
         self, table: bytes | None, nb_snapshots: int, old_table_length: int
@@ -103,19 +101,17 @@ class Release:
         Raises `OSError`: there is no room for the table, say.
         """
         image, header = self._image, self._image.header
-        offset = header.snapshots_offset if table is None else 0
-        if table:
-            nb_clusters = -(-len(table) >> image.cluster_bits)
-            first = await image.refcounts.allocate_contiguous(nb_clusters)
-            offset = first << image.cluster_bits
+        generation = Generation(image)
+        if table is not None:
             try:
-                image.note_used(offset + (nb_clusters << image.cluster_bits))
-                image.metadata.update(range(first, first + nb_clusters))
-                await image.storage.pwritev(offset, [table])
-                await image.writeback.commit_alone()
+                await generation.take_snapshot_table(len(table))
+                await generation.write_snapshot_table(table, nb_snapshots)
+                if table:
+                    await image.writeback.commit_alone()
             except BaseException:
-                await image.refcounts.give_back(first, nb_clusters)
+                await generation.abandon()
                 raise
+        offset = generation.snapshots_offset
         fields = nb_snapshots.to_bytes(4, "big") + offset.to_bytes(8, "big")
         try:
             image.storage.announce("l1_update")
