@@ -12,6 +12,7 @@
     +-- ProtocolError                  the peer broke the protocol: close
     +-- OptionError                    an option failed: haggling goes on
     +-- CredentialsError               TLS certificates or keys can't be used
+    +-- TlsError (also an OSError)     the peer is refused, or breaks TLS: close
     +-- UsageError                     a wrong command line
 """
 
@@ -109,6 +110,10 @@ class OptionError(NbdQcowError):
 
 class CredentialsError(NbdQcowError):
     """TLS certificates or keys can't be used; the message names the file."""
+
+
+class TlsError(NbdQcowError, OSError):
+    """A TLS connection that can't be, or can't go on."""
 
 
 class UsageError(NbdQcowError):

@@ -16,7 +16,7 @@ import ssl
 import sys
 import threading
 from abc import ABC, abstractmethod
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 from nbdqcow.errors import CredentialsError
 
@@ -48,12 +48,19 @@ class VerifyPeer(enum.Enum):
     ON = "on"
 
 
-class TlsCredentials(ABC):
-    """Files, and the `ssl.SSLContext` made of them.
+ContextT = TypeVar("ContextT")
+
+
+class TlsCredentials(ABC, Generic[ContextT]):
+    """Files, and the context made of them, from which a library of TLS makes
+    connections.
 
     Attributes:
         is_server: which end of the connection this is.
+        verifies_peer: whether the peer's certificate is asked for and checked.
     """
+
+    verifies_peer = False
 
     def __init__(
         self, directory: str, *, is_server: bool, priority: str | None = None
@@ -79,7 +86,7 @@ class TlsCredentials(ABC):
             if value is not None:
                 raise CredentialsError(f"{name}= is not supported for an image")
 
-    def context_blocking(self) -> ssl.SSLContext:
+    def context_blocking(self) -> ContextT:
         """Return the context for a new connection. Thread-safe."""
         with self._lock:
             files = self._look()
@@ -101,17 +108,12 @@ class TlsCredentials(ABC):
             return self._context
 
     @property
-    def verifies_peer(self) -> bool:
-        """Whether the peer's certificate is asked for and checked."""
-        return self._context.verify_mode is not ssl.CERT_NONE
-
-    @property
     @abstractmethod
     def _names(self) -> tuple[str, ...]:
         """The files that matter."""
 
     @abstractmethod
-    def _load(self) -> ssl.SSLContext:
+    def _load(self) -> ContextT:
         """Make a context of the files. Raises `CredentialsError`."""
 
     def _look(self) -> dict[str, tuple[int, int, int] | None]:
@@ -129,22 +131,9 @@ class TlsCredentials(ABC):
     def _path(self, name: str) -> str:
         return os.path.join(self._directory, name)
 
-    def _new_context(self) -> ssl.SSLContext:
-        context = ssl.SSLContext(
-            ssl.PROTOCOL_TLS_SERVER if self.is_server else ssl.PROTOCOL_TLS_CLIENT
-        )
-        context.minimum_version = min(self._versions)
-        context.maximum_version = max(self._versions)
-        # A client that renegotiates could have a reply wait for it, and a
-        # resumed session was not checked against a new revocation list.
-        context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
-        if self.is_server:
-            context.num_tickets = 0
-        return context
 
-
-class X509Credentials(TlsCredentials):
-    """Certificates.
+class X509Credentials(TlsCredentials[ContextT]):
+    """Certificates: what both ends have in common.
 
     The certificate authority is trusted whether or not it is a root. With a
     revocation list, the peer's certificate must not be on it, and the list
@@ -160,8 +149,8 @@ class X509Credentials(TlsCredentials):
         priority: str | None = None,
         password: str | None = None,
     ) -> None:
-        """``password`` is that of the key file. A client that verifies its
-        peer checks the host name too, where it knows one."""
+        """``password`` is that of the key file."""
+        self.verifies_peer = verify_peer is not VerifyPeer.OFF
         self._verify_peer = verify_peer
         self._password = password
         end = "server" if is_server else "client"
@@ -172,26 +161,57 @@ class X509Credentials(TlsCredentials):
     def as_parameters(self) -> dict[str, str]:
         """See `TlsCredentials.as_parameters`."""
         self._refuse(priority=self._priority, passwordid=self._password)
-        verifies = self._verify_peer is not VerifyPeer.OFF
         return {
             "tls-certificates": os.path.abspath(self._directory),
-            "tls-verify-peer": "1" if verifies else "0",
+            "tls-verify-peer": "1" if self.verifies_peer else "0",
         }
 
     @property
     def _names(self) -> tuple[str, ...]:
         return CA_CERT, CA_CRL, self._cert_name, self._key_name
 
+    def _own_paths(self) -> tuple[str, str]:
+        """Return where this end's certificate and its key are.
+
+        Raises `CredentialsError` if one can't be read: OpenSSL's errors don't say
+        which of the two files they are about.
+        """
+        paths = self._path(self._cert_name), self._path(self._key_name)
+        for path in paths:
+            check_readable(path)
+        return paths
+
+
+class X509ClientCredentials(X509Credentials[ssl.SSLContext]):
+    """Certificates of a client; it checks its peer's host name too, where it
+    knows one. A server has `nbdqcow.server.tls_openssl.X509ServerCredentials`."""
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        verify_peer: VerifyPeer = VerifyPeer.ON,
+        priority: str | None = None,
+        password: str | None = None,
+    ) -> None:
+        """See `X509Credentials`."""
+        super().__init__(
+            directory,
+            is_server=False,
+            verify_peer=verify_peer,
+            priority=priority,
+            password=password,
+        )
+
     def _load(self) -> ssl.SSLContext:
-        context = self._new_context()
+        context = _new_context(self._versions, is_server=False)
         context.check_hostname = False
         if self._verify_peer is VerifyPeer.OFF:
             context.verify_mode = ssl.CERT_NONE
         else:
             self._load_authority(context)
-            optional = self._verify_peer is VerifyPeer.OPTIONAL
-            context.verify_mode = ssl.CERT_OPTIONAL if optional else ssl.CERT_REQUIRED
-        if self.is_server or self._files[self._cert_name] is not None:
+            context.verify_mode = ssl.CERT_REQUIRED
+        if self._files[self._cert_name] is not None:
             self._load_own(context)
         return context
 
@@ -208,30 +228,24 @@ class X509Credentials(TlsCredentials):
         try:
             context.load_verify_locations(path)
         except ssl.SSLError as exc:
-            raise _unusable(path, exc) from None
+            raise unusable(path, exc.reason) from None
         except OSError as exc:
             raise _unreadable(path, exc) from None
 
     def _load_own(self, context: ssl.SSLContext) -> None:
-        cert, key = self._path(self._cert_name), self._path(self._key_name)
-        for path in (cert, key):
-            # OpenSSL's errors don't say which of the two files they are about.
-            try:
-                os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-            except OSError as exc:
-                raise _unreadable(path, exc) from None
+        cert, key = self._own_paths()
         try:
             # With no password given OpenSSL asks for it on the terminal.
             context.load_cert_chain(cert, key, password=self._password or "")
         except ssl.SSLError as exc:
             if exc.reason == "KEY_VALUES_MISMATCH":
-                raise CredentialsError(f"{key} is not the key of {cert}") from None
-            raise _unusable(f"{cert} or {key}", exc) from None
+                raise mismatched(cert, key) from None
+            raise unusable(f"{cert} or {key}", exc.reason) from None
         except (OSError, ValueError) as exc:
             raise CredentialsError(f"Unable to use {cert} and {key}: {exc}") from None
 
 
-class PskCredentials(TlsCredentials):
+class PskCredentials(TlsCredentials[ssl.SSLContext]):
     """Pre-shared keys: a file has lines ``USER:KEY``, the key in hex, as
     GnuTLS's psktool writes them. A client uses the key of ``username``."""
 
@@ -262,7 +276,7 @@ class PskCredentials(TlsCredentials):
     def _load(self) -> ssl.SSLContext:
         path = self._path(self._name)
         keys = load_psk_file(path)
-        context = self._new_context()
+        context = _new_context(self._versions, is_server=self.is_server)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
         context.set_ciphers("ECDHE+PSK:PSK+AESGCM:PSK")
@@ -337,15 +351,36 @@ def parse_priority(text: str) -> frozenset[ssl.TLSVersion]:
     return frozenset(versions)
 
 
+def refused_certificate(reason: str) -> str:
+    """Return OpenSSL's reason to refuse a certificate in a sentence."""
+    return f"the peer's certificate is refused: {reason}"
+
+
 def describe_tls_error(exc: BaseException) -> str:
     """Return a TLS failure in words, without the place in Python's source."""
     if isinstance(exc, ssl.SSLCertVerificationError):
-        return f"the peer's certificate is refused: {exc.verify_message}"
+        return refused_certificate(exc.verify_message)
     if isinstance(exc, ssl.SSLError) and exc.reason:
         return str(exc.reason).replace("_", " ").lower()
     if isinstance(exc, ConnectionError) or not str(exc):
         return "the connection was closed"
     return str(exc)
+
+
+def _new_context(
+    versions: frozenset[ssl.TLSVersion], *, is_server: bool
+) -> ssl.SSLContext:
+    context = ssl.SSLContext(
+        ssl.PROTOCOL_TLS_SERVER if is_server else ssl.PROTOCOL_TLS_CLIENT
+    )
+    context.minimum_version = min(versions)
+    context.maximum_version = max(versions)
+    # A client that renegotiates could have a reply wait for it, and a
+    # resumed session was not checked against a new revocation list.
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
+    if is_server:
+        context.num_tickets = 0
+    return context
 
 
 def _missing(path: str) -> CredentialsError:
@@ -354,13 +389,27 @@ def _missing(path: str) -> CredentialsError:
     )
 
 
+def check_readable(path: str) -> None:
+    """Raise `CredentialsError` for a file that can't be opened."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as exc:
+        raise _unreadable(path, exc) from None
+
+
 def _unreadable(path: str, exc: OSError) -> CredentialsError:
     return CredentialsError(f"Unable to access credentials {path}: {exc.strerror}")
 
 
-def _unusable(what: str, exc: ssl.SSLError) -> CredentialsError:
-    # For what is no PEM at all OpenSSL has no reason.
-    reason = exc.reason or "no PEM file, or a key whose password is not known"
+def unusable(what: str, reason: str | None) -> CredentialsError:
+    """Return the error of files that are not what they should be; ``reason`` is
+    OpenSSL's, which has none for what is no PEM at all."""
+    reason = reason or "no PEM file, or a key whose password is not known"
     return CredentialsError(
         f"Unable to use credentials {what}: {reason.replace('_', ' ')}"
     )
+
+
+def mismatched(cert: str, key: str) -> CredentialsError:
+    """Return the error of a key that is another certificate's."""
+    return CredentialsError(f"{key} is not the key of {cert}")

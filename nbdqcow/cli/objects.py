@@ -91,7 +91,7 @@ class Objects:
         properties.check(_PROPERTIES[_ALIASES.get(kind, kind)])
         self._objects[name] = maker(self, properties)
 
-    def credentials(self, name: str, *, is_server: bool) -> "TlsCredentials":
+    def credentials(self, name: str, *, is_server: bool) -> "TlsCredentials[Any]":
         """Return the credentials of that id. Raises `UsageError`."""
         from nbdqcow.tls import TlsCredentials
 
@@ -333,23 +333,27 @@ def _decrypt(content: bytes, encoding: str, key: bytes, iv: str | None) -> bytes
     return plain[:-padding]
 
 
-def _tls_creds_x509(objects: Objects, properties: Properties) -> "TlsCredentials":
-    from nbdqcow.tls import VerifyPeer, X509Credentials
+def _tls_creds_x509(objects: Objects, properties: Properties) -> "TlsCredentials[Any]":
+    from nbdqcow.tls import VerifyPeer, X509ClientCredentials
 
     password = properties.take_optional("passwordid")
     # What QEMU checks when it starts, OpenSSL checks in each handshake.
     properties.take_boolean("sanity-check", True)
     verify = properties.take_boolean("verify-peer", True)
-    return X509Credentials(
+    make: Callable[..., TlsCredentials[Any]] = X509ClientCredentials
+    if _is_server(properties):
+        from nbdqcow.server.tls_openssl import X509ServerCredentials
+
+        make = X509ServerCredentials
+    return make(
         _directory(properties),
-        is_server=_is_server(properties),
         verify_peer=VerifyPeer.ON if verify else VerifyPeer.OFF,
         priority=properties.take_optional("priority"),
         password=None if password is None else objects.secret(password),
     )
 
 
-def _tls_creds_psk(objects: Objects, properties: Properties) -> "TlsCredentials":
+def _tls_creds_psk(objects: Objects, properties: Properties) -> "TlsCredentials[Any]":
     from nbdqcow.tls import PSK_KEYS, PskCredentials
 
     properties.take_boolean("verify-peer", True)

@@ -41,7 +41,7 @@ class ClientTls:
     """TLS to a server, which must have a certificate for ``hostname``; with
     None, for any."""
 
-    credentials: TlsCredentials
+    credentials: TlsCredentials[ssl.SSLContext]
     hostname: str | None
 
 

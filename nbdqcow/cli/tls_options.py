@@ -124,18 +124,13 @@ class TlsSettings:
             return None
         from nbdqcow.nbd.handshake import TlsMode
         from nbdqcow.server.tls import ServerTls
-        from nbdqcow.tls import (
-            PskCredentials,
-            TlsCredentials,
-            VerifyPeer,
-            X509Credentials,
-        )
+        from nbdqcow.tls import PskCredentials, TlsCredentials, VerifyPeer
 
         if self.certificates is not None:
-            credentials: TlsCredentials = X509Credentials(
-                self.certificates,
-                is_server=True,
-                verify_peer=VerifyPeer(self.verify_peer),
+            from nbdqcow.server.tls_openssl import X509ServerCredentials
+
+            credentials: TlsCredentials[Any] = X509ServerCredentials(
+                self.certificates, verify_peer=VerifyPeer(self.verify_peer)
             )
         else:
             assert self.psk is not None

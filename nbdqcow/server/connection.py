@@ -20,13 +20,12 @@ from nbdqcow.nbd.replies import ReplyStyle
 from nbdqcow.nbd.requests import COMPACT, EXTENDED, RequestReader
 from nbdqcow.server.dispatch import Shared
 from nbdqcow.server.export import Export
-from nbdqcow.server.inline import Transmission, peer_name
+from nbdqcow.server.inline import Transmission
 from nbdqcow.server.options import ServerOptions
-from nbdqcow.server.sockets import tune
-from nbdqcow.server.tls import ServerTls, TlsTransport, peer_certificate, start_tls
+from nbdqcow.server.sockets import peer_name, tune
+from nbdqcow.server.tls import ServerTls, TlsTransport, start_tls
 from nbdqcow.tls import describe_tls_error
 from nbdqcow.transports import mend_writelines
-from nbdqcow.types import Buffer
 from nbdqcow.units import KiB, MiB
 
 logger = logging.getLogger(__name__)
@@ -73,9 +72,7 @@ class Connection(asyncio.BufferedProtocol):
             structured_replies=options.structured_replies,
         )
         self._certificate: bytes | None = None
-        # Decrypted bytes that came before the upgraded transport did; None
-        # unless the connection is being upgraded.
-        self._early: bytearray | None = None
+        self._upgrading = False
         self._buffer = memoryview(bytearray(_HANDSHAKE_BUFFER))
         self._transmission: Transmission | None = None
         self._transport: asyncio.Transport | None = None
@@ -129,16 +126,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Go on with the handshake: `asyncio.BufferedProtocol`."""
-        data = self._buffer[:nbytes]
-        if self._early is None:
-            self._receive(data)
-        else:
-            self._early += data
-
-    def _receive(self, data: Buffer) -> None:
         assert self._transport is not None
         handshake = self._handshake
-        handshake.receive_data(data)
+        handshake.receive_data(self._buffer[:nbytes])
         if handshake.state is HandshakeState.STARTTLS:
             # Before the client can answer: what it sends next is for TLS.
             self._transport.pause_reading()
@@ -148,7 +138,7 @@ class Connection(asyncio.BufferedProtocol):
         if handshake.state is HandshakeState.TRANSMISSION:
             self._enter_transmission(self._transport)
         elif handshake.state is HandshakeState.STARTTLS:
-            self._early = bytearray()
+            self._upgrading = True
             task = asyncio.get_running_loop().create_task(
                 self._upgrade(self._transport)
             )
@@ -169,7 +159,7 @@ class Connection(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """The client has read its replies."""
         assert self._transport is not None
-        if self._early is None:
+        if not self._upgrading:
             self._transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -196,11 +186,9 @@ class Connection(asyncio.BufferedProtocol):
     async def _upgrade(self, transport: asyncio.Transport) -> None:
         """Go on encrypted, or not at all."""
         assert self._tls is not None
-        upgraded: asyncio.Transport | None = None
+        upgraded: TlsTransport | None = None
         try:
-            upgraded = await start_tls(
-                transport, self, self._tls, self._options.handshake_timeout
-            )
+            upgraded = await start_tls(transport, self, self._tls, self._shared.tls)
         except OSError as exc:
             self._fail(f"TLS: {describe_tls_error(exc)}")
         finally:
@@ -210,13 +198,11 @@ class Connection(asyncio.BufferedProtocol):
                 self.connection_lost(None)
         if upgraded is None or self._lost:
             return
-        assert self._early is not None
-        early, self._early = self._early, None
+        self._upgrading = False
         self._transport = upgraded
-        self._certificate = peer_certificate(upgraded)
+        self._certificate = upgraded.peer_certificate()
         self._handshake.tls_started()
-        if early:
-            self._receive(early)
+        upgraded.resume_reading()
 
     def _may_use(self, export: ExportInfo) -> bool:
         return self._exports[export.name].may_use(self._certificate)
@@ -288,7 +274,7 @@ class Connection(asyncio.BufferedProtocol):
             reader.get_buffer()[: len(trailing)] = trailing
             reader.received(len(trailing))
         self._transmission = Transmission(
-            TlsTransport(transport) if self._handshake.encrypted else transport,
+            transport,
             reader,
             export,
             terms,

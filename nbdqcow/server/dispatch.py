@@ -17,6 +17,7 @@ from nbdqcow.server.block_status import block_status
 from nbdqcow.server.export import ExportedNode
 from nbdqcow.server.failures import FailureLog
 from nbdqcow.server.poller import Poller
+from nbdqcow.server.tls import TlsMemory
 from nbdqcow.types import Buffer, Buffers
 from nbdqcow.units import KiB, MiB
 
@@ -32,8 +33,7 @@ _STATUS_BYTES: Final = 4 * MiB
 """What a BLOCK_STATUS counts as: its arrays and its reply."""
 
 
-def new_staging() -> memoryview:
-    """Return memory for `Shared.staging`."""
+def _new_staging() -> memoryview:
     return memoryview(bytearray(MAX_STAGED))
 
 
@@ -58,6 +58,7 @@ class Shared:
         tasks: every request in flight.
         staging: memory in which a reply of at most `MAX_STAGED` bytes is put
             together to be encrypted. One for all: the processor's cache has it.
+        tls: memory of the connections that are encrypted.
     """
 
     pool: BufferPool
@@ -65,7 +66,8 @@ class Shared:
     max_bytes: int = 512 * MiB
     nb_bytes: int = 0
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    staging: memoryview = field(default_factory=new_staging)
+    staging: memoryview = field(default_factory=_new_staging)
+    tls: TlsMemory = field(default_factory=TlsMemory)
 
 
 class Dispatcher:

@@ -31,13 +31,13 @@ from nbdqcow.server.dispatch import (
     Dispatcher,
     Shared,
     error_text,
-    new_staging,
     request_error,
 )
 from nbdqcow.server.export import Export
 from nbdqcow.server.large_writes import LargeWrites
 from nbdqcow.server.options import ServerOptions
 from nbdqcow.server.sendfile import BrokenReplyError, FileSender
+from nbdqcow.server.sockets import peer_name
 from nbdqcow.server.tls import TlsTransport
 from nbdqcow.server.watch import Watch
 from nbdqcow.types import Buffer, Buffers
@@ -66,14 +66,6 @@ _COPY_PIECE: Final = 64 * KiB
 """Bytes of a large read that are copied at a time, to be encrypted."""
 
 
-def peer_name(transport: asyncio.BaseTransport) -> str:
-    """Return what the log calls a client."""
-    address = transport.get_extra_info("peername")
-    if isinstance(address, tuple):
-        return f"client {address[0]}:{address[1]}"
-    return "client on a unix socket"
-
-
 def _is_plain_unix(transport: asyncio.BaseTransport) -> bool:
     """Whether bytes go to a unix socket as they are, without TLS."""
     sock = transport.get_extra_info("socket")
@@ -81,7 +73,7 @@ def _is_plain_unix(transport: asyncio.BaseTransport) -> bool:
         sock is not None
         # Not ``family``: see `nbdqcow.server.sockets.as_stream`.
         and sock.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) == socket.AF_UNIX
-        and transport.get_extra_info("sslcontext") is None
+        and not isinstance(transport, TlsTransport)
     )
 
 
@@ -196,9 +188,8 @@ class Transmission(asyncio.BufferedProtocol):
         """Serve what has arrived, then close."""
         self._eof = True
         self._schedule_run()
-        # Keep the other direction: the client may wait for its replies. TLS
-        # ends both at once.
-        return not self._encrypted
+        # Keep the other direction: the client may wait for its replies.
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let requests in flight end without anybody to tell."""
@@ -507,9 +498,6 @@ class Transmission(asyncio.BufferedProtocol):
             return False
         reply[: len(head)] = head
         self._transport.write(reply)
-        if self._transport.get_write_buffer_size():
-            # Some of it may wait to be encrypted, and must not change.
-            self._shared.staging = new_staging()
         self._served()
         return True
 

@@ -292,3 +292,11 @@ def as_stream(sock: socket.socket) -> socket.socket:
     if sock.family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
         return sock
     return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=sock.detach())
+
+
+def peer_name(transport: asyncio.BaseTransport) -> str:
+    """Return what the log calls a client."""
+    address = transport.get_extra_info("peername")
+    if isinstance(address, tuple):
+        return f"client {address[0]}:{address[1]}"
+    return "client on a unix socket"

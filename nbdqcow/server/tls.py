@@ -1,15 +1,21 @@
 """TLS on the server's connections."""
 
 import asyncio
+import logging
 import ssl
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
 
+from nbdqcow.errors import TlsError
 from nbdqcow.nbd.handshake import TlsMode
+from nbdqcow.server.sockets import peer_name
+from nbdqcow.server.tls_engine import PythonEngine, TlsEngine
 from nbdqcow.tls import TlsCredentials
 from nbdqcow.types import Buffer
 from nbdqcow.units import KiB
+
+logger = logging.getLogger(__name__)
 
 _JOIN_BELOW: Final = 16 * KiB
 """Bytes below which a buffer is joined with its neighbours: each one that is
@@ -18,92 +24,288 @@ _PIECE: Final = 64 * KiB
 """Bytes that are encrypted, then sent, at a time."""
 
 
+def _new_incoming() -> memoryview:
+    return memoryview(bytearray(256 * KiB))
+
+
+def _new_outgoing() -> memoryview:
+    # Every record has a head and a tag.
+    return memoryview(bytearray(_PIECE + 1 * KiB))
+
+
+@dataclass(slots=True)
+class TlsMemory:
+    """Where encrypted bytes are between a socket and OpenSSL, for all connections
+    of a server: the processor's cache has it.
+
+    Attributes:
+        incoming: what one read of a socket has brought.
+        outgoing: what one write takes; new if the socket keeps it.
+    """
+
+    incoming: memoryview = field(default_factory=_new_incoming)
+    outgoing: memoryview = field(default_factory=_new_outgoing)
+
+
 @dataclass(frozen=True, slots=True)
 class ServerTls:
     """What a server's TLS is made of; ``mode`` is not OFF."""
 
-    credentials: TlsCredentials
+    credentials: TlsCredentials[Any]
     mode: TlsMode = TlsMode.REQUIRED
 
 
+def _new_engine(context: object) -> TlsEngine:
+    if isinstance(context, ssl.SSLContext):
+        return PythonEngine(context)
+    from nbdqcow.server.tls_openssl import OpenSslEngine
+
+    return OpenSslEngine(cast(Any, context))
+
+
 async def start_tls(
-    transport: asyncio.Transport,
+    wire: asyncio.Transport,
     protocol: asyncio.BufferedProtocol,
     tls: ServerTls,
-    timeout: float,
-) -> asyncio.Transport:
-    """Upgrade a connection whose reading is paused; return its new transport.
+    memory: TlsMemory,
+) -> "TlsTransport":
+    """Upgrade a connection whose reading is paused; return its new transport,
+    whose reading is paused, too.
 
-    Decrypted bytes may come to ``protocol`` before this returns. Raises
-    `OSError` if there is no connection any more: then ``connection_lost`` may
-    or may not have been called.
+    Raises `OSError` if there is no connection any more, or if the peer can't
+    have one: then ``connection_lost`` may or may not have been called.
     """
     context = await asyncio.to_thread(tls.credentials.context_blocking)
-    if transport.is_closing():
+    if wire.is_closing():
         raise ConnectionAbortedError
-    if transport.get_write_buffer_size():
+    if wire.get_write_buffer_size():
         # It waits for the reply: only one that ignores them all gets here.
         raise ConnectionAbortedError("the client reads no replies")
-    # What is encrypted waits in the outer transport until the client reads.
-    transport.set_write_buffer_limits(high=0, low=0)
-    upgraded = await asyncio.get_running_loop().start_tls(
-        transport,
-        protocol,
-        context,
-        server_side=True,
-        ssl_handshake_timeout=timeout,
-    )
-    # It is closed, or None, where the connection was lost meanwhile.
-    if upgraded is None or upgraded.is_closing():
-        raise ConnectionAbortedError
-    return upgraded
+    transport = TlsTransport(wire, protocol, _new_engine(context), memory)
+    await transport.established
+    if wire.get_write_buffer_size():
+        raise ConnectionAbortedError("the client reads no replies")
+    return transport
 
 
-def peer_certificate(transport: asyncio.Transport) -> bytes | None:
-    """Return the verified certificate of the client as DER; None without one."""
-    connection = transport.get_extra_info("ssl_object")
-    assert isinstance(connection, ssl.SSLObject)
-    if connection.context.verify_mode is ssl.CERT_NONE:
-        return None
-    return connection.getpeercert(binary_form=True)
+class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
+    """The protocol of a socket's transport, the ``wire``, and the transport of
+    the protocol behind it; in between everything is encrypted.
 
+    What belongs together is encrypted in few pieces. All of it at once: what waits
+    does so in the wire, in memory that nobody changes.
 
-class TlsTransport(asyncio.Transport):
-    """A transport of `start_tls`, as the transmission phase wants one: what
-    belongs together is encrypted in few pieces."""
+    Attributes:
+        established: done, or failed with `OSError`, when the handshake is.
+    """
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def __init__(
+        self,
+        wire: asyncio.Transport,
+        protocol: asyncio.BufferedProtocol,
+        engine: TlsEngine,
+        memory: TlsMemory,
+    ) -> None:
+        """Begin the handshake."""
         super().__init__()
-        self._transport = transport
+        self.established: asyncio.Future[None] = (
+            asyncio.get_running_loop().create_future()
+        )
+        self._wire = wire
+        self._protocol = protocol
+        self._engine = engine
+        self._memory = memory
+        # Until the handshake's end nothing is decrypted for the protocol.
+        self._shaking = True
+        # The protocol wants nothing more for now.
+        self._paused = True
+        self._pulling = False
+        # The wire has brought its last byte.
+        self._eof = False
+        self._eof_told = False
+        self._closing = False
+        wire.set_write_buffer_limits(high=0, low=0)
+        wire.set_protocol(self)
+        wire.resume_reading()
+
+    # -- what the wire calls -------------------------------------------------------
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Say where encrypted bytes go: `asyncio.BufferedProtocol`."""
+        return self._memory.incoming
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Decrypt what has come: `asyncio.BufferedProtocol`."""
+        if self._closing:
+            return
+        try:
+            self._engine.receive(self._memory.incoming[:nbytes])
+            if self._shaking:
+                self._shake()
+            else:
+                self._pull()
+        except TlsError as exc:
+            self._fail(exc)
+
+    def eof_received(self) -> bool:
+        """The peer has ended its direction, whether it has said so or not."""
+        self._eof = True
+        if self._shaking:
+            return False
+        try:
+            self._pull()
+        except TlsError as exc:
+            self._fail(exc)
+        # Closing is up to the protocol.
+        return True
+
+    def pause_writing(self) -> None:
+        """The peer does not keep up."""
+        if not self._shaking:
+            self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        """The peer has taken everything."""
+        if not self._shaking:
+            self._protocol.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing comes or goes any more."""
+        self._closing = True
+        if not self._shaking:
+            self._protocol.connection_lost(exc)
+        elif not self.established.done():
+            self.established.set_exception(exc or ConnectionAbortedError())
+
+    def _shake(self) -> None:
+        done = self._engine.handshake()
+        self._send()
+        if done:
+            self._shaking = False
+            # What has come behind it waits until the protocol is ready.
+            if not self._wire.is_closing():
+                self._wire.pause_reading()
+            if not self.established.done():
+                self.established.set_result(None)
+
+    def _pull(self) -> None:
+        """Let the protocol have what there is, as long as it wants any."""
+        if self._pulling:
+            return
+        self._pulling = True
+        engine = self._engine
+        try:
+            while not (self._paused or self._closing):
+                nb_read = engine.read_into(
+                    cast(memoryview, self._protocol.get_buffer(-1))
+                )
+                if nb_read:
+                    self._protocol.buffer_updated(nb_read)
+                    continue
+                if (self._eof or engine.at_end) and not self._eof_told:
+                    self._eof_told = True
+                    if not self._protocol.eof_received():
+                        self.close()
+                break
+        finally:
+            self._pulling = False
+
+    def _pull_again(self) -> None:
+        try:
+            self._pull()
+        except TlsError as exc:
+            self._fail(exc)
+
+    def _fail(self, exc: TlsError) -> None:
+        """Tell the peer why it ends here."""
+        if not self._closing:
+            self._closing = True
+            if self._shaking:
+                if not self.established.done():
+                    self.established.set_exception(exc)
+            else:
+                logger.warning("%s closed: TLS: %s", peer_name(self._wire), exc)
+            self._send()
+            self._wire.close()
+
+    def _send(self) -> None:
+        """Write what the engine has encrypted."""
+        memory = self._memory
+        wire = self._wire
+        while nb_bytes := self._engine.take(memory.outgoing):
+            data = memory.outgoing[:nb_bytes]
+            if wire.get_write_buffer_size():
+                wire.write(bytes(data))
+                continue
+            wire.write(data)
+            if wire.get_write_buffer_size():
+                memory.outgoing = _new_outgoing()
+
+    # -- what the protocol calls -----------------------------------------------------
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Change the protocol."""
+        self._protocol = cast(asyncio.BufferedProtocol, protocol)
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        """Return the protocol."""
+        return self._protocol
 
     def get_extra_info(self, name: str, default: object = None) -> object:
-        """Return what the encrypted transport says."""
-        return self._transport.get_extra_info(name, default)
+        """Return what the wire says."""
+        return self._wire.get_extra_info(name, default)
+
+    def peer_certificate(self) -> bytes | None:
+        """Return the verified certificate of the client as DER; None without one."""
+        return self._engine.peer_certificate()
 
     def set_write_buffer_limits(
         self, high: int | None = None, low: int | None = None
     ) -> None:
-        """Have writing paused above ``high`` bytes, as a plain transport does.
-
-        The transports of TLS pause it at the limit, so with 0 for ever.
-        """
-        self._transport.set_write_buffer_limits(None if high is None else high + 1, low)
+        """Have writing paused above ``high`` encrypted bytes."""
+        self._wire.set_write_buffer_limits(high, low)
 
     def get_write_buffer_size(self) -> int:
-        """Return the bytes that wait to be sent or encrypted."""
-        return self._transport.get_write_buffer_size()
+        """Return the encrypted bytes that wait to be sent."""
+        return self._wire.get_write_buffer_size()
+
+    def is_reading(self) -> bool:
+        """Say whether the protocol gets what comes."""
+        return not self._paused
 
     def pause_reading(self) -> None:
         """Take nothing more from the client for now."""
-        self._transport.pause_reading()
+        self._paused = True
+        if not self._wire.is_closing():
+            self._wire.pause_reading()
 
     def resume_reading(self) -> None:
         """Take from the client again."""
-        self._transport.resume_reading()
+        if not self._paused:
+            return
+        self._paused = False
+        if self._wire.is_closing():
+            return
+        self._wire.resume_reading()
+        if not self._pulling:
+            # Some may have been received, but not decrypted.
+            asyncio.get_running_loop().call_soon(self._pull_again)
 
     def write(self, data: Buffer) -> None:
-        """Send a buffer, which is kept while `get_write_buffer_size` is not 0."""
-        self._transport.write(data)
+        """Encrypt and send a buffer, of which nothing is kept."""
+        if self._closing:
+            return
+        try:
+            if len(data) <= _PIECE:
+                self._engine.write(data)
+                self._send()
+                return
+            view = memoryview(data)
+            for start in range(0, len(view), _PIECE):
+                self._engine.write(view[start : start + _PIECE])
+                self._send()
+        except TlsError as exc:
+            self._fail(exc)
 
     def writelines(self, list_of_data: Iterable[Buffer]) -> None:
         """Send buffers, of which nothing is kept.
@@ -114,33 +316,36 @@ class TlsTransport(asyncio.Transport):
         small: list[Buffer] = []
         nb_small = 0
         for buffer in list_of_data:
-            if len(buffer) < _JOIN_BELOW:
-                small.append(buffer)
-                nb_small += len(buffer)
-                if nb_small >= _PIECE:
-                    self._transport.writelines(_joined(small))
+            if len(buffer) >= _JOIN_BELOW:
+                if small:
+                    self.write(b"".join(small))
                     small.clear()
                     nb_small = 0
+                self.write(buffer)
                 continue
-            # A view, because OpenSSL takes 16 KiB at a time, and what is left
-            # of ``bytes`` would be copied each time.
-            view = memoryview(buffer)
-            self._transport.writelines((*_joined(small), view[:_PIECE]))
-            small.clear()
-            nb_small = 0
-            for start in range(_PIECE, len(view), _PIECE):
-                self._transport.write(view[start : start + _PIECE])
-        self._transport.writelines(_joined(small))
+            small.append(buffer)
+            nb_small += len(buffer)
+            if nb_small >= _PIECE:
+                self.write(b"".join(small))
+                small.clear()
+                nb_small = 0
+        if small:
+            self.write(b"".join(small))
+
+    def is_closing(self) -> bool:
+        """Say whether nothing more can be sent."""
+        return self._closing or self._wire.is_closing()
 
     def close(self) -> None:
         """Send what is queued, end TLS, close."""
-        self._transport.close()
+        if self._closing:
+            return
+        self._closing = True
+        self._engine.end()
+        self._send()
+        self._wire.close()
 
     def abort(self) -> None:
         """Close at once."""
-        self._transport.abort()
-
-
-def _joined(buffers: list[Buffer]) -> tuple[memoryview, ...]:
-    """Return all buffers as one, if there are any."""
-    return (memoryview(b"".join(buffers)),) if buffers else ()
+        self._closing = True
+        self._wire.abort()

@@ -47,7 +47,7 @@ WITHOUT_IO = {
 IO_MODULES = {"asyncio", "os", "socket", "threading"}
 
 # 100 ms of imports that `nbdqcow-img --version` need not pay.
-HEAVY = {"asyncio", "numpy", "cryptography", "click", "uvloop"}
+HEAVY = {"asyncio", "numpy", "cryptography", "click", "uvloop", "OpenSSL"}
 
 
 def module_name(path: Path) -> str:

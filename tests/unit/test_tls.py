@@ -8,10 +8,12 @@ import time
 import pytest
 
 from nbdqcow.errors import CredentialsError
+from nbdqcow.server.tls_openssl import X509ServerCredentials
 from nbdqcow.tls import (
     PskCredentials,
+    TlsCredentials,
     VerifyPeer,
-    X509Credentials,
+    X509ClientCredentials,
     load_psk_file,
     parse_priority,
 )
@@ -31,26 +33,26 @@ def server(tmp_path, authority):
 
 
 def load(directory, verify=VerifyPeer.ON, *, is_server=True, **arguments):
-    return X509Credentials(
-        str(directory), is_server=is_server, verify_peer=verify, **arguments
-    )
+    kind = X509ServerCredentials if is_server else X509ClientCredentials
+    return kind(str(directory), verify_peer=verify, **arguments)
 
 
 # -- certificates ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("verify", "mode"),
-    [
-        (VerifyPeer.OFF, ssl.CERT_NONE),
-        (VerifyPeer.OPTIONAL, ssl.CERT_OPTIONAL),
-        (VerifyPeer.ON, ssl.CERT_REQUIRED),
-    ],
-)
-def test_server(server, verify, mode):
+# What the contexts do is in tests/unit/server/test_tls_engine.py.
+@pytest.mark.parametrize("verify", list(VerifyPeer))
+def test_server(server, verify):
     credentials = load(server, verify)
     assert credentials.is_server
-    assert credentials.verifies_peer == (mode != ssl.CERT_NONE)
+    assert credentials.verifies_peer == (verify is not VerifyPeer.OFF)
+
+
+@pytest.mark.parametrize("verify", [VerifyPeer.OFF, VerifyPeer.ON])
+def test_context_of_a_client(tmp_path, authority, verify):
+    directory = authority.write_client(tmp_path / "client")
+    credentials = load(directory, verify, is_server=False)
+    mode = ssl.CERT_REQUIRED if credentials.verifies_peer else ssl.CERT_NONE
     context = credentials.context_blocking()
     assert context.verify_mode == mode
     assert context.minimum_version == TLS12
@@ -58,9 +60,10 @@ def test_server(server, verify, mode):
     assert not context.verify_flags & ssl.VERIFY_CRL_CHECK_LEAF
 
 
-def test_revocation_list_is_used(server, authority):
-    authority.revoke(server)
-    context = load(server).context_blocking()
+def test_revocation_list_is_used(tmp_path, authority):
+    directory = authority.write_client(tmp_path / "client")
+    authority.revoke(directory)
+    context = load(directory, is_server=False).context_blocking()
     assert context.verify_flags & ssl.VERIFY_CRL_CHECK_LEAF
 
 
@@ -88,14 +91,20 @@ def test_missing_file(server, name):
         load(server)
 
 
-@pytest.mark.parametrize(
-    "name", ["ca-cert.pem", "ca-crl.pem", "server-cert.pem", "server-key.pem"]
-)
+@pytest.mark.parametrize("is_server", [True, False], ids=["server", "client"])
+@pytest.mark.parametrize("name", ["ca-cert.pem", "ca-crl.pem", "cert.pem", "key.pem"])
 @pytest.mark.parametrize("content", [b"", b"nonsense", b"-----BEGIN CERTIFICATE-----"])
-def test_broken_file(server, name, content):
-    (server / name).write_bytes(content)
+def test_broken_file(tmp_path, authority, is_server, name, content):
+    directory = tmp_path / "pki"
+    if is_server:
+        authority.write_server(directory)
+    else:
+        authority.write_client(directory, authority.client("x"))
+    if not name.startswith("ca"):
+        name = f"{'server' if is_server else 'client'}-{name}"
+    (directory / name).write_bytes(content)
     with pytest.raises(CredentialsError, match=name):
-        load(server)
+        load(directory, is_server=is_server)
 
 
 def test_directory_in_the_place_of_a_file(server):
@@ -164,9 +173,9 @@ def test_revocation_list_that_vanishes_stays_in_force(server, authority, caplog)
 
 def test_revocation_list_that_comes_later(server, authority):
     credentials = load(server)
+    first = credentials.context_blocking()
     authority.revoke(server)
-    context = credentials.context_blocking()
-    assert context.verify_flags & ssl.VERIFY_CRL_CHECK_LEAF
+    assert credentials.context_blocking() is not first
 
 
 def test_revocation_list_that_came_later_and_vanishes_stays_in_force(server, authority):
@@ -180,7 +189,7 @@ def test_revocation_list_that_came_later_and_vanishes_stays_in_force(server, aut
 def test_revocation_list_that_vanishes_while_it_is_loaded(
     server, authority, monkeypatch
 ):
-    look = X509Credentials._look
+    look = TlsCredentials._look
 
     def look_then_delete(credentials):
         found = look(credentials)
@@ -190,13 +199,12 @@ def test_revocation_list_that_vanishes_while_it_is_loaded(
     credentials = load(server)
     first = credentials.context_blocking()
     authority.revoke(server)
-    monkeypatch.setattr(X509Credentials, "_look", look_then_delete)
+    monkeypatch.setattr(TlsCredentials, "_look", look_then_delete)
     assert credentials.context_blocking() is first
     monkeypatch.undo()
     # Nobody was let in by a list that was never read.
     authority.revoke(server)
-    context = credentials.context_blocking()
-    assert context.verify_flags & ssl.VERIFY_CRL_CHECK_LEAF
+    assert credentials.context_blocking() is not first
 
 
 def test_same_length_at_another_time(server, authority):
@@ -245,9 +253,10 @@ def test_bad_priority(priority):
         parse_priority(priority)
 
 
-def test_priority_of_a_server(server):
-    context = load(server, priority="NORMAL:-VERS-TLS1.2").context_blocking()
-    assert context.minimum_version == TLS13
+def test_priority_of_a_client(tmp_path, authority):
+    directory = authority.write_client(tmp_path / "client")
+    credentials = load(directory, is_server=False, priority="NORMAL:-VERS-TLS1.2")
+    assert credentials.context_blocking().minimum_version == TLS13
 
 
 # -- pre-shared keys ---------------------------------------------------------------

@@ -7,7 +7,12 @@ from typing import Final
 
 from nbdqcow.errors import CredentialsError
 from nbdqcow.nbd.uri import NbdUri
-from nbdqcow.tls import PskCredentials, TlsCredentials, VerifyPeer, X509Credentials
+from nbdqcow.tls import (
+    PskCredentials,
+    TlsCredentials,
+    VerifyPeer,
+    X509ClientCredentials,
+)
 
 # Where libnbd looks, too.
 _DIRECTORIES: Final = (
@@ -32,14 +37,13 @@ def client_context_blocking(uri: NbdUri) -> tuple[ssl.SSLContext, str | None]:
     if kind == "psk" or (kind is None and psk_file):
         if not psk_file:
             raise CredentialsError("tls-type=psk needs tls-psk-file=FILE")
-        credentials: TlsCredentials = PskCredentials(
+        credentials: TlsCredentials[ssl.SSLContext] = PskCredentials(
             psk_file, is_server=False, username=uri.username or getpass.getuser()
         )
         return credentials.context_blocking(), None
     verify = uri.parameters.get("tls-verify-peer") != "0"
-    credentials = X509Credentials(
+    credentials = X509ClientCredentials(
         uri.parameters.get("tls-certificates") or _default_directory(),
-        is_server=False,
         verify_peer=VerifyPeer.ON if verify else VerifyPeer.OFF,
     )
     hostname = uri.parameters.get("tls-hostname")

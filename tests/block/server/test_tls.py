@@ -13,8 +13,9 @@ from nbdqcow.server.authz import AllowNames, by_certificate
 from nbdqcow.server.options import ServerOptions
 from nbdqcow.server.server import Server
 from nbdqcow.server.tls import ServerTls
+from nbdqcow.server.tls_openssl import X509ServerCredentials
 from nbdqcow.tls import VerifyPeer, X509Credentials
-from tests.block.server.support import Client, FakeNode, Served
+from tests.block.server.support import Client, FakeNode, Served, settle
 from tests.certificates import Authority
 
 pytestmark = pytest.mark.asyncio
@@ -37,13 +38,11 @@ def pki(tmp_path_factory):
 @asynccontextmanager
 async def serving_tls(
     path, pki, *nodes, mode=TlsMode.REQUIRED, verify=VerifyPeer.OFF, options=None,
-    exports=(), directory="server",
+    exports=(), directory="server", make=X509ServerCredentials,
 ):  # fmt: skip
     """Serve nodes over TLS as "", "1", "2"...; ``exports`` has arguments of
     `Server.add_export` for each."""
-    credentials = X509Credentials(
-        str(pki / directory), is_server=True, verify_peer=verify
-    )
+    credentials = make(str(pki / directory), verify_peer=verify)
     server = Server(options, ServerTls(credentials, mode))
     for index, node in enumerate(nodes):
         arguments = exports[index] if index < len(exports) else {}
@@ -64,6 +63,22 @@ async def serving_tls(
         await asyncio.sleep(0.01)
         for node in nodes:
             assert not node.tokens
+
+
+class PythonCredentials(X509Credentials):
+    """What Python's own TLS is served with, as it is with pre-shared keys, which
+    few versions of Python have."""
+
+    def __init__(self, directory, verify_peer):
+        super().__init__(directory, is_server=True, verify_peer=verify_peer)
+
+    def _load(self):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*self._own_paths())
+        return context
+
+
+ENGINES = pytest.mark.parametrize("make", [X509ServerCredentials, PythonCredentials])
 
 
 def client_context(pki, name="nobody"):
@@ -119,10 +134,11 @@ async def gone(client):
 @pytest.mark.parametrize(
     "version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["1.2", "1.3"]
 )
-async def test_requests_over_tls(tmp_path, pki, version):
+@ENGINES
+async def test_requests_over_tls(tmp_path, pki, version, make):
     node = FakeNode(4 << 20)
     expected = bytes(node.data)
-    async with serving_tls(tmp_path, pki, node) as served:
+    async with serving_tls(tmp_path, pki, node, make=make) as served:
         context = client_context(pki)
         context.minimum_version = context.maximum_version = version
         client = await connect(served, pki, context=context)
@@ -214,10 +230,11 @@ async def test_many_requests_at_once(tmp_path, pki):
                 assert answers[cookie] == expected[offset : offset + 5000]
 
 
-async def test_client_that_does_not_read(tmp_path, pki):
+@ENGINES
+async def test_client_that_does_not_read(tmp_path, pki, make):
     node = FakeNode(8 << 20)
     expected = bytes(node.data)
-    async with serving_tls(tmp_path, pki, node) as served:
+    async with serving_tls(tmp_path, pki, node, make=make) as served:
         client = await connect(served, pki)
         await client.go("")
         nb_requests = 64
@@ -261,6 +278,132 @@ async def test_disconnect_without_a_word(tmp_path, pki):
         other = await connect(served, pki)
         await other.go("")
         assert await other.read(0, 4) == b"xxxx"
+
+
+class Records:
+    """A client whose records are made and sent by the test, with a plain socket."""
+
+    def __init__(self, client, pki):
+        self.client = client
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = client_context(pki).wrap_bio(
+            self.incoming, self.outgoing, server_hostname="localhost"
+        )
+
+    async def call(self, function, *arguments):
+        """Call what may have to wait for the server."""
+        while True:
+            waits = False
+            try:
+                result = function(*arguments)
+            except ssl.SSLWantReadError:
+                waits = True
+            if self.outgoing.pending:
+                self.client.writer.write(self.outgoing.read())
+            if not waits:
+                return result
+            data = await self.client.reader.read(1 << 16)
+            if not data:
+                raise ConnectionError("cut off")
+            self.incoming.write(data)
+
+    async def read(self, nb_bytes):
+        """Raises `EOFError` where the server has said that nothing more comes."""
+        data = b""
+        while len(data) < nb_bytes:
+            try:
+                more = await self.call(self.tls.read, nb_bytes - len(data))
+            except ssl.SSLZeroReturnError:
+                more = b""
+            if not more:
+                raise EOFError
+            data += more
+        return data
+
+
+async def connect_records(served, pki):
+    """Return a client in the transmission phase."""
+    plain = await served.connect_raw()
+    client = TlsClient(plain.reader, plain.writer)
+    served.clients[-1] = client
+    assert await client.starttls() == nbd.REP_ACK
+    records = Records(client, pki)
+    await records.call(records.tls.do_handshake)
+    request = codec.option_request(nbd.OPT_EXPORT_NAME, b"")
+    await records.call(records.tls.write, request)
+    await records.read(10)
+    return records
+
+
+@ENGINES
+@pytest.mark.parametrize("end", ["word", "shutdown", "both"])
+async def test_client_that_ends_its_direction_gets_its_replies(
+    tmp_path, pki, make, end
+):
+    node = FakeNode()
+    node.inline = False
+    node.gate.clear()
+    expected = bytes(node.data)
+    async with serving_tls(tmp_path, pki, node, make=make) as served:
+        records = await connect_records(served, pki)
+        client = records.client
+        for offset in (5, 100000):
+            records.tls.write(client.request(nbd.CMD_READ, offset, 70000))
+        if end != "shutdown":
+            with pytest.raises(ssl.SSLWantReadError):
+                records.tls.unwrap()
+        client.writer.write(records.outgoing.read())
+        if end != "word":
+            client.writer.write_eof()
+        await settle(lambda: node.nb_waiting == 2)
+        node.gate.set()
+        for offset in (5, 100000):
+            assert (await records.read(16))[:8] == bytes.fromhex("6744669800000000")
+            assert await records.read(70000) == expected[offset:][:70000]
+        # It is not cut off.
+        with pytest.raises(EOFError):
+            await records.read(1)
+
+
+@ENGINES
+@pytest.mark.parametrize("phase", ["haggling", "transmission"])
+async def test_record_that_was_changed(tmp_path, pki, make, phase, caplog):
+    node = FakeNode()
+    async with serving_tls(tmp_path, pki, node, make=make) as served:
+        other = await connect(served, pki)
+        await other.go("")
+        records = await connect_records(served, pki)
+        if phase == "haggling":
+            plain = await served.connect_raw()
+            client = TlsClient(plain.reader, plain.writer)
+            assert await client.starttls() == nbd.REP_ACK
+            records = Records(client, pki)
+            await records.call(records.tls.do_handshake)
+        records.tls.write(records.client.request(nbd.CMD_WRITE, 0, 5) + b"12345")
+        data = bytearray(records.outgoing.read())
+        data[-1] ^= 1
+        records.client.writer.write(data)
+        # It is told why, and nothing of it was believed.
+        with pytest.raises(ssl.SSLError, match=r"(?i:bad record mac)"):
+            await records.read(1)
+        assert await gone(records.client)
+        assert [r for r in caplog.records if "closed: TLS: " in r.message]
+        assert await other.read(0, 5) == bytes(node.data[:5])
+    assert ("try_pwrite", 0, 5) not in node.log
+
+
+@ENGINES
+async def test_bytes_come_one_by_one(tmp_path, pki, make):
+    node = FakeNode()
+    async with serving_tls(tmp_path, pki, node, make=make) as served:
+        records = await connect_records(served, pki)
+        records.tls.write(records.client.request(nbd.CMD_WRITE, 7, 20) + b"x" * 20)
+        records.tls.write(records.client.request(nbd.CMD_READ, 7, 20))
+        for byte in records.outgoing.read():
+            records.client.writer.write(bytes([byte]))
+            await asyncio.sleep(0)
+        await records.read(16)
+        assert (await records.read(36))[16:] == b"x" * 20
 
 
 async def test_stop_while_clients_are_there(tmp_path, pki):
