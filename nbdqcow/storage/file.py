@@ -87,6 +87,8 @@ class FileStorage(InlineFile):
 
         self._set_up_inline(status)
         self._plain_copies_on = self._find_plain_copies(status)
+        # On tmpfs it would fill pages with zeroes first.
+        self._reserves = self._find_filesystem() == EXT4_MAGIC
         # The kernel has one writer to a file at a time.
         self._copying = Lane()
         self.locking: locks.Locking | None = None
@@ -240,6 +242,8 @@ class FileStorage(InlineFile):
         durable = self._cache.write_through and not self._cache.no_flush
 
         def write(position: int, data: Buffer) -> None:
+            if self._reserves:
+                self._holes.reserve_blocking(offset + position, len(data))
             self._pwritev_blocking(offset + position, [data], durable)
 
         await self._change(offset, offset + length, durable, work, write)
@@ -300,12 +304,16 @@ class FileStorage(InlineFile):
     def _find_plain_copies(self, status: os.stat_result) -> int | None:
         """Return on which device the kernel copies page cache to page cache, if
         on any: other file systems may share the blocks, or ask their server."""
+        known = self._find_filesystem() in (EXT4_MAGIC, TMPFS_MAGIC)
+        return status.st_dev if known else None
+
+    def _find_filesystem(self) -> int | None:
+        """Return which one has the file, if what is written goes to page cache."""
         cache = self._cache
         if self._is_device or cache.direct or cache.write_through:
             return None
         with contextlib.suppress(OSError):
-            if filesystem_type(self._fd) in (EXT4_MAGIC, TMPFS_MAGIC):
-                return status.st_dev
+            return filesystem_type(self._fd)
         return None
 
     async def copy_from(

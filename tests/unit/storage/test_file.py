@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdqcow.block.storage import WriteBlocking
 from nbdqcow.errors import ImageError, NotSupported, UsageError
 from nbdqcow.storage import holes
 from nbdqcow.storage.file import FileStorage
@@ -376,6 +377,36 @@ async def test_zeroes_are_written_where_fallocate_fails(
     await storage.close()
     data = Path(filename).read_bytes()
     assert data == b"x" * 5 + bytes(7) + b"x" * 988 + bytes(20 << 20)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("failure", [None, errno.ENOSPC, errno.EOPNOTSUPP])
+async def test_threads_take_space_for_what_they_write_and_no_more(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, failure: int | None
+):
+    def fail(fd: int, mode: int, offset: int, length: int) -> None:
+        assert failure is not None
+        raise OSError(failure, os.strerror(failure))
+
+    def work(write: WriteBlocking) -> None:
+        for index in range(1, 8, 2):
+            write(index << 18, b"x" * (1 << 18))
+
+    filename = make_file(directory, b"y" * 1000)
+    storage = await FileStorage.open(filename)
+    # Without a test, on ext4 alone.
+    storage._reserves = True
+    if failure is not None:
+        monkeypatch.setattr(holes, "fallocate", fail)
+    await storage.write_by(1 << 18, 1 << 22, work)
+    # Not as long as the range, and with holes, as by writes alone.
+    assert os.path.getsize(filename) == 9 << 18
+    assert (1 << 20) + 4096 <= allocated_bytes(filename) <= (1 << 20) + (1 << 16)
+    await storage.close()
+    data = Path(filename).read_bytes()
+    assert data == b"y" * 1000 + bytes((1 << 19) - 1000) + b"".join(
+        (b"x" * (1 << 18), bytes(1 << 18))[index % 2] for index in range(7)
+    )
 
 
 @pytest.mark.asyncio
