@@ -1,10 +1,6 @@
 """``--image-opts``: an image as a set of options (QEMU's keyval syntax)."""
 
-from typing import Any
-
-from nbdqcow.block.image_options import Pairs
-from nbdqcow.block.image_options import parse_pairs as _parse_pairs
-from nbdqcow.errors import ImageError, UsageError
+from nbdqcow.errors import UsageError
 
 
 def parse_keyval(text: str, *, flags: bool = True) -> dict[str, str]:
@@ -27,22 +23,3 @@ def parse_keyval(text: str, *, flags: bool = True) -> dict[str, str]:
             raise UsageError(f"'{text}' is not key=value,...")
         pairs[key] = value if equals else "on"
     return pairs
-
-
-def parse_image_opts(text: str) -> tuple[str, dict[str, Any]]:
-    """Return the file name, and the options of `open_image` that are given.
-
-    ``key_secret`` among them is the id of an object, for the caller to look up.
-
-    Raises `UsageError`, by name, for an option that we don't have.
-    """
-    return parse_pairs(parse_keyval(text), text)
-
-
-def parse_pairs(pairs: Pairs, text: str) -> tuple[str, dict[str, Any]]:
-    """Do as `parse_image_opts` does with keys and values; ``text`` is what
-    messages show."""
-    try:
-        return _parse_pairs(pairs)
-    except ImageError as exc:
-        raise UsageError(f"'{text}': {exc}") from None

@@ -95,8 +95,8 @@ def _describe(
 
     Raises `ImageError`.
     """
-    for key in named.pairs:
-        if key.startswith("backing."):
+    for key, value in named.pairs.items():
+        if key.startswith("backing.") or (key == "backing" and value):
             # It is not opened.
             format_ = named.format or "raw"
             raise ImageError(

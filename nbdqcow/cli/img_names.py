@@ -4,9 +4,15 @@ import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from nbdqcow.block.image_options import JSON_PREFIX, NO_OPTIONS, json_pairs, parse_pairs
+from nbdqcow.block.image_options import (
+    NO_OPTIONS,
+    check_node_names,
+    parse_pairs,
+)
+from nbdqcow.block.json_options import JSON_PREFIX, Pairs, json_pairs
 from nbdqcow.block.registry import is_remote
 from nbdqcow.block.tools import no_secrets
+from nbdqcow.cli.messages import error
 from nbdqcow.errors import CredentialsError, ImageError, UsageError
 
 if TYPE_CHECKING:
@@ -30,6 +36,8 @@ class GivenObjects:
 
     def __init__(self) -> None:
         self._made: Objects | None = None
+        self.node_names: set[str] = set()
+        """Those that the images of the command line have."""
 
     def add(self, text: str) -> None:
         """Make one. Raises `ImageError`, and `CredentialsError`."""
@@ -131,46 +139,50 @@ def check_force_share(options: Mapping[str, Any]) -> None:
         raise ImageError("--force-share/-U conflicts with image options")
 
 
+def pairs_of(text: str, *, image_opts: bool) -> Pairs | None:
+    """Return the options that an argument is, None for a name. Raises `UsageError`
+    and `ImageError`."""
+    pairs: Pairs | None = None
+    if image_opts:
+        from nbdqcow.cli.image_opts import parse_keyval
+
+        pairs = parse_keyval(text)
+    elif text.startswith(JSON_PREFIX):
+        pairs = json_pairs(text)
+    if pairs is not None and pairs.get("backing") == "":
+        error(
+            'warning: Use of "backing": "" is deprecated; use "backing": null instead'
+        )
+    return pairs
+
+
 def image_name(
     text: str, format_: str | None, *, image_opts: bool, force_share: bool = False
 ) -> ImageName:
     """Return what an argument means: a file name, or with ``image_opts`` a set
-    of options. ``force_share`` is ``-U``. Raises `UsageError` and `ImageError`."""
-    if not image_opts and text.startswith(JSON_PREFIX):
-        try:
-            pairs = json_pairs(text)
-            filename, options = parse_pairs(pairs)
-        except ImageError as exc:
-            raise ImageError(f"Could not open '{text}': {exc}") from None
-        return ImageName(
-            text,
-            filename,
-            format_ or options.get("format"),
-            options.get("key_secret"),
-            {key: value for key, value in pairs.items() if value is not None},
-            force_share or options.get("force_share", False),
-            options.get("read_only", False),
-        )
-    if not image_opts:
-        return ImageName(text, text, format_, force_share=force_share)
-    if format_ is not None:
+    of options. ``force_share`` is ``-U``. Raises `ImageError`."""
+    if image_opts and format_ is not None:
         raise ImageError("--image-opts and --format are mutually exclusive")
-    from nbdqcow.cli.image_opts import parse_image_opts, parse_keyval
-
     try:
-        filename, options = parse_image_opts(text)
-    except UsageError as exc:
-        # Without the hint at --help.
-        reason = str(exc).removeprefix(f"'{text}': ")
+        pairs = pairs_of(text, image_opts=image_opts)
+        if pairs is None:
+            return ImageName(text, text, format_, force_share=force_share)
+        filename, options = parse_pairs(pairs)
+        check_node_names(pairs, set(), below=False)
+    except (ImageError, UsageError) as exc:
+        # Without the hint at --help. The import goes the other way.
+        from nbdqcow.cli.img_open import reason_of_refusal
+
+        reason = reason_of_refusal(exc)
         raise ImageError(f"Could not open '{text}': {reason}") from None
-    if force_share:
+    if image_opts and force_share:
         check_force_share(options)
     return ImageName(
         text,
         filename,
-        options.get("format"),
+        format_ or options.get("format"),
         options.get("key_secret"),
-        parse_keyval(text),
+        {key: value for key, value in pairs.items() if value is not None},
         force_share or options.get("force_share", False),
         options.get("read_only", False),
     )

@@ -3,7 +3,8 @@
 import contextlib
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nbdqcow.block.image_options import JSON_PREFIX, NO_FILE_NAME, parse_json_name
+from nbdqcow.block.image_options import NO_FILE_NAME, parse_json_name
+from nbdqcow.block.json_options import JSON_PREFIX
 from nbdqcow.block.node import Node
 from nbdqcow.block.registry import format_driver
 from nbdqcow.block.storage import FileRole

@@ -8,7 +8,7 @@ import string
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from nbdqcow.block.image_options import DuplicateKeyError, load_json
+from nbdqcow.block.json_options import DuplicateKeyError, load_json
 from nbdqcow.cli.image_opts import parse_keyval
 from nbdqcow.cli.program import Answered
 from nbdqcow.errors import UsageError

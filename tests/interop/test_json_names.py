@@ -113,6 +113,42 @@ def directory(tmp_path):
                 '"file.node-name":null',
             )
         ),
+        # A backing file is null, a node's name, or options.
+        *(
+            f'{command} \'json:{{"driver":"qcow2","backing":{value},'
+            '"file.filename":"overlay"}\''
+            for command, value in (
+                ("info", "1"),
+                ("info", "[]"),
+                ("info", '""'),
+                ("map", "null"),
+                ("map", '""'),
+                ("map", '"x"'),
+                ("check", '""'),
+                ("measure -O raw", '""'),
+            )
+        ),
+        'map \'json:{"driver":"qcow2","backing":true,"file.filename":"base"}\'',
+        "map --image-opts driver=qcow2,backing=x,backing.driver=raw,"
+        "file.filename=overlay",
+        # An option of no format: the format is guessed first.
+        'info \'json:{"driver":["x"],"file.filename":"overlay"}\'',
+        'map \'json:{"driver":{"x":1},"file.filename":"overlay"}\'',
+        "check --image-opts foo=1,file.filename=overlay",
+        "map --image-opts foo=1,file.filename=absent",
+        'map \'json:{"driver":"qcow2","cache":{},"file.filename":"overlay"}\'',
+        'map \'json:{"driver":"qcow2","data-file":["x"],"file.filename":"base"}\'',
+        # Nodes have names of their own, in the whole command line.
+        "info --image-opts driver=qcow2,node-name=a,file.filename=base,"
+        "file.node-name=a",
+        "check --image-opts driver=qcow2,node-name=a,file.filename=base,"
+        "file.node-name=a",
+        "map --image-opts driver=qcow2,node-name=a,file.filename=overlay,"
+        "backing.node-name=a",
+        "compare --image-opts driver=qcow2,node-name=a,file.filename=base "
+        "driver=qcow2,node-name=a,file.filename=overlay",
+        "compare --image-opts driver=qcow2,node-name=a,file.filename=base "
+        "driver=qcow2,node-name=b,file.filename=overlay",
         "map --image-opts driver=raw,file.driver=foo,file.filename=overlay",
         "info null-co://",
         "info --output=json null-aio:x",

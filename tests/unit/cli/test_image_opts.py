@@ -1,7 +1,8 @@
 import pytest
 
-from nbdqcow.cli.image_opts import parse_image_opts, parse_keyval
-from nbdqcow.errors import UsageError
+from nbdqcow.block.image_options import parse_pairs
+from nbdqcow.cli.image_opts import parse_keyval
+from nbdqcow.errors import ImageError, UsageError
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_keyval(text, pairs):
     ],
 )
 def test_image_opts(text, filename, options):
-    assert parse_image_opts(text) == (filename, options)
+    assert parse_pairs(parse_keyval(text)) == (filename, options)
 
 
 @pytest.mark.parametrize(
@@ -75,5 +76,5 @@ def test_image_opts(text, filename, options):
     ],
 )
 def test_image_opts_refused(text, message):
-    with pytest.raises(UsageError, match=message):
-        parse_image_opts(text)
+    with pytest.raises((ImageError, UsageError), match=message):
+        parse_pairs(parse_keyval(text))
