@@ -116,8 +116,10 @@ def _describe(
         if limits_with is not None:
             guessed = info.format == "raw" and named.format is None
             values = {"limits": _limits(info, limits_with, guessed=guessed)} | values
-        if not described and (json_name := named.as_json(info.format)):
-            values["filename"] = json_name
+        if not described:
+            if json_name := named.as_json(info.format):
+                values["filename"] = json_name
+            values["format"] = named.shown_format(info.format)
         described.append((info, values))
     return described
 
@@ -188,7 +190,7 @@ def _snapshot_as_json(snapshot: SnapshotInfo) -> dict[str, Any]:
 def _print_human(info: ImageInfo, values: dict[str, Any]) -> None:
     size = info.virtual_size
     print(f"image: {values['filename']}")
-    print(f"file format: {info.format}")
+    print(f"file format: {values['format']}")
     print(f"virtual size: {format_size(size)} ({size} bytes)")
     allocated = values.get("actual-size")
     text = "unavailable" if allocated is None else format_size(allocated)

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from nbdqcow.block.image_options import (
+    FILE_DRIVERS,
     NO_OPTIONS,
+    NULL_DRIVERS,
     check_node_names,
     parse_pairs,
 )
@@ -14,6 +16,7 @@ from nbdqcow.block.registry import is_remote
 from nbdqcow.block.tools import no_secrets
 from nbdqcow.cli.messages import error
 from nbdqcow.errors import CredentialsError, ImageError, UsageError
+from nbdqcow.units import BOOLEANS
 
 if TYPE_CHECKING:
     from nbdqcow.cli.objects import Objects
@@ -21,10 +24,13 @@ if TYPE_CHECKING:
 _IDENTIFYING: Final = ("encrypt.key-secret", "key-secret", "offset", "size")
 """Options without which an image would read otherwise; the others are about how
 it is opened."""
+_IDENTIFYING_NULL: Final = ("size", "read-zeroes")
 _NUMBERS: Final = frozenset(("offset", "size"))
 _ORDER: Final = (
-    *("encrypt.key-secret", "offset", "driver", "size", "file", "key-secret"),
+    *("read-zeroes", "encrypt.key-secret", "offset", "driver", "size"),
+    *("file", "filename", "key-secret"),
 )
+_PROTOCOLS: Final = (*FILE_DRIVERS, *NULL_DRIVERS, "nbd")
 
 
 READ_ONLY: Final = "Block node is read-only"
@@ -112,22 +118,47 @@ class ImageName(NamedTuple):
     def as_json(self, format_: str) -> str | None:
         """Return the ``json:`` name that QEMU gives an image of that format if
         options make it another one than its file alone; None without any."""
-        if self.pairs.keys().isdisjoint(_IDENTIFYING) or is_remote(self.filename):
-            # What is no file has a name that says all.
+        below = {
+            key.removeprefix("file."): value
+            for key, value in self.pairs.items()
+            if key.startswith("file.")
+        }
+        if self.pairs.get("driver") in NULL_DRIVERS:
+            values = self._typed(self.pairs)
+            is_other = not values.keys().isdisjoint(_IDENTIFYING_NULL)
+        elif below.get("driver") in NULL_DRIVERS:
+            file = _ordered(self._typed(below))
+            values = {**self._typed(self.pairs), "driver": format_, "file": file}
+            is_other = not below.keys().isdisjoint(_IDENTIFYING_NULL)
+        elif is_remote(self.filename):
+            # It has a name that says all.
+            return None
+        else:
+            file = {"driver": "file", "filename": self.filename}
+            values = {"driver": format_, **self._typed(self.pairs), "file": file}
+            is_other = False
+        if not is_other and self.pairs.keys().isdisjoint(_IDENTIFYING):
             return None
         import json
 
-        pairs: dict[str, Any] = dict(self.pairs)
+        return JSON_PREFIX + json.dumps(_ordered(values))
+
+    def _typed(self, pairs: Mapping[str, str]) -> dict[str, Any]:
+        """Return options with the types that they have where they come from."""
+        values: dict[str, Any] = dict(pairs)
         if self.text.startswith(JSON_PREFIX):
-            for key in pairs.keys() & _NUMBERS:
+            for key in values.keys() & _NUMBERS:
                 with contextlib.suppress(ValueError):
-                    pairs[key] = int(pairs[key])
-        values: dict[str, Any] = {
-            "driver": format_,
-            **pairs,
-            "file": {"driver": "file", "filename": self.filename},
-        }
-        return "json:" + json.dumps({k: values[k] for k in _ORDER if k in values})
+                    values[key] = int(values[key])
+            if (flag := values.get("read-zeroes")) in BOOLEANS:
+                values["read-zeroes"] = BOOLEANS[flag]
+        return values
+
+    def shown_format(self, format_: str) -> str:
+        """Return what QEMU calls the format of an image whose format is ``format_``:
+        a file or an export that was not said to be of one is its own."""
+        drivers = (self.format, self.pairs.get("driver"))
+        return next((one for one in drivers if one in _PROTOCOLS), None) or format_
 
 
 def check_force_share(options: Mapping[str, Any]) -> None:
@@ -137,6 +168,12 @@ def check_force_share(options: Mapping[str, Any]) -> None:
     """
     if not options.get("force_share", True):
         raise ImageError("--force-share/-U conflicts with image options")
+
+
+def _ordered(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options in the order in which QEMU shows them, but those that it does
+    not show."""
+    return {key: values[key] for key in _ORDER if key in values}
 
 
 def pairs_of(text: str, *, image_opts: bool) -> Pairs | None:
