@@ -181,7 +181,7 @@ def pairs_of(text: str, *, image_opts: bool) -> Pairs | None:
     and `ImageError`."""
     pairs: Pairs | None = None
     if image_opts:
-        from nbdqcow.cli.image_opts import parse_keyval
+        from nbdqcow.cli.option_text import parse_keyval
 
         pairs = parse_keyval(text)
     elif text.startswith(JSON_PREFIX):

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Final
 
+from nbdqcow.cli import option_text
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_info import print_snapshots
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
@@ -58,22 +59,11 @@ def parse_snapshot(text: str) -> Any:
 
     Raises `ImageError`.
     """
-    if not text.startswith("snapshot."):
-        return text
-    found: dict[str, str] = {}
-    for item in text.split(","):
-        key, equals, value = item.partition("=")
-        if not equals:
-            error(
-                f"warning: short-form boolean option '{key}' deprecated\n"
-                f"Please use {key}=on instead"
-            )
-            value = "on"
-        if key not in ("snapshot.id", "snapshot.name"):
-            error(f"Invalid parameter '{key}'")
-            raise ImageError(f"Failed in parsing snapshot param '{text}'")
-        found[key] = value
-    return found.get("snapshot.id"), found.get("snapshot.name")
+    try:
+        return option_text.parse_snapshot(text)
+    except UsageError as exc:
+        error(str(exc))
+        raise ImageError(f"Failed in parsing snapshot param '{text}'") from None
 
 
 def _list(filename: str, *, force_share: bool) -> int:

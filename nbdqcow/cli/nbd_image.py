@@ -74,8 +74,8 @@ def _take_options(settings: Settings, objects: "Objects") -> tuple[str, dict[str
     options["secrets"] = lambda name: objects.secret(name).encode()
     if settings.image_opts:
         from nbdqcow.block.image_options import parse_pairs
-        from nbdqcow.cli.image_opts import parse_keyval
         from nbdqcow.cli.image_tls import with_credentials
+        from nbdqcow.cli.option_text import parse_keyval
         from nbdqcow.crypto.secrets import Secret
 
         try:

@@ -16,7 +16,7 @@ from nbdqcow.block.image_options import parse_pairs
 from nbdqcow.block.node import Node
 from nbdqcow.block.tools import REPAIR_ALL, REPAIR_NONE
 from nbdqcow.buffers import BufferPool
-from nbdqcow.cli.image_opts import parse_keyval
+from nbdqcow.cli.option_text import parse_keyval
 from nbdqcow.crypto.luks import LuksHeader
 from nbdqcow.errors import ImageError, ProtocolError, UsageError
 from nbdqcow.filters.rules import Rules, parse_config

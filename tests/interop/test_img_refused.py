@@ -46,6 +46,29 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dd if=base.raw of=sub",
         "bench -w sub",
         "bitmap --add sub x",
+        # Commas in a list of options.
+        "create -f qcow2 -o lazy_refcounts,,compat=1.1 new 1M",
+        "create -f qcow2 -o lazy,,refcounts=1 new 1M",
+        "create -f qcow2 -o help,,x new 1M",
+        "amend -o lazy_refcounts,,compat=1.1 base.qcow2",
+        *(
+            f"info --image-opts {options}"
+            for options in (
+                "driver=qcow2,nolazy-refcounts,file.filename=base.qcow2",
+                "driver=qcow2,lazy-refcounts,,file.filename=base.qcow2",
+                ",driver=qcow2,file.filename=base.qcow2",
+                ",,driver=qcow2,file.filename=base.qcow2",
+                "driver=qcow2,=1,file.filename=base.qcow2",
+                "driver=qcow2,node-name,file.filename=base.qcow2",
+                ",",
+            )
+        ),
+        "info --object secret,id=s,=a base.qcow2",
+        "info --object ,id=s base.qcow2",
+        *(
+            f"convert -l snapshot.name={name} snap.qcow2 new"
+            for name in ("x,,y", "x,,", "x,,,foo", "x,nofoo")
+        ),
         # The file's own options.
         "create -f raw -o preallocation=foo new 1M",
         "convert -o preallocation=foo base.raw new",
