@@ -155,10 +155,8 @@ class ImageName(NamedTuple):
         return values
 
     def shown_format(self, format_: str) -> str:
-        """Return what QEMU calls the format of an image whose format is ``format_``:
-        a file or an export that was not said to be of one is its own."""
-        drivers = (self.format, self.pairs.get("driver"))
-        return next((one for one in drivers if one in _PROTOCOLS), None) or format_
+        """See `shown_format`."""
+        return shown_format(format_, self.format, self.pairs.get("driver"))
 
 
 def check_force_share(options: Mapping[str, Any]) -> None:
@@ -176,17 +174,23 @@ def _ordered(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: values[key] for key in _ORDER if key in values}
 
 
-def pairs_of(text: str, *, image_opts: bool) -> Pairs | None:
-    """Return the options that an argument is, None for a name. Raises `UsageError`
-    and `ImageError`."""
+def shown_format(format_: str, *given: str | None) -> str:
+    """Return what QEMU calls the format of an image whose format is ``format_``: a file
+    or an export that was not ``given`` one is its own."""
+    return next((one for one in given if one in _PROTOCOLS), None) or format_
+
+
+def pairs_of(text: str, *, image_opts: bool, warns: bool = True) -> Pairs | None:
+    """Return the options that an argument is, None for a name. ``warns`` of what is
+    deprecated. Raises `UsageError` and `ImageError`."""
     pairs: Pairs | None = None
     if image_opts:
         from nbdqcow.cli.option_text import parse_keyval
 
-        pairs = parse_keyval(text)
+        pairs = parse_keyval(text, warns=warns)
     elif text.startswith(JSON_PREFIX):
         pairs = json_pairs(text)
-    if pairs is not None and pairs.get("backing") == "":
+    if warns and pairs is not None and pairs.get("backing") == "":
         error(
             'warning: Use of "backing": "" is deprecated; use "backing": null instead'
         )

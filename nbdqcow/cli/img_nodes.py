@@ -10,7 +10,13 @@ from nbdqcow.block.node import Node
 from nbdqcow.block.open import open_image
 from nbdqcow.block.registry import is_remote
 from nbdqcow.block.storage import FileRole
-from nbdqcow.cli.img_names import READ_ONLY, GivenObjects, check_force_share, pairs_of
+from nbdqcow.cli.img_names import (
+    READ_ONLY,
+    GivenObjects,
+    check_force_share,
+    pairs_of,
+    shown_format,
+)
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file, reason_of_refusal
 from nbdqcow.cli.messages import warn_of_guess
 from nbdqcow.crypto.secrets import PassphraseRequired, Secret
@@ -54,6 +60,11 @@ class ImageArguments:
             case _:
                 return False
         return True
+
+    def shown_format(self, name: str, format_: str) -> str:
+        """Return what messages call the format of the image ``name``."""
+        pairs = pairs_of(name, image_opts=self.image_opts, warns=False) or {}
+        return shown_format(format_, self.format, pairs.get("driver"))
 
     def check(self) -> None:
         """See that the options go together. Raises `ImageError`."""

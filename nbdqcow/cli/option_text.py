@@ -42,26 +42,28 @@ def as_flag(name: str) -> tuple[str, str]:
     return (name[2:], "off") if name.startswith("no") else (name, "on")
 
 
-def parse_keyval(text: str) -> dict[str, str]:
-    """Return an image's options. A first one without a name is ``file``."""
+def parse_keyval(text: str, *, warns: bool = True) -> dict[str, str]:
+    """Return an image's options. A first one without a name is ``file``. ``warns`` of
+    names without a value."""
     pairs: dict[str, str] = {}
     if text and not text.startswith("=", _take(_NAME, text, 0)[1]):
         first, at = _take(_VALUE, text, 0)
         pairs[_FIRST] = first.replace(",,", ",")
         text = text[at + 1 :]
     for name, value in split_pairs(text):
-        key, setting = (name, value) if value is not None else _warned_flag(name)
+        key, setting = (name, value) if value is not None else as_flag(name)
+        if value is None and warns:
+            _warn_of_flag(name)
         pairs[key] = setting
     return pairs
 
 
-def _warned_flag(name: str) -> tuple[str, str]:
+def _warn_of_flag(name: str) -> None:
     key, value = as_flag(name)
     error(
         f"warning: short-form boolean option '{name}' deprecated\n"
         f"Please use {key}={value} instead"
     )
-    return key, value
 
 
 def parse_properties(text: str) -> dict[str, str]:
@@ -83,7 +85,9 @@ def parse_snapshot(text: str) -> str | tuple[str | None, str | None]:
         return text
     found: dict[str, str] = {}
     for name, value in split_pairs(text):
-        key, setting = (name, value) if value is not None else _warned_flag(name)
+        key, setting = (name, value) if value is not None else as_flag(name)
+        if value is None:
+            _warn_of_flag(name)
         if key not in _SNAPSHOT_KEYS:
             raise UsageError(f"Invalid parameter '{key}'")
         found[key] = setting
