@@ -146,10 +146,10 @@ def _limits(info: ImageInfo, cache: str, *, guessed: bool) -> dict[str, int]:
 def _as_json(image: OpenImage, info: ImageInfo) -> dict[str, Any]:
     """Return what json shows, in qemu-img's order."""
     values: dict[str, Any] = {}
-    if info.snapshots:
-        values["snapshots"] = [_snapshot_as_json(one) for one in info.snapshots]
     if info.backing_format is not None and info.backing_filename is not None:
         values["backing-filename-format"] = info.backing_format
+    if info.snapshots:
+        values["snapshots"] = [_snapshot_as_json(one) for one in info.snapshots]
     values["virtual-size"] = info.virtual_size
     values["filename"] = shown_name(image.filename, info.format)
     if info.cluster_size is not None:

@@ -173,6 +173,10 @@ def directory(tmp_path):
     ],
 )
 def test_as_qemu_img(directory, line):
+    compare(directory, line)
+
+
+def compare(directory, line):
     words = shlex.split(line)
     outcomes = [
         subprocess.run(command, cwd=directory, capture_output=True)
@@ -183,3 +187,10 @@ def test_as_qemu_img(directory, line):
     ]
     theirs, ours = ((o.returncode, o.stdout, o.stderr) for o in outcomes)
     assert ours == as_7_2_says(words, theirs)
+
+
+@pytest.mark.parametrize("line", ["info", "info --output=json --backing-chain"])
+def test_a_snapshot_of_an_overlay_in_qemus_order(directory, line):
+    snapshot = [find_tool("qemu-img"), "snapshot", "-c", "one", "overlay"]
+    subprocess.run(snapshot, cwd=directory, check=True)
+    compare(directory, f"{line} overlay")
