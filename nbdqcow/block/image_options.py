@@ -7,9 +7,10 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, NamedTuple
 
 from nbdqcow.block.filter_names import filtered_name, layer_name
+from nbdqcow.block.json_options import NO_TEXT, Pairs, json_pairs
 from nbdqcow.block.registry import (
     check_place,
     filter_names,
@@ -19,14 +20,8 @@ from nbdqcow.block.registry import (
 from nbdqcow.errors import ImageError
 from nbdqcow.units import BOOLEANS, boolean_expected, parse_size, size_expected
 
-Pairs: TypeAlias = Mapping[str, str | None]
-"""Dotted keys and their values as text; None is JSON's null."""
-
 NO_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType({})
 
-JSON_PREFIX: Final = "json:"
-_MAX_DEPTH: Final = 300
-_STRING: Final = r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'"""
 _DISCARD_MODES: Final = {
     "unmap": "unmap",
     "on": "unmap",
@@ -43,11 +38,12 @@ _COMPRESSING: Final = ("qcow", "qcow2")
 """Formats that have compressed clusters."""
 NO_FILE_NAME: Final = "The 'file' block driver requires a file name"
 _NO_PLACE: Final = "Must specify either driver or file"
-_STRINGS: Final = ("driver", "filename", "file", "data-file", "image", "test", "raw")
-"""Last parts of keys whose values are names. What JSON has there, and is no string,
-counts as null, as in QEMU, which looks for a string and for nothing else."""
 _NULL_REFERENCE: Final[Mapping[str, None]] = {"": None}
 """What `_groups` makes of a null in the place of a file."""
+_REFERENCE_WITH_OPTIONS: Final = (
+    "Cannot reference an existing block device with additional options or a new "
+    "filename"
+)
 _NODE_NAME: Final = "[a-zA-Z][a-zA-Z0-9._-]*"
 _MAX_NODE_NAME: Final = 31
 
@@ -83,6 +79,20 @@ OVERLAP_CLASSES: Final = (
 )
 
 
+class UnknownOption(ImageError):
+    """An option that images don't have, whatever their format; this one's is not named.
+
+    Attributes:
+        key: the option.
+        filename: of the image, or None.
+    """
+
+    def __init__(self, text: str, key: str = "", filename: str | None = None) -> None:
+        super().__init__(text)
+        self.key = key
+        self.filename = filename
+
+
 class BackingOverride(NamedTuple):
     """What to open in the place of the backing file that an image names.
 
@@ -112,111 +122,46 @@ def parse_json_name(
     return filename, options if format_ is None else {**options, "format": format_}
 
 
-def json_pairs(name: str) -> Pairs:
-    """Return the pairs of a name that begins with ``json:``. Raises `ImageError`."""
-    try:
-        given = load_json(name.removeprefix(JSON_PREFIX))
-        if not isinstance(given, dict):
-            raise ImageError("Invalid JSON object given")
-        return flatten(given)
-    except DuplicateKeyError as error:
-        raise ImageError(f"Could not parse the JSON options: {error}") from None
-    except (ValueError, RecursionError):
-        raise ImageError("Could not parse the JSON options") from None
-
-
-class DuplicateKeyError(ValueError):
-    """A JSON object has a key twice: nobody knows which value is meant."""
-
-    def __init__(self) -> None:
-        super().__init__("JSON parse error, duplicate key")
-
-
-def load_json(text: str) -> Any:
-    """Return the value of JSON text, with QEMU's liberties: `double_quoted`.
-
-    Raises `DuplicateKeyError` and other kinds of `ValueError`, and `RecursionError`.
-    """
-    # Most names have none, and small commands feel what it takes to load.
-    import json
-
-    return json.loads(double_quoted(text), object_pairs_hook=_with_single_keys)
-
-
-def _with_single_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise DuplicateKeyError
-    return found
-
-
-def double_quoted(text: str) -> str:
-    """Return JSON text with the strings in double quotes that have single ones,
-    which QEMU takes as well."""
-
-    def quote(found: re.Match[str]) -> str:
-        string = found[0]
-        if string.startswith('"'):
-            return string
-        return '"' + re.sub(r'\\.|"', _requote, string[1:-1]) + '"'
-
-    return re.sub(_STRING, quote, text)
-
-
-def _requote(found: re.Match[str]) -> str:
-    return {"\\'": "'", '"': '\\"'}.get(found[0], found[0])
-
-
-def flatten(given: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return a JSON object as dotted keys and texts; what is in a list has its
-    number for a key. What is in an object within goes before a dotted key of the
-    same name, as in QEMU. Raises `ImageError`."""
-    pairs: dict[str, str | None] = {}
-
-    def walk(prefix: str, value: Mapping[str, Any], depth: int) -> None:
-        if depth > _MAX_DEPTH:
-            raise ImageError("the JSON options are nested too deep")
-        within: list[tuple[str, Mapping[str, Any]]] = []
-        for key, item in value.items():
-            name = prefix + key
-            if isinstance(item, list):
-                item = {str(index): each for index, each in enumerate(item)}
-            if isinstance(item, dict):
-                within.append((f"{name}.", item))
-            elif not isinstance(item, str) and name.rpartition(".")[2] in _STRINGS:
-                pairs[name] = None
-            elif isinstance(item, bool):
-                pairs[name] = "on" if item else "off"
-            elif isinstance(item, float):
-                # As C prints it.
-                pairs[name] = f"{item:.17g}"
-            else:
-                pairs[name] = None if item is None else str(item)
-        for name, item in within:
-            walk(name, item, depth + 1)
-
-    walk("", given, 0)
-    return pairs
-
-
 def parse_pairs(pairs: Pairs) -> tuple[str, dict[str, Any]]:
     """Return the file's name, and the options of `nbdqcow.open_image` given.
 
     ``key_secret`` among them is the id of an object, for the caller to look up.
     Raises `ImageError`, by name, for an option that we don't have.
     """
-    driver = pairs.get("driver")
-    if driver is None and not any(
+    _check_has_place(pairs)
+    filename, options = _parse(pairs)
+    if filename is None:
+        if (driver := pairs.get("driver")) in FILE_DRIVERS:
+            raise ImageError(f"The '{driver}' block driver requires a file name")
+        raise ImageError('A block device must be specified for "file"')
+    return filename, options
+
+
+def check_node_names(pairs: Pairs, taken: set[str], *, below: bool = True) -> None:
+    """See that no two nodes that options name have the same name, nor one that is
+    ``taken``, and add theirs to those. Without ``below`` the names in the place of
+    backing files don't count. Raises `ImageError`."""
+    named = [
+        (key.startswith("backing."), value)
+        for key, value in pairs.items()
+        if value is not None and key.rpartition(".")[2] == "node-name"
+    ]
+    # Backing files are opened last.
+    for is_below, name in sorted(named, key=lambda one: one[0]):
+        if is_below and not below:
+            return
+        if name in taken:
+            prefix = "Could not open backing file: " if is_below else ""
+            raise ImageError(f"{prefix}Duplicate nodes with node-name='{name}'")
+        taken.add(name)
+
+
+def _check_has_place(pairs: Pairs) -> None:
+    if pairs.get("driver") is None and not any(
         value is not None and key.partition(".")[0] in ("file", "filename")
         for key, value in pairs.items()
     ):
         raise ImageError(_NO_PLACE)
-    filename, options = _parse(pairs)
-    if filename is None:
-        if driver in FILE_DRIVERS:
-            raise ImageError(f"The '{driver}' block driver requires a file name")
-        raise ImageError('A block device must be specified for "file"')
-    return filename, options
 
 
 def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
@@ -244,7 +189,14 @@ def _parse(pairs: Pairs) -> tuple[str | None, dict[str, Any]]:
         filename = _file_name(file, options)
     if filename is not None and driver in FILE_DRIVERS:
         check_place(driver, filename)
-    more = _take_all_own(driver, own, options)
+    if backing.get("") == NO_TEXT:
+        own["backing"] = None
+        backing = {}
+    try:
+        more = _take_all_own(driver, own, options)
+    except UnknownOption as error:
+        error.filename = filename
+        raise
     if data_file and data_file != _NULL_REFERENCE:
         more["data_file"] = _data_file_name(data_file)
     if backing:
@@ -270,7 +222,7 @@ def _parse_compressing(file: Pairs, own: Pairs) -> tuple[str | None, dict[str, A
         raise ImageError(_no_such_node(file[""]))
     filename, options = _parse({"driver": "file", **file})
     if unknown:
-        raise ImageError(_not_supported(COMPRESS, unknown[0]))
+        raise ImageError(not_supported(COMPRESS, unknown[0]))
     if (cache := _cache_mode(own)) is not None:
         above["cache"] = cache
     if options["format"] not in _COMPRESSING:
@@ -305,7 +257,9 @@ def _take_all_own(
         own,
         lambda k, v: _take_own(k, v, options) or _take_driver_own(k, v, more),
     ):
-        raise ImageError(_not_supported(driver or "raw", key))
+        if driver is None:
+            raise UnknownOption(not_supported("raw", key), key)
+        raise ImageError(not_supported(driver, key))
     _take_overlap_checks(own, more)
     return more
 
@@ -323,7 +277,8 @@ def _untaken(
             yield key
 
 
-def _not_supported(format_: str, key: str) -> str:
+def not_supported(format_: str, key: str) -> str:
+    """Return what is said of an option that the images of a format don't have."""
     return f"Block format '{format_}' does not support the option '{key}'"
 
 
@@ -425,10 +380,7 @@ def _file_name(file: dict[str, str | None], options: dict[str, Any]) -> str:
     """Return the name of the file that ``file.*`` options describe."""
     if "" in file:
         if len(file) > 1:
-            raise ImageError(
-                "Cannot reference an existing block device with additional options or "
-                "a new filename"
-            )
+            raise ImageError(_REFERENCE_WITH_OPTIONS)
         if file[""] is None:
             raise ImageError('A block device must be specified for "file"')
         raise ImageError(_no_such_node(file[""]))
@@ -556,6 +508,7 @@ def _null_name(driver: str, file: dict[str, str | None]) -> str:
 def _data_file_name(pairs: dict[str, str | None]) -> str:
     if "" in pairs:
         raise ImageError(_no_such_node(pairs[""]))
+    _check_has_place(pairs)
     name, options = _parse(pairs)
     if name is None or options.get("format", "raw") != "raw" or len(options) > 1:
         raise ImageError("image option 'data-file' is a file's name, and no more")
@@ -564,8 +517,11 @@ def _data_file_name(pairs: dict[str, str | None]) -> str:
 
 def _backing(pairs: dict[str, str | None]) -> BackingOverride:
     if "" in pairs:
-        if pairs[""]:
-            raise ImageError(_no_such_node(pairs[""]))
+        name = pairs.pop("")
+        if name and pairs:
+            raise ImageError(_REFERENCE_WITH_OPTIONS)
+        if name:
+            raise ImageError(_no_such_node(name))
         return BackingOverride(none=True)
     filename, options = _parse(pairs)
     return BackingOverride(filename, options=options)

@@ -21,12 +21,12 @@ from nbdqcow.block.filter_names import (
     parse_filtered_name,
 )
 from nbdqcow.block.image_options import (
-    JSON_PREFIX,
     NO_OPTIONS,
     BackingOverride,
     parse_json_name,
     parse_pairs,
 )
+from nbdqcow.block.json_options import JSON_PREFIX
 from nbdqcow.block.node import Node
 from nbdqcow.block.registry import (
     LAYER,

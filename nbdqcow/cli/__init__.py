@@ -7,7 +7,7 @@
 - What they share: ``img_options`` (options, output), ``img_names`` (what a line says of
   an image), ``img_open`` and ``img_remote`` (without an event loop), ``img_nodes`` and
   ``img_run`` (with one), ``img_target`` (new images), ``img_streams``, ``img_chain``.
-- What all programs share: ``program``, ``messages``, ``objects``, ``image_opts``.
+- What all programs share: ``program``, ``messages``, ``objects``, ``option_text``.
 
 What ``img`` and its commands import at the top is start-up time: see ``late_modules``.
 """

@@ -70,18 +70,15 @@ def run(arguments: Sequence[str]) -> int:
     if not option_lists:
         raise UsageError("Must specify options (-o)")
     text = ",".join(option_lists)
-    if images.format is not None and wants_help(text):
-        try:
-            _print_help(images.format)
-        finally:
-            ProgressLine(shown, quiet=quiet).end()
-        return 0
-    if len(operands) != 1:
-        raise ImageError("Expecting one image file name")
-    images.check()
-    images.cache = check_cache(images.cache, "Invalid cache option: ")
     progress = ProgressLine(shown, quiet=quiet)
     try:
+        if images.format is not None and wants_help(text):
+            _print_help(images.format)
+            return 0
+        if len(operands) != 1:
+            raise ImageError("Expecting one image file name")
+        images.cache = check_cache(images.cache, "Invalid cache option: ")
+        images.check()
         return run_command(
             lambda: _amend(operands[0], images, text, progress, force=force), progress
         )
@@ -89,12 +86,11 @@ def run(arguments: Sequence[str]) -> int:
         progress.end()
 
 
-def amend_specs(tool: FormatTool) -> list[OptionSpec]:
-    """Return the options that can be changed. Raises `ImageError`."""
+def amend_specs(tool: FormatTool, shown: str) -> list[OptionSpec]:
+    """Return the options that can be changed; ``shown`` is what messages call the
+    format. Raises `ImageError`."""
     if not tool.key_options:
-        raise ImageError(
-            f"Format driver '{tool.name}' does not support option amendment"
-        )
+        raise ImageError(f"Format driver '{shown}' does not support option amendment")
     own = []
     if tool.supports_backing:
         own = [spec for spec in tool.create_options if spec.name in _AMENDABLE]
@@ -102,7 +98,7 @@ def amend_specs(tool: FormatTool) -> list[OptionSpec]:
 
 
 def _print_help(format_: str) -> None:
-    specs = amend_specs(find_tool(format_))
+    specs = amend_specs(find_tool(format_), format_)
     print(f"Amend options for '{format_}':")
     print_specs(specs)
 
@@ -123,7 +119,7 @@ async def _amend(
         if wants_help(text):
             _print_help(tool.name)
             return 0
-        values = _parse(tool, text)
+        values = _parse(tool, text, images.shown_format(name, tool.name))
         progress.show(0)
         driver: Any = node.driver
         keys = {
@@ -160,8 +156,8 @@ async def _amend_format(
         raise ImageError(f"{exc}\nYou can use 'qemu-img rebase' instead.") from None
 
 
-def _parse(tool: FormatTool, text: str) -> dict[str, OptionValue]:
-    kinds = {spec.name: spec.kind for spec in amend_specs(tool)}
+def _parse(tool: FormatTool, text: str, shown: str) -> dict[str, OptionValue]:
+    kinds = {spec.name: spec.kind for spec in amend_specs(tool, shown)}
     creatable = {spec.name: spec.kind for spec in tool.create_options}
     values: dict[str, OptionValue] = {}
     for name, value in split_options(kinds | creatable, text):

@@ -59,8 +59,8 @@ def run(arguments: Sequence[str]) -> int:
                 images.take(name, value)
     if len(operands) != 1:
         raise UsageError("Expecting one image file name")
-    images.check()
     images.cache = check_cache(images.cache, "Invalid cache option: ")
+    images.check()
     progress = ProgressLine(shown, quiet=quiet)
     control = JobControl(progress, rate=rate)
     status = run_command(

@@ -87,8 +87,8 @@ def run(arguments: Sequence[str]) -> int:
         return _report(found, strict=strict, quiet=quiet)
 
     try:
-        images.check()
         images.cache = check_cache(images.cache, "Invalid source cache option: ")
+        images.check()
         return run_command(main, progress)
     except CompareError as exc:
         error(

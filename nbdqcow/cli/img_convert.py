@@ -125,7 +125,6 @@ def run(arguments: Sequence[str]) -> int:
     if settings.target_format is None and not settings.target_image_opts:
         settings.target_format = "raw"
     text = ",".join(settings.option_lists)
-    settings.images.check()
     _check_combinations(settings)
     if wants_help(text):
         assert settings.target_format is not None
@@ -137,9 +136,13 @@ def run(arguments: Sequence[str]) -> int:
         raise ImageError("Must specify image file name")
     settings.sources, settings.target = operands[:-1], operands[-1]
     _check_streams(settings)
+    settings.images.cache = check_cache(
+        settings.images.cache, "Invalid source cache option: "
+    )
     progress = ProgressLine(settings.progress, quiet=settings.quiet)
     progress.show(0)
     try:
+        settings.images.check()
         return run_command(lambda: _convert(settings, text, progress), progress)
     finally:
         progress.end()
@@ -264,7 +267,7 @@ def _check_streams(settings: _Settings) -> None:
 
 
 async def _convert(settings: _Settings, text: str, progress: ProgressLine) -> int:
-    cache = check_cache(settings.images.cache, "Invalid source cache option: ")
+    cache = settings.images.cache
     sources: list[Node] = []
     async with contextlib.AsyncExitStack() as stack:
         names = list(settings.sources)

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from nbdqcow.block.registry import (
@@ -35,6 +35,7 @@ from nbdqcow.cli.img_options import (
     wants_help,
 )
 from nbdqcow.cli.messages import error
+from nbdqcow.cli.program import Signalled, signals_raised
 from nbdqcow.errors import ImageError, UsageError
 
 _LONG: Final = {
@@ -232,14 +233,33 @@ def _create(
     check_creation(format_, filename)
     check_file_options(values)
     plan = tool.prepare(values, secrets=secrets)
-    create_data_file(tool, plan, path, values.get("preallocation"))
+    preallocation = values.get("preallocation")
     try:
-        write_image(tool, plan, path, path, values.get("preallocation"))
+        with signals_raised(), _without_parts(tool, plan, path):
+            create_data_file(tool, plan, path, preallocation)
+            write_image(tool, plan, path, path, preallocation)
     except ImageError as exc:
         if isinstance(exc.__cause__, OSError) and exc.__cause__.errno == errno.EFBIG:
             raise ImageError(
                 f"The image size is too large for file format '{tool.name}'"
             ) from None
+        raise
+
+
+@contextlib.contextmanager
+def _without_parts(tool: FormatTool, plan: Any, path: str) -> Iterator[None]:
+    """Remove new files of an image if the block is interrupted: nobody could tell a
+    part from a whole one. A file that was there may be as it was, so it stays."""
+    paths = [path]
+    if name := tool.data_file_name(plan):
+        paths.append(backing_path(path, name))
+    new = [one for one in paths if not os.path.lexists(one)]
+    try:
+        yield
+    except (KeyboardInterrupt, Signalled):
+        for one in new:
+            with contextlib.suppress(OSError):
+                os.unlink(one)
         raise
 
 

@@ -95,8 +95,8 @@ def _describe(
 
     Raises `ImageError`.
     """
-    for key in named.pairs:
-        if key.startswith("backing."):
+    for key, value in named.pairs.items():
+        if key.startswith("backing.") or (key == "backing" and value):
             # It is not opened.
             format_ = named.format or "raw"
             raise ImageError(
@@ -116,8 +116,10 @@ def _describe(
         if limits_with is not None:
             guessed = info.format == "raw" and named.format is None
             values = {"limits": _limits(info, limits_with, guessed=guessed)} | values
-        if not described and (json_name := named.as_json(info.format)):
-            values["filename"] = json_name
+        if not described:
+            if json_name := named.as_json(info.format):
+                values["filename"] = json_name
+            values["format"] = named.shown_format(info.format)
         described.append((info, values))
     return described
 
@@ -144,10 +146,10 @@ def _limits(info: ImageInfo, cache: str, *, guessed: bool) -> dict[str, int]:
 def _as_json(image: OpenImage, info: ImageInfo) -> dict[str, Any]:
     """Return what json shows, in qemu-img's order."""
     values: dict[str, Any] = {}
-    if info.snapshots:
-        values["snapshots"] = [_snapshot_as_json(one) for one in info.snapshots]
     if info.backing_format is not None and info.backing_filename is not None:
         values["backing-filename-format"] = info.backing_format
+    if info.snapshots:
+        values["snapshots"] = [_snapshot_as_json(one) for one in info.snapshots]
     values["virtual-size"] = info.virtual_size
     values["filename"] = shown_name(image.filename, info.format)
     if info.cluster_size is not None:
@@ -188,7 +190,7 @@ def _snapshot_as_json(snapshot: SnapshotInfo) -> dict[str, Any]:
 def _print_human(info: ImageInfo, values: dict[str, Any]) -> None:
     size = info.virtual_size
     print(f"image: {values['filename']}")
-    print(f"file format: {info.format}")
+    print(f"file format: {values['format']}")
     print(f"virtual size: {format_size(size)} ({size} bytes)")
     allocated = values.get("actual-size")
     text = "unavailable" if allocated is None else format_size(allocated)

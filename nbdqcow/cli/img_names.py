@@ -4,10 +4,19 @@ import contextlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from nbdqcow.block.image_options import JSON_PREFIX, NO_OPTIONS, json_pairs, parse_pairs
+from nbdqcow.block.image_options import (
+    FILE_DRIVERS,
+    NO_OPTIONS,
+    NULL_DRIVERS,
+    check_node_names,
+    parse_pairs,
+)
+from nbdqcow.block.json_options import JSON_PREFIX, Pairs, json_pairs
 from nbdqcow.block.registry import is_remote
 from nbdqcow.block.tools import no_secrets
+from nbdqcow.cli.messages import error
 from nbdqcow.errors import CredentialsError, ImageError, UsageError
+from nbdqcow.units import BOOLEANS
 
 if TYPE_CHECKING:
     from nbdqcow.cli.objects import Objects
@@ -15,10 +24,13 @@ if TYPE_CHECKING:
 _IDENTIFYING: Final = ("encrypt.key-secret", "key-secret", "offset", "size")
 """Options without which an image would read otherwise; the others are about how
 it is opened."""
+_IDENTIFYING_NULL: Final = ("size", "read-zeroes")
 _NUMBERS: Final = frozenset(("offset", "size"))
 _ORDER: Final = (
-    *("encrypt.key-secret", "offset", "driver", "size", "file", "key-secret"),
+    *("read-zeroes", "encrypt.key-secret", "offset", "driver", "size"),
+    *("file", "filename", "key-secret"),
 )
+_PROTOCOLS: Final = (*FILE_DRIVERS, *NULL_DRIVERS, "nbd")
 
 
 READ_ONLY: Final = "Block node is read-only"
@@ -30,6 +42,8 @@ class GivenObjects:
 
     def __init__(self) -> None:
         self._made: Objects | None = None
+        self.node_names: set[str] = set()
+        """Those that the images of the command line have."""
 
     def add(self, text: str) -> None:
         """Make one. Raises `ImageError`, and `CredentialsError`."""
@@ -104,22 +118,45 @@ class ImageName(NamedTuple):
     def as_json(self, format_: str) -> str | None:
         """Return the ``json:`` name that QEMU gives an image of that format if
         options make it another one than its file alone; None without any."""
-        if self.pairs.keys().isdisjoint(_IDENTIFYING) or is_remote(self.filename):
-            # What is no file has a name that says all.
+        below = {
+            key.removeprefix("file."): value
+            for key, value in self.pairs.items()
+            if key.startswith("file.")
+        }
+        if self.pairs.get("driver") in NULL_DRIVERS:
+            values = self._typed(self.pairs)
+            is_other = not values.keys().isdisjoint(_IDENTIFYING_NULL)
+        elif below.get("driver") in NULL_DRIVERS:
+            file = _ordered(self._typed(below))
+            values = {**self._typed(self.pairs), "driver": format_, "file": file}
+            is_other = not below.keys().isdisjoint(_IDENTIFYING_NULL)
+        elif is_remote(self.filename):
+            # It has a name that says all.
+            return None
+        else:
+            file = {"driver": "file", "filename": self.filename}
+            values = {"driver": format_, **self._typed(self.pairs), "file": file}
+            is_other = False
+        if not is_other and self.pairs.keys().isdisjoint(_IDENTIFYING):
             return None
         import json
 
-        pairs: dict[str, Any] = dict(self.pairs)
+        return JSON_PREFIX + json.dumps(_ordered(values))
+
+    def _typed(self, pairs: Mapping[str, str]) -> dict[str, Any]:
+        """Return options with the types that they have where they come from."""
+        values: dict[str, Any] = dict(pairs)
         if self.text.startswith(JSON_PREFIX):
-            for key in pairs.keys() & _NUMBERS:
+            for key in values.keys() & _NUMBERS:
                 with contextlib.suppress(ValueError):
-                    pairs[key] = int(pairs[key])
-        values: dict[str, Any] = {
-            "driver": format_,
-            **pairs,
-            "file": {"driver": "file", "filename": self.filename},
-        }
-        return "json:" + json.dumps({k: values[k] for k in _ORDER if k in values})
+                    values[key] = int(values[key])
+            if (flag := values.get("read-zeroes")) in BOOLEANS:
+                values["read-zeroes"] = BOOLEANS[flag]
+        return values
+
+    def shown_format(self, format_: str) -> str:
+        """See `shown_format`."""
+        return shown_format(format_, self.format, self.pairs.get("driver"))
 
 
 def check_force_share(options: Mapping[str, Any]) -> None:
@@ -131,46 +168,62 @@ def check_force_share(options: Mapping[str, Any]) -> None:
         raise ImageError("--force-share/-U conflicts with image options")
 
 
+def _ordered(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options in the order in which QEMU shows them, but those that it does
+    not show."""
+    return {key: values[key] for key in _ORDER if key in values}
+
+
+def shown_format(format_: str, *given: str | None) -> str:
+    """Return what QEMU calls the format of an image whose format is ``format_``: a file
+    or an export that was not ``given`` one is its own."""
+    return next((one for one in given if one in _PROTOCOLS), None) or format_
+
+
+def pairs_of(text: str, *, image_opts: bool, warns: bool = True) -> Pairs | None:
+    """Return the options that an argument is, None for a name. ``warns`` of what is
+    deprecated. Raises `UsageError` and `ImageError`."""
+    pairs: Pairs | None = None
+    if image_opts:
+        from nbdqcow.cli.option_text import parse_keyval
+
+        pairs = parse_keyval(text, warns=warns)
+    elif text.startswith(JSON_PREFIX):
+        pairs = json_pairs(text)
+    if warns and pairs is not None and pairs.get("backing") == "":
+        error(
+            'warning: Use of "backing": "" is deprecated; use "backing": null instead'
+        )
+    return pairs
+
+
 def image_name(
     text: str, format_: str | None, *, image_opts: bool, force_share: bool = False
 ) -> ImageName:
     """Return what an argument means: a file name, or with ``image_opts`` a set
-    of options. ``force_share`` is ``-U``. Raises `UsageError` and `ImageError`."""
-    if not image_opts and text.startswith(JSON_PREFIX):
-        try:
-            pairs = json_pairs(text)
-            filename, options = parse_pairs(pairs)
-        except ImageError as exc:
-            raise ImageError(f"Could not open '{text}': {exc}") from None
-        return ImageName(
-            text,
-            filename,
-            format_ or options.get("format"),
-            options.get("key_secret"),
-            {key: value for key, value in pairs.items() if value is not None},
-            force_share or options.get("force_share", False),
-            options.get("read_only", False),
-        )
-    if not image_opts:
-        return ImageName(text, text, format_, force_share=force_share)
-    if format_ is not None:
+    of options. ``force_share`` is ``-U``. Raises `ImageError`."""
+    if image_opts and format_ is not None:
         raise ImageError("--image-opts and --format are mutually exclusive")
-    from nbdqcow.cli.image_opts import parse_image_opts, parse_keyval
-
     try:
-        filename, options = parse_image_opts(text)
-    except UsageError as exc:
-        # Without the hint at --help.
-        reason = str(exc).removeprefix(f"'{text}': ")
+        pairs = pairs_of(text, image_opts=image_opts)
+        if pairs is None:
+            return ImageName(text, text, format_, force_share=force_share)
+        filename, options = parse_pairs(pairs)
+        check_node_names(pairs, set(), below=False)
+    except (ImageError, UsageError) as exc:
+        # Without the hint at --help. The import goes the other way.
+        from nbdqcow.cli.img_open import reason_of_refusal
+
+        reason = reason_of_refusal(exc)
         raise ImageError(f"Could not open '{text}': {reason}") from None
-    if force_share:
+    if image_opts and force_share:
         check_force_share(options)
     return ImageName(
         text,
         filename,
-        options.get("format"),
+        format_ or options.get("format"),
         options.get("key_secret"),
-        parse_keyval(text),
+        {key: value for key, value in pairs.items() if value is not None},
         force_share or options.get("force_share", False),
         options.get("read_only", False),
     )

@@ -5,14 +5,19 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from nbdqcow.block.image_options import NO_FILE_NAME, parse_json_name
+from nbdqcow.block.image_options import NO_FILE_NAME, check_node_names, parse_pairs
 from nbdqcow.block.node import Node
 from nbdqcow.block.open import open_image
 from nbdqcow.block.registry import is_remote
 from nbdqcow.block.storage import FileRole
-from nbdqcow.cli.image_opts import parse_image_opts
-from nbdqcow.cli.img_names import READ_ONLY, GivenObjects, check_force_share
-from nbdqcow.cli.img_open import check_backing_chain, open_image_file
+from nbdqcow.cli.img_names import (
+    READ_ONLY,
+    GivenObjects,
+    check_force_share,
+    pairs_of,
+    shown_format,
+)
+from nbdqcow.cli.img_open import check_backing_chain, open_image_file, reason_of_refusal
 from nbdqcow.cli.messages import warn_of_guess
 from nbdqcow.crypto.secrets import PassphraseRequired, Secret
 from nbdqcow.errors import ImageError, ImageInUse, NbdQcowError, UsageError
@@ -55,6 +60,11 @@ class ImageArguments:
             case _:
                 return False
         return True
+
+    def shown_format(self, name: str, format_: str) -> str:
+        """Return what messages call the format of the image ``name``."""
+        pairs = pairs_of(name, image_opts=self.image_opts, warns=False) or {}
+        return shown_format(format_, self.format, pairs.get("driver"))
 
     def check(self) -> None:
         """See that the options go together. Raises `ImageError`."""
@@ -218,13 +228,12 @@ def _explain(
 def _parse_name(name: str, arguments: ImageArguments) -> tuple[str, dict[str, Any]]:
     """Return the file and the options of `open_image` that ``name`` means."""
     try:
-        given = None
-        if arguments.image_opts:
-            given = parse_image_opts(name)
-        elif name.startswith("json:"):
-            given = parse_json_name(name)
+        pairs = pairs_of(name, image_opts=arguments.image_opts)
+        given = None if pairs is None else parse_pairs(pairs)
+        if pairs is not None:
+            check_node_names(pairs, arguments.objects.node_names)
     except (ImageError, UsageError) as exc:
-        reason = str(exc).removeprefix(f"'{name}': ")
+        reason = reason_of_refusal(exc)
         raise ImageError(f"Could not open '{name}': {reason}") from None
     if given is not None:
         if arguments.image_opts and arguments.force_share:

@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 from nbdqcow.block.filter_names import innermost, is_filtered
 from nbdqcow.block.image_options import (
-    JSON_PREFIX,
     NO_FILE_NAME,
     NO_OPTIONS,
+    UnknownOption,
+    not_supported,
     parse_json_name,
 )
+from nbdqcow.block.json_options import JSON_PREFIX
 from nbdqcow.block.registry import (
     PROBE_LENGTH,
     RoleFinder,
@@ -113,6 +115,18 @@ def open_image_file(
         yield OpenImage(path, file, tool, data_file)
     finally:
         file.close()
+
+
+def reason_of_refusal(exc: Exception) -> str:
+    """Return why the options of an image are refused. Which format has no such option
+    is only known of a file that is there, if they don't name it."""
+    if not isinstance(exc, UnknownOption) or exc.filename is None:
+        return str(exc)
+    try:
+        with open_image_file(exc.filename, None, force_share=True) as image:
+            return not_supported(image.tool.name, exc.key)
+    except ImageError as error:
+        return str(error)
 
 
 def identity_of(filename: str) -> object:

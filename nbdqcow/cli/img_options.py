@@ -6,6 +6,7 @@ from typing import Any, Final
 from nbdqcow.block.tools import CACHE_MODES, OptionValue
 from nbdqcow.cli.getopt_scan import Fault, Scan, scan
 from nbdqcow.cli.messages import error
+from nbdqcow.cli.option_text import as_flag, split_pairs
 from nbdqcow.errors import ImageError, UsageError
 from nbdqcow.units import (
     BOOLEANS,
@@ -96,28 +97,19 @@ def check_option_list(text: str) -> str:
 
 def wants_help(text: str) -> bool:
     """Whether ``-o TEXT`` asks for the list of options."""
-    return any(key in ("help", "?") for key, _ in _split(text))
+    return any(key in ("help", "?") for key, _ in split_pairs(text))
 
 
 def split_options(known: Container[str], text: str) -> Iterator[tuple[str, str]]:
     """Yield ``(name, value)`` of an ``-o`` string; a bare name is ``on``, or
     ``off`` behind a ``no``. Raises `ImageError` for an unknown name."""
-    for key, value in _split(text):
+    for key, value in split_pairs(text):
         name = key
         if value is None:
-            value = "on"
-            if key not in known and key.startswith("no"):
-                name, value = key[2:], "off"
+            name, value = (key, "on") if key in known else as_flag(key)
         if name not in known:
             raise ImageError(f"Invalid parameter '{name}'")
         yield name, value
-
-
-def _split(text: str) -> Iterator[tuple[str, str | None]]:
-    for item in text.replace(",,", "\0").split(","):
-        if item:
-            key, equals, value = item.replace("\0", ",").partition("=")
-            yield key, value if equals else None
 
 
 def convert_option(name: str, kind: str, value: str) -> OptionValue:

@@ -76,12 +76,12 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError("Expecting one image file name")
     if not unsafe and base is None:
         raise UsageError("Must specify backing file (-b) or use unsafe mode (-u)")
-    images.check()
     progress = ProgressLine(shown, quiet=quiet)
     try:
         progress.show(0)
         images.cache = check_cache(images.cache, "Invalid cache option: ")
         source_cache = check_cache(source_cache, "Invalid source cache option: ")
+        images.check()
         sources = ImageArguments(
             force_share=force_share, cache=source_cache, objects=images.objects
         )

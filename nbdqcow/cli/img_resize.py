@@ -52,9 +52,9 @@ def run(arguments: Sequence[str]) -> int:
                 images.take(name, value)
     if len(operands) != 1:
         raise UsageError("Expecting image file name and size")
-    images.check()
     sign = {"+": 1, "-": -1}.get(size_text[:1], 0)
     amount = int(convert_option("size", "size", size_text[1:] if sign else size_text))
+    images.check()
     status = run_command(
         lambda: _resize(operands[0], images, sign, amount, preallocation, shrink)
     )

@@ -10,15 +10,12 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from nbdqcow.cli.messages import is_our_name, printable
-from nbdqcow.cli.program import Signalled, is_unhandled
+from nbdqcow.cli.program import ENDING, Signalled, is_unhandled
 
 _PATIENCE: Final = 1.0
 """Seconds that a command may take before a terminal hears how far it is."""
 
 _SWITCH_INTERVAL: Final = 0.0005
-
-_ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
-"""Signals at which a command tidies up, as at SIGINT, before they end it."""
 
 
 class ProgressLine:
@@ -94,7 +91,8 @@ def run_command(
 ) -> int:
     """Run the coroutine of a command; return its exit status.
 
-    What it raises is the caller's. SIGTERM and SIGHUP cancel it as SIGINT does,
+    What it raises is the caller's. SIGTERM and SIGHUP cancel it as SIGINT does, and
+    SIGUSR1 if there is no ``progress`` that it could ask for,
     so that it can clean up, and are raised as `Signalled` then. Big requests go
     to worker threads, so the loop itself hardly matters, and uvloop would take
     longer to load than a small command.
@@ -128,12 +126,15 @@ def run_command(
 
         # Only the main thread can; tests have others.
         with contextlib.suppress(ValueError):
-            for number in _ENDING:
+            for number in ENDING:
                 # Below nohup it stays ignored.
                 if is_unhandled(number):
                     catch(number, end, number)
             if progress is not None:
                 catch(signal.SIGUSR1, progress.ask)
+            elif is_unhandled(signal.SIGUSR1):
+                # Nobody is to be told anything: it ends the command.
+                catch(signal.SIGUSR1, end, signal.SIGUSR1)
         return await main()
 
     try:

@@ -5,8 +5,10 @@ import os
 from collections.abc import Sequence
 from typing import Any, Final
 
+from nbdqcow.cli import option_text
 from nbdqcow.cli.img import print_help
 from nbdqcow.cli.img_info import print_snapshots
+from nbdqcow.cli.img_names import GivenObjects
 from nbdqcow.cli.img_open import check_backing_chain, open_image_file
 from nbdqcow.cli.img_options import parse_arguments
 from nbdqcow.cli.messages import describe, error
@@ -33,6 +35,7 @@ def run(arguments: Sequence[str]) -> int:
     options, operands = parse_arguments(arguments, ":la:c:d:f:hqU", _LONG)
     action, snapshot = "", ""
     common: list[tuple[str, str]] = []
+    objects = GivenObjects()
     for name, value in options:
         match name:
             case "-h":
@@ -44,13 +47,16 @@ def run(arguments: Sequence[str]) -> int:
                 action, snapshot = name, value
             case "-q":
                 pass
+            case "--object":
+                objects.add(value)
+                common.append((name, value))
             case _:
                 common.append((name, value))
     if len(operands) != 1:
         raise UsageError("Expecting one image file name")
     if action == "-l" and all(name == "-U" for name, _ in common):
         return _list(operands[0], force_share=bool(common))
-    return _operate(operands[0], common, action, snapshot)
+    return _operate(operands[0], common, objects, action, snapshot)
 
 
 def parse_snapshot(text: str) -> Any:
@@ -58,22 +64,11 @@ def parse_snapshot(text: str) -> Any:
 
     Raises `ImageError`.
     """
-    if not text.startswith("snapshot."):
-        return text
-    found: dict[str, str] = {}
-    for item in text.split(","):
-        key, equals, value = item.partition("=")
-        if not equals:
-            error(
-                f"warning: short-form boolean option '{key}' deprecated\n"
-                f"Please use {key}=on instead"
-            )
-            value = "on"
-        if key not in ("snapshot.id", "snapshot.name"):
-            error(f"Invalid parameter '{key}'")
-            raise ImageError(f"Failed in parsing snapshot param '{text}'")
-        found[key] = value
-    return found.get("snapshot.id"), found.get("snapshot.name")
+    try:
+        return option_text.parse_snapshot(text)
+    except UsageError as exc:
+        error(str(exc))
+        raise ImageError(f"Failed in parsing snapshot param '{text}'") from None
 
 
 def _list(filename: str, *, force_share: bool) -> int:
@@ -91,15 +86,20 @@ def _list(filename: str, *, force_share: bool) -> int:
 
 
 def _operate(
-    filename: str, common: Sequence[tuple[str, str]], action: str, snapshot: str
+    filename: str,
+    common: Sequence[tuple[str, str]],
+    objects: GivenObjects,
+    action: str,
+    snapshot: str,
 ) -> int:
     from nbdqcow.cli.img_nodes import ImageArguments, open_node
     from nbdqcow.cli.img_run import run_command
     from nbdqcow.cli.messages import warn_of_guess
 
-    images = ImageArguments()
+    images = ImageArguments(objects=objects)
     for name, value in common:
-        images.take(name, value)
+        if name != "--object":
+            images.take(name, value)
     images.check()
 
     async def main() -> int:

@@ -68,6 +68,8 @@ class NewImage:
         filename = self.filename
         if not filename:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if filename.endswith("/"):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         try:
             status = os.stat(filename)
         except FileNotFoundError:

@@ -60,14 +60,18 @@ def warn_of_guess(name: str) -> None:
 
 def printable(text: str) -> str:
     """Return ``text`` with what is no text escaped: control characters, which
-    a terminal would obey, and lone surrogates, which stand for the bytes of
-    file names that are not UTF-8."""
+    a terminal would obey, and the bytes of file names that are not UTF-8."""
     if text.isprintable():
         return text
-    return "".join(
-        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode()
-        for c in text
-    )
+    return "".join(c if c.isprintable() or c in "\n\t" else _escaped(c) for c in text)
+
+
+def _escaped(char: str) -> str:
+    code = ord(char)
+    # Such a surrogate stands for one byte.
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code & 0xFF:02x}"
+    return char.encode("unicode_escape").decode()
 
 
 def describe(exc: BaseException) -> str:

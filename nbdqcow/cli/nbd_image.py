@@ -3,7 +3,8 @@
 import contextlib
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nbdqcow.block.image_options import JSON_PREFIX, NO_FILE_NAME, parse_json_name
+from nbdqcow.block.image_options import NO_FILE_NAME, parse_json_name
+from nbdqcow.block.json_options import JSON_PREFIX
 from nbdqcow.block.node import Node
 from nbdqcow.block.registry import format_driver
 from nbdqcow.block.storage import FileRole
@@ -73,8 +74,8 @@ def _take_options(settings: Settings, objects: "Objects") -> tuple[str, dict[str
     options["secrets"] = lambda name: objects.secret(name).encode()
     if settings.image_opts:
         from nbdqcow.block.image_options import parse_pairs
-        from nbdqcow.cli.image_opts import parse_keyval
         from nbdqcow.cli.image_tls import with_credentials
+        from nbdqcow.cli.option_text import parse_keyval
         from nbdqcow.crypto.secrets import Secret
 
         try:

@@ -432,21 +432,15 @@ def _parse_number(text: str, what: str) -> int:
 
 
 def _parse_snapshot(text: str) -> str | tuple[str | None, str | None]:
-    """Return what ``--load-snapshot`` names: an ID or name, or
-    ``snapshot.id=ID,snapshot.name=NAME``, each of them optional."""
-    if not text.startswith("snapshot."):
-        return text
-    found: dict[str, str] = {}
-    # A comma that belongs to a value is doubled.
-    for part in text.replace(",,", "\0").split(","):
-        key, equals, value = part.replace("\0", ",").partition("=")
-        if key not in ("snapshot.id", "snapshot.name"):
-            raise UsageError(
-                f"Invalid parameter '{key}'\n"
-                f"{program_name()}: Failed in parsing snapshot param `{text}'"
-            )
-        found[key] = value if equals else "on"
-    return found.get("snapshot.id"), found.get("snapshot.name")
+    """Return what ``--load-snapshot`` names."""
+    from nbdqcow.cli.option_text import parse_snapshot
+
+    try:
+        return parse_snapshot(text)
+    except UsageError as exc:
+        raise UsageError(
+            f"{exc}\n{program_name()}: Failed in parsing snapshot param `{text}'"
+        ) from None
 
 
 def _parse_offset(text: str) -> int:

@@ -8,8 +8,8 @@ import string
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from nbdqcow.block.image_options import DuplicateKeyError, load_json
-from nbdqcow.cli.image_opts import parse_keyval
+from nbdqcow.block.json_options import DuplicateKeyError, load_json
+from nbdqcow.cli.option_text import parse_properties
 from nbdqcow.cli.program import Answered
 from nbdqcow.errors import UsageError
 from nbdqcow.units import BOOLEANS, boolean_expected
@@ -233,9 +233,9 @@ def parse_object(text: str) -> Properties:
     if text.startswith("{"):
         return Properties(_parse_json(text))
     kind, _, rest = text.partition(",")
-    if "=" in kind:
-        return Properties(parse_keyval(text, flags=False))
-    given = parse_keyval(rest, flags=False)
+    if "=" in kind or text.startswith(","):
+        return Properties(parse_properties(text))
+    given = parse_properties(rest)
     return Properties(({"qom-type": kind} if kind else {}) | given)
 
 

@@ -8,7 +8,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final, NoReturn
 
 from nbdqcow.cli.messages import describe, error, is_our_name
@@ -17,6 +17,10 @@ SWITCH_INTERVAL: Final = 0.0001
 """Seconds after which a thread that wants the interpreter gets it. A worker thread has
 a few lines to run between two calls that take 100 us; by Python's own 5 ms it could
 wait for the loop for as long as fifty of them."""
+
+
+ENDING: Final = (signal.SIGTERM, signal.SIGHUP)
+"""Signals at which a command tidies up, as at SIGINT, before they end it."""
 
 
 class Signalled(BaseException):
@@ -107,6 +111,27 @@ def _end_at_once(number: int, _frame: object) -> NoReturn:
 def is_unhandled(number: int) -> bool:
     """Whether nobody has decided yet what a signal does, such as nohup(1)."""
     return signal.getsignal(number) in (signal.SIG_DFL, _end_at_once)
+
+
+@contextlib.contextmanager
+def signals_raised() -> Iterator[None]:
+    """Raise `Signalled` where the block is when a signal wants to end the program, as
+    `KeyboardInterrupt` comes, so that it can take away what it has not completed."""
+
+    def end(number: int, _frame: object) -> NoReturn:
+        raise Signalled(number)
+
+    replaced: dict[signal.Signals, Any] = {}
+    try:
+        # Only the main thread can; tests have others.
+        with contextlib.suppress(ValueError):
+            for number in (*ENDING, signal.SIGUSR1):
+                if is_unhandled(number):
+                    replaced[number] = signal.signal(number, end)
+        yield
+    finally:
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
 
 
 def leave(status: int) -> NoReturn:

@@ -12,10 +12,11 @@ from typing import Any, Final, TypeVar
 
 from nbdqcow.block.driver import FormatDriver
 from nbdqcow.block.filter_names import innermost, shown_name
+from nbdqcow.block.image_options import parse_pairs
 from nbdqcow.block.node import Node
 from nbdqcow.block.tools import REPAIR_ALL, REPAIR_NONE
 from nbdqcow.buffers import BufferPool
-from nbdqcow.cli.image_opts import parse_image_opts
+from nbdqcow.cli.option_text import parse_keyval
 from nbdqcow.crypto.luks import LuksHeader
 from nbdqcow.errors import ImageError, ProtocolError, UsageError
 from nbdqcow.filters.rules import Rules, parse_config
@@ -302,8 +303,8 @@ def uris(data: bytes) -> None:
 def image_options(data: bytes) -> None:
     """``--image-opts``, and sizes."""
     text = data.decode("utf-8", "surrogateescape")
-    with contextlib.suppress(UsageError):
-        name, _ = parse_image_opts(text)
+    with contextlib.suppress(ImageError, UsageError):
+        name, _ = parse_pairs(parse_keyval(text))
         with contextlib.suppress(ImageError):
             shown_name(name, innermost(name))
     try:

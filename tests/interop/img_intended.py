@@ -26,8 +26,8 @@ _OUR_CHOICE: Final = (
     *("Unknown driver", "Unknown protocol", "Unknown file format", "must start with"),
     *("vvfat", "null-co", "regular file"),
     # Options of QEMU's that are refused by name, or in other words.
-    *("does not support the option", "does not accept value", "short-form boolean"),
-    *("key=value", "is not supported", "invalid size", "node-name="),
+    *("does not support the option", "does not accept value"),
+    *("is not supported", "invalid size"),
     *(
         "Must specify either",
         "A block device must be specified",

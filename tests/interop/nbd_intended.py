@@ -19,7 +19,7 @@ _OUR_CHOICE: Final = (
     *(
         "Address already in use",
         "Failed to unlink socket",
-        "\\udc",
+        "\\xff",
         "modprobe nbd",
         "Inappropriate ioctl",
     ),

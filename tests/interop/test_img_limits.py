@@ -115,3 +115,30 @@ def test_commit_into_an_image_that_can_not_be_written_to(
     expected = run_theirs("commit top", directory)
     assert expected[0] == 1
     assert run_ours("commit top", directory) == expected
+
+
+@pytest.mark.parametrize("cluster_size", ["512", "4k", "64k"])
+@pytest.mark.parametrize(
+    "line", ["commit top", "rebase -f qcow2 -b '' x", "bench -q -w -c 400 -f qcow2 x"]
+)
+def test_nothing_leaks_where_a_full_disk_ends_a_command(
+    line: str, cluster_size: str, tiny: Path, tmp_path_factory
+) -> None:
+    """QEMU's own leaves leaks behind `commit` and `bench`."""
+    directory = tmp_path_factory.mktemp("elsewhere")
+    disk = tiny / "x"
+    for name in ("below", "top"):
+        create = f"create -f qcow2 -o cluster_size={cluster_size} {name} 8M"
+        assert run_theirs(create, directory)[0] == 0
+        fill = ["-f", "qcow2", "-c", "write -P 1 0 3M", str(directory / name)]
+        subprocess.run([find_tool("qemu-io"), *fill], check=True, capture_output=True)
+    for name, below in ((disk, directory / "below"), (directory / "top", disk)):
+        if name == disk:
+            create = f"create -f qcow2 -o cluster_size={cluster_size} {disk} 8M"
+            assert run_theirs(create, directory)[0] == 0
+            if line.startswith("commit"):
+                continue
+        rebase = f"rebase -u -f qcow2 -F qcow2 -b {below} {name}"
+        assert run_theirs(rebase, directory)[0] == 0
+    assert run_ours(line.replace(" x", f" {disk}"), directory)[0] == 1
+    assert run_theirs(f"check -f qcow2 {disk}", directory)[0] == 0

@@ -46,6 +46,49 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dd if=base.raw of=sub",
         "bench -w sub",
         "bitmap --add sub x",
+        # Of several wrong things the one that QEMU sees first.
+        "amend -f qcow2 --image-opts -t x -o compat=1.1 file.filename=base.qcow2",
+        "amend -p -f qcow2 --image-opts -o compat=1.1 file.filename=base.qcow2",
+        "amend -p -o compat=1.1",
+        "amend -f file -o compat=1.1 base.raw",
+        "amend -o compat=1.1 --image-opts driver=file,filename=base.raw",
+        "rebase -f qcow2 --image-opts -t x -b base.raw file.filename=top.qcow2",
+        "rebase -p -f qcow2 --image-opts -b base.raw file.filename=top.qcow2",
+        "commit -p -f qcow2 --image-opts -t x file.filename=top.qcow2",
+        "compare -p -f qcow2 --image-opts -T x file.filename=top.qcow2 base.raw",
+        "convert -p -f qcow2 --image-opts -T x file.filename=top.qcow2 new",
+        "convert -p -f qcow2 --image-opts file.filename=top.qcow2 new",
+        "convert -p -T x top.qcow2 new",
+        "resize -f qcow2 --image-opts file.filename=top.qcow2 x",
+        "snapshot -l --object secret -a x snap.qcow2",
+        "snapshot --object secret",
+        # A new file that is called as a directory.
+        "convert base.raw new/",
+        "convert -O qcow2 base.raw new/",
+        "dd if=base.raw of=new/",
+        # Commas in a list of options.
+        "create -f qcow2 -o lazy_refcounts,,compat=1.1 new 1M",
+        "create -f qcow2 -o lazy,,refcounts=1 new 1M",
+        "create -f qcow2 -o help,,x new 1M",
+        "amend -o lazy_refcounts,,compat=1.1 base.qcow2",
+        *(
+            f"info --image-opts {options}"
+            for options in (
+                "driver=qcow2,nolazy-refcounts,file.filename=base.qcow2",
+                "driver=qcow2,lazy-refcounts,,file.filename=base.qcow2",
+                ",driver=qcow2,file.filename=base.qcow2",
+                ",,driver=qcow2,file.filename=base.qcow2",
+                "driver=qcow2,=1,file.filename=base.qcow2",
+                "driver=qcow2,node-name,file.filename=base.qcow2",
+                ",",
+            )
+        ),
+        "info --object secret,id=s,=a base.qcow2",
+        "info --object ,id=s base.qcow2",
+        *(
+            f"convert -l snapshot.name={name} snap.qcow2 new"
+            for name in ("x,,y", "x,,", "x,,,foo", "x,nofoo")
+        ),
         # The file's own options.
         "create -f raw -o preallocation=foo new 1M",
         "convert -o preallocation=foo base.raw new",

@@ -47,6 +47,31 @@ def test_an_interrupted_convert_leaves_what_was_there(directory, number, target)
     assert (directory / "old").read_text() == "what was there before"
 
 
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+)
+@pytest.mark.parametrize(
+    "line",
+    [
+        "create -q -f raw -o preallocation=full new 4G",
+        "create -q -f qcow2 -o preallocation=full new 4G",
+        "create -q -f qcow2 -o preallocation=full,data_file=data new 4G",
+        "dd bs=1 if=source of=new",
+    ],
+)
+def test_an_interrupted_command_leaves_no_part(directory, number, line):
+    """`create` writes in place, and `dd` has no progress to tell of at SIGUSR1."""
+    before = sorted(os.listdir(directory))
+    process = start(directory, *line.split())
+    deadline = time.monotonic() + 60
+    while sorted(os.listdir(directory)) == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(60) == -number
+    assert sorted(os.listdir(directory)) == before
+
+
 def test_a_failing_dd_says_so_in_qemus_words(directory):
     limits = (MiB, MiB)
     answers = []

@@ -113,8 +113,56 @@ def directory(tmp_path):
                 '"file.node-name":null',
             )
         ),
+        # A backing file is null, a node's name, or options.
+        *(
+            f'{command} \'json:{{"driver":"qcow2","backing":{value},'
+            '"file.filename":"overlay"}\''
+            for command, value in (
+                ("info", "1"),
+                ("info", "[]"),
+                ("info", '""'),
+                ("map", "null"),
+                ("map", '""'),
+                ("map", '"x"'),
+                ("check", '""'),
+                ("measure -O raw", '""'),
+            )
+        ),
+        'map \'json:{"driver":"qcow2","backing":true,"file.filename":"base"}\'',
+        "map --image-opts driver=qcow2,backing=x,backing.driver=raw,"
+        "file.filename=overlay",
+        # An option of no format: the format is guessed first.
+        'info \'json:{"driver":["x"],"file.filename":"overlay"}\'',
+        'map \'json:{"driver":{"x":1},"file.filename":"overlay"}\'',
+        "check --image-opts foo=1,file.filename=overlay",
+        "map --image-opts foo=1,file.filename=absent",
+        'map \'json:{"driver":"qcow2","cache":{},"file.filename":"overlay"}\'',
+        'map \'json:{"driver":"qcow2","data-file":["x"],"file.filename":"base"}\'',
+        # Nodes have names of their own, in the whole command line.
+        "info --image-opts driver=qcow2,node-name=a,file.filename=base,"
+        "file.node-name=a",
+        "check --image-opts driver=qcow2,node-name=a,file.filename=base,"
+        "file.node-name=a",
+        "map --image-opts driver=qcow2,node-name=a,file.filename=overlay,"
+        "backing.node-name=a",
+        "compare --image-opts driver=qcow2,node-name=a,file.filename=base "
+        "driver=qcow2,node-name=a,file.filename=overlay",
+        "compare --image-opts driver=qcow2,node-name=a,file.filename=base "
+        "driver=qcow2,node-name=b,file.filename=overlay",
         "map --image-opts driver=raw,file.driver=foo,file.filename=overlay",
         "info null-co://",
+        # What is of no format is shown as what it is.
+        "info -f file base",
+        "info --output=json -f file overlay",
+        "info --image-opts driver=file,filename=base",
+        "info --image-opts driver=null-co",
+        "info --output=json --image-opts driver=null-aio,size=64k,read-zeroes=on",
+        "info --image-opts driver=null-co,read-zeroes=off,latency-ns=5,node-name=a",
+        "info --image-opts driver=raw,size=512k,file.driver=null-co,file.size=1M",
+        "info --image-opts driver=raw,offset=512,file.driver=null-co",
+        "info --image-opts file.driver=null-co,file.size=5M",
+        'info \'json:{"driver":"null-co","size":1048576,"read-zeroes":true}\'',
+        'info \'json:{"driver":"raw","file":{"driver":"null-co","size":"1M"}}\'',
         "info --output=json null-aio:x",
         'map --output=json \'json:{"driver":"null-co","read-zeroes":true}\'',
         "map --output=json --image-opts driver=null-co,read-zeroes=on,size=1M",
@@ -125,6 +173,10 @@ def directory(tmp_path):
     ],
 )
 def test_as_qemu_img(directory, line):
+    compare(directory, line)
+
+
+def compare(directory, line):
     words = shlex.split(line)
     outcomes = [
         subprocess.run(command, cwd=directory, capture_output=True)
@@ -135,3 +187,10 @@ def test_as_qemu_img(directory, line):
     ]
     theirs, ours = ((o.returncode, o.stdout, o.stderr) for o in outcomes)
     assert ours == as_7_2_says(words, theirs)
+
+
+@pytest.mark.parametrize("line", ["info", "info --output=json --backing-chain"])
+def test_a_snapshot_of_an_overlay_in_qemus_order(directory, line):
+    snapshot = [find_tool("qemu-img"), "snapshot", "-c", "one", "overlay"]
+    subprocess.run(snapshot, cwd=directory, check=True)
+    compare(directory, f"{line} overlay")

@@ -6,10 +6,10 @@ import pytest
 
 from nbdqcow.block.image_options import (
     BackingOverride,
-    flatten,
     parse_json_name,
     parse_pairs,
 )
+from nbdqcow.block.json_options import NO_TEXT, flatten
 from nbdqcow.errors import ImageError
 
 
@@ -18,7 +18,12 @@ def test_json_is_flattened():
     assert flatten(given) == {
         "a.b": "1", "a.c.d": "on", "e": None, "f.g": "x", "h": "off",
     }  # fmt: skip
-    assert flatten({"a": ["x", {"b": 2}], "c": []}) == {"a.0": "x", "a.1.b": "2"}
+    assert flatten({"a": ["x", {"b": 2}], "c": []}) == {
+        "a.0": "x", "a.1.b": "2", "c": None,
+    }  # fmt: skip
+    assert flatten({"backing": 1, "a.backing": {}, "b": {"backing": None}}) == {
+        "backing": NO_TEXT, "a.backing": NO_TEXT, "b.backing": None,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -136,6 +141,11 @@ def test_meaning(given, filename, options):
         ("{}", "either driver or file"),
         ('{"file": "node"}', "node-name='node'"),
         ('{"backing": "node", "file.filename": "a"}', "node-name='node'"),
+        ('{"backing": 1, "file.filename": "a"}', "'raw' does not support .*'backing'"),
+        (
+            '{"driver": "qcow2", "backing": {"backing": []}, "file.filename": "a"}',
+            "Could not open backing file: .* does not support the option 'backing'",
+        ),
         ('{"file": {"driver": "ssh", "filename": "a"}}', "Unknown driver 'ssh'"),
         ('{"file": {"driver": "nbd"}}', "address missing"),
         ('{"file": {"driver": "nbd", "host": "a", "path": "b"}}', "at the same time"),
@@ -223,4 +233,6 @@ def test_a_format_takes_the_place_of_the_names():
         {"format": "qcow2"},
     )
     with pytest.raises(ImageError, match="'qcow2' does not support the option"):
-        parse_json_name('json:{"driver":"luks","key-secret":"s","file":{}}', "qcow2")
+        parse_json_name(
+            'json:{"driver":"luks","key-secret":"s","file.filename":"a"}', "qcow2"
+        )

@@ -27,7 +27,7 @@ def test_what_cannot_be_printed_is_escaped(monkeypatch, capsys):
     warning("no '\udcfe'")
     assert (
         capsys.readouterr().err
-        == "x: no '\\udcff' é\\x1b[2J\n\tmore\nWARNING: no '\\udcfe'\n"
+        == "x: no '\\xff' é\\x1b[2J\n\tmore\nWARNING: no '\\xfe'\n"
     )
 
 

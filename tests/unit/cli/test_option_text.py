@@ -1,7 +1,8 @@
 import pytest
 
-from nbdqcow.cli.image_opts import parse_image_opts, parse_keyval
-from nbdqcow.errors import UsageError
+from nbdqcow.block.image_options import parse_pairs
+from nbdqcow.cli.option_text import parse_keyval, parse_properties, parse_snapshot
+from nbdqcow.errors import ImageError, UsageError
 
 
 @pytest.mark.parametrize(
@@ -14,6 +15,13 @@ from nbdqcow.errors import UsageError
         ("a=b=c", {"a": "b=c"}),
         ("a", {"file": "a"}),
         ("x=1,a", {"x": "1", "a": "on"}),
+        ("x=1,nodelay", {"x": "1", "delay": "off"}),
+        ("a,,b,x=1", {"file": "a,b", "x": "1"}),
+        (",,a=b,x=1", {"file": ",a=b", "x": "1"}),
+        ("a=b,,,c=d", {"a": "b,", "c": "d"}),
+        ("a=b,,,,c", {"a": "b,,c"}),
+        ("a=b,c,,d=e", {"a": "b", "c": "on", "": "on", "d": "e"}),
+        ("=b", {"": "b"}),
         ("a=1,a=2,", {"a": "2"}),
         ("a=", {"a": ""}),
     ],
@@ -54,7 +62,7 @@ def test_keyval(text, pairs):
     ],
 )
 def test_image_opts(text, filename, options):
-    assert parse_image_opts(text) == (filename, options)
+    assert parse_pairs(parse_keyval(text)) == (filename, options)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +70,7 @@ def test_image_opts(text, filename, options):
     [
         ("", "Must specify either driver or file"),
         ("driver=qcow2", 'A block device must be specified for "file"'),
-        ("=x", "key=value"),
+        ("=x", "Must specify either driver or file"),
         ("disk.qcow2", "Cannot find device='disk.qcow2' nor node-name='disk.qcow2'"),
         ("disk,file.filename=x", "Cannot reference an existing block device"),
         ("driver=qcow2,file=node0", "node-name='node0'"),
@@ -75,5 +83,26 @@ def test_image_opts(text, filename, options):
     ],
 )
 def test_image_opts_refused(text, message):
+    with pytest.raises((ImageError, UsageError), match=message):
+        parse_pairs(parse_keyval(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id=s,=x", "Invalid parameter ''"),
+        (",id=s", "Invalid parameter ''"),
+        ("id=s,flag", "Expected '=' after parameter 'flag'"),
+    ],
+)
+def test_properties_refused(text, message):
     with pytest.raises(UsageError, match=message):
-        parse_image_opts(text)
+        parse_properties(text)
+
+
+def test_a_comma_in_a_snapshots_name():
+    assert parse_snapshot("a,b") == "a,b"
+    assert parse_snapshot("snapshot.name=a,,b") == (None, "a,b")
+    assert parse_snapshot("snapshot.name=a,snapshot.id=1") == ("1", "a")
+    with pytest.raises(UsageError, match="Invalid parameter 'b'"):
+        parse_snapshot("snapshot.name=a,b")
