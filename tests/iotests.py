@@ -57,6 +57,7 @@ KNOWN: Final[Mapping[str, str]] = {
     "110": "asks for QEMU's quorum driver",
     "112": "a snapshot that fails leaks nothing; other steps of -p",
     "113": "reads a bochs image",
+    "127": _EVENTS,
     "144": _EVENTS,
     "148": "asks for QEMU's quorum driver",
     "153": "tells who holds an image; null-co:// is shown as raw",

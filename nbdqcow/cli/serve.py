@@ -53,7 +53,16 @@ class ServeSettings:
 
 
 @click.command()
-@click.argument("images", metavar="[NAME=]IMAGE...", nargs=-1, required=True)
+@click.argument("images", metavar="[NAME=]IMAGE...", nargs=-1)
+@click.option(
+    "--export",
+    "exports",
+    multiple=True,
+    nargs=2,
+    metavar="NAME IMAGE",
+    help="One more export, whatever characters NAME and IMAGE have. May be given "
+    "several times.",
+)
 @place_options
 @click.option("-r", "--read-only", is_flag=True, help="Refuse all writes.")
 @click.option(
@@ -119,6 +128,7 @@ class ServeSettings:
 @click.option("-v", "--verbose", is_flag=True, help="Log what clients do.")
 def serve(
     images: tuple[str, ...],
+    exports: tuple[tuple[str, str], ...],
     read_only: bool,
     format: str | None,
     cache: str,
@@ -133,18 +143,20 @@ def serve(
     verbose: bool,
     **others: Any,
 ) -> int:
-    """Serve images over NBD until SIGTERM or SIGINT.
+    """Serve images over NBD until SIGTERM, SIGINT or SIGHUP.
 
     A sole IMAGE is the default export. Of several, each has its NAME, or else
-    the name of its file.
+    the name of its file. A NAME with a slash needs --export.
     """
+    if not images and not exports:
+        raise click.UsageError("Missing argument: [NAME=]IMAGE or --export NAME IMAGE")
     if detect_zeroes == "unmap" and discard != "unmap":
         raise click.UsageError("--detect-zeroes=unmap needs --discard=unmap")
     kept = {}
     if compressed_cache_size is not None:
         kept["compressed_cache_size"] = compressed_cache_size
     settings = ServeSettings(
-        images=export_names(images),
+        images=export_names(images, exports),
         places=take_places(others, take_activation(os.environ)),
         read_only=read_only,
         open_options={
@@ -184,23 +196,34 @@ def _take_key(key_file: str | None, key_env: str | None) -> dict[str, Any]:
     return {}
 
 
-def export_names(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Return export name and file name of each ``[NAME=]IMAGE``.
+def export_names(
+    arguments: Sequence[str], exports: Sequence[tuple[str, str]] = ()
+) -> list[tuple[str, str]]:
+    """Return export name and file name of each ``[NAME=]IMAGE``, then ``exports``.
 
     What comes before the first ``=`` is a name, unless it has a slash: that
-    is a path. Raises `UsageError` for a name that is used twice.
+    is a path. ``exports`` have both as they are. Raises `UsageError` for a name
+    that is used twice.
     """
     images: list[tuple[str, str]] = []
+    alone = len(arguments) + len(exports) == 1
     for argument in arguments:
         name, equals, filename = argument.partition("=")
         if not equals or "/" in name:
             filename = argument
-            name = os.path.basename(filename) if len(arguments) > 1 else ""
+            name = "" if alone else os.path.basename(filename)
         if not filename:
             raise UsageError(f"'{argument}' names no image")
-        if any(name == other for other, _ in images):
-            raise UsageError(f"there are two exports named '{name}': use NAME=IMAGE")
         images.append((name, filename))
+    for name, filename in exports:
+        if not filename:
+            raise UsageError(f"--export '{name}' names no image")
+        images.append((name, filename))
+    names: set[str] = set()
+    for name, _ in images:
+        if name in names:
+            raise UsageError(f"there are two exports named '{name}': use NAME=IMAGE")
+        names.add(name)
     return images
 
 

@@ -23,8 +23,8 @@ from nbdqcow.server.sockets import (
     SocketFile,
     as_stream,
     bind_tcp,
-    bind_unix_blocking,
     bind_vsock,
+    listen_unix_blocking,
 )
 from nbdqcow.server.tls import ServerTls
 
@@ -158,7 +158,7 @@ class Server:
         is there).
         """
         sock, file = await asyncio.to_thread(
-            bind_unix_blocking, path, mode=mode, owner=owner, label=label
+            listen_unix_blocking, path, mode=mode, owner=owner, label=label
         )
         self._listen(sock, file)
 

@@ -56,7 +56,7 @@ class Listener:
         on_accepted: Callable[[socket.socket], None],
         file: SocketFile | None = None,
     ) -> None:
-        """Take over ``sock``, which is bound; listen.
+        """Take over ``sock``, which is bound or listens; listen.
 
         ``on_accepted`` is given each client's socket. ``file`` is removed at
         the end. Raises `OSError`, and then the socket is still the caller's.
@@ -171,19 +171,22 @@ def _write_label(label: bytes) -> None:
         raise SocketLabelError(exc.errno, exc.strerror) from exc
 
 
-def bind_unix_blocking(
+def listen_unix_blocking(
     path: str,
     *,
     mode: int | None = None,
     owner: tuple[int, int] | None = None,
     label: str | None = None,
 ) -> tuple[socket.socket, SocketFile | None]:
-    """Return a socket bound to ``path``, in the place of a stale one.
+    """Return a socket that listens on ``path``, in the place of a stale one.
 
     A path that begins with NUL is an abstract one and has no file. ``mode``
     and ``owner`` (user and group; -1 leaves one alone) are the file's; nobody
     can connect before they are set. ``label`` is what SELinux decides by who may
     connect to the socket. Raises `OSError`.
+
+    Scripts wait for the file and then connect, so it listens as soon as may be
+    after the file is there.
     """
     with _labelling_sockets(label):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -198,6 +201,8 @@ def bind_unix_blocking(
                 raise
             os.unlink(path)
             sock.bind(path)
+        if owner is None and mode is None:
+            sock.listen(_BACKLOG)
         status = os.stat(path)
         file = SocketFile(path, status.st_dev, status.st_ino)
         try:
@@ -205,6 +210,7 @@ def bind_unix_blocking(
                 os.chown(path, *owner)
             if mode is not None:
                 os.chmod(path, mode)
+            sock.listen(_BACKLOG)
         except BaseException:
             file.remove()
             raise

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import socket
 
 import pytest
@@ -74,6 +75,28 @@ def test_exports_by_name(served, images, short_path):
         assert export["is_read_only"]
     run(find_tool("nbdinfo"), f"nbd+unix:///none{where}", status=1)
     run(find_tool("nbdinfo"), f"nbd+unix:///{where}", status=1)
+
+
+def test_exports_named_with_slashes(served, images, short_path):
+    server = served(
+        "--export", "vm/disk=0", images["qcow2"], "--export", "/raw", images["raw"],
+        "--read-only", "--unix", short_path / "s",
+    )  # fmt: skip
+    lines = server.stdout.read_text().splitlines()
+    uris = [line.split()[0] for line in lines if line.startswith("    nbd+unix")]
+    assert [info(uri)["export-name"] for uri in uris] == ["vm/disk=0", "/raw"]
+    for uri in uris:
+        run(find_tool("qemu-io"), "-r", "-f", "raw", uri, "-c", "read 0 64k")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_signals_that_end_in_order(served, images, short_path, number):
+    server = served(images["qcow2"], "--unix", short_path / "s")
+    uri = f"nbd+unix:///?socket={short_path}/s"
+    run(find_tool("qemu-io"), "-f", "raw", uri, "-c", "write -P 7 0 64k")
+    server.process.send_signal(number)
+    assert server.process.wait(20) == 0
+    run(find_tool("qemu-io"), images["qcow2"], "-c", "read -P 7 0 64k")
 
 
 def test_pid_file(served, images, tmp_path, short_path):

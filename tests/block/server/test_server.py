@@ -150,17 +150,40 @@ async def test_a_label_is_the_thread_s_while_the_socket_is_made(tmp_path, monkey
 
     monkeypatch.setattr(os, "write", write)
     monkeypatch.setattr(sockets.socket, "socket", make_socket)
-    sock, _ = await asyncio.to_thread(sockets.bind_unix_blocking, str(tmp_path / "a"))
+    sock, _ = await asyncio.to_thread(sockets.listen_unix_blocking, str(tmp_path / "a"))
     sock.close()
     assert [what for _, what in writes] == ["socket"]
     writes.clear()
     label = "system_u:object_r:svirt_socket_t:s0"
     sock, _ = await asyncio.to_thread(
-        sockets.bind_unix_blocking, str(tmp_path / "b"), label=label
+        sockets.listen_unix_blocking, str(tmp_path / "b"), label=label
     )
     sock.close()
     assert [what for _, what in writes] == [f"{label}\0".encode(), "socket", b""]
     assert len({thread for thread, _ in writes}) == 1
+
+
+@pytest.mark.parametrize("mode", [None, 0o600])
+async def test_a_unix_socket_listens_at_once(tmp_path, monkeypatch, mode):
+    path = tmp_path / "socket"
+    to_stat = os.stat
+    answers = []
+
+    def stat(name):
+        # A client that waits for the file is here right after it.
+        with socket.socket(socket.AF_UNIX) as client:
+            answers.append(client.connect_ex(str(path)))
+        return to_stat(name)
+
+    monkeypatch.setattr(sockets.os, "stat", stat)
+    sock, file = sockets.listen_unix_blocking(str(path), mode=mode)
+    monkeypatch.undo()
+    # Permissions that are asked for are there before anybody can connect.
+    assert answers == [0 if mode is None else errno.ECONNREFUSED]
+    with socket.socket(socket.AF_UNIX) as client:
+        assert client.connect_ex(str(path)) == 0
+    file.remove()
+    sock.close()
 
 
 async def test_a_socket_of_somebody_else_is_not_removed(tmp_path):

@@ -30,10 +30,32 @@ def test_export_names(arguments, images):
     assert serve.export_names(arguments) == images
 
 
-@pytest.mark.parametrize("arguments", [["a", "/d/a"], ["x=a", "x=b"], ["x="]])
-def test_bad_export_names(arguments):
+@pytest.mark.parametrize(
+    ("arguments", "exports", "images"),
+    [
+        ([], [("vm/a=b", "/d/a=b")], [("vm/a=b", "/d/a=b")]),
+        ([], [("", "a"), ("/b", "b")], [("", "a"), ("/b", "b")]),
+        (["/d/a"], [("/b", "b")], [("a", "/d/a"), ("/b", "b")]),
+    ],
+)
+def test_export_names_of_options(arguments, exports, images):
+    assert serve.export_names(arguments, exports) == images
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exports"),
+    [
+        (["a", "/d/a"], []),
+        (["x=a", "x=b"], []),
+        (["x="], []),
+        (["a"], [("a", "b")]),
+        ([], [("a/b", "a"), ("a/b", "b")]),
+        ([], [("a/b", "")]),
+    ],
+)
+def test_bad_export_names(arguments, exports):
     with pytest.raises(UsageError):
-        serve.export_names(arguments)
+        serve.export_names(arguments, exports)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +122,7 @@ def test_announcement(monkeypatch):
         ([], 2, "Usage: nbdqcow"),
         (["bogus"], 2, "nbdqcow: No such command 'bogus'"),
         (["serve"], 2, "nbdqcow: Missing argument"),
+        (["serve", "--export", "a"], 2, "'--export' requires 2 arguments"),
         (["serve", "--bogus", "a"], 2, "nbdqcow: No such option"),
         (["serve", "--listen", "h:x", "a"], 2, "a port is a number"),
         (["serve", "--listen", "", "a"], 2, "'--listen': give HOST:PORT"),
