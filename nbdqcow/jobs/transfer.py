@@ -17,6 +17,9 @@ from nbdqcow.units import KiB
 
 CHUNK: Final = 512 * KiB
 """Bytes that a thread reads and writes at a time."""
+_SHORT_CHUNK: Final = 256 * KiB
+"""The same of what it decompresses. That takes so long that a longer one gains nothing,
+and the kernel has more trouble to find memory for it."""
 
 
 class ReadError(Exception):
@@ -113,7 +116,7 @@ class Transfer:
         """
         view = _buffers.view
         position = 0
-        for source, offset, count in self._cut(skipped + start, length):
+        for source, offset, count in self._cut(skipped + start, length, CHUNK):
             chunk = view[:count]
             _read(source, offset, chunk)
             write(position, chunk)
@@ -142,14 +145,20 @@ class Transfer:
         """
         data, view = _buffers.data, _buffers.view
         position, filled = 0, 0
-        for source, offset, count in self._cut(start, length):
-            if source is ZEROES and count == CHUNK:
+        chunk = CHUNK
+        if not all(
+            source is ZEROES or isinstance(source, StorageDriver)
+            for source, _, _ in self._places
+        ):
+            chunk = max(unit, _SHORT_CHUNK)
+        for source, offset, count in self._cut(start, length, chunk):
+            if source is ZEROES and count == chunk:
                 self.zeroes.append((start + position, count))
                 position += count
                 continue
             _read(source, offset, view[filled : filled + count])
             filled += count
-            if filled < CHUNK and position + filled < length:
+            if filled < chunk and position + filled < length:
                 # Units may go across the edge of a place.
                 continue
             at = 0
@@ -161,14 +170,14 @@ class Transfer:
                 at += covered
             position, filled = position + filled, 0
 
-    def _cut(self, start: int, length: int) -> list[Place]:
+    def _cut(self, start: int, length: int, chunk: int) -> list[Place]:
         """Return where our bytes ``[start, start + length)`` are, cut wherever a
-        chunk, counted from ``start``, ends."""
+        ``chunk``, counted from ``start``, ends."""
         cut: list[Place] = []
         done = 0
         for source, offset, count in self.stretches(start, length):
             while count:
-                covered = min(count, CHUNK - done % CHUNK)
+                covered = min(count, chunk - done % chunk)
                 cut.append(Place(source, offset, covered))
                 offset, count, done = offset + covered, count - covered, done + covered
         return cut
