@@ -16,7 +16,7 @@ import ssl
 import sys
 import threading
 from abc import ABC, abstractmethod
-from typing import Final, Generic, TypeVar
+from typing import ClassVar, Final, Generic, TypeVar
 
 from nbdqcow.errors import CredentialsError
 
@@ -140,11 +140,13 @@ class X509Credentials(TlsCredentials[ContextT]):
     must be of the peer's issuer and not out of date.
     """
 
+    _serves: ClassVar[bool]
+    """Which end's they are."""
+
     def __init__(
         self,
         directory: str,
         *,
-        is_server: bool,
         verify_peer: VerifyPeer = VerifyPeer.ON,
         priority: str | None = None,
         password: str | None = None,
@@ -153,10 +155,10 @@ class X509Credentials(TlsCredentials[ContextT]):
         self.verifies_peer = verify_peer is not VerifyPeer.OFF
         self._verify_peer = verify_peer
         self._password = password
-        end = "server" if is_server else "client"
+        end = "server" if self._serves else "client"
         self._cert_name = f"{end}-cert.pem"
         self._key_name = f"{end}-key.pem"
-        super().__init__(directory, is_server=is_server, priority=priority)
+        super().__init__(directory, is_server=self._serves, priority=priority)
 
     def as_parameters(self) -> dict[str, str]:
         """See `TlsCredentials.as_parameters`."""
@@ -186,22 +188,7 @@ class X509ClientCredentials(X509Credentials[ssl.SSLContext]):
     """Certificates of a client; it checks its peer's host name too, where it
     knows one. A server has `nbdqcow.server.tls_openssl.X509ServerCredentials`."""
 
-    def __init__(
-        self,
-        directory: str,
-        *,
-        verify_peer: VerifyPeer = VerifyPeer.ON,
-        priority: str | None = None,
-        password: str | None = None,
-    ) -> None:
-        """See `X509Credentials`."""
-        super().__init__(
-            directory,
-            is_server=False,
-            verify_peer=verify_peer,
-            priority=priority,
-            password=password,
-        )
+    _serves: ClassVar[bool] = False
 
     def _load(self) -> ssl.SSLContext:
         context = _new_context(self._versions, is_server=False)

@@ -7,7 +7,7 @@ own copy what they move once or twice more.
 """
 
 import contextlib
-from typing import Any, Final, cast
+from typing import Any, ClassVar, Final, cast
 
 from cryptography.hazmat.bindings.openssl.binding import Binding
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -44,22 +44,7 @@ def _reason(exc: SSL.Error | crypto.Error) -> str | None:
 class X509ServerCredentials(X509Credentials[SSL.Context]):
     """Certificates of a server."""
 
-    def __init__(
-        self,
-        directory: str,
-        *,
-        verify_peer: VerifyPeer = VerifyPeer.ON,
-        priority: str | None = None,
-        password: str | None = None,
-    ) -> None:
-        """See `X509Credentials`."""
-        super().__init__(
-            directory,
-            is_server=True,
-            verify_peer=verify_peer,
-            priority=priority,
-            password=password,
-        )
+    _serves: ClassVar[bool] = True
 
     def _load(self) -> SSL.Context:
         context = SSL.Context(SSL.TLS_SERVER_METHOD)
