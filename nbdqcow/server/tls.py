@@ -138,24 +138,18 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         """Decrypt what has come: `asyncio.BufferedProtocol`."""
         if self._closing:
             return
-        try:
-            self._engine.receive(self._memory.incoming[:nbytes])
-            if self._shaking:
-                self._shake()
-            else:
-                self._pull()
-        except TlsError as exc:
-            self._fail(exc)
+        self._engine.receive(self._memory.incoming[:nbytes])
+        if self._shaking:
+            self._shake()
+        else:
+            self._pull()
 
     def eof_received(self) -> bool:
         """The peer has ended its direction, whether it has said so or not."""
         self._eof = True
         if self._shaking:
             return False
-        try:
-            self._pull()
-        except TlsError as exc:
-            self._fail(exc)
+        self._pull()
         # Closing is up to the protocol.
         return True
 
@@ -178,7 +172,11 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             self.established.set_exception(exc or ConnectionAbortedError())
 
     def _shake(self) -> None:
-        done = self._engine.handshake()
+        try:
+            done = self._engine.handshake()
+        except TlsError as exc:
+            self._fail(exc)
+            return
         self._send()
         if done:
             self._shaking = False
@@ -207,14 +205,10 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
                     if not self._protocol.eof_received():
                         self.close()
                 break
-        finally:
-            self._pulling = False
-
-    def _pull_again(self) -> None:
-        try:
-            self._pull()
         except TlsError as exc:
             self._fail(exc)
+        finally:
+            self._pulling = False
 
     def _fail(self, exc: TlsError) -> None:
         """Tell the peer why it ends here."""
@@ -289,7 +283,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._wire.resume_reading()
         if not self._pulling:
             # Some may have been received, but not decrypted.
-            asyncio.get_running_loop().call_soon(self._pull_again)
+            asyncio.get_running_loop().call_soon(self._pull)
 
     def write(self, data: Buffer) -> None:
         """Encrypt and send a buffer, of which nothing is kept."""

@@ -17,8 +17,8 @@ from nbdqcow.types import Buffer
 class TlsEngine(ABC):
     """The server's end of one TLS connection.
 
-    Every method but `end` raises `TlsError` where the peer is refused or breaks
-    the protocol; what `take` then has tells the peer.
+    `handshake`, `read_into` and `write` raise `TlsError` where the peer is refused or
+    breaks the protocol; what `take` then has tells the peer.
 
     Attributes:
         at_end: the peer has said that nothing more comes from it.
