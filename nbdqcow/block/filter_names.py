@@ -24,6 +24,7 @@ _PLAIN: Final = (("filename",), ("driver", "filename"), ("filename", "driver"))
 _NULL: Final = {"driver": "null-co"}
 _NAMES: Final = ("driver", "filename", "file")
 """Options of a file that are as good as not there if null is their value."""
+_NO_LIMIT: Final = "0"
 _ORDER: Final = ("offset", "driver", "size", "file")
 _NUMBERS: Final = ("errno", "sector", "state", "new_state", "align")
 
@@ -102,6 +103,11 @@ def _sort_options(driver: str, pairs: Mapping[str, str | None]) -> FilteredName:
         first, dot, rest = key.partition(".")
         if value is None and first in children and rest in ("", *_NAMES):
             continue
+        if value is None and driver == "blkdebug" and not dot:
+            # A limit that is none; what is no limit the filter refuses by name.
+            if key != "config":
+                options[key] = _NO_LIMIT
+            continue
         if value is None:
             raise ImageError(f"Parameter '{key}' has no value")
         if first in children and not dot:
@@ -137,11 +143,9 @@ def filtered_name(driver: str, pairs: Mapping[str, str | None]) -> str:
             return f"{driver}:{first}:{places[0]}"
     import json
 
-    kept = {
-        key: value
-        for key, value in pairs.items()
-        if key != "driver" and value is not None
-    }
+    said = {key: value for key, value in pairs.items() if value is not None}
+    kept = {**said, **named.options}
+    kept.pop("driver", None)
     return f"{driver}:{_OPTIONS}{json.dumps(kept)}"
 
 

@@ -61,7 +61,8 @@ class BlkdebugStorage(StorageDriver):
         self._align = self._limits["align"] or 1
         self._check_limits()
         for key in given:
-            if key.partition(".")[0] not in (INJECT_ERROR, SET_STATE):
+            kind, dot, _ = key.partition(".")
+            if not dot or kind not in (INJECT_ERROR, SET_STATE):
                 raise ImageError(
                     f"Block protocol 'blkdebug' doesn't support the option '{key}'"
                 )

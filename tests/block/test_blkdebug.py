@@ -38,9 +38,10 @@ def name_of(path, *rules, driver="qcow2", **limits):
     file = {
         "driver": "blkdebug",
         "image": {"driver": "file", "filename": str(path)},
-        "inject-error": list(rules),
         **limits,
     }
+    if rules:
+        file["inject-error"] = list(rules)
     return "json:" + json.dumps({"driver": driver, "file": file})
 
 

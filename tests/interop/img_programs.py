@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nbdqcow.cli.img import main
+from tests.conftest import with_luks
 from tests.interop.img_versions import Outcome, as_7_2_says, words_for
 
 IN_A_PROCESS = [
@@ -26,13 +27,15 @@ HOLDER = re.compile(rb" Held by .*\.")
 
 def run_theirs(line: str, directory: Path) -> Outcome:
     """Run qemu-img; return exit status, standard output and error, as 7.2 says them."""
-    done = subprocess.run(
-        ["qemu-img", *words_for(line)],
-        cwd=directory,
-        capture_output=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, "TZ": TIME_ZONE},
+    done = with_luks(
+        lambda: subprocess.run(
+            ["qemu-img", *words_for(line)],
+            cwd=directory,
+            capture_output=True,
+            timeout=60,
+            check=False,
+            env={**os.environ, "TZ": TIME_ZONE},
+        )
     )
     # Some of its hints lack their newline.
     outcome = done.returncode, done.stdout, done.stderr.rstrip(b"\n")

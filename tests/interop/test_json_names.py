@@ -97,6 +97,17 @@ def directory(tmp_path):
                 '"driver":"compress","file":1',
                 '"driver":"qcow2","file.filename":"base","data-file":1',
                 '"driver":"raw","file":{"driver":"blkdebug","image":true}',
+                *(
+                    '"driver":"raw","file":{"driver":"blkdebug",'
+                    f'"image":{{"driver":"file","filename":"base"}},{option}}}'
+                    for option in (
+                        '"inject-error":[]',
+                        '"inject-error":null',
+                        '"set-state":{}',
+                        '"foo":null',
+                        '"foo":[]',
+                    )
+                ),
                 '"driver":"raw","file":{"driver":"blkverify","test":1,"raw":"x"}',
                 '"file":1',
                 '"filename":1',
