@@ -30,17 +30,22 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def interrupt_once_begun(process, number, directory, before):
+    """Send a signal as soon as the directory has more than ``before``."""
+    deadline = time.monotonic() + 60
+    while sorted(os.listdir(directory)) == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("target", ["old", "new"])
 def test_an_interrupted_convert_leaves_what_was_there(directory, number, target):
     before = sorted(os.listdir(directory))
     # At this rate it would take an hour.
     process = start(directory, "convert", "-O", "qcow2", "-r", "1k", "source", target)
-    deadline = time.monotonic() + 60
-    while sorted(os.listdir(directory)) == before:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(number)
+    interrupt_once_begun(process, number, directory, before)
     # As a program ends that has no handler: scripts and their shells see that.
     assert process.wait(60) == -number
     assert sorted(os.listdir(directory)) == before
@@ -56,18 +61,17 @@ def test_an_interrupted_convert_leaves_what_was_there(directory, number, target)
         "create -q -f raw -o preallocation=full new 4G",
         "create -q -f qcow2 -o preallocation=full new 4G",
         "create -q -f qcow2 -o preallocation=full,data_file=data new 4G",
-        "dd bs=1 if=source of=new",
+        "dd bs=1M if=long of=new",
     ],
 )
 def test_an_interrupted_command_leaves_no_part(directory, number, line):
     """`create` writes in place, and `dd` has no progress to tell of at SIGUSR1."""
+    # Nobody is through with it before the signal comes.
+    with (directory / "long").open("wb") as file:
+        file.truncate(1 << 40)
     before = sorted(os.listdir(directory))
     process = start(directory, *line.split())
-    deadline = time.monotonic() + 60
-    while sorted(os.listdir(directory)) == before:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(number)
+    interrupt_once_begun(process, number, directory, before)
     assert process.wait(60) == -number
     assert sorted(os.listdir(directory)) == before
 
