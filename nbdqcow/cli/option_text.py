@@ -50,20 +50,20 @@ def parse_keyval(text: str, *, warns: bool = True) -> dict[str, str]:
         first, at = _take(_VALUE, text, 0)
         pairs[_FIRST] = first.replace(",,", ",")
         text = text[at + 1 :]
-    for name, value in split_pairs(text):
-        key, setting = (name, value) if value is not None else as_flag(name)
-        if value is None and warns:
-            _warn_of_flag(name)
-        pairs[key] = setting
+    pairs.update(_settings(text, warns=warns))
     return pairs
 
 
-def _warn_of_flag(name: str) -> None:
-    key, value = as_flag(name)
-    error(
-        f"warning: short-form boolean option '{name}' deprecated\n"
-        f"Please use {key}={value} instead"
-    )
+def _settings(text: str, *, warns: bool = True) -> Iterator[tuple[str, str]]:
+    """Yield each option with what it is set to. ``warns`` of names without a value."""
+    for name, value in split_pairs(text):
+        key, setting = (name, value) if value is not None else as_flag(name)
+        if value is None and warns:
+            error(
+                f"warning: short-form boolean option '{name}' deprecated\n"
+                f"Please use {key}={setting} instead"
+            )
+        yield key, setting
 
 
 def parse_properties(text: str) -> dict[str, str]:
@@ -84,10 +84,7 @@ def parse_snapshot(text: str) -> str | tuple[str | None, str | None]:
     if not text.startswith("snapshot."):
         return text
     found: dict[str, str] = {}
-    for name, value in split_pairs(text):
-        key, setting = (name, value) if value is not None else as_flag(name)
-        if value is None:
-            _warn_of_flag(name)
+    for key, setting in _settings(text):
         if key not in _SNAPSHOT_KEYS:
             raise UsageError(f"Invalid parameter '{key}'")
         found[key] = setting

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
 
@@ -241,10 +241,6 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         """Change the protocol."""
         self._protocol = cast(asyncio.BufferedProtocol, protocol)
 
-    def get_protocol(self) -> asyncio.BaseProtocol:
-        """Return the protocol."""
-        return self._protocol
-
     def get_extra_info(self, name: str, default: object = None) -> object:
         """Return what the wire says."""
         return self._wire.get_extra_info(name, default)
@@ -262,10 +258,6 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     def get_write_buffer_size(self) -> int:
         """Return the encrypted bytes that wait to be sent."""
         return self._wire.get_write_buffer_size()
-
-    def is_reading(self) -> bool:
-        """Say whether the protocol gets what comes."""
-        return not self._paused
 
     def pause_reading(self) -> None:
         """Take nothing more from the client for now."""
@@ -289,12 +281,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         """Encrypt and send a buffer, of which nothing is kept."""
         if self._closing:
             return
+        view = memoryview(data)
         try:
-            if len(data) <= _PIECE:
-                self._engine.write(data)
-                self._send()
-                return
-            view = memoryview(data)
             for start in range(0, len(view), _PIECE):
                 self._engine.write(view[start : start + _PIECE])
                 self._send()
@@ -307,28 +295,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         Each piece leaves as soon as it is encrypted: the client decrypts it
         while the next one is encrypted.
         """
-        small: list[Buffer] = []
-        nb_small = 0
-        for buffer in list_of_data:
-            if len(buffer) >= _JOIN_BELOW:
-                if small:
-                    self.write(b"".join(small))
-                    small.clear()
-                    nb_small = 0
-                self.write(buffer)
-                continue
-            small.append(buffer)
-            nb_small += len(buffer)
-            if nb_small >= _PIECE:
-                self.write(b"".join(small))
-                small.clear()
-                nb_small = 0
-        if small:
-            self.write(b"".join(small))
-
-    def is_closing(self) -> bool:
-        """Say whether nothing more can be sent."""
-        return self._closing or self._wire.is_closing()
+        for buffer in _joined(list_of_data):
+            self.write(buffer)
 
     def close(self) -> None:
         """Send what is queued, end TLS, close."""
@@ -343,3 +311,22 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         """Close at once."""
         self._closing = True
         self._wire.abort()
+
+
+def _joined(buffers: Iterable[Buffer]) -> Iterator[Buffer]:
+    """Yield the bytes of all buffers, small ones that are neighbours as one."""
+    small: list[Buffer] = []
+    nb_small = 0
+    for buffer in buffers:
+        is_small = len(buffer) < _JOIN_BELOW
+        if small and (not is_small or nb_small >= _PIECE):
+            yield b"".join(small)
+            small.clear()
+            nb_small = 0
+        if is_small:
+            small.append(buffer)
+            nb_small += len(buffer)
+        else:
+            yield buffer
+    if small:
+        yield b"".join(small)

@@ -86,9 +86,10 @@ class FileStorage(InlineFile):
         self._unmap = unmap
 
         self._set_up_inline(status)
+        self._filesystem = self._find_filesystem()
         self._plain_copies_on = self._find_plain_copies(status)
         # On tmpfs it would fill pages with zeroes first.
-        self._reserves = self._find_filesystem() == EXT4_MAGIC
+        self._reserves = self._filesystem == EXT4_MAGIC
         # The kernel has one writer to a file at a time.
         self._copying = Lane()
         self.locking: locks.Locking | None = None
@@ -304,7 +305,7 @@ class FileStorage(InlineFile):
     def _find_plain_copies(self, status: os.stat_result) -> int | None:
         """Return on which device the kernel copies page cache to page cache, if
         on any: other file systems may share the blocks, or ask their server."""
-        known = self._find_filesystem() in (EXT4_MAGIC, TMPFS_MAGIC)
+        known = self._filesystem in (EXT4_MAGIC, TMPFS_MAGIC)
         return status.st_dev if known else None
 
     def _find_filesystem(self) -> int | None:
