@@ -13,7 +13,8 @@ Where a change goes:
   ``overlap``, which stops those that would hit metadata.
 - With subclusters another module takes the place of one: its name ends in
   ``_extended``.
-- Space, and the order in which metadata reaches the disk: ``refcount``, ``writeback``.
+- Space, and the order in which metadata reaches the disk: ``refcount`` over
+  ``refcount_blocks``, ``writeback``.
 - Changes of a whole image: ``resize``, ``snapshot`` (where there is no room for one's
   deletion ``snapshot_release``), ``amend`` with ``expand_zeroes`` and
   ``refcount_width``. New metadata beside the old is a ``generation`` (with
