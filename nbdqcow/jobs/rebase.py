@@ -69,8 +69,8 @@ async def rebase(
                     wanted, length = await _may_differ(
                         node, new_backing, offset, length
                     )
-                if compressed:
-                    wanted, length = _whole_clusters(node, wanted, offset, length)
+                # What is allocated as a whole is written as a whole.
+                wanted, length = _whole_units(node, wanted, offset, length, unit)
                 if wanted:
                     length = min(length, _PIECE)
                 await control.checkpoint(length if wanted else 0)
@@ -128,17 +128,16 @@ async def _may_differ(
     return kind != ZERO or other != ZERO, length
 
 
-def _whole_clusters(
-    node: Node, wanted: bool, offset: int, length: int
+def _whole_units(
+    node: Node, wanted: bool, offset: int, length: int, unit: int
 ) -> tuple[bool, int]:
-    """Return the same of whole clusters: one that is wanted in part is wanted."""
-    size = node.driver.cluster_size
-    whole = length - length % size
+    """Return the same of whole units: one that is wanted in part is wanted."""
+    whole = length - length % unit
     if offset + length == node.size or whole == length:
         return wanted, length
     if whole and not wanted:
         return False, whole
-    return True, min(whole + size, node.size - offset)
+    return True, min(whole + unit, node.size - offset)
 
 
 def _differences(

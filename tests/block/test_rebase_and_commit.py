@@ -1,5 +1,6 @@
 """The jobs behind rebase and commit, on random chains of images."""
 
+import json
 import random
 import subprocess
 
@@ -176,6 +177,26 @@ async def test_zeroes_of_the_old_backing_image_are_written_out(tmp_path):
         assert bytes(await node.pread(0, node.size)) == expected
         kinds = [(await node.driver.map(n * 64 * KiB, 1))[0] for n in range(16)]
     assert kinds == [DATA] * 8 + [ZERO] * 4 + [UNALLOCATED] * 4
+
+
+@pytest.mark.asyncio
+async def test_what_is_allocated_as_a_whole_is_written_as_a_whole(tmp_path):
+    new = create(tmp_path / "new", 512 * KiB, "cluster_size=65536")
+    old = create(tmp_path / "old", 512 * KiB, "cluster_size=65536", new)
+    async with open_image(old, format="qcow2") as node:
+        await node.pwrite(64 * KiB, b"o" * 64 * KiB)
+    path = create(tmp_path / "top", 512 * KiB, "cluster_size=131072", old)
+    async with open_image(path, format="qcow2") as node:
+        shared = node.backing.backing
+        await rebase(node, shared, JobControl(), shared=shared)
+        await node.driver.change_backing_file(str(new), "qcow2")
+    # It says zero, too, of what is a hole of the file.
+    line = ["qemu-img", "map", "--output=json", path]
+    stretches = json.loads(subprocess.check_output(line))
+    assert [(one["start"], one["length"], one["data"]) for one in stretches] == [
+        (0, 128 * KiB, True),
+        (128 * KiB, 384 * KiB, False),
+    ]
 
 
 @pytest.mark.asyncio
