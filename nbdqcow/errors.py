@@ -20,7 +20,7 @@ import contextlib as _contextlib
 import errno as _errno
 import os as _os
 from collections.abc import Iterator
-from typing import Self
+from typing import Final, Self
 
 
 class NbdQcowError(Exception):
@@ -77,6 +77,11 @@ class ImageError(NbdQcowError):
 
 class UnsupportedFeature(ImageError):
     """The image is valid but uses a feature that is not implemented."""
+
+
+HELD_BY: Final = " Held by "
+"""In what `ImageInUse` says, what is between QEMU's words and the names of those who
+have the image."""
 
 
 class ImageInUse(ImageError):

@@ -44,14 +44,12 @@ _REBUILT: Final = (
 )
 
 KNOWN: Final[Mapping[str, str]] = {
-    "024": "a rebase hides the new backing file by zero clusters, not by zeroes",
     "055": "makes a vmdk image",
     "060": f"damages what QEMU has at fixed places after a snapshot; {_REBUILT}",
     "080": (
         "a snapshot that can't be taken leaks nothing, and one that is damaged keeps "
         "an image from being opened for writing, where QEMU's writes fail"
     ),
-    "082": "asks for options of bochs, which QEMU knows by name",
     "098": _FAULTS,
     "108": _REBUILT,
     "110": "asks for QEMU's quorum driver",
@@ -60,7 +58,6 @@ KNOWN: Final[Mapping[str, str]] = {
     "127": _EVENTS,
     "144": _EVENTS,
     "148": "asks for QEMU's quorum driver",
-    "153": "tells who holds an image; null-co:// is shown as raw",
     "162": "asks for QEMU's ssh driver",
     "184": "asks for QEMU's throttle driver",
     "194": _EVENTS,
@@ -73,7 +70,6 @@ KNOWN: Final[Mapping[str, str]] = {
         "an export has the size of its file; QEMU's is a multiple of 512, so that a "
         "copy of it is longer, and writing there makes the file longer"
     ),
-    "244": "tells why an external data file can't hold compressed clusters",
     "261": (
         "damage reaches from a snapshot table into the next cluster, which with QEMU "
         "is free and with ours is in use: tables are at other places"
@@ -85,7 +81,6 @@ KNOWN: Final[Mapping[str, str]] = {
     ),
     "280": _EVENTS,
     "282": "a file that is there stays when creating an image in it fails",
-    "296": "tells who holds an image",
     "301": "qcow: vmdk and its words; a commit that is refused says why",
     "312": "asks for QEMU's quorum driver",
 }

@@ -98,7 +98,7 @@ def amend_specs(tool: FormatTool, shown: str) -> list[OptionSpec]:
 
 
 def _print_help(format_: str) -> None:
-    specs = amend_specs(find_tool(format_), format_)
+    specs = amend_specs(find_tool(format_, "option amendment"), format_)
     print(f"Amend options for '{format_}':")
     print_specs(specs)
 

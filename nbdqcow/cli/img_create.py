@@ -62,6 +62,16 @@ _FILE_OPTIONS: Final = (
         "extent_size_hint", "size", "Extent size hint for the image file, 0 to disable"
     ),
 )
+_NEVER_CREATED: Final = frozenset(
+    (
+        *("blkdebug", "blklogwrites", "blkverify", "bochs", "cloop", "compress"),
+        *("copy-before-write", "copy-on-read", "dmg", "null-aio", "null-co", "nvme"),
+        *("preallocate", "quorum", "replication", "snapshot-access", "throttle"),
+        "vvfat",
+    )
+)
+"""What QEMU has under ``-f`` and makes no images of."""
+
 _MAX_EXTENT_SIZE_HINT: Final = (1 << 32) - 1
 """What the kernel has a field for."""
 
@@ -119,12 +129,21 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def find_tool(format_: str) -> FormatTool:
-    """Return the tool of a format. Raises `ImageError` in qemu-img's words."""
+class UnknownFormat(ImageError):
+    """There is no format of that name."""
+
+
+def find_tool(format_: str, wanted: str = "image creation") -> FormatTool:
+    """Return the tool of a format, for what is ``wanted`` of it. Raises `ImageError`
+    in qemu-img's words."""
     try:
         return format_tool(format_)
     except ImageError:
-        raise ImageError(f"Unknown file format '{format_}'") from None
+        if format_ in _NEVER_CREATED:
+            raise ImageError(
+                f"Format driver '{format_}' does not support {wanted}"
+            ) from None
+        raise UnknownFormat(f"Unknown file format '{format_}'") from None
 
 
 def check_creation(format_: str, filename: str) -> None:

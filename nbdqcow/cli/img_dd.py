@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from nbdqcow.block.node import Node
-from nbdqcow.block.registry import format_tool
 from nbdqcow.block.storage import FileRole
 from nbdqcow.cli.img import print_help
-from nbdqcow.cli.img_create import check_creation
+from nbdqcow.cli.img_create import UnknownFormat, check_creation, find_tool
 from nbdqcow.cli.img_nodes import ImageArguments, closing, open_node
 from nbdqcow.cli.img_options import MAX_AMOUNT, parse_amount, parse_arguments
 from nbdqcow.cli.img_run import run_command
@@ -97,8 +96,8 @@ async def _copy(
     source = await open_node(source_name, images, raw_role=FileRole.SOURCE)
     try:
         try:
-            tool = format_tool(target_format)
-        except ImageError:
+            tool = find_tool(target_format)
+        except UnknownFormat:
             raise ImageError("Unknown file format") from None
         end = disk_size(source)
         if operands.count is not None:

@@ -37,7 +37,22 @@ def version() -> str:
 
 def error(text: str) -> None:
     """Print an error to stderr."""
+    if not is_our_name():
+        text = _without_holders(text)
     print(f"{program_name()}: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def _without_holders(text: str) -> str:
+    """Return what QEMU's programs say: they do not know who has an image in use."""
+    if "[" not in text:
+        return text
+    from nbdqcow.errors import HELD_BY
+
+    lines = text.split("\n")
+    return "\n".join(
+        line.partition(HELD_BY)[0] if line.startswith("Is another process") else line
+        for line in lines
+    )
 
 
 def warning(text: str) -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from nbdqcow.cli.messages import describe, error, program_name
+from nbdqcow.cli.messages import describe, error, is_our_name, program_name
 from nbdqcow.errors import NbdQcowError
 
 
@@ -42,9 +42,14 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 def _set_up_logging(verbose: bool) -> None:
+    level = logging.WARNING
+    if verbose:
+        # QEMU's tests have its server say all that it can, and that of clients that
+        # come and go is nothing.
+        level = logging.DEBUG if is_our_name() else logging.INFO
     logging.basicConfig(
         stream=sys.stderr,
-        level=logging.DEBUG if verbose else logging.WARNING,
+        level=level,
         format=program_name().replace("%", "%%") + ": %(message)s",
     )
     # asyncio's own chatter is about this program, not about its work.

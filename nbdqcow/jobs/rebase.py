@@ -7,9 +7,8 @@ from nbdqcow.block.node import Node
 from nbdqcow.jobs.control import Flight, JobControl
 from nbdqcow.jobs.errors import CopyError, reason_of
 from nbdqcow.jobs.status import stretch_of
-from nbdqcow.jobs.zeroes import is_zero
 from nbdqcow.types import UNALLOCATED, ZERO
-from nbdqcow.units import SECTOR_SIZE, MiB
+from nbdqcow.units import SECTOR_SIZE, MiB, round_up
 
 _PIECE: Final = 2 * MiB
 _STRETCH: Final = 1024 * MiB
@@ -39,6 +38,9 @@ async def rebase(
     control.expect(node.size)
     unit = node.driver.cluster_size if compressed else _unit(node)
     write = _write_compressed if compressed else _write
+    # As qemu-img does, and its tests look for: zeroes of the old backing image are
+    # written out, those behind its end are zero clusters.
+    old_end = 0 if node.backing is None else round_up(node.backing.size, unit)
 
     async def compare(offset: int, length: int) -> None:
         old = await _read(node, offset, length)
@@ -47,8 +49,13 @@ async def rebase(
             inside = max(0, min(length, new_backing.size - offset))
             new = (await _read(new_backing, offset, inside)).ljust(length, b"\0")
         if old != new:
-            for start, stop in _differences(old, new, offset, unit):
+            inside = max(0, min(length, old_end - offset))
+            for start, stop in _differences(old[:inside], new, offset, unit):
                 await write(node, offset + start, old[start:stop])
+            for start, stop in _differences(
+                old[inside:], new[inside:], offset + inside, unit
+            ):
+                await _write_zeroes(node, offset + inside + start, stop - start)
         control.advance(length)
 
     node.driver.gets_backing = new_backing is not None
@@ -62,8 +69,8 @@ async def rebase(
                     wanted, length = await _may_differ(
                         node, new_backing, offset, length
                     )
-                if compressed:
-                    wanted, length = _whole_clusters(node, wanted, offset, length)
+                # What is allocated as a whole is written as a whole.
+                wanted, length = _whole_units(node, wanted, offset, length, unit)
                 if wanted:
                     length = min(length, _PIECE)
                 await control.checkpoint(length if wanted else 0)
@@ -121,36 +128,34 @@ async def _may_differ(
     return kind != ZERO or other != ZERO, length
 
 
-def _whole_clusters(
-    node: Node, wanted: bool, offset: int, length: int
+def _whole_units(
+    node: Node, wanted: bool, offset: int, length: int, unit: int
 ) -> tuple[bool, int]:
-    """Return the same of whole clusters: one that is wanted in part is wanted."""
-    size = node.driver.cluster_size
-    whole = length - length % size
+    """Return the same of whole units: one that is wanted in part is wanted."""
+    whole = length - length % unit
     if offset + length == node.size or whole == length:
         return wanted, length
     if whole and not wanted:
         return False, whole
-    return True, min(whole + size, node.size - offset)
+    return True, min(whole + unit, node.size - offset)
 
 
 def _differences(
     old: bytes, new: bytes, offset: int, unit: int
 ) -> Iterator[tuple[int, int]]:
-    """Yield start and end of the runs of differing units, cut at ``unit``
-    bytes of the disk, where ``old`` is all zeroes or not at all."""
-    run_start, run_is_zero, position = 0, None, 0
+    """Yield start and end of the runs of differing units of ``old``, cut at ``unit``
+    bytes of the disk."""
+    run_start, position = -1, 0
     while position < len(old):
         end = min(len(old), position + unit - (offset + position) % unit)
-        is_zero_now: bool | None = None
-        if old[position:end] != new[position:end]:
-            is_zero_now = is_zero(old[position:end])
-        if is_zero_now is not run_is_zero:
-            if run_is_zero is not None:
-                yield run_start, position
-            run_start, run_is_zero = position, is_zero_now
+        differs = old[position:end] != new[position:end]
+        if differs and run_start < 0:
+            run_start = position
+        elif not differs and run_start >= 0:
+            yield run_start, position
+            run_start = -1
         position = end
-    if run_is_zero is not None:
+    if run_start >= 0:
         yield run_start, position
 
 
@@ -165,9 +170,6 @@ async def _read(node: Node, offset: int, length: int) -> bytes:
 
 async def _write_compressed(node: Node, offset: int, data: bytes) -> None:
     """Write whole clusters."""
-    if is_zero(data):
-        await _write(node, offset, data)
-        return
     try:
         await node.pwrite_compressed(offset, data)
     except OSError as error:
@@ -176,9 +178,13 @@ async def _write_compressed(node: Node, offset: int, data: bytes) -> None:
 
 async def _write(node: Node, offset: int, data: bytes) -> None:
     try:
-        if is_zero(data):
-            await node.write_zeroes(offset, len(data))
-        else:
-            await node.pwrite(offset, data)
+        await node.pwrite(offset, data)
+    except OSError as error:
+        raise CopyError("writing", offset, reason_of(error)) from error
+
+
+async def _write_zeroes(node: Node, offset: int, length: int) -> None:
+    try:
+        await node.write_zeroes(offset, length)
     except OSError as error:
         raise CopyError("writing", offset, reason_of(error)) from error

@@ -173,7 +173,7 @@ class Connection(asyncio.BufferedProtocol):
             if not self._failed:
                 refused = self._handshake.refused
                 reason = f" (it was told: {refused})" if refused else ""
-                logger.info("%s left without an export%s", self._peer, reason)
+                logger.debug("%s left without an export%s", self._peer, reason)
             self._on_closed(self)
 
     def check_quiet(self, now: float, *, held_up: bool) -> None:
@@ -257,7 +257,7 @@ class Connection(asyncio.BufferedProtocol):
         export = self._exports[self._handshake.export.name]
         export.nb_clients += 1
         terms = self._handshake.terms
-        logger.info(
+        logger.debug(
             "%s uses the export %s: %s replies, %s",
             self._peer,
             quote(export.name),
@@ -292,5 +292,5 @@ class Connection(asyncio.BufferedProtocol):
 
     def _leave(self, export: Export) -> None:
         export.nb_clients -= 1
-        logger.info("%s has left the export %s", self._peer, quote(export.name))
+        logger.debug("%s has left the export %s", self._peer, quote(export.name))
         self._on_closed(self)

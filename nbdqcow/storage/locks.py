@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from nbdqcow.block.storage import FileRole
-from nbdqcow.errors import ImageError, ImageInUse
+from nbdqcow.errors import HELD_BY, ImageError, ImageInUse
 
 CONSISTENT_READ: Final = 0x1
 WRITE: Final = 0x2
@@ -179,7 +179,7 @@ def _hint(fd: int, filename: str, byte: int) -> str:
     with contextlib.suppress(OSError):
         holders.extend(_find_holders(fd, byte))
     if holders:
-        hint += f" Held by {', '.join(holders)}."
+        hint += f"{HELD_BY}{', '.join(holders)}."
     return hint
 
 

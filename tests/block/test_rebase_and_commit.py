@@ -1,5 +1,6 @@
 """The jobs behind rebase and commit, on random chains of images."""
 
+import json
 import random
 import subprocess
 
@@ -9,7 +10,7 @@ from nbdqcow import open_image
 from nbdqcow.jobs.commit import commit
 from nbdqcow.jobs.control import JobCancelled, JobControl
 from nbdqcow.jobs.rebase import rebase
-from nbdqcow.types import DATA
+from nbdqcow.types import DATA, UNALLOCATED, ZERO
 
 KiB = 1 << 10
 SIZES = (1024 * KiB, 1500 * KiB, 700 * KiB + 512)
@@ -155,6 +156,47 @@ async def test_a_cancelled_job_leaves_the_disk_as_it_was(tmp_path, seed):
         with pytest.raises(JobCancelled):
             await rebase(node, None, control)
         assert await node.pread(0, node.size) == before
+
+
+@pytest.mark.asyncio
+async def test_zeroes_of_the_old_backing_image_are_written_out(tmp_path):
+    """As with qemu-img; what is behind its end need not be."""
+    old = create(tmp_path / "old", 512 * KiB, "cluster_size=65536")
+    new = create(tmp_path / "new", 1024 * KiB, "cluster_size=65536")
+    async with open_image(old, format="qcow2") as node:
+        await node.pwrite(0, b"o" * 64 * KiB)
+    async with open_image(new, format="qcow2") as node:
+        await node.pwrite(0, b"n" * 768 * KiB)
+    path = create(tmp_path / "top", 1024 * KiB, "cluster_size=65536", old)
+    async with open_image(path, format="qcow2") as node:
+        async with open_image(new, format="qcow2", read_only=True) as backing:
+            await rebase(node, backing, JobControl())
+        await node.driver.change_backing_file(str(new), "qcow2")
+    async with open_image(path, format="qcow2", read_only=True) as node:
+        expected = b"o" * 64 * KiB + bytes(960 * KiB)
+        assert bytes(await node.pread(0, node.size)) == expected
+        kinds = [(await node.driver.map(n * 64 * KiB, 1))[0] for n in range(16)]
+    assert kinds == [DATA] * 8 + [ZERO] * 4 + [UNALLOCATED] * 4
+
+
+@pytest.mark.asyncio
+async def test_what_is_allocated_as_a_whole_is_written_as_a_whole(tmp_path):
+    new = create(tmp_path / "new", 512 * KiB, "cluster_size=65536")
+    old = create(tmp_path / "old", 512 * KiB, "cluster_size=65536", new)
+    async with open_image(old, format="qcow2") as node:
+        await node.pwrite(64 * KiB, b"o" * 64 * KiB)
+    path = create(tmp_path / "top", 512 * KiB, "cluster_size=131072", old)
+    async with open_image(path, format="qcow2") as node:
+        shared = node.backing.backing
+        await rebase(node, shared, JobControl(), shared=shared)
+        await node.driver.change_backing_file(str(new), "qcow2")
+    # It says zero, too, of what is a hole of the file.
+    line = ["qemu-img", "map", "--output=json", path]
+    stretches = json.loads(subprocess.check_output(line))
+    assert [(one["start"], one["length"], one["data"]) for one in stretches] == [
+        (0, 128 * KiB, True),
+        (128 * KiB, 384 * KiB, False),
+    ]
 
 
 @pytest.mark.asyncio

@@ -106,6 +106,16 @@ def test_version_2_does_not_hide_a_longer_backing_image(tmp_path):
     check(path)
 
 
+def test_little_is_written_rather_than_set_aside(tmp_path):
+    """What is set aside may need more room when a part of it is written."""
+    path = create(tmp_path / "image", 2 * MiB)
+    resize(path, 2 * MiB + 64 * KiB, preallocation="falloc")
+    place = json.loads(qemu_img("map", "--output=json", path).stdout)[-1]["offset"]
+    with path.open("rb") as file:
+        assert os.lseek(file.fileno(), place, os.SEEK_DATA) == place
+        assert os.lseek(file.fileno(), place, os.SEEK_HOLE) >= place + 64 * KiB
+
+
 @pytest.mark.parametrize("preallocation", ["metadata", "falloc", "full"])
 def test_preallocation_takes_what_qemu_takes(tmp_path, preallocation):
     paths = create(tmp_path / "ours", 5 * MiB), create(tmp_path / "theirs", 5 * MiB)

@@ -22,7 +22,6 @@ IN_A_PROCESS = [
     "sys.exit(main())",
 ]
 TIME_ZONE = "Asia/Kathmandu"
-HOLDER = re.compile(rb" Held by .*\.")
 
 
 def run_theirs(line: str, directory: Path) -> Outcome:
@@ -55,7 +54,7 @@ def run_ours(line: str, directory: Path) -> Outcome:
         status = main()
     time.tzset()
     out, err = (bytes(stream.detach().getvalue()) for stream in streams)
-    return status, out, HOLDER.sub(b"", err).rstrip(b"\n")
+    return status, out, err.rstrip(b"\n")
 
 
 def look_at(directory: Path, name: str) -> list[Outcome]:

@@ -324,6 +324,19 @@ def test_fork_with_streams_closed(ours, image, path, tmp_path, streams, failing)
     wait_gone(path)
 
 
+def test_verbose_is_no_word_of_clients_that_come_and_go(program, image, path):
+    """QEMU's tests compare what it says, and have it say all that it can."""
+    command = [program, "-v", "-f", "qcow2", "-k", str(path), str(image)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        try:
+            wait_until_listening(path, process)
+            assert info(f"nbd+unix:///?socket={path}")["export-size"] == 10 << 20
+        finally:
+            process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (0, b"")
+
+
 def test_hangup_ends_in_order(start, image, path, tmp_path):
     pid_file = tmp_path / "pid"
     process = start("-t", "-f", "qcow2", f"--pid-file={pid_file}", image)

@@ -1,7 +1,7 @@
 """rebase and commit of nbdqcow-img beside qemu-img's: same answers, same disks.
 
-How many clusters are allocated may differ: where an image must hide what a new
-backing file has, we make zero clusters of zeroes, QEMU writes them out.
+How many clusters are allocated may differ, for QEMU compares sectors and we what is
+allocated together.
 """
 
 import re

@@ -46,6 +46,14 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dd if=base.raw of=sub",
         "bench -w sub",
         "bitmap --add sub x",
+        # Formats that nobody creates.
+        "create -f bochs nbd://example.com 1M",
+        "create -f dmg -o help",
+        "convert -O bochs base.raw new",
+        "convert -O bochs -o help",
+        "dd -O throttle if=base.raw of=new",
+        "measure -O cloop --size 1M",
+        "amend -f bochs -o help",
         # Of several wrong things the one that QEMU sees first.
         "amend -f qcow2 --image-opts -t x -o compat=1.1 file.filename=base.qcow2",
         "amend -p -f qcow2 --image-opts -o compat=1.1 file.filename=base.qcow2",

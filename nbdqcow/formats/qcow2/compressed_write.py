@@ -35,7 +35,7 @@ async def write_compressed(
     if header.crypt_method != CRYPT_NONE:
         raise NotSupported("Compression and encryption not supported at the same time")
     if header.has_data_file:
-        raise NotSupported("an external data file can't hold compressed clusters")
+        raise NotSupported("Operation not supported")
     length, cluster_size = len(data), image.cluster_size
     if not store_zeroes and bytes(data) == zero_bytes(length):
         with contextlib.suppress(NotSupported):

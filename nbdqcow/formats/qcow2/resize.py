@@ -41,13 +41,19 @@ from nbdqcow.formats.qcow2.write import (
     slice_for_change,
 )
 from nbdqcow.formats.words import dump_be64
-from nbdqcow.units import SECTOR_SIZE, round_up
+from nbdqcow.units import SECTOR_SIZE, MiB, round_up
 
 if TYPE_CHECKING:
     from nbdqcow.formats.qcow2.driver import Qcow2Driver
 
 _DISK: Final = struct.Struct(">QIIQ")
 """The header from ``size`` to ``l1_table_offset``: within one sector."""
+
+
+_WRITTEN_OUT: Final = MiB
+"""Bytes that are written rather than set aside. A file system splits what is set aside
+where it is written to, and may need a block for that (ext4's fifth extent), although
+all room was to be there."""
 
 
 async def resize(image: "Qcow2Driver", size: int, preallocation: str) -> None:
@@ -408,7 +414,9 @@ async def _zero_file(
 ) -> None:
     """Make a range of a file, which was never used, what a preallocation
     mode wants."""
-    if preallocation == "full":
+    if preallocation == "full" or (
+        preallocation == "falloc" and length <= _WRITTEN_OUT
+    ):
         await storage.write_zero_data(offset, length)
     elif preallocation == "falloc" or not storage.zero_beyond_end:
         await storage.write_zeroes(offset, length, may_unmap=False)

@@ -525,7 +525,7 @@ async def test_stop_does_not_wait_for_a_client_that_reads_nothing(tmp_path):
 
 
 async def test_what_clients_do_is_logged_for_who_asks(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG, "nbdqcow")
     node = FakeNode()
     async with serving(tmp_path, node, node) as served:
         client = await served.connect_chunked(extended=True, name="1")

@@ -45,3 +45,23 @@ def test_what_cannot_be_printed_is_escaped(monkeypatch, capsys):
 )
 def test_describe(exc, text):
     assert describe(exc) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("qemu-img", "x: use [disk]?\nIs another process using the image [disk]?\n"),
+        (
+            "nbdqcow-img",
+            "x: use [disk]?\n"
+            "Is another process using the image [disk]? Held by qemu-nbd (pid 7).\n",
+        ),
+    ],
+)
+def test_who_has_an_image_is_not_in_qemus_words(monkeypatch, capsys, name, said):
+    monkeypatch.setattr("sys.argv", [f"/usr/bin/{name}"])
+    error(
+        "x: use [disk]?\n"
+        "Is another process using the image [disk]? Held by qemu-nbd (pid 7)."
+    )
+    assert capsys.readouterr().err == f"{name}: {said}"
