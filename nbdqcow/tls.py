@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 CA_CERT: Final = "ca-cert.pem"
 CA_CRL: Final = "ca-crl.pem"
 PSK_KEYS: Final = "keys.psk"
+PSK_NEEDS: Final = "TLS-PSK needs Python 3.13"
 
 _MAX_PSK_FILE: Final = 1 << 20
 _MAX_PSK_KEY: Final = 256
@@ -232,6 +233,11 @@ class X509ClientCredentials(X509Credentials[ssl.SSLContext]):
             raise CredentialsError(f"Unable to use {cert} and {key}: {exc}") from None
 
 
+def has_psk() -> bool:
+    """Return whether this Python's ``ssl`` knows pre-shared keys."""
+    return getattr(ssl, "HAS_PSK", False)
+
+
 class PskCredentials(TlsCredentials[ssl.SSLContext]):
     """Pre-shared keys: a file has lines ``USER:KEY``, the key in hex, as
     GnuTLS's psktool writes them. A client uses the key of ``username``."""
@@ -244,8 +250,8 @@ class PskCredentials(TlsCredentials[ssl.SSLContext]):
         username: str = "qemu",
         priority: str | None = None,
     ) -> None:
-        if not getattr(ssl, "HAS_PSK", False):
-            raise CredentialsError("TLS-PSK needs Python 3.13")
+        if not has_psk():
+            raise CredentialsError(PSK_NEEDS)
         directory, self._name = os.path.split(path)
         self._username = username
         super().__init__(directory, is_server=is_server, priority=priority)

@@ -126,8 +126,8 @@ class BlockingLocalFile:
 
     @property
     def is_device(self) -> bool:
-        """Whether this is a block device, whose length is fixed."""
-        return stat.S_ISBLK(os.fstat(self._fd).st_mode)
+        """Whether this is a device, whose length is fixed."""
+        return not stat.S_ISREG(os.fstat(self._fd).st_mode)
 
     def close(self) -> None:
         """Release the file and its locks."""

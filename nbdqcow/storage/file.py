@@ -41,13 +41,13 @@ Ts = TypeVarTuple("Ts")
 
 
 class FileStorage(InlineFile):
-    """A regular file or a block device.
+    """A regular file, a block device, or /dev/null as an empty disk.
 
     If the kernel once fails to make written data durable, it may have dropped
     that data, and the next fdatasync(2) would succeed over the loss. So from
     then on every `flush` and FUA write fails, until the file is opened anew.
 
-    A block device has a fixed length: writing past it is ENOSPC.
+    A device has a fixed length: writing past it is ENOSPC.
 
     Attributes:
         locking: which image locks are held; None for none.
@@ -76,7 +76,7 @@ class FileStorage(InlineFile):
         self.filename = filename
         self.read_only = read_only
         self.length = os.lseek(fd, 0, os.SEEK_END)
-        self._is_device = stat.S_ISBLK(status.st_mode)
+        self._is_device = not stat.S_ISREG(status.st_mode)
         self.zero_beyond_end = not self._is_device
         self.fixed_as = "device files" if self._is_device else None
         self._fd = fd
@@ -98,8 +98,9 @@ class FileStorage(InlineFile):
         self._has_dsync = True
         # Writes that have ended, and how many of them are known durable. What was
         # written before is one of them: whoever did it may have been killed, and
-        # those who were answered ask us to flush it.
-        self._write_sequence = 0 if read_only else 1
+        # those who were answered ask us to flush it. /dev/null has nothing to flush.
+        nothing = read_only or stat.S_ISCHR(status.st_mode)
+        self._write_sequence = 0 if nothing else 1
         self._durable_sequence = 0
         self._sync_waiters: list[asyncio.Future[None]] | None = None
         self._sync_error: OSError | None = None

@@ -32,6 +32,9 @@ CACHE_MODES: Final = {
     "directsync": CacheMode(True, True, False),
     "unsafe": CacheMode(False, False, True),
 }
+NULL_DEVICE: Final = os.makedev(1, 3)
+"""Linux's /dev/null, an empty disk: programs look with it whether there is an image
+tool at all. Other character devices may do something when they are opened."""
 
 
 def parse_cache_mode(name: str) -> CacheMode:
@@ -67,14 +70,18 @@ def find_role(fd: int, role: FileRole | RoleOf) -> FileRole:
 
 
 def open_blocking(filename: str, flags: int) -> int:
-    """Return a descriptor of a regular file or block device.
+    """Return a descriptor of a regular file, a block device or `NULL_DEVICE`.
 
     A pipe is refused without waiting for its other end, and a tape without
     winding it. Raises `ImageError` for these, `OSError` for the rest.
     """
     try:
         with contextlib.suppress(FileNotFoundError):
-            _check_kind(filename, os.stat(filename), flags)
+            status = os.stat(filename)
+            _check_kind(filename, status, flags)
+            if stat.S_ISCHR(status.st_mode):
+                # Nothing written there is kept, so that must fail.
+                flags &= ~os.O_ACCMODE
         # Should the name become a pipe's just now, it doesn't wait either. A
         # disk's file does not know the flag.
         fd = os.open(filename, flags | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
@@ -107,7 +114,11 @@ def _check_kind(filename: str, status: os.stat_result, flags: int) -> None:
     if reason:
         # As open(2) has it.
         raise OSError(reason, os.strerror(reason))
-    if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+    if not (
+        stat.S_ISREG(status.st_mode)
+        or stat.S_ISBLK(status.st_mode)
+        or (stat.S_ISCHR(status.st_mode) and status.st_rdev == NULL_DEVICE)
+    ):
         raise ImageError(
             f"Could not open '{filename}': 'file' driver requires '{filename}' to be a"
             " regular file"

@@ -349,7 +349,15 @@ CHECK = [
     "check -r",
 ]  # fmt: skip
 
-OTHER = ["foo", "", "--foo", "-x"]
+OTHER = [
+    *("foo", "", "--foo", "-x"),
+    # An empty disk. Other programs' tests look with it whether there is a qemu-img.
+    *("info /dev/null", "info --output=json /dev/null", "info -f qcow2 /dev/null"),
+    *("check /dev/null", "map /dev/null", "measure -O qcow2 /dev/null"),
+    *("compare /dev/null /dev/null", "compare /dev/null x.raw"),
+    *("create -f raw /dev/null 1M", "resize -f raw /dev/null 1M"),
+    "create -f qcow2 -b /dev/null -F raw new.img",
+]
 
 # Where qemu-img 7.2 crashes, hangs or needs the network, or where its text names
 # what only it has. Not compared: `check loop1.qcow2` never ends in QEMU.

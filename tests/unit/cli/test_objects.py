@@ -171,3 +171,10 @@ def test_wrong_properties_in_the_words_of_qemu(text, message):
 def test_json_with_single_quotes():
     text = "{'qom-type': 'secret', 'id': 's', 'data': 'one'}"
     assert Objects([text]).secret("s") == "one"
+
+
+def test_without_pre_shared_keys_their_object_is_unknown(monkeypatch):
+    monkeypatch.delattr("ssl.HAS_PSK", raising=False)
+    # nbdkit's tests and libnbd's look for the words.
+    with pytest.raises(UsageError, match="invalid object type: tls-creds-psk"):
+        Objects(["tls-creds-psk,id=tls0"])

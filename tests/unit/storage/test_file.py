@@ -61,7 +61,7 @@ async def test_says_why_it_can_not_open(
         listener.bind(str(tmp_path / "socket"))
     for special in (
         *(tmp_path, tmp_path / "pipe", tmp_path / "socket"),
-        Path("/dev/null"),
+        Path("/dev/zero"),
     ):
         for read_only in (True, False):
             with pytest.raises(ImageError) as caught:
@@ -84,6 +84,16 @@ async def test_says_why_it_can_not_open(
     with pytest.raises(ImageError, match="Not a directory"):
         await FileStorage.open(str(tmp_path / "file" / "x"), cache=cache)
     assert len(os.listdir("/proc/self/fd")) == fds
+
+
+@pytest.mark.asyncio
+async def test_the_null_device_is_an_empty_disk():
+    storage = await FileStorage.open("/dev/null")
+    assert (storage.length, storage.room(), storage.fixed_as) == (0, 0, "device files")
+    await storage.flush()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        await storage.pwritev(0, (b"x",))
+    await storage.close()
 
 
 @pytest.mark.asyncio
