@@ -120,6 +120,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         # The protocol wants nothing more for now.
         self._paused = True
         self._pulling = False
+        # Nothing comes from the wire until it has sent what TLS had to say.
+        self._held = False
         # The wire has brought its last byte.
         self._eof = False
         self._eof_told = False
@@ -136,7 +138,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Decrypt what has come: `asyncio.BufferedProtocol`."""
-        if self._closing:
+        # Behind the end of TLS nothing can come, and nobody would take it.
+        if self._closing or self._engine.at_end:
             return
         self._engine.receive(self._memory.incoming[:nbytes])
         if self._shaking:
@@ -160,6 +163,10 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         """The peer has taken everything."""
+        if self._held:
+            self._held = False
+            if not (self._paused or self._wire.is_closing()):
+                self._wire.resume_reading()
         if not self._shaking:
             self._protocol.resume_writing()
 
@@ -205,10 +212,23 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
                     if not self._protocol.eof_received():
                         self.close()
                 break
+            if not self._closing:
+                self._answer()
         except TlsError as exc:
             self._fail(exc)
         finally:
             self._pulling = False
+
+    def _answer(self) -> None:
+        """Send what TLS itself says to what was read: its new keys for the peer's,
+        or that nothing is negotiated anew.
+
+        A peer can ask for it again and again, and take none of it.
+        """
+        wire = self._wire
+        if self._send() and wire.get_write_buffer_size() and not wire.is_closing():
+            self._held = True
+            wire.pause_reading()
 
     def _fail(self, exc: TlsError) -> None:
         """Tell the peer why it ends here."""
@@ -222,11 +242,13 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             self._send()
             self._wire.close()
 
-    def _send(self) -> None:
-        """Write what the engine has encrypted."""
+    def _send(self) -> bool:
+        """Write what the engine has encrypted; say whether that was anything."""
         memory = self._memory
         wire = self._wire
+        nb_sent = 0
         while nb_bytes := self._engine.take(memory.outgoing):
+            nb_sent += nb_bytes
             data = memory.outgoing[:nb_bytes]
             if wire.get_write_buffer_size():
                 wire.write(bytes(data))
@@ -234,6 +256,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             wire.write(data)
             if wire.get_write_buffer_size():
                 memory.outgoing = _new_outgoing()
+        return nb_sent > 0
 
     # -- what the protocol calls -----------------------------------------------------
 
@@ -272,7 +295,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._paused = False
         if self._wire.is_closing():
             return
-        self._wire.resume_reading()
+        if not self._held:
+            self._wire.resume_reading()
         if not self._pulling:
             # Some may have been received, but not decrypted.
             asyncio.get_running_loop().call_soon(self._pull)
