@@ -68,9 +68,11 @@ async def start_tls(
     protocol: asyncio.BufferedProtocol,
     tls: ServerTls,
     memory: TlsMemory,
+    *,
+    close_timeout: float,
 ) -> "TlsTransport":
     """Upgrade a connection whose reading is paused; return its new transport,
-    whose reading is paused, too.
+    whose reading is paused, too. ``close_timeout`` is that of `ServerOptions`.
 
     Raises `OSError` if there is no connection any more, or if the peer can't
     have one: then ``connection_lost`` may or may not have been called.
@@ -81,7 +83,8 @@ async def start_tls(
     if wire.get_write_buffer_size():
         # It waits for the reply: only one that ignores them all gets here.
         raise ConnectionAbortedError("the client reads no replies")
-    transport = TlsTransport(wire, protocol, _new_engine(context), memory)
+    engine = _new_engine(context)
+    transport = TlsTransport(wire, protocol, engine, memory, close_timeout)
     await transport.established
     if wire.get_write_buffer_size():
         raise ConnectionAbortedError("the client reads no replies")
@@ -105,6 +108,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         protocol: asyncio.BufferedProtocol,
         engine: TlsEngine,
         memory: TlsMemory,
+        close_timeout: float,
     ) -> None:
         """Begin the handshake."""
         super().__init__()
@@ -115,6 +119,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._protocol = protocol
         self._engine = engine
         self._memory = memory
+        self._close_timeout = close_timeout
+        self._abort_timer: asyncio.TimerHandle | None = None
         # Until the handshake's end nothing is decrypted for the protocol.
         self._shaking = True
         # The protocol wants nothing more for now.
@@ -173,6 +179,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing comes or goes any more."""
         self._closing = True
+        if self._abort_timer is not None:
+            self._abort_timer.cancel()
         if not self._shaking:
             self._protocol.connection_lost(exc)
         elif not self.established.done():
@@ -231,7 +239,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             wire.pause_reading()
 
     def _fail(self, exc: TlsError) -> None:
-        """Tell the peer why it ends here."""
+        """Tell the peer why it ends here, but do not wait for ever until it listens."""
         if not self._closing:
             self._closing = True
             if self._shaking:
@@ -241,6 +249,9 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
                 logger.warning("%s closed: TLS: %s", peer_name(self._wire), exc)
             self._send()
             self._wire.close()
+            self._abort_timer = asyncio.get_running_loop().call_later(
+                self._close_timeout, self._wire.abort
+            )
 
     def _send(self) -> bool:
         """Write what the engine has encrypted; say whether that was anything."""

@@ -399,6 +399,21 @@ async def test_record_that_was_changed(tmp_path, pki, make, phase, caplog):
     assert ("try_pwrite", 0, 5) not in node.log
 
 
+async def test_broken_record_of_a_client_that_does_not_read(tmp_path, pki):
+    node = FakeNode()
+    options = ServerOptions(close_timeout=0.3)
+    async with serving_tls(tmp_path, pki, node, options=options) as served:
+        records = await connect_records(served, pki)
+        client = records.client
+        client.writer.transport.pause_reading()
+        for _ in range(20):
+            records.tls.write(client.request(nbd.CMD_READ, 0, 1 << 20))
+        client.writer.write(records.outgoing.read())
+        await settle(lambda: len(node.log) > 10)
+        client.writer.write(bytes(100))
+        await settle(lambda: not served.server._connections)
+
+
 @ENGINES
 async def test_bytes_come_one_by_one(tmp_path, pki, make):
     node = FakeNode()
