@@ -31,6 +31,10 @@ _MAX_PSK_FILE: Final = 1 << 20
 _MAX_PSK_KEY: Final = 256
 """Bytes: more than OpenSSL takes."""
 
+_PSK_CIPHERS: Final = "ECDHE+PSK:PSK+AESGCM:PSK:!eNULL"
+"""Some that encrypt nothing are of PSK, and only the level of security is in the
+way of them, which a machine's ``openssl.cnf`` can lower."""
+
 _VERSIONS: Final = {
     "TLS1.2": ssl.TLSVersion.TLSv1_2,
     "TLS1.3": ssl.TLSVersion.TLSv1_3,
@@ -272,7 +276,7 @@ class PskCredentials(TlsCredentials[ssl.SSLContext]):
         context = _new_context(self._versions, is_server=self.is_server)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
-        context.set_ciphers("ECDHE+PSK:PSK+AESGCM:PSK")
+        context.set_ciphers(_PSK_CIPHERS)
         if sys.version_info >= (3, 13):
             if self.is_server:
                 context.set_psk_server_callback(

@@ -252,17 +252,17 @@ class NbdClient:
         length = self._lengths.pop(cookie)
         return Reply(cookie, error, b"" if error else self._take(length))
 
-    def _negotiate(self, export: bytes) -> tuple[int, int]:
+    def _greet(self) -> None:
         greeting = self._take(18)
         assert greeting[:16] == b"NBDMAGICIHAVEOPT", greeting
         (server_flags,) = struct.unpack(">H", greeting[16:])
         assert server_flags & 1, "not fixed newstyle"
+        self._send(struct.pack(">I", server_flags & 3))
+
+    def _negotiate(self, export: bytes) -> tuple[int, int]:
+        self._greet()
         payload = struct.pack(">I", len(export)) + export + struct.pack(">H", 0)
-        self._send(
-            struct.pack(">I", server_flags & 3)
-            + struct.pack(">QII", _OPTION_MAGIC, _OPT_GO, len(payload))
-            + payload
-        )
+        self._send(struct.pack(">QII", _OPTION_MAGIC, _OPT_GO, len(payload)) + payload)
         size = flags = None
         while True:
             magic, option, kind, length = _OPTION_REPLY.unpack(self._take(20))

@@ -188,7 +188,13 @@ class Connection(asyncio.BufferedProtocol):
         assert self._tls is not None
         upgraded: TlsTransport | None = None
         try:
-            upgraded = await start_tls(transport, self, self._tls, self._shared.tls)
+            upgraded = await start_tls(
+                transport,
+                self,
+                self._tls,
+                self._shared.tls,
+                close_timeout=self._options.close_timeout,
+            )
         except OSError as exc:
             self._fail(f"TLS: {describe_tls_error(exc)}")
         finally:

@@ -68,9 +68,11 @@ async def start_tls(
     protocol: asyncio.BufferedProtocol,
     tls: ServerTls,
     memory: TlsMemory,
+    *,
+    close_timeout: float,
 ) -> "TlsTransport":
     """Upgrade a connection whose reading is paused; return its new transport,
-    whose reading is paused, too.
+    whose reading is paused, too. ``close_timeout`` is that of `ServerOptions`.
 
     Raises `OSError` if there is no connection any more, or if the peer can't
     have one: then ``connection_lost`` may or may not have been called.
@@ -81,7 +83,8 @@ async def start_tls(
     if wire.get_write_buffer_size():
         # It waits for the reply: only one that ignores them all gets here.
         raise ConnectionAbortedError("the client reads no replies")
-    transport = TlsTransport(wire, protocol, _new_engine(context), memory)
+    engine = _new_engine(context)
+    transport = TlsTransport(wire, protocol, engine, memory, close_timeout)
     await transport.established
     if wire.get_write_buffer_size():
         raise ConnectionAbortedError("the client reads no replies")
@@ -105,6 +108,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         protocol: asyncio.BufferedProtocol,
         engine: TlsEngine,
         memory: TlsMemory,
+        close_timeout: float,
     ) -> None:
         """Begin the handshake."""
         super().__init__()
@@ -115,11 +119,15 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._protocol = protocol
         self._engine = engine
         self._memory = memory
+        self._close_timeout = close_timeout
+        self._abort_timer: asyncio.TimerHandle | None = None
         # Until the handshake's end nothing is decrypted for the protocol.
         self._shaking = True
         # The protocol wants nothing more for now.
         self._paused = True
         self._pulling = False
+        # Nothing comes from the wire until it has sent what TLS had to say.
+        self._held = False
         # The wire has brought its last byte.
         self._eof = False
         self._eof_told = False
@@ -136,7 +144,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Decrypt what has come: `asyncio.BufferedProtocol`."""
-        if self._closing:
+        # Behind the end of TLS nothing can come, and nobody would take it.
+        if self._closing or self._engine.at_end:
             return
         self._engine.receive(self._memory.incoming[:nbytes])
         if self._shaking:
@@ -160,12 +169,18 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         """The peer has taken everything."""
+        if self._held:
+            self._held = False
+            if not (self._paused or self._wire.is_closing()):
+                self._wire.resume_reading()
         if not self._shaking:
             self._protocol.resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing comes or goes any more."""
         self._closing = True
+        if self._abort_timer is not None:
+            self._abort_timer.cancel()
         if not self._shaking:
             self._protocol.connection_lost(exc)
         elif not self.established.done():
@@ -205,13 +220,26 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
                     if not self._protocol.eof_received():
                         self.close()
                 break
+            if not self._closing:
+                self._answer()
         except TlsError as exc:
             self._fail(exc)
         finally:
             self._pulling = False
 
+    def _answer(self) -> None:
+        """Send what TLS itself says to what was read: its new keys for the peer's,
+        or that nothing is negotiated anew.
+
+        A peer can ask for it again and again, and take none of it.
+        """
+        wire = self._wire
+        if self._send() and wire.get_write_buffer_size() and not wire.is_closing():
+            self._held = True
+            wire.pause_reading()
+
     def _fail(self, exc: TlsError) -> None:
-        """Tell the peer why it ends here."""
+        """Tell the peer why it ends here, but do not wait for ever until it listens."""
         if not self._closing:
             self._closing = True
             if self._shaking:
@@ -221,12 +249,17 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
                 logger.warning("%s closed: TLS: %s", peer_name(self._wire), exc)
             self._send()
             self._wire.close()
+            self._abort_timer = asyncio.get_running_loop().call_later(
+                self._close_timeout, self._wire.abort
+            )
 
-    def _send(self) -> None:
-        """Write what the engine has encrypted."""
+    def _send(self) -> bool:
+        """Write what the engine has encrypted; say whether that was anything."""
         memory = self._memory
         wire = self._wire
+        nb_sent = 0
         while nb_bytes := self._engine.take(memory.outgoing):
+            nb_sent += nb_bytes
             data = memory.outgoing[:nb_bytes]
             if wire.get_write_buffer_size():
                 wire.write(bytes(data))
@@ -234,6 +267,7 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
             wire.write(data)
             if wire.get_write_buffer_size():
                 memory.outgoing = _new_outgoing()
+        return nb_sent > 0
 
     # -- what the protocol calls -----------------------------------------------------
 
@@ -272,7 +306,8 @@ class TlsTransport(asyncio.Transport, asyncio.BufferedProtocol):
         self._paused = False
         if self._wire.is_closing():
             return
-        self._wire.resume_reading()
+        if not self._held:
+            self._wire.resume_reading()
         if not self._pulling:
             # Some may have been received, but not decrypted.
             asyncio.get_running_loop().call_soon(self._pull)

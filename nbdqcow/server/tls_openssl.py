@@ -7,7 +7,7 @@ own copy what they move once or twice more.
 """
 
 import contextlib
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final
 
 from cryptography.hazmat.bindings.openssl.binding import Binding
 from cryptography.hazmat.primitives.serialization import Encoding
@@ -89,12 +89,14 @@ class X509ServerCredentials(X509Credentials[SSL.Context]):
         try:
             context.use_certificate_chain_file(cert)
             with open(key, "rb") as file:
-                # With no password given OpenSSL asks for it on the terminal. And
-                # cryptography's own reader refuses what GnuTLS's certtool writes.
+                # With no password given OpenSSL asks for it on the terminal.
                 loaded = crypto.load_privatekey(
                     crypto.FILETYPE_PEM, file.read(), (self._password or "").encode()
                 )
-            context.use_privatekey(cast(Any, loaded.to_cryptography_key()))
+            # Past `Context.use_privatekey`: cryptography's own reader refuses what
+            # GnuTLS's certtool writes, and takes a key of RSA-PSS for one of RSA.
+            if _lib.SSL_CTX_use_PrivateKey(context._context, loaded._pkey) != 1:
+                SSL._raise_current_error()
             context.check_privatekey()
         except (SSL.Error, crypto.Error) as exc:
             reason = _reason(exc)

@@ -97,6 +97,12 @@ _OUTPUT: Final[Sequence[tuple[bytes, _Replacement]]] = (
     # Since 8.0 `info` shows the files below an image.
     (rb"(?m)^ *Child node '.*':\n(?: {4,}.*\n)*", b""),
     (rb'(?m)^( *)"children": \[\n(?:\1 .*\n)*\1\],\n', b""),
+    # And the kind of a file, as if it were something of the format's.
+    (
+        rb'(?m)^( *)"format-specific": \{\n\1    "type": "file",\n'
+        rb'\1    "data": \{\n\1    \}\n\1\},\n',
+        b"",
+    ),
     # Since 9.0.
     (rb"(?m)^ *detached header: false\n", b""),
     (rb'(?m)^ *"detached-header": false,\n', b""),
@@ -174,6 +180,10 @@ _ERRORS: Final[Sequence[tuple[bytes, bytes]]] = (
     (
         rb"(Could not create snapshot '.*'): Operation not supported",
         rb"\1: -95 (Operation not supported)",
+    ),
+    (
+        rb"(Could not create snapshot '.*'): No space left on device",
+        rb"\1: -28 (No space left on device)",
     ),
     (
         rb"Value '-.*' is out of range for parameter '(.*)'",

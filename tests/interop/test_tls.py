@@ -113,7 +113,34 @@ def nbdqcow_img():
     return [sys.executable, "-c", program]
 
 
+def certtool(directory, *arguments, template=""):
+    (directory / "template").write_text(template)
+    command = [find_tool("certtool"), "--template", "template", *arguments]
+    subprocess.run(command, cwd=directory, check=True, capture_output=True)
+
+
 # -- clients -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["rsa", "rsa-pss", "ecdsa", "ed25519"])
+def test_keys_of_certtool(served, image, socket, tmp_path, kind):
+    certtool(tmp_path, "--generate-privkey", "--outfile", "ca-key.pem")
+    certtool(
+        tmp_path, "--generate-self-signed", "--load-privkey", "ca-key.pem",
+        "--outfile", "ca-cert.pem", template="cn=ca\nca\ncert_signing_key\n",
+    )  # fmt: skip
+    certtool(
+        tmp_path, "--generate-privkey", "--key-type", kind,
+        "--outfile", "server-key.pem",
+    )  # fmt: skip
+    certtool(
+        tmp_path, "--generate-certificate", "--load-privkey", "server-key.pem",
+        "--load-ca-certificate", "ca-cert.pem", "--load-ca-privkey", "ca-key.pem",
+        "--outfile", "server-cert.pem",
+        template="cn=localhost\ndns_name=localhost\ntls_www_server\nsigning_key\n",
+    )  # fmt: skip
+    served(image, "--unix", socket, "--tls-certificates", tmp_path)
+    assert size(uri(socket, tmp_path)) == 3 * MiB + 512
 
 
 @pytest.mark.parametrize("client", ["ours", "theirs"])

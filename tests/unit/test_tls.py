@@ -305,5 +305,6 @@ def test_psk_credentials(tmp_path):
     with pytest.raises(CredentialsError, match="no key of 'qemu'"):
         PskCredentials(str(path), is_server=False)
     first = server.context_blocking()
+    assert not [c["name"] for c in first.get_ciphers() if "NULL" in c["name"]]
     path.write_text("alice:00ff00\n")
     assert server.context_blocking() is not first

@@ -1,10 +1,14 @@
 """TLS on the server's connections, on both event loops."""
 
 import asyncio
+import hmac
+import socket
 import ssl
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from OpenSSL import SSL
 
 from nbdqcow.nbd import codec
 from nbdqcow.nbd import constants as nbd
@@ -13,7 +17,8 @@ from nbdqcow.server.authz import AllowNames, by_certificate
 from nbdqcow.server.options import ServerOptions
 from nbdqcow.server.server import Server
 from nbdqcow.server.tls import ServerTls
-from nbdqcow.server.tls_openssl import X509ServerCredentials
+from nbdqcow.server.tls_engine import PythonEngine
+from nbdqcow.server.tls_openssl import OpenSslEngine, X509ServerCredentials
 from nbdqcow.tls import VerifyPeer, X509Credentials
 from tests.block.server.support import Client, FakeNode, Served, settle
 from tests.certificates import Authority
@@ -282,10 +287,13 @@ async def test_disconnect_without_a_word(tmp_path, pki):
 class Records:
     """A client whose records are made and sent by the test, with a plain socket."""
 
-    def __init__(self, client, pki):
+    def __init__(self, client, pki, keylog=None):
         self.client = client
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.tls = client_context(pki).wrap_bio(
+        context = client_context(pki)
+        if keylog is not None:
+            context.keylog_filename = str(keylog)
+        self.tls = context.wrap_bio(
             self.incoming, self.outgoing, server_hostname="localhost"
         )
 
@@ -320,13 +328,13 @@ class Records:
         return data
 
 
-async def connect_records(served, pki):
+async def connect_records(served, pki, keylog=None):
     """Return a client in the transmission phase."""
     plain = await served.connect_raw()
     client = TlsClient(plain.reader, plain.writer)
     served.clients[-1] = client
     assert await client.starttls() == nbd.REP_ACK
-    records = Records(client, pki)
+    records = Records(client, pki, keylog)
     await records.call(records.tls.do_handshake)
     request = codec.option_request(nbd.OPT_EXPORT_NAME, b"")
     await records.call(records.tls.write, request)
@@ -391,6 +399,21 @@ async def test_record_that_was_changed(tmp_path, pki, make, phase, caplog):
     assert ("try_pwrite", 0, 5) not in node.log
 
 
+async def test_broken_record_of_a_client_that_does_not_read(tmp_path, pki):
+    node = FakeNode()
+    options = ServerOptions(close_timeout=0.3)
+    async with serving_tls(tmp_path, pki, node, options=options) as served:
+        records = await connect_records(served, pki)
+        client = records.client
+        client.writer.transport.pause_reading()
+        for _ in range(20):
+            records.tls.write(client.request(nbd.CMD_READ, 0, 1 << 20))
+        client.writer.write(records.outgoing.read())
+        await settle(lambda: len(node.log) > 10)
+        client.writer.write(bytes(100))
+        await settle(lambda: not served.server._connections)
+
+
 @ENGINES
 async def test_bytes_come_one_by_one(tmp_path, pki, make):
     node = FakeNode()
@@ -403,6 +426,154 @@ async def test_bytes_come_one_by_one(tmp_path, pki, make):
             await asyncio.sleep(0)
         await records.read(16)
         assert (await records.read(36))[16:] == b"x" * 20
+
+
+HANDSHAKE, DATA = 22, 23
+NEW_KEYS = bytes([24, 0, 0, 1])
+"""A KeyUpdate, but for its last byte: whether the peer is to do the same."""
+
+
+class Direction:
+    """One direction of TLS 1.3 with AES-256-GCM and SHA-384 (RFC 8446, 5.2, 7.2, 7.3),
+    for what Python's ssl never sends."""
+
+    def __init__(self, keylog, whose, nb_records):
+        """``nb_records`` have gone this way since the handshake."""
+        lines = [line.split() for line in keylog.read_text().splitlines()]
+        (words,) = (w for w in lines if w[0] == f"{whose}_TRAFFIC_SECRET_0")
+        self._use(bytes.fromhex(words[2]))
+        self.nb_records = nb_records
+
+    def _use(self, secret):
+        self.secret = secret
+        self.aes = AESGCM(self._derive(b"key", 32))
+        self.iv = self._derive(b"iv", 12)
+        self.nb_records = 0
+
+    def _derive(self, label, length):
+        label = b"tls13 " + label
+        info = length.to_bytes(2) + bytes([len(label)]) + label + b"\0\1"
+        return hmac.digest(self.secret, info, "sha384")[:length]
+
+    def _nonce(self):
+        number = int.from_bytes(self.iv) ^ self.nb_records
+        self.nb_records += 1
+        return number.to_bytes(12)
+
+    def renew(self):
+        self._use(self._derive(b"traffic upd", 48))
+
+    def seal(self, kind, content):
+        head = bytes([DATA, 3, 3]) + (len(content) + 17).to_bytes(2)
+        return head + self.aes.encrypt(self._nonce(), content + bytes([kind]), head)
+
+    def seal_new_keys(self):
+        record = self.seal(HANDSHAKE, NEW_KEYS + b"\1")
+        self.renew()
+        return record
+
+    async def open(self, reader):
+        """Return the kind of the next record, and what is in it."""
+        head = await asyncio.wait_for(reader.readexactly(5), 20)
+        data = await reader.readexactly(int.from_bytes(head[3:]))
+        content = self.aes.decrypt(self._nonce(), data, head)
+        return content[-1], content[:-1]
+
+
+@ENGINES
+async def test_new_keys_without_end(tmp_path, pki, make, monkeypatch):
+    monkeypatch.setattr("nbdqcow.server.connection._SEND_BUFFER", 4096)
+    node = FakeNode()
+    keylog = tmp_path / "keys"
+    nb_updates = 8000
+    async with serving_tls(tmp_path, pki, node, make=make) as served:
+        records = await connect_records(served, pki, keylog)
+        client = records.client
+        transport = client.writer.transport
+        ours = Direction(keylog, "CLIENT", 1)
+        # Two tickets, which nobody will take, and the export.
+        theirs = Direction(keylog, "SERVER", 3)
+        client.writer.write(ours.seal_new_keys() + ours.seal_new_keys())
+        # OpenSSL answers one when it sees the next.
+        assert await theirs.open(client.reader) == (HANDSHAKE, NEW_KEYS + b"\0")
+        theirs.renew()
+        transport.pause_reading()
+        sock = transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        client.writer.write(b"".join(ours.seal_new_keys() for _ in range(nb_updates)))
+        client.writer.write(ours.seal(DATA, client.request(nbd.CMD_READ, 5, 1000)))
+        # No more is taken of a client that takes no answer.
+        left = -1
+        while left != transport.get_write_buffer_size():
+            left = transport.get_write_buffer_size()
+            await asyncio.sleep(0.3)
+        assert left
+        assert not node.log
+        transport.resume_reading()
+        for _ in range(nb_updates + 1):
+            assert await theirs.open(client.reader) == (HANDSHAKE, NEW_KEYS + b"\0")
+            theirs.renew()
+        kind, content = await theirs.open(client.reader)
+        assert kind == DATA
+        assert content[16:] == bytes(node.data[5:1005])
+
+
+async def test_handshake_of_a_client_that_has_had_one(tmp_path, pki):
+    node = FakeNode()
+    async with serving_tls(tmp_path, pki, node) as served:
+        plain = await served.connect_raw()
+        client = TlsClient(plain.reader, plain.writer)
+        assert await client.starttls() == nbd.REP_ACK
+        context = SSL.Context(SSL.TLS_CLIENT_METHOD)
+        context.set_max_proto_version(SSL.TLS1_2_VERSION)
+        tls = SSL.Connection(context)
+        tls.set_connect_state()
+
+        async def shake():
+            while True:
+                waits = False
+                try:
+                    tls.do_handshake()
+                except SSL.WantReadError:
+                    waits = True
+                with suppress(SSL.WantReadError):
+                    client.writer.write(tls.bio_read(1 << 16))
+                if not waits:
+                    return
+                tls.bio_write(await asyncio.wait_for(client.reader.read(1 << 16), 20))
+
+        await shake()
+        assert tls.renegotiate()
+        # It is told, and does not wait for ever.
+        with pytest.raises(SSL.Error, match="no renegotiation"):
+            await shake()
+
+
+@ENGINES
+async def test_bytes_behind_the_end_of_tls(tmp_path, pki, make, monkeypatch):
+    node = FakeNode()
+    node.inline = False
+    node.gate.clear()
+    received = []
+    async with serving_tls(tmp_path, pki, node, make=make) as served:
+        records = await connect_records(served, pki)
+        client = records.client
+        records.tls.write(client.request(nbd.CMD_READ, 5, 1000))
+        with pytest.raises(ssl.SSLWantReadError):
+            records.tls.unwrap()
+        client.writer.write(records.outgoing.read())
+        await settle(lambda: node.nb_waiting == 1)
+        for engine in (PythonEngine, OpenSslEngine):
+            monkeypatch.setattr(
+                engine, "receive", lambda self, data: received.append(1)
+            )
+        # While the reply is waited for nothing of this is kept.
+        client.writer.write(bytes(4 << 20))
+        await client.writer.drain()
+        await settle(lambda: not client.writer.transport.get_write_buffer_size())
+        node.gate.set()
+        assert (await records.read(1016))[16:] == bytes(node.data[5:1005])
+    assert not received
 
 
 async def test_stop_while_clients_are_there(tmp_path, pki):

@@ -235,7 +235,8 @@ def test_bytes_that_were_changed_anywhere(pki, authority, make, seed):
         if rng.random() < 0.3:
             place = rng.randrange(len(changed))
             changed[place : place + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
-        receive(memoryview(changed))
+        if changed:
+            receive(memoryview(changed))
 
     receive, engine.receive = engine.receive, change_and_receive
     buffer = memoryview(bytearray(1 << 15))
