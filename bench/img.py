@@ -2,7 +2,8 @@
 
 Whole processes on the same files, page cache warm, in turns; of each the best
 run counts. Ours begin with compiled modules, as those of an installed package
-do, whatever the environment says. Smaller files with ``--scale`` for a machine
+do, whatever the environment says. Beside the times: how long the file is that we
+make, theirs is 1. Smaller files with ``--scale`` for a machine
 with little room; only the files that the chosen rows need are made.
 """
 
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -25,6 +26,7 @@ _OURS: Final = [sys.executable, "-m", "nbdqcow.cli.img"]
 _THEIRS: Final = ["qemu-img"]
 _TREE: Final = Path(__file__).parents[1]
 
+_MOST_OF_A_FILE: Final = 16 * MiB
 _ENOUGH_SECONDS: Final = 30
 """A row that has taken so long is not run again."""
 
@@ -70,7 +72,10 @@ def main() -> None:
         rows = [row for row in ROWS if arguments.row in row.name]
         _compile_modules(directory)
         _make_files(directory, arguments.scale, rows)
-        print(f"{'':34} {'qemu-img':>9} {'ours':>9} {'times':>6} {'wanted':>6}")
+        print(
+            f"{'':34} {'qemu-img':>9} {'ours':>9} {'times':>6} {'wanted':>6}"
+            f" {'bytes':>6}"
+        )
         for row in rows:
             _print_row(row, directory, arguments.runs)
 
@@ -78,13 +83,18 @@ def main() -> None:
 def _print_row(row: Row, directory: Path, nb_runs: int) -> None:
     theirs: list[float] = []
     ours: list[float] = []
+    size = ""
+    out = directory / "out"
     while len(ours) < nb_runs and sum(theirs + ours) < _ENOUGH_SECONDS:
         theirs.append(_time([*_THEIRS, *(row.theirs or row.ours).split()], directory))
+        their_length = out.stat().st_size if out.exists() else 0
         ours.append(_time([*_OURS, *row.ours.split()], directory))
+        if their_length:
+            size = f"{out.stat().st_size / their_length:.4f}"
     times = min(theirs) / min(ours)
     print(
         f"{row.name:34} {min(theirs):8.2f}s {min(ours):8.2f}s {times:6.2f} "
-        f"{row.wanted:6.1f}",
+        f"{row.wanted:6.1f} {size:>6}",
         flush=True,
     )
 
@@ -150,18 +160,32 @@ def _make_half(path: Path, length: int) -> None:
 
 
 def _make_mixed(path: Path, length: int) -> None:
-    """Make a file of which three quarters are text and the rest is noise."""
-    rng = random.Random(1)
-    words = [rng.randbytes(rng.randrange(2, 9)).hex() for _ in range(4000)]
-    text = " ".join(rng.choices(words, k=8 * MiB // 8)).encode()
+    """Make a file of this machine's texts and programs in turn, a MiB each."""
+    texts, programs = _pieces(is_text=True), _pieces(is_text=False)
     with path.open("wb") as file:
-        for index in range(length // MiB):
-            if index % 4 == 3:
-                file.write(rng.randbytes(MiB))
-            else:
-                # No two clusters of the file are the same.
-                start = rng.randrange(len(text) - MiB)
-                file.write(text[start : start + MiB])
+        for _ in range(0, length, 2 * MiB):
+            file.write(next(texts))
+            file.write(next(programs))
+        file.truncate(length)
+
+
+def _pieces(*, is_text: bool) -> Iterator[bytes]:
+    """Yield a MiB at a time of what there is, again and again."""
+    held = bytearray()
+    while True:
+        for directory, directories, names in os.walk("/usr"):
+            directories.sort()
+            for name in sorted(names):
+                path = os.path.join(directory, name)
+                if os.path.islink(path) or not os.path.isfile(path):
+                    continue
+                with open(path, "rb") as file:
+                    head = file.read(4096)
+                    if head and (b"\0" not in head) == is_text:
+                        held += head + file.read(_MOST_OF_A_FILE)
+                while len(held) >= MiB:
+                    yield bytes(held[:MiB])
+                    del held[:MiB]
 
 
 def _make_fragmented(path: Path, size: int) -> None:

@@ -8,7 +8,7 @@ Where a change goes:
   ``reopen``; what else one can do with it is listed in ``operations``.
 - Where guest bytes are: ``mapping``, over the cached tables of ``tables``; of many
   clusters at once ``extents`` and ``runs``; in compressed clusters ``compress``, whose
-  streams are ``codec``'s.
+  streams are ``codec``'s, those of deflate made by ``deflater``.
 - Guest writes: ``write``, ``write_inline``, ``discard``, ``compressed_write``, and
   ``overlap``, which stops those that would hit metadata.
 - With subclusters another module takes the place of one: its name ends in

@@ -19,17 +19,17 @@ from nbdqcow.types import Buffer
 
 try:
     import deflate
-    from isal import igzip_lib
+
+    from nbdqcow.formats.qcow2 import deflater
 except ImportError:  # a platform without wheels: zlib is slower
     deflate: Any = None  # type: ignore[no-redef]
-    igzip_lib: Any = None  # type: ignore[no-redef]
+    deflater: Any = None  # type: ignore[no-redef]
 
 Decompress: TypeAlias = Callable[[Buffer, int], Buffer]
 Compress: TypeAlias = Callable[[Buffer], bytes]
 
 _WINDOW_BITS: Final = 12
 """QEMU reads deflate with a window of 4 KiB."""
-_ISAL_LEVEL: Final = 3
 _ZLIB_LEVEL: Final = 6
 _ZSTD_LEVEL: Final = 3
 _ZSTD_MAX_WINDOW_LOG: Final = 23
@@ -72,14 +72,8 @@ def inflate_blocking(data: Buffer, length: int) -> Buffer:
 
 def deflate_blocking(data: Buffer) -> bytes:
     """Return ``data`` as a raw deflate stream that QEMU can read."""
-    if igzip_lib is not None:
-        return igzip_lib.compress(
-            data,
-            _ISAL_LEVEL,
-            igzip_lib.COMP_DEFLATE,
-            igzip_lib.MEM_LEVEL_DEFAULT,
-            _WINDOW_BITS,
-        )
+    if deflater is not None:
+        return deflater.deflate_blocking(data)
     packer = zlib.compressobj(_ZLIB_LEVEL, zlib.DEFLATED, -_WINDOW_BITS)
     return packer.compress(data) + packer.flush()
 

@@ -18,7 +18,7 @@ HEAVY = {
 # asyncio needs some more of these.
 HEAVY_FOR_JOBS = {
     *("numpy", "cryptography", "click", "uvloop", "argparse", "json", "pathlib"),
-    *("urllib.parse", "tempfile", "shutil", "deflate", "isal"),
+    *("urllib.parse", "tempfile", "shutil", "deflate", "zlib_ng"),
 }
 
 

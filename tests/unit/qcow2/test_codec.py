@@ -43,7 +43,7 @@ def _wheels(request, monkeypatch):
     """Both ways: with the fast libraries, and where there are none."""
     if request.param == "without":
         monkeypatch.setattr(codec, "deflate", None)
-        monkeypatch.setattr(codec, "igzip_lib", None)
+        monkeypatch.setattr(codec, "deflater", None)
 
 
 @TYPES
