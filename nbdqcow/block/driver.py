@@ -224,12 +224,18 @@ class FormatDriver(ABC):
     def abort_write(self, plan: WritePlan) -> None:
         """The data could not be written: the old mapping stays."""
 
+    @property
+    def compressed_at_once(self) -> int:
+        """So many clusters `write_compressed` compresses in one thread."""
+        return 1
+
     async def write_compressed(
         self, offset: int, data: Buffer, *, store_zeroes: bool = False
     ) -> None:
-        """Write one whole cluster, or the image's last part of one, compressed;
-        plain if it gets no shorter. A cluster of zeroes becomes a zero cluster
-        unless it is to be stored, too.
+        """Write whole clusters, of which the image's last may be a part of one,
+        compressed; plain if one gets no shorter. A cluster of zeroes becomes a zero
+        cluster unless it is to be stored, too. `compressed_at_once` tells how many
+        clusters it takes.
 
         Calls may overlap: compressing takes all processors, and what is
         compressed is stored in the order of the calls. Raises `NotSupported`

@@ -365,15 +365,16 @@ class WriteRequests(ReadRequests):
         if offset % size or (end % size and end != self.size):
             raise BlockError(errno.EINVAL, "only whole clusters can be compressed")
         view = memoryview(data)
+        step = size * self.driver.compressed_at_once
         for group in range(0, len(view), size * _MAX_COMPRESSING):
-            starts = range(group, len(view), size)[:_MAX_COMPRESSING]
+            end = min(group + size * _MAX_COMPRESSING, len(view))
             writes = (
                 self.driver.write_compressed(
                     offset + start,
-                    view[start : start + size],
+                    view[start : min(start + step, end)],
                     store_zeroes=store_zeroes,
                 )
-                for start in starts
+                for start in range(group, end, step)
             )
             done = await asyncio.gather(*writes, return_exceptions=True)
             for error in filter(None, done):

@@ -443,7 +443,7 @@ def test_a_failed_write_leaves_the_old_cluster(tmp_path, seed, monkeypatch):
                 raise OSError(28, "No space left on device")
 
             with monkeypatch.context() as patch:
-                patch.setattr(storage, "try_pwrite", lambda *_: False)
+                patch.setattr(storage, "try_pwritev", lambda *_: False)
                 patch.setattr(storage, "pwritev", broken)
                 with pytest.raises(OSError, match="No space"):
                     await node.pwrite_compressed(0, new)

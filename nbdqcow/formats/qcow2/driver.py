@@ -330,6 +330,11 @@ class Qcow2Driver(Operations):
         # A write in place may have come half the way.
         self.mark_written(plan.guest_offset, plan.length)
 
+    @property
+    def compressed_at_once(self) -> int:
+        """See `FormatDriver.compressed_at_once`."""
+        return compressed_write.nb_at_once(self.cluster_size)
+
     async def write_compressed(
         self, offset: int, data: Buffer, *, store_zeroes: bool = False
     ) -> None:
