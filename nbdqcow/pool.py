@@ -17,8 +17,11 @@ from collections.abc import Callable, Coroutine
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar, TypeVarTuple
 
-NB_THREADS: Final = 4
-_NB_SPARE: Final = max(1, len(os.sched_getaffinity(0)) - 1)
+_NB_PROCESSORS: Final = len(os.sched_getaffinity(0))
+NB_THREADS: Final = min(max(4, _NB_PROCESSORS), 16)
+"""Enough for a device's requests, and to compress on all processors, of which 16 can
+be had by qemu-img as well."""
+_NB_SPARE: Final = max(1, _NB_PROCESSORS - 1)
 """Processors that the event loop leaves to the threads."""
 
 T = TypeVar("T")

@@ -89,6 +89,19 @@ def test_a_cluster_that_somebody_writes_to_is_waited_for(tmp_path, seed):
     check(path)
 
 
+def at_call(number, refcounts, patch, act):
+    """From the call with this number on, ``act`` takes the place of
+    `Refcounts.allocate_bytes`."""
+    allocate, nb_calls = refcounts.allocate_bytes, 0
+
+    async def allocate_bytes(length):
+        nonlocal nb_calls
+        nb_calls += 1
+        return await (act if nb_calls >= number else allocate)(length)
+
+    patch.setattr(refcounts, "allocate_bytes", allocate_bytes)
+
+
 @pytest.mark.parametrize("nb_first", [0, 1, 3])
 def test_room_for_some_only(tmp_path, seed, monkeypatch, nb_first):
     """Those that have a place are written; the error is told."""
@@ -96,20 +109,13 @@ def test_room_for_some_only(tmp_path, seed, monkeypatch, nb_first):
     rnd = random.Random(seed)
     data = b"".join(cluster(rnd) for _ in range(4))
 
+    async def fail(length):
+        raise BlockError(28, "No space left on device")
+
     async def run():
         async with open_image(path) as node:
-            refcounts = node.driver.refcounts
-            allocate, nb_calls = refcounts.allocate_bytes, 0
-
-            async def allocate_bytes(length):
-                nonlocal nb_calls
-                nb_calls += 1
-                if nb_calls > nb_first:
-                    raise BlockError(28, "No space left on device")
-                return await allocate(length)
-
             with monkeypatch.context() as patch:
-                patch.setattr(refcounts, "allocate_bytes", allocate_bytes)
+                at_call(nb_first + 1, node.driver.refcounts, patch, fail)
                 with pytest.raises(OSError, match="No space"):
                     await node.pwrite_compressed(0, data)
             first = nb_first * CLUSTER
@@ -132,23 +138,14 @@ def test_a_cancelled_call_holds_nothing(tmp_path, seed, monkeypatch, where):
     async def run():
         async with open_image(path) as node:
             driver, reached = node.driver, asyncio.Event()
-            allocate = driver.refcounts.allocate_bytes
-            nb_calls = 0
 
             async def hang(*_):
                 reached.set()
                 await asyncio.Event().wait()
 
-            async def allocate_bytes(length):
-                nonlocal nb_calls
-                nb_calls += 1
-                if nb_calls == 3:
-                    await hang()
-                return await allocate(length)
-
             with monkeypatch.context() as patch:
                 if where == "places":
-                    patch.setattr(driver.refcounts, "allocate_bytes", allocate_bytes)
+                    at_call(3, driver.refcounts, patch, hang)
                 else:
                     patch.setattr(driver.storage, "try_pwritev", lambda *_: False)
                     patch.setattr(driver.storage, "pwritev", hang)
