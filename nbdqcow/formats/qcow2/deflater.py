@@ -24,6 +24,7 @@ _DEFAULT_STRATEGY: Final = 0
 _FINISH: Final = 4
 _OK: Final = 0
 _STREAM_END: Final = 1
+_MEM_ERROR: Final = -4
 
 _SAMPLE_BITS: Final = 10
 _NOISE_VALUES: Final = 235
@@ -132,6 +133,8 @@ class _Deflater:
             functions.version,
             ctypes.sizeof(_Stream),
         )
+        if status == _MEM_ERROR:
+            raise MemoryError
         if status != _OK:
             raise ImportError(f"zlib-ng's deflateInit2 returned {status}")
         self._is_open = True
