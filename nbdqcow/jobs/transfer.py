@@ -17,9 +17,10 @@ from nbdqcow.units import KiB
 
 CHUNK: Final = 512 * KiB
 """Bytes that a thread reads and writes at a time."""
-_SHORT_CHUNK: Final = 256 * KiB
+_SHORT_CHUNK: Final = 128 * KiB
 """The same of what it decompresses. That takes so long that a longer one gains nothing,
-and the kernel has more trouble to find memory for it."""
+and the kernel has more trouble to find memory for it: page cache comes in pages as
+large as what is written."""
 
 
 class ReadError(Exception):
