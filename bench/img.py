@@ -46,7 +46,13 @@ ROWS: Final = (
     Row("convert raw to qcow2, 50 % holes", "convert -O qcow2 half.raw out", 1.0),
     Row("convert qcow2 to raw, 50 % holes", "convert -O raw half.qcow2 out", 1.0),
     Row(
-        "convert -c, text and binary",
+        "convert -c, words and noise",
+        "convert -c -O qcow2 made.raw out",
+        2.0,
+        "convert -c -m 16 -W -O qcow2 made.raw out",
+    ),
+    Row(
+        "convert -c, texts and programs",
         "convert -c -O qcow2 mixed.raw out",
         2.0,
         "convert -c -m 16 -W -O qcow2 mixed.raw out",
@@ -137,6 +143,8 @@ def _make_files(directory: Path, scale: float, rows: Iterable[Row]) -> None:
     if needed & {"half.raw", "half.qcow2"}:
         _make_half(directory / "half.raw", int(4 * GiB * scale))
         _img(directory, "convert -O qcow2 half.raw half.qcow2")
+    if "made.raw" in needed:
+        _make_made(directory / "made.raw", int(GiB * scale))
     if needed & {"mixed.raw", "mixed.qcow2"}:
         _make_mixed(directory / "mixed.raw", int(GiB * scale))
     if "mixed.qcow2" in needed:
@@ -157,6 +165,22 @@ def _make_half(path: Path, length: int) -> None:
         for offset in range(0, length - MiB + 1, 2 * MiB):
             file.seek(offset)
             file.write(data)
+
+
+def _make_made(path: Path, length: int) -> None:
+    """Make a file of which three quarters are words and the rest is noise: it is the
+    same on every machine."""
+    rng = random.Random(1)
+    words = [rng.randbytes(rng.randrange(2, 9)).hex() for _ in range(4000)]
+    text = " ".join(rng.choices(words, k=MiB)).encode()
+    with path.open("wb") as file:
+        for index in range(length // MiB):
+            if index % 4 == 3:
+                file.write(rng.randbytes(MiB))
+            else:
+                # No two clusters of the file are the same.
+                start = rng.randrange(len(text) - MiB)
+                file.write(text[start : start + MiB])
 
 
 def _make_mixed(path: Path, length: int) -> None:
