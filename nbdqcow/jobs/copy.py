@@ -4,7 +4,7 @@ from typing import Final
 
 from nbdqcow.block.node import Node
 from nbdqcow.jobs.control import Flight, JobControl
-from nbdqcow.jobs.errors import CopyError, reason_of
+from nbdqcow.jobs.errors import copying
 from nbdqcow.units import MiB
 
 _PIECE: Final = 2 * MiB
@@ -24,16 +24,12 @@ async def copy(
     async def copy_piece(offset: int) -> None:
         count = min(_PIECE, length - offset)
         inside = max(0, min(count, source.size - start - offset))
-        try:
+        with copying("reading", start + offset):
             data = await source.pread(start + offset, inside) if inside else b""
-        except OSError as error:
-            raise CopyError("reading", start + offset, reason_of(error)) from error
         if inside < count:
             data = bytes(data).ljust(count, b"\0")
-        try:
+        with copying("writing", offset):
             await target.pwrite(offset, data)
-        except OSError as error:
-            raise CopyError("writing", offset, reason_of(error)) from error
         control.advance(count)
 
     async with Flight(_NB_IN_FLIGHT) as flight:

@@ -1,5 +1,8 @@
 """What jobs say when they fail."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from nbdqcow.errors import BlockError, NbdQcowError
 
 
@@ -19,3 +22,12 @@ class CopyError(NbdQcowError):
 def reason_of(error: OSError) -> str:
     """Return what an error says, without its number."""
     return str(error) if isinstance(error, BlockError) else error.strerror or str(error)
+
+
+@contextmanager
+def copying(action: str, offset: int) -> Iterator[None]:
+    """What fails within is a `CopyError` of this action, at this place."""
+    try:
+        yield
+    except OSError as error:
+        raise CopyError(action, offset, reason_of(error)) from error

@@ -5,7 +5,7 @@ from typing import Final
 
 from nbdqcow.block.node import Node
 from nbdqcow.jobs.control import Flight, JobControl
-from nbdqcow.jobs.errors import CopyError, reason_of
+from nbdqcow.jobs.errors import copying
 from nbdqcow.jobs.status import stretch_of
 from nbdqcow.types import UNALLOCATED, ZERO
 from nbdqcow.units import SECTOR_SIZE, MiB, round_up
@@ -37,7 +37,7 @@ async def rebase(
     """
     control.expect(node.size)
     unit = node.driver.cluster_size if compressed else _unit(node)
-    write = _write_compressed if compressed else _write
+    write = node.pwrite_compressed if compressed else node.pwrite
     # As qemu-img does, and its tests look for: zeroes of the old backing image are
     # written out, those behind its end are zero clusters.
     old_end = 0 if node.backing is None else round_up(node.backing.size, unit)
@@ -51,11 +51,12 @@ async def rebase(
         if old != new:
             inside = max(0, min(length, old_end - offset))
             for start, stop in _differences(old[:inside], new, offset, unit):
-                await write(node, offset + start, old[start:stop])
-            for start, stop in _differences(
-                old[inside:], new[inside:], offset + inside, unit
-            ):
-                await _write_zeroes(node, offset + inside + start, stop - start)
+                with copying("writing", offset + start):
+                    await write(offset + start, old[start:stop])
+            behind = offset + inside
+            for start, stop in _differences(old[inside:], new[inside:], behind, unit):
+                with copying("writing", behind + start):
+                    await node.write_zeroes(behind + start, stop - start)
         control.advance(length)
 
     node.driver.gets_backing = new_backing is not None
@@ -162,29 +163,5 @@ def _differences(
 async def _read(node: Node, offset: int, length: int) -> bytes:
     if not length:
         return b""
-    try:
+    with copying("reading", offset):
         return bytes(await node.pread(offset, length))
-    except OSError as error:
-        raise CopyError("reading", offset, reason_of(error)) from error
-
-
-async def _write_compressed(node: Node, offset: int, data: bytes) -> None:
-    """Write whole clusters."""
-    try:
-        await node.pwrite_compressed(offset, data)
-    except OSError as error:
-        raise CopyError("writing", offset, reason_of(error)) from error
-
-
-async def _write(node: Node, offset: int, data: bytes) -> None:
-    try:
-        await node.pwrite(offset, data)
-    except OSError as error:
-        raise CopyError("writing", offset, reason_of(error)) from error
-
-
-async def _write_zeroes(node: Node, offset: int, length: int) -> None:
-    try:
-        await node.write_zeroes(offset, length)
-    except OSError as error:
-        raise CopyError("writing", offset, reason_of(error)) from error

@@ -14,22 +14,23 @@ from types import ModuleType
 from typing import Any, Final, TypeAlias
 
 from nbdqcow.errors import BlockError
+from nbdqcow.formats.qcow2.entries import DEFLATE_WINDOW_BITS
 from nbdqcow.formats.qcow2.header import COMPRESSION_ZSTD
 from nbdqcow.types import Buffer
 
+# On a platform without wheels zlib does it, which is slower.
 try:
     import deflate
-
-    from nbdqcow.formats.qcow2 import deflater
-except ImportError:  # a platform without wheels: zlib is slower
+except ImportError:
     deflate: Any = None  # type: ignore[no-redef]
+try:
+    from nbdqcow.formats.qcow2 import deflater
+except ImportError:
     deflater: Any = None  # type: ignore[no-redef]
 
 Decompress: TypeAlias = Callable[[Buffer, int], Buffer]
 Compress: TypeAlias = Callable[[Buffer], bytes]
 
-_WINDOW_BITS: Final = 12
-"""QEMU reads deflate with a window of 4 KiB."""
 _ZLIB_LEVEL: Final = 6
 _ZSTD_LEVEL: Final = 3
 _ZSTD_MAX_WINDOW_LOG: Final = 23
@@ -74,7 +75,7 @@ def deflate_blocking(data: Buffer) -> bytes:
     """Return ``data`` as a raw deflate stream that QEMU can read."""
     if deflater is not None:
         return deflater.deflate_blocking(data)
-    packer = zlib.compressobj(_ZLIB_LEVEL, zlib.DEFLATED, -_WINDOW_BITS)
+    packer = zlib.compressobj(_ZLIB_LEVEL, zlib.DEFLATED, -DEFLATE_WINDOW_BITS)
     return packer.compress(data) + packer.flush()
 
 

@@ -15,10 +15,9 @@ from typing import Final, NamedTuple
 
 from zlib_ng import zlib_ng
 
+from nbdqcow.formats.qcow2.entries import DEFLATE_WINDOW_BITS
 from nbdqcow.types import Buffer
 
-_WINDOW_BITS: Final = 12
-"""QEMU reads deflate with a window of 4 KiB."""
 _DEFLATED: Final = 8
 _DEFAULT_STRATEGY: Final = 0
 _FINISH: Final = 4
@@ -127,7 +126,7 @@ class _Deflater:
             self._stream,
             tuning.level,
             _DEFLATED,
-            -_WINDOW_BITS,
+            -DEFLATE_WINDOW_BITS,
             tuning.memory_level,
             _DEFAULT_STRATEGY,
             functions.version,
@@ -141,6 +140,7 @@ class _Deflater:
 
     def _reserve(self, length: int) -> None:
         """Have room for what ``length`` bytes may come to."""
+        self._longest = length
         self._capacity = length + (length >> 2) + 64
         self._packed = ctypes.create_string_buffer(self._capacity)
         self._place = ctypes.addressof(self._packed)
@@ -148,7 +148,7 @@ class _Deflater:
     def compress(self, data: bytes) -> bytes:
         """Return ``data`` as one stream; it blocks."""
         length = len(data)
-        if length + (length >> 2) + 64 > self._capacity:
+        if length > self._longest:
             self._reserve(length)
         functions, stream, tuning = self._functions, self._stream, self._tuning
         functions.reset(stream)

@@ -41,6 +41,9 @@ MAX_REFTABLE_BYTES: Final = 8 << 20
 MIN_CLUSTER_BITS: Final = 9
 MAX_CLUSTER_BITS: Final = 21
 
+DEFLATE_WINDOW_BITS: Final = 12
+"""QEMU reads deflate with a window of 4 KiB."""
+
 
 def classify(entry: int) -> int:
     """Return the run kind (`nbdqcow.types`) of a standard L2 entry."""
